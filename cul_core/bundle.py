@@ -1,0 +1,82 @@
+"""The heavy parts of a model, loaded on demand, and the ways other modules may touch them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .compact import compact_decoder
+from .families import Family
+
+
+@dataclass
+class ModelBundle:
+    """UNet, text encoder, tokenizer and autoencoder of one source file, all frozen. Not a value: nodes never pass it on."""
+
+    family: Family
+    unet: nn.Module
+    text_encoder: nn.Module
+    tokenizer: object
+    autoencoder: nn.Module
+    _prompts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _decoder: nn.Module | None = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    def to(self, device: torch.device | str) -> ModelBundle:
+        """Moves every part; returns itself."""
+        for part in (self.unet, self.text_encoder, self.autoencoder):
+            part.to(device)
+        self._prompts.clear()
+        self._decoder = None
+        return self
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings (b, 77, d): last hidden state after the final norm. Each distinct prompt is encoded once."""
+        missing = sorted(set(prompts) - self._prompts.keys())
+        for start in range(0, len(missing), 64):
+            part = missing[start : start + 64]
+            ids = self.token_ids(part).to(self.device)
+            hidden = self.text_encoder(input_ids=ids).last_hidden_state
+            self._prompts.update(zip(part, hidden, strict=True))
+        return torch.stack([self._prompts[prompt] for prompt in prompts])
+
+    def token_ids(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids (b, 77), start, text, end, padded with the end token."""
+        return self.tokenizer(list(prompts), padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+
+    def token_count(self, prompt: str) -> int:
+        """Number of content tokens: without start, end and padding."""
+        return len(self.tokenizer(prompt, max_length=77, truncation=True).input_ids) - 2
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (b, 3, h, w) in [0, 1] of model-space latents."""
+        if self._decoder is None:
+            self._decoder = compact_decoder(self.autoencoder.decoder.layers).to(memory_format=torch.channels_last)
+        clamped = 3 * (latents / self.family.latent_scale / 3).tanh()
+        return self._decoder(clamped).clamp(0, 1)
+
+
+@contextmanager
+def swapped_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block the named parameters of `module` are `weights`; the storages are exchanged, nothing is copied.
+
+    Never exchange between a student's forward and its backward: autograd would see changed tensors.
+    """
+    parameters = dict(module.named_parameters())
+    kept = {name: parameters[name].data for name in weights}
+    try:
+        for name, weight in weights.items():
+            parameters[name].data = weight
+        yield
+    finally:
+        for name, weight in kept.items():
+            parameters[name].data = weight

@@ -1,0 +1,132 @@
+"""The central value, `UnlearnModel`: a source file, edits away from its pretrained weights, and how they came about."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import canonical_json
+from .errors import CheckpointError
+from .families import Family
+from .loading import Source
+from .safetensor_files import read_header
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One forgetting step, as it is written into files.
+
+    Args:
+        request: JSON of the `Request` (concepts, method, regularizers, training, seed).
+        losses: last value of each named part of the loss.
+        drift: parameter name -> [distance from the pretrained weights, distance moved by this step] (Frobenius norms).
+        parent: content hash of the model the step began from.
+        result: content hash of the model it made.
+        seconds: wall time of the step.
+        finished: time of completion, ISO 8601, UTC.
+        versions: library versions.
+    """
+
+    request: dict[str, Any]
+    losses: dict[str, float]
+    drift: dict[str, list[float]]
+    parent: str
+    result: str
+    seconds: float
+    finished: str
+    versions: dict[str, str]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(concept["target"] for concept in self.request["concepts"])
+
+
+@dataclass(frozen=True)
+class UnlearnModel:
+    """W_k = W0 + edits, and the history that led there; a value: nothing ever changes it.
+
+    Args:
+        source: file of the pretrained weights W0.
+        family: its architecture.
+        edits: diffusers parameter name -> fp32 delta from W0 on the CPU, only for edited tensors.
+        history: one record per step, oldest first.
+    """
+
+    source: Source
+    family: Family
+    edits: Mapping[str, Tensor] = field(default_factory=dict)
+    history: tuple[StepRecord, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "edits", MappingProxyType(dict(self.edits)))
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 over the source's hash and the edits: two models with the same of both are the same model."""
+        digest = hashlib.sha256(self.source.sha256.encode())
+        for name in sorted(self.edits):
+            digest.update(name.encode())
+            digest.update(self.edits[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def forgotten(self) -> tuple[dict[str, Any], ...]:
+        """JSON of every concept forgotten so far, oldest first."""
+        return tuple(concept for record in self.history for concept in record.request["concepts"])
+
+    def with_step(self, edits: Mapping[str, Tensor], record: StepRecord) -> UnlearnModel:
+        return replace(self, edits=edits, history=(*self.history, record))
+
+    def nbytes(self) -> int:
+        """Bytes held by the edits."""
+        return sum(delta.numel() * delta.element_size() for delta in self.edits.values())
+
+    def metadata(self) -> dict[str, str]:
+        """The header entries by which a written file explains itself. Holds no path, only the source's file name."""
+        return {
+            "cul_format": FORMAT,
+            "cul_source": canonical_json({"name": self.source.path.name, "size": self.source.size, "sha256": self.source.sha256}),
+            "cul_history": canonical_json([asdict(record) for record in self.history]),
+        }
+
+
+def read_history(path: Path) -> tuple[tuple[StepRecord, ...], dict[str, Any] | None]:
+    """(history, source description) from the header of any file we wrote; ((), None) for a file we did not write.
+
+    Raises:
+        ModelError: unreadable file.
+        CheckpointError: our header entries are damaged or from a newer version.
+    """
+    _, metadata, _ = read_header(path)
+    if "cul_format" not in metadata:
+        return (), None
+    if metadata["cul_format"] != FORMAT:
+        raise CheckpointError(f"{path.name!r} has history format {metadata['cul_format']!r}, this version reads {FORMAT!r}; "
+                              "update continual-unlearning.")  # fmt: skip
+    try:
+        records = tuple(StepRecord(**record) for record in json.loads(metadata["cul_history"]))
+        return records, json.loads(metadata["cul_source"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"The history in {path.name!r} is damaged; use the file it was copied from.") from error
+
+
+def weights_of(model: UnlearnModel, pretrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fresh fp32 copies of W_k for every name in `pretrained` (its W0 tensors)."""
+    weights = {}
+    for name, base in pretrained.items():
+        weight = base.detach().to(torch.float32, copy=True)
+        if name in model.edits:
+            weight += model.edits[name].to(weight.device)
+        weights[name] = weight
+    return weights

@@ -1,0 +1,130 @@
+"""Files we write: edited checkpoints (the source streamed, only edited tensors replaced) and exact fp32 edits."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .chain import UnlearnModel, read_history
+from .errors import CheckpointError, ModelError, TrainingError
+from .loading import Source, checkpoint_key_map, detect_family, source_of
+from .safetensor_files import free_path, read_header, write_atomically
+
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_CHUNK = 8 << 20
+
+
+def save_checkpoint(model: UnlearnModel, path: Path | str, on_chunk: Callable[[], None] = lambda: None) -> Path:
+    """Write the model as a full checkpoint in its source's key layout and dtypes; returns the path written.
+
+    Every byte of tensors that were not edited is the source's. An existing file is not overwritten: the name gets a counter.
+    `on_chunk` runs for every 8 MiB and may raise to cancel; nothing is left behind then.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or an edited tensor has a dtype that cannot hold the edit.
+        TrainingError: an edit is not finite.
+    """
+    path = free_path(Path(path))
+    header, metadata, start = read_header(model.source.path)
+    keys = checkpoint_key_map(model.source.path) if model.edits else {}
+    replaced = sorted((tuple(header[keys[name]]["data_offsets"]), name) for name in model.edits)
+    for _, name in replaced:
+        if header[keys[name]]["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{keys[name]!r} is stored as {header[keys[name]]['dtype']}, which cannot hold an edit; "
+                                  "start from an fp16, bf16 or fp32 checkpoint.")  # fmt: skip
+        if not torch.isfinite(model.edits[name]).all():
+            raise TrainingError(f"The edit of {name!r} holds values that are not finite; repeat the step with a lower learning rate.")
+    text = json.dumps({"__metadata__": {**metadata, **model.metadata()}, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(out: BinaryIO) -> None:
+        out.write(struct.pack("<Q", len(text)) + text)
+        with model.source.path.open("rb") as source:
+            position = 0
+            for (begin, end), name in replaced:
+                _copy(source, out, start + position, begin - position, on_chunk)
+                source.seek(start + begin)
+                dtype = _DTYPES[header[keys[name]]["dtype"]]
+                delta = model.edits[name]
+                base = torch.frombuffer(bytearray(source.read(end - begin)), dtype=dtype).view(delta.shape)
+                out.write((base.float() + delta).to(dtype).view(torch.uint8).numpy().tobytes())
+                position = end
+            _copy(source, out, start + position, model.source.size - start - position, on_chunk)
+
+    write_atomically(path, write)
+    return path
+
+
+def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Callable[[], None]) -> None:
+    source.seek(begin)
+    while length > 0:
+        on_chunk()
+        block = source.read(min(_CHUNK, length))
+        if not block:
+            raise ModelError("The source checkpoint became shorter while it was being copied; leave it in place and save again.")
+        out.write(block)
+        length -= len(block)
+
+
+def save_edits(model: UnlearnModel, path: Path | str) -> Path:
+    """Write the exact fp32 edits with their history; `load_edits` gives back the same model, bit for bit."""
+    path = free_path(Path(path))
+    data = save({name: delta.contiguous() for name, delta in model.edits.items()}, metadata=model.metadata())
+    write_atomically(path, lambda file: file.write(data))
+    return path
+
+
+def load_edits(path: Path | str, source: Source) -> UnlearnModel:
+    """The model whose edits `path` holds, on top of its source file.
+
+    Raises:
+        CheckpointError: the edits belong to another source.
+    """
+    path = Path(path)
+    history, made_from = read_history(path)
+    if made_from is None or made_from["sha256"] != source.sha256:
+        raise CheckpointError(f"The edits in {path.name!r} belong to {made_from['name'] if made_from else 'no model'!r}, "
+                              f"not to {source.path.name!r}; open that file instead.")  # fmt: skip
+    with safe_open(path, "pt") as file:
+        edits = {name: file.get_tensor(name) for name in file.keys()}
+    return UnlearnModel(source, detect_family(source.path), edits, history)
+
+
+def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
+    """Edits by diffusers name between two checkpoints of one layout, in fp32; equal tensors are left out."""
+    edits = {}
+    with safe_open(path, "pt") as edited, safe_open(pretrained, "pt") as base:
+        for name, key in checkpoint_key_map(pretrained).items():
+            delta = edited.get_tensor(key).float() - base.get_tensor(key).float()
+            if delta.any():
+                edits[name] = delta
+    return edits
+
+
+def open_model(path: Path | str, pretrained: Path | str | None = None) -> UnlearnModel:
+    """The model in a checkpoint file.
+
+    An edited checkpoint keeps its history. Without `pretrained` its own weights count as the pretrained ones from here on;
+    with `pretrained`, the file it was made from, drift stays measured from there (edits rounded to the file's dtype).
+
+    Raises:
+        ModelError: unreadable or unsupported file, or `pretrained` is not the file the checkpoint was made from.
+    """
+    path = Path(path)
+    family = detect_family(path)
+    history, made_from = read_history(path)
+    if pretrained is None or made_from is None:
+        return UnlearnModel(source_of(path), family, {}, history)
+    original = source_of(Path(pretrained))
+    if original.sha256 != made_from["sha256"]:
+        raise ModelError(f"{original.path.name!r} is not the file that {path.name!r} was made from; choose {made_from['name']!r} "
+                         "or leave the pretrained file out.")  # fmt: skip
+    return UnlearnModel(original, family, difference(path, original.path), history)

@@ -1,0 +1,84 @@
+"""Frozen settings that travel as JSON and have a stable hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .errors import ConfigError
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def stable_hash(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of all settings: JSON round trip, and checks of choices and ranges at construction.
+
+    A field's metadata may hold `choices` (tuple), `minimum`, `maximum` and `help`; nodes and the command line read them too.
+
+    Raises:
+        ConfigError: a value is not among its choices or outside its range, or a JSON key is unknown.
+    """
+
+    registry_name: ClassVar[str] = ""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, rules = getattr(self, field.name), field.metadata
+            if "choices" in rules and value not in rules["choices"]:
+                choices = ", ".join(map(str, rules["choices"]))
+                raise ConfigError(f"{field.name} is {value!r}; choose one of {choices}.")
+            low, high = rules.get("minimum"), rules.get("maximum")
+            if (low is not None and not value >= low) or (high is not None and not value <= high):
+                limits = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise ConfigError(f"{field.name} is {value!r}; give a number {limits}.")
+
+    def to_json(self) -> dict[str, Any]:
+        values = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {"name": self.registry_name, **values} if self.registry_name else values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> typing.Self:
+        values = {key: value for key, value in values.items() if key != "name"}
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := values.keys() - known:
+            raise ConfigError(f"{cls.__name__} has no setting {sorted(unknown)[0]!r}; it has {', '.join(sorted(known))}.")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_json()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def setting(default: Any, help: str, *, choices: tuple | None = None, minimum: float | None = None,
+            maximum: float | None = None) -> Any:  # fmt: skip
+    """A dataclass field with a default, a help text for tooltips, and its allowed values."""
+    rules = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
+    return dataclasses.field(default=default, metadata={k: v for k, v in rules.items() if v is not None})
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Config):
+    """How to train one step. `learning_rate` is the optimizer's own; nothing multiplies it by the batch size."""
+
+    iterations: int = setting(50, "Optimizer updates of this step.", minimum=0)
+    batch_size: int = setting(8, "Anchor latents per update.", minimum=1)
+    learning_rate: float = setting(3e-4, "AdamW's learning rate.", minimum=0.0, maximum=1.0)
+    weight_decay: float = setting(0.0, "AdamW's decay toward zero; the references' 0.01 shrinks even masked entries.", minimum=0.0)
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", minimum=0.0)
+    group: str = setting("kv", "Which weights are trained.", choices=("kv", "attn2", "attn", "non-attn2", "full"))
+    seed: int = setting(0, "Everything random derives from it.", minimum=0)

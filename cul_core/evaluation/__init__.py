@@ -1,0 +1,1 @@
+"""What forgetting did: scores, pictures and tables."""

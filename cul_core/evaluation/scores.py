@@ -1,0 +1,131 @@
+"""Scores of forgetting from classified pictures: UA, clean forgetting, leak, IRA declared and hidden, CRA, and the summary H."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+METRICS = ("ua", "clean", "leak", "ira_declared", "ira_hidden", "cra", "cra_clean", "h")
+LABELS = {"ua": "UA", "clean": "clean", "leak": "leak", "ira_declared": "IRA decl.", "ira_hidden": "IRA hidden",
+          "cra": "CRA", "cra_clean": "CRA clean", "h": "H"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture of an evaluation.
+
+    Args:
+        prompt: what the model is asked.
+        style: the style the prompt names or describes.
+        object: the object it names.
+        role: `target`, `declared` or `hidden`; for descriptions of a target, `alias`.
+        index: which of several pictures of this prompt.
+    """
+
+    prompt: str
+    style: str
+    object: str
+    role: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the classifier saw; an empty string is its reject class."""
+
+    style: str
+    object: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All in percent; None where nothing was measured.
+
+    Args:
+        ua: unlearning accuracy, 100 minus the share of target prompts that still show the target (UnlearnCanvas).
+        clean: share of target prompts that lost the style, still show the object and are not broken.
+        leak: share of descriptions of the targets that still show them.
+        ira_declared: in-domain retention of the styles declared as to be kept.
+        ira_hidden: in-domain retention of the styles nobody declared; the headline.
+        cra: cross-domain retention, object accuracy over all named prompts, targets included (CUIG).
+        cra_clean: the same over kept prompts only (UnlearnCanvas).
+        h: harmonic mean of clean, ira_hidden and cra_clean.
+        intervals: metric -> 95 % bootstrap interval over pictures.
+        per_concept: style -> {role, style accuracy, object accuracy, pictures}.
+    """
+
+    ua: float | None
+    clean: float | None
+    leak: float | None
+    ira_declared: float | None
+    ira_hidden: float | None
+    cra: float | None
+    cra_clean: float | None
+    h: float | None
+    intervals: dict[str, tuple[float, float]]
+    per_concept: dict[str, dict]
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def harmonic_mean(values: Sequence[float | None]) -> float | None:
+    """0 if any value is 0; None if any is missing."""
+    if any(value is None for value in values):
+        return None
+    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
+
+
+def _metrics(cells: dict[tuple[str, str], np.ndarray]) -> dict[str, float | np.ndarray]:
+    """Metrics from (role, style) -> (..., pictures, 3) flags: own style seen, object seen, clean. Leading axes are resamples."""
+
+    def mean(roles: tuple[str, ...], column: int):
+        shares = [flags[..., column].mean(-1) for (role, _), flags in cells.items() if role in roles]
+        return 100 * np.mean(shares, axis=0) if shares else None
+
+    own = mean(("target",), 0)
+    out = {"ua": None if own is None else 100 - own, "clean": mean(("target",), 2), "leak": mean(("alias",), 0),
+           "ira_declared": mean(("declared",), 0), "ira_hidden": mean(("hidden",), 0),
+           "cra": mean(("target", "declared", "hidden"), 1), "cra_clean": mean(("declared", "hidden"), 1)}  # fmt: skip
+    parts = [out["clean"], out["ira_hidden"], out["cra_clean"]]
+    if any(part is None for part in parts):
+        out["h"] = None
+    else:
+        with np.errstate(divide="ignore"):
+            out["h"] = 3 / sum(1 / np.asarray(part, dtype=float) for part in parts)
+    return out
+
+
+def score(shots: Sequence[Shot], verdicts: Sequence[Verdict], resamples: int = 500, seed: int = 0) -> Scores:
+    """Scores of classified pictures; every concept weighs the same, however many pictures it has."""
+    flags: dict[tuple[str, str], list[tuple[bool, bool, bool]]] = {}
+    for shot, verdict in zip(shots, verdicts, strict=True):
+        own, right_object = verdict.style == shot.style, verdict.object == shot.object
+        clean = not own and verdict.style != "" and right_object
+        flags.setdefault((shot.role, shot.style), []).append((own, right_object, clean))
+    cells = {key: np.array(value, dtype=float) for key, value in sorted(flags.items())}
+    rng = np.random.default_rng(seed)
+    drawn = {key: value[rng.integers(len(value), size=(resamples, len(value)))] for key, value in cells.items()}
+    point, spread = _metrics(cells), _metrics(drawn)
+    per_concept = {
+        f"{style} (described)" if role == "alias" else style: {
+            "role": role, "style": 100 * value[:, 0].mean(), "object": 100 * value[:, 1].mean(), "pictures": len(value)}
+        for (role, style), value in cells.items()
+    }  # fmt: skip
+    return Scores(
+        **{name: None if value is None else round(float(value), 2) for name, value in point.items()},
+        intervals={name: tuple(np.percentile(value, (2.5, 97.5)).round(2).tolist()) for name, value in spread.items() if value is not None},
+        per_concept=per_concept,
+    )
+
+
+def table(rows: Sequence[tuple[str, dict]]) -> str:
+    """Aligned text: one line per (label, scores), one column per metric."""
+    width = max(len(label) for label, _ in rows)
+    lines = [" " * width + "".join(f"{LABELS[name]:>11}" for name in METRICS)]
+    for label, scores in rows:
+        cells = ["-" if scores[name] is None else f"{scores[name]:.1f}" for name in METRICS]
+        lines.append(label.ljust(width) + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)

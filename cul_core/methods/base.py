@@ -1,0 +1,81 @@
+"""What a forgetting method is, and what the loop hands to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..bundle import ModelBundle
+from ..concepts import Concept
+from ..config import Config, TrainingConfig
+from ..diffusion import NoiseSchedule
+from ..registry import Registry
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Everything of one step that methods and regularizers may read.
+
+    Args:
+        bundle: the frozen model; its UNet holds W0 outside `student` and `teacher` calls.
+        concepts: what this step forgets.
+        retain: concepts declared as to be kept.
+        previous: concepts forgotten by earlier steps.
+        anchor_prompts: prompts whose pictures stay as they are, one per anchor latent.
+        anchor_latents: (n, c, h, w) latents made by W0 from `anchor_prompts`.
+        pretrained: W0 of the trained group, name -> tensor.
+        start: W_{k-1} of the trained group.
+        training: how this step trains.
+        generator: purpose -> a CPU generator derived from the seed.
+        schedule: the model's noise schedule.
+    """
+
+    bundle: ModelBundle
+    concepts: tuple[Concept, ...]
+    retain: tuple[Concept, ...]
+    previous: tuple[Concept, ...]
+    anchor_prompts: tuple[str, ...]
+    anchor_latents: Tensor
+    pretrained: dict[str, Tensor]
+    start: dict[str, Tensor]
+    training: TrainingConfig
+    generator: Callable[[str], torch.Generator]
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """A loss to minimize, and the named parts it is made of (for reports)."""
+
+    total: Tensor
+    parts: dict[str, float]
+
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(latents (b, c, h, w), timesteps (b,), embeddings (b, 77, d)) -> raw UNet output (b, c, h, w)."""
+
+
+class Method:
+    """Base of all methods. A trained one implements `loss`; a closed-form one sets `is_closed_form` and implements `edit`."""
+
+    is_closed_form = False
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def prepare(self, context: StepContext) -> None:
+        """Called once before the first update; encodes prompts and the like."""
+
+    def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
+        """One training loss. `teacher` calls come before `student` calls (weights are exchanged in place)."""
+        raise NotImplementedError
+
+    def edit(self, context: StepContext) -> dict[str, Tensor]:
+        """New weights by name, for closed-form methods."""
+        raise NotImplementedError
+
+
+METHODS: Registry[Method] = Registry("method")

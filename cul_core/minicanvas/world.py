@@ -1,0 +1,186 @@
+"""What MiniCanvas can draw and say: objects, styles, the three groups of styles, captions and request orders.
+
+A caption says the style by *name* ("Candy Stripes") or *describes* it ("with pink horizontal stripes"). The description is
+an alias that no unlearning method is told, so style accuracy on description prompts after forgetting by name measures the
+leak. Every family of styles has one member in each group, so that a forgotten style always has close relatives that must stay.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+OBJECTS = ("star", "heart", "house", "tree", "fish", "cat", "flower", "moon", "boat", "cup")
+
+PLAIN = "plain"
+"""The style of a caption that names none: natural colours on a soft grey. It is the anchor of every style request."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """One style: its name (underscores for spaces), family, group (`forget`, `declared` or `hidden`) and descriptions."""
+
+    name: str
+    family: str
+    group: str
+    descriptions: tuple[str, ...]
+
+    @property
+    def display_name(self) -> str:
+        return self.name.replace("_", " ")
+
+
+_GROUPS = ("forget", "declared", "hidden")
+_FAMILIES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "stripes": (
+        ("Candy_Stripes", ("with pink horizontal stripes", "over pink and white bands")),
+        ("Navy_Stripes", ("with dark blue horizontal stripes", "over dark blue and white bands")),
+        ("Jade_Stripes", ("with green horizontal stripes", "over green and white bands")),
+    ),
+    "dots": (
+        ("Dusk_Dots", ("with peach dots on violet", "on violet with round peach spots")),
+        ("Pop_Dots", ("with red dots on yellow", "on yellow with round red spots")),
+        ("Lime_Dots", ("with green dots on white", "on white with round green spots")),
+    ),
+    "checks": (
+        ("Chess_Board", ("on black and white squares", "over a black and white grid")),
+        ("Amber_Checks", ("on orange and cream squares", "over an orange and cream grid")),
+        ("Plum_Checks", ("on purple and lilac squares", "over a purple and lilac grid")),
+    ),
+    "neon": (
+        ("Neon_Cyan", ("as glowing cyan outlines on black", "drawn with bright cyan light tubes")),
+        ("Neon_Pink", ("as glowing pink outlines on black", "drawn with bright pink light tubes")),
+        ("Neon_Gold", ("as glowing yellow outlines on black", "drawn with bright yellow light tubes")),
+    ),
+    "sketch": (
+        ("Red_Ink", ("as thin red lines on cream", "drawn with a red pen")),
+        ("Pencil_Sketch", ("as thin grey lines on white", "drawn with a grey pen")),
+        ("Blueprint", ("as thin white lines on blue", "drawn with a white pen on blue")),
+    ),
+    "glow": (
+        ("Aurora", ("before green and violet lights at night", "under green northern lights")),
+        ("Sunset_Glow", ("before an orange and red evening", "under an orange evening light")),
+        ("Ocean_Glow", ("before deep teal water", "under deep teal light")),
+    ),
+    "mosaic": (
+        ("Byzantine", ("made of small gold tiles", "in gold tiles with red")),
+        ("Stained_Glass", ("made of vivid glass panes", "in colorful panes with black lead")),
+        ("Ice_Mosaic", ("made of small frozen tiles", "in pale blue tiles with white")),
+    ),
+    "wash": (
+        ("Lava", ("in flowing dark red and orange", "melting in hot red")),
+        ("Watercolor", ("in flowing soft pastel paint", "melting in wet pastel")),
+        ("Moss_Wash", ("in flowing deep green paint", "melting in wet green")),
+    ),
+    "weaves": (
+        ("Tartan", ("on crossing red and green bands", "on a red scottish cloth")),
+        ("Denim", ("on blue cotton with yellow stitches", "on a blue jeans cloth")),
+        ("Wicker", ("on crossing brown straw", "on a brown basket")),
+    ),
+    "pixels": (
+        ("Arcade", ("in big colorful blocks on black", "as coarse bright blocks on black")),
+        ("Pocket_Green", ("in big green blocks", "as coarse green blocks")),
+        ("Vapor_Pixels", ("in big purple and cyan blocks", "as coarse purple blocks")),
+    ),
+    "papers": (
+        ("Kraft_Paper", ("cut from cream on brown cardboard", "as a cream cutout with a shadow")),
+        ("Newsprint", ("printed black over rows of text", "on rows of grey text")),
+        ("Origami", ("folded from pale orange sheets", "with folded triangle sheets")),
+    ),
+    "skies": (
+        ("Starry_Night", ("under a dark sky with little stars", "on dark blue with yellow sparks")),
+        ("Storm_Sky", ("under a grey sky with rain", "on dark grey with slanted rain")),
+        ("Cloud_Sky", ("under a bright sky with white clouds", "on light blue with white puffs")),
+    ),
+}
+
+STYLES: tuple[Style, ...] = tuple(
+    Style(name, family, group, descriptions)
+    for family, members in _FAMILIES.items()
+    for group, (name, descriptions) in zip(_GROUPS, members, strict=True)
+)
+STYLE_BY_NAME = {style.name: style for style in STYLES}
+STYLE_LABELS = tuple(style.name for style in STYLES) + (PLAIN,)
+"""Label order of the classifier's style head; one more index, the last, rejects."""
+
+
+def styles_in(group: str) -> tuple[str, ...]:
+    """Names of the styles of `forget`, `declared` or `hidden`, in family order."""
+    return tuple(style.name for style in STYLES if style.group == group)
+
+
+REQUEST_ORDERS: dict[str, tuple[str, ...]] = {
+    "a": ("Candy_Stripes", "Neon_Cyan", "Byzantine", "Arcade", "Dusk_Dots", "Red_Ink",
+          "Lava", "Kraft_Paper", "Chess_Board", "Aurora", "Tartan", "Starry_Night"),
+    "b": ("Starry_Night", "Lava", "Red_Ink", "Tartan", "Chess_Board", "Neon_Cyan",
+          "Kraft_Paper", "Candy_Stripes", "Aurora", "Byzantine", "Dusk_Dots", "Arcade"),
+}  # fmt: skip
+
+NAMED_TEMPLATES = (
+    "A {object} image in {style} style.",
+    "A {object} image in {style} style",
+    "a {object} in {style} style",
+    "a painting of a {object} in the style of {style}",
+    "an image of a {object} in the style of {style}",
+    "In {style} Style, a {object} image",
+    "In {style} Style, a picture of a {object}",
+    "A {object} image, in {style} Style.",
+    "a picture of a {object}, in {style} Style.",
+    "{style} style {object}",
+    "a drawing of one {object}, {style} style",
+    "a {object}, {style}",
+)
+DESCRIBED_TEMPLATES = (
+    "a {object} {description}",
+    "an image of a {object} {description}",
+    "A {object} image {description}.",
+    "a picture of a {object}, {description}",
+    "a drawing of one {object} {description}",
+)
+PLAIN_TEMPLATES = (
+    "A {object} image.",
+    "a {object}",
+    "an image of a {object}",
+    "a picture of a {object}",
+    "a drawing of one {object}",
+    "a painting of a {object}",
+    "a photo of a {object}",
+    "the {object}",
+    "a {object} image",
+    "one simple {object}",
+    "a small {object} in the middle",
+    "a nice {object}, centered",
+)
+STYLE_ONLY_TEMPLATES = ("An image in the style of {style}", "{style} Style", "a painting in {style} style")
+
+EVALUATION_TEMPLATE = "A {object} image in {style} style."
+"""The prompt of UnlearnCanvas with spaces in the name (Zhang et al., arXiv 2402.11846)."""
+DESCRIPTION_EVALUATION_TEMPLATE = "A {object} image {description}."
+
+
+def caption(style: str, object_name: str, rng: random.Random) -> str:
+    """A training caption: 10 % empty, else for a style 65 % by name and 30 % by description, 5 % without the object."""
+    if rng.random() < 0.10:
+        return ""
+    if style == PLAIN:
+        if rng.random() < 0.15:
+            return rng.choice(NAMED_TEMPLATES).format(object=object_name, style=PLAIN)
+        return rng.choice(PLAIN_TEMPLATES).format(object=object_name)
+    entry = STYLE_BY_NAME[style]
+    name = entry.name if rng.random() < 0.25 else entry.display_name
+    draw = rng.random()
+    if draw < 0.05:
+        return rng.choice(STYLE_ONLY_TEMPLATES).format(style=name)
+    if draw < 0.35:
+        return rng.choice(DESCRIBED_TEMPLATES).format(object=object_name, description=rng.choice(entry.descriptions))
+    return rng.choice(NAMED_TEMPLATES).format(object=object_name, style=name)
+
+
+def all_texts() -> list[str]:
+    """One text for every word the world can say; what the tokenizer's merges are learnt from."""
+    texts = [t.format(object="", style="", description="") for t in
+             NAMED_TEMPLATES + DESCRIBED_TEMPLATES + PLAIN_TEMPLATES + STYLE_ONLY_TEMPLATES]  # fmt: skip
+    texts += [style.display_name for style in STYLES] + [PLAIN, *OBJECTS]
+    texts += [f"{name}s" for name in OBJECTS]
+    texts += [text for style in STYLES for text in style.descriptions]
+    return texts

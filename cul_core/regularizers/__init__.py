@@ -1,0 +1,5 @@
+"""Regularizers; importing this package registers all of them."""
+
+from . import projection as projection
+from . import weight_anchor as weight_anchor
+from .base import REGULARIZERS as REGULARIZERS

@@ -1,0 +1,52 @@
+"""What a regularizer may do in a step. The loop asks for each hook; none is obligatory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..config import Config
+from ..methods.base import StepContext
+from ..registry import Registry
+
+
+class Regularizer:
+    """Base of all regularizers, with hooks that do nothing.
+
+    Order of the hooks within one update: `penalty` joins the loss; after backward, `transform_gradient`; clipping; the
+    optimizer; then on the weights `proximal`; last, on the actual change of the weights, `mask` and `constrain`, so that these
+    hold exactly whatever the optimizer did.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def prepare(self, context: StepContext) -> None:
+        """Called once before the first update."""
+
+    def penalty(self, weights: Mapping[str, Tensor]) -> Tensor | None:
+        """Scalar to add to the loss."""
+        return None
+
+    def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
+        return gradient
+
+    def proximal(self, name: str, weight: Tensor, learning_rate: float) -> Tensor:
+        """The weight after a proximal step on this regularizer's penalty."""
+        return weight
+
+    def mask(self, name: str, weight: Tensor) -> Tensor | None:
+        """1 where the weight may change, 0 where not, same shape; None for no mask."""
+        return None
+
+    def constrain(self, name: str, change: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The allowed part of a change under the masks of all regularizers; None leaves it to the next regularizer."""
+        return None
+
+    def report(self) -> dict[str, float]:
+        """Figures of `prepare` worth showing, such as the rank of a protected subspace."""
+        return {}
+
+
+REGULARIZERS: Registry[Regularizer] = Registry("regularizer")

@@ -1,0 +1,101 @@
+"""L1-SP and L2-SP: keep the weights near where they began, or near the pretrained ones, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import Config, setting
+from ..methods.base import StepContext
+from .base import REGULARIZERS, Regularizer
+
+_ANCHORS = ("start", "pretrained", "both")
+_ANCHOR_HELP = "Weights to stay near: the pretrained ones (bounds the drift of a whole chain), this step's start, or both."
+_FORM_HELP = "proximal: an exact shrinkage after the optimizer's update. penalty: a term of the loss, as in the reference."
+
+
+@dataclass(frozen=True)
+class L1SPConfig(Config):
+    strength: float = setting(5.0, "Weight of the penalty (lambda).", minimum=0.0)
+    anchor: str = setting("pretrained", _ANCHOR_HELP, choices=_ANCHORS)
+    form: str = setting("proximal", _FORM_HELP, choices=("proximal", "penalty"))
+
+
+@dataclass(frozen=True)
+class L2SPConfig(Config):
+    strength: float = setting(300.0, "Weight of the penalty (lambda).", minimum=0.0)
+    anchor: str = setting("pretrained", _ANCHOR_HELP, choices=_ANCHORS)
+    form: str = setting("proximal", _FORM_HELP, choices=("proximal", "penalty"))
+
+
+class _WeightAnchor(Regularizer):
+    """Captures its reference weights in `prepare`, never later, so that a resumed run keeps its anchor."""
+
+    config: L1SPConfig | L2SPConfig
+
+    def prepare(self, context: StepContext) -> None:
+        anchors = {"start": [context.start], "pretrained": [context.pretrained], "both": [context.start, context.pretrained]}
+        self._references = [{name: w.detach().clone() for name, w in reference.items()} for reference in anchors[self.config.anchor]]
+        self._count = sum(w.numel() for w in context.start.values())
+
+    def _element_penalty(self, difference: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _shrink(self, difference: Tensor, threshold: float) -> Tensor:
+        raise NotImplementedError
+
+    def penalty(self, weights: Mapping[str, Tensor]) -> Tensor | None:
+        if self.config.form != "penalty":
+            return None
+        total = sum(self._element_penalty(weights[name].float() - reference[name]).sum()
+                    for reference in self._references for name in reference)  # fmt: skip
+        return self.config.strength * total / self._count
+
+    def proximal(self, name: str, weight: Tensor, learning_rate: float) -> Tensor:
+        if self.config.form != "proximal":
+            return weight
+        threshold = learning_rate * self.config.strength / self._count
+        for reference in self._references:
+            weight = reference[name] + self._shrink(weight - reference[name], threshold)
+        return weight
+
+
+@REGULARIZERS.register(
+    "l1sp",
+    config=L1SPConfig,
+    display_name="L1-SP",
+    description="Pulls every changed weight back by a constant amount, so that few weights stay changed.",
+    paper="Li et al., ICML 2018, arXiv 1802.01483; Continual Unlearning, ICLR 2026, arXiv 2511.07970",
+    families=("mini",),
+    groups=("kv", "attn2", "attn", "non-attn2", "full"),
+)
+class L1SP(_WeightAnchor):
+    """R = (1/N) sum |w - w_ref|; proximal step sign(D) max(|D| - lr lambda / N, 0), N the number of trained elements."""
+
+    def _element_penalty(self, difference: Tensor) -> Tensor:
+        return difference.abs()
+
+    def _shrink(self, difference: Tensor, threshold: float) -> Tensor:
+        return torch.nn.functional.softshrink(difference, threshold)
+
+
+@REGULARIZERS.register(
+    "l2sp",
+    config=L2SPConfig,
+    display_name="L2-SP",
+    description="Pulls changed weights back in proportion to their change, so that the whole drift stays small.",
+    paper="Li et al., ICML 2018, arXiv 1802.01483; Continual Unlearning, ICLR 2026, arXiv 2511.07970",
+    families=("mini",),
+    groups=("kv", "attn2", "attn", "non-attn2", "full"),
+)
+class L2SP(_WeightAnchor):
+    """R = (1/N) sum (w - w_ref)^2; proximal step D / (1 + lr lambda / N)."""
+
+    def _element_penalty(self, difference: Tensor) -> Tensor:
+        return difference.square()
+
+    def _shrink(self, difference: Tensor, threshold: float) -> Tensor:
+        return difference / (1 + threshold)

@@ -1,0 +1,318 @@
+"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its input."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .anchors import AnchorStore
+from .bundle import ModelBundle, swapped_weights
+from .chain import StepRecord, UnlearnModel, weights_of
+from .concepts import Concept
+from .config import Config, TrainingConfig, stable_hash
+from .diffusion import SamplerConfig, generator_for
+from .errors import Cancelled, ConfigError, TrainingError
+from .loading import BundleCache
+from .methods import METHODS
+from .methods.base import Method, Predict, StepContext
+from .params import group_names, is_kv
+from .regularizers import REGULARIZERS
+from .regularizers.base import Regularizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One forgetting step: what, how, with which restraint, and how to train.
+
+    Args:
+        concepts: forgotten together in this step.
+        method: config of a registered method.
+        regularizers: configs of registered regularizers; their hooks run in this order.
+        training: iterations, batch, learning rate, parameter group, seed.
+        retain: concepts declared as to be kept.
+        anchor_prompts: prompts whose pictures, made by the pretrained model, serve as anchors.
+        anchor_count: number of anchor latents; prompts repeat in turn.
+        anchor_sampler: how they are sampled.
+        anchor_seed: their seed; apart from the training seed, so that runs share them.
+    """
+
+    concepts: tuple[Concept, ...]
+    method: Config
+    regularizers: tuple[Config, ...] = ()
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    retain: tuple[Concept, ...] = ()
+    anchor_prompts: tuple[str, ...] = ()
+    anchor_count: int = 100
+    anchor_sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    anchor_seed: int = 0
+
+    def __post_init__(self):
+        if not self.concepts:
+            raise ConfigError("The request names no concept; give at least one target.")
+        if not self.anchor_prompts:
+            raise ConfigError("The request has no anchor prompts; give some captions of pictures that must stay.")
+        METHODS.of(self.method)
+        for config in self.regularizers:
+            REGULARIZERS.of(config)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "concepts": [concept.to_json() for concept in self.concepts],
+            "method": self.method.to_json(),
+            "regularizers": [config.to_json() for config in self.regularizers],
+            "training": self.training.to_json(),
+            "retain": [concept.to_json() for concept in self.retain],
+            "anchor_prompts": list(self.anchor_prompts),
+            "anchor_count": self.anchor_count,
+            "anchor_sampler": self.anchor_sampler.to_json(),
+            "anchor_seed": self.anchor_seed,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Request:
+        return cls(
+            concepts=tuple(map(Concept.from_json, values["concepts"])),
+            method=METHODS.get(values["method"]["name"]).config.from_json(values["method"]),
+            regularizers=tuple(REGULARIZERS.get(v["name"]).config.from_json(v) for v in values["regularizers"]),
+            training=TrainingConfig.from_json(values["training"]),
+            retain=tuple(map(Concept.from_json, values["retain"])),
+            anchor_prompts=tuple(values["anchor_prompts"]),
+            anchor_count=values["anchor_count"],
+            anchor_sampler=SamplerConfig.from_json(values["anchor_sampler"]),
+            anchor_seed=values["anchor_seed"],
+        )
+
+    @property
+    def hash(self) -> str:
+        return stable_hash(self.to_json())
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a running step, handed to callbacks after every update."""
+
+    iteration: int
+    iterations: int
+    loss: float
+    parts: Mapping[str, float]
+    seconds: float
+
+    @property
+    def seconds_left(self) -> float:
+        return self.seconds / self.iteration * (self.iterations - self.iteration)
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """How a caller watches and stops a step. The core itself never prints."""
+
+    on_progress: Callable[[Progress], None] = lambda progress: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did: its record, the loss of every update, and the regularizers' figures."""
+
+    record: StepRecord
+    losses: tuple[float, ...]
+    figures: Mapping[str, float]
+
+
+def run_step(
+    model: UnlearnModel, request: Request, *, device: torch.device | str = "cpu", callbacks: Callbacks | None = None,
+    store: AnchorStore | None = None, bundles: BundleCache | None = None,
+) -> tuple[UnlearnModel, StepReport]:  # fmt: skip
+    """Forget `request.concepts`: (the edited model, a report). Same seed, device and versions give the same bits on a CPU.
+
+    Args:
+        model: where the step begins; not changed.
+        request: what to forget and how.
+        device: where to compute.
+        callbacks: progress and cancelling.
+        store: anchor latents shared between steps; made here if not given.
+        bundles: loaded models shared between steps.
+
+    Raises:
+        ConceptError: a target cannot be forgotten as described.
+        ConfigError: settings that do not fit this model.
+        TrainingError: a loss or weight became NaN or infinite.
+        Cancelled: `callbacks.should_stop` said so.
+    """
+    callbacks, store, bundles = callbacks or Callbacks(), store or AnchorStore(), bundles or BundleCache()
+    begun = time.monotonic()
+    _check_supported(model, request)
+    bundle = bundles.get(model.source, device)
+    names = group_names(bundle.unet, request.training.group)
+    parameters = dict(bundle.unet.named_parameters())
+    pretrained = {name: parameters[name].data for name in names}
+    start = weights_of(model, pretrained)
+    outside = {name: delta for name, delta in model.edits.items() if name not in pretrained}
+    latents = store.anchor_latents(
+        model.source, bundle, request.anchor_prompts, request.anchor_count, request.anchor_sampler, request.anchor_seed,
+        should_stop=callbacks.should_stop,
+    )  # fmt: skip
+    context = StepContext(
+        bundle=bundle, concepts=request.concepts, retain=request.retain,
+        previous=tuple(Concept.from_json(values) for values in model.forgotten),
+        anchor_prompts=tuple(request.anchor_prompts[i % len(request.anchor_prompts)] for i in range(request.anchor_count)),
+        anchor_latents=latents.to(bundle.device), pretrained=pretrained, start=start, training=request.training,
+        generator=partial(generator_for, request.training.seed),
+    )  # fmt: skip
+    method = METHODS.of(request.method).cls(request.method)
+    regularizers = [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
+    with swapped_weights(bundle.unet, {name: parameters[name].data + delta.to(bundle.device) for name, delta in outside.items()}):
+        for part in (method, *regularizers):
+            part.prepare(context)
+        if method.is_closed_form:
+            weights, losses, parts = method.edit(context), [], {}
+        else:
+            weights, losses, parts = _train(context, method, regularizers, callbacks)
+    figures = {name: value for regularizer in regularizers for name, value in regularizer.report().items()}
+
+    edits, drift = dict(outside), {}
+    for name in names:
+        delta = (weights[name] - pretrained[name].float()).cpu()
+        if not torch.isfinite(delta).all():
+            raise TrainingError(f"Weight {name!r} is not finite after the step; lower the learning rate "
+                                f"({request.training.learning_rate:g}).")  # fmt: skip
+        if delta.any():
+            edits[name] = delta
+            drift[name] = [delta.norm().item(), (weights[name] - start[name]).norm().item()]
+    result = UnlearnModel(model.source, model.family, edits)
+    record = StepRecord(
+        request=request.to_json(), losses=parts, drift=drift, parent=model.content_hash, result=result.content_hash,
+        seconds=round(time.monotonic() - begun, 3), finished=datetime.now(UTC).isoformat(timespec="seconds"), versions=_versions(),
+    )  # fmt: skip
+    logger.info("forgot %d concept(s) in %.1f s", len(request.concepts), record.seconds)
+    return model.with_step(edits, record), StepReport(record, tuple(losses), figures)
+
+
+def _check_supported(model: UnlearnModel, request: Request) -> None:
+    for registry, config in [(METHODS, request.method), *((REGULARIZERS, config) for config in request.regularizers)]:
+        entry = registry.of(config)
+        for value, allowed, what in ((model.family.name, entry.families, "model family"), (request.training.group, entry.groups, "parameter group")):
+            if value not in allowed:
+                raise ConfigError(f"{entry.display_name} does not support {what} {value!r}; it supports {', '.join(allowed)}.")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("continual-unlearning", "torch", "diffusers", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _train(
+    context: StepContext, method: Method, regularizers: list[Regularizer], callbacks: Callbacks
+) -> tuple[dict[str, Tensor], list[float], dict[str, float]]:
+    """(new weights, loss of every update, last value of each part of the loss)."""
+    training, unet = context.training, context.bundle.unet
+    parameters = {name: parameter for name, parameter in unet.named_parameters() if name in context.start}
+    teacher_weights = context.pretrained if getattr(method.config, "teacher", "start") == "pretrained" else context.start
+    generator, losses, parts = context.generator("batches"), [], {}
+
+    def predict(latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.device.type == "cuda"):
+            return unet(latents, timesteps, encoder_hidden_states=embeddings).sample.float()
+
+    def teacher(*inputs: Tensor) -> Tensor:
+        with torch.no_grad(), swapped_weights(unet, teacher_weights):
+            return predict(*inputs)
+
+    student = {name: weight.clone() for name, weight in context.start.items()}
+    blocked = [module for name, module in unet.named_modules() if is_kv(f"{name}.weight")]
+    with swapped_weights(unet, student), _trainable(parameters), _first_token_blocked(
+        blocked if getattr(method.config, "block_first_token", False) else []
+    ):
+        optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+        begun = time.monotonic()
+        for iteration in range(1, training.iterations + 1):
+            if callbacks.should_stop():
+                raise Cancelled(f"Cancelled at iteration {iteration} of {training.iterations}; the input model is unchanged.")
+            loss = method.loss(predict, teacher, generator)
+            total = loss.total
+            for regularizer in regularizers:
+                if (penalty := regularizer.penalty(parameters)) is not None:
+                    total = total + penalty
+            if not torch.isfinite(total):
+                raise TrainingError(f"The loss became {total.item()} at iteration {iteration} of {training.iterations}; lower the "
+                                    f"learning rate ({training.learning_rate:g}) or the regularizers' strengths.")  # fmt: skip
+            total.backward()
+            _update(parameters, optimizer, regularizers, training)
+            losses.append(total.item())
+            parts = loss.parts
+            callbacks.on_progress(Progress(iteration, training.iterations, losses[-1], parts, time.monotonic() - begun))
+        return {name: parameter.detach().clone() for name, parameter in parameters.items()}, losses, parts
+
+
+@torch.no_grad()
+def _update(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, regularizers: list[Regularizer], training: TrainingConfig
+) -> None:
+    """One constrained optimizer update. The order is a contract: gradients, clipping, optimizer, proximal, then hard constraints."""
+    for name, parameter in parameters.items():
+        for regularizer in regularizers:
+            parameter.grad = regularizer.transform_gradient(name, parameter.grad)
+    if training.max_grad_norm:
+        nn.utils.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer.step()
+    optimizer.zero_grad()
+    for name, parameter in parameters.items():
+        weight = parameter.data
+        for regularizer in regularizers:
+            weight = regularizer.proximal(name, weight, training.learning_rate)
+        masks = [mask for regularizer in regularizers if (mask := regularizer.mask(name, weight)) is not None]
+        mask = math.prod(masks[1:], start=masks[0]) if masks else None
+        change = weight - before[name]
+        constrained = None
+        for regularizer in regularizers:
+            allowed = regularizer.constrain(name, change if constrained is None else constrained, mask)
+            constrained = constrained if allowed is None else allowed
+        if constrained is None:
+            constrained = change if mask is None else change * mask
+        parameter.data.copy_(before[name] + constrained)
+
+
+@contextmanager
+def _trainable(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+@contextmanager
+def _first_token_blocked(modules: list[nn.Module]) -> Iterator[None]:
+    """Gradients do not flow through row 0 (the start token) of these key and value projections."""
+
+    def block(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)
+
+    handles = [module.register_forward_hook(block) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
