@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .anchors import AnchorStore
-from .bundle import ModelBundle, swapped_weights
+from .bundle import swapped_weights
 from .chain import StepRecord, UnlearnModel, weights_of
 from .concepts import Concept
 from .config import Config, TrainingConfig, stable_hash
@@ -25,7 +25,7 @@ from .diffusion import SamplerConfig, generator_for
 from .errors import Cancelled, ConfigError, TrainingError
 from .loading import BundleCache
 from .methods import METHODS
-from .methods.base import Method, Predict, StepContext
+from .methods.base import Method, StepContext
 from .params import group_names, is_kv
 from .regularizers import REGULARIZERS
 from .regularizers.base import Regularizer
@@ -204,7 +204,10 @@ def run_step(
 def _check_supported(model: UnlearnModel, request: Request) -> None:
     for registry, config in [(METHODS, request.method), *((REGULARIZERS, config) for config in request.regularizers)]:
         entry = registry.of(config)
-        for value, allowed, what in ((model.family.name, entry.families, "model family"), (request.training.group, entry.groups, "parameter group")):
+        for value, allowed, what in (
+            (model.family.name, entry.families, "model family"),
+            (request.training.group, entry.groups, "parameter group"),
+        ):
             if value not in allowed:
                 raise ConfigError(f"{entry.display_name} does not support {what} {value!r}; it supports {', '.join(allowed)}.")
 
@@ -238,8 +241,10 @@ def _train(
 
     student = {name: weight.clone() for name, weight in context.start.items()}
     blocked = [module for name, module in unet.named_modules() if is_kv(f"{name}.weight")]
-    with swapped_weights(unet, student), _trainable(parameters), _first_token_blocked(
-        blocked if getattr(method.config, "block_first_token", False) else []
+    with (
+        swapped_weights(unet, student),
+        _trainable(parameters),
+        _first_token_blocked(blocked if getattr(method.config, "block_first_token", False) else []),
     ):
         optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
         begun = time.monotonic()

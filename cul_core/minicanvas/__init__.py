@@ -1,0 +1,1 @@
+"""MiniCanvas: a tiny, really trained text-to-image diffusion world of objects in styles, for demo, tests and benchmark."""

@@ -24,10 +24,7 @@ _Y, _X = (np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5) / SIZE
 
 
 def _ellipse(cx: float, cy: float, rx: float, ry: float, points: int = 28) -> list[tuple[float, float]]:
-    return [
-        (cx + rx * math.cos(2 * math.pi * i / points), cy + ry * math.sin(2 * math.pi * i / points))
-        for i in range(points)
-    ]
+    return [(cx + rx * math.cos(2 * math.pi * i / points), cy + ry * math.sin(2 * math.pi * i / points)) for i in range(points)]
 
 
 def _star() -> list[tuple[float, float]]:
@@ -46,10 +43,7 @@ def _heart() -> list[tuple[float, float]]:
     ]
 
 
-_PETALS = [
-    _ellipse(0.56 * math.cos(2 * math.pi * i / 5 - 1.57), 0.56 * math.sin(2 * math.pi * i / 5 - 1.57), 0.4, 0.4)
-    for i in range(5)
-]
+_PETALS = [_ellipse(0.56 * math.cos(2 * math.pi * i / 5 - 1.57), 0.56 * math.sin(2 * math.pi * i / 5 - 1.57), 0.4, 0.4) for i in range(5)]
 _SHAPES: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {
     "star": [("body", _star()), ("detail", _ellipse(0, 0.04, 0.2, 0.2))],
     "heart": [("body", _heart()), ("detail", _ellipse(-0.42, -0.42, 0.17, 0.2))],
@@ -229,8 +223,11 @@ def _neon(colour):
 def _sketch(paper, ink, grid):
     under = _flat(_rgb(*paper))
     if grid:
-        under = _mix(under, _rgb(*ink), 0.22 * np.clip(_wave(_X * 4 + 0.1, 9) * _wave(-_X * 4 + 0.25, 9)
-                                                       + _wave(_Y * 4 + 0.1, 9) * _wave(-_Y * 4 + 0.25, 9), 0, 1))
+        under = _mix(
+            under,
+            _rgb(*ink),
+            0.22 * np.clip(_wave(_X * 4 + 0.1, 9) * _wave(-_X * 4 + 0.25, 9) + _wave(_Y * 4 + 0.1, 9) * _wave(-_Y * 4 + 0.25, 9), 0, 1),
+        )
 
     def draw(m, name, rng):
         out = _mix(under, _rgb(*ink), 0.12 * m.body)
@@ -248,8 +245,8 @@ def _glow(under, body, rim):
 
 
 def _aurora_sky():
-    band = np.exp(-((_Y - 0.36 - 0.13 * np.sin(2 * np.pi * _X)) / 0.13) ** 2)
-    band2 = np.exp(-((_Y - 0.68 - 0.1 * np.sin(2 * np.pi * _X + 2)) / 0.12) ** 2)
+    band = np.exp(-(((_Y - 0.36 - 0.13 * np.sin(2 * np.pi * _X)) / 0.13) ** 2))
+    band2 = np.exp(-(((_Y - 0.68 - 0.1 * np.sin(2 * np.pi * _X + 2)) / 0.12) ** 2))
     return _mix(_mix(_flat(_rgb(10, 16, 46)), _rgb(60, 230, 140), band), _rgb(150, 70, 210), 0.9 * band2)
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np

@@ -1,0 +1,200 @@
+"""The command line: `python -m cul_core demo | unlearn | evaluate | inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from . import __version__
+from .errors import Cancelled, CulError
+
+_EXIT_ERROR = 2
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+class _ProgressLine:
+    """One line on a terminal, rewritten in place; in a log, a line for every tenth of the way."""
+
+    def __init__(self):
+        self._last_tenth = -1
+
+    def __call__(self, share: float, seconds_left: float) -> None:
+        text = f"{100 * share:3.0f} %, {int(seconds_left // 60)}:{int(seconds_left % 60):02d} left"
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{text}   " + ("\n" if share >= 1 else ""))
+        elif int(10 * share) > self._last_tenth:
+            self._last_tenth = int(10 * share)
+            sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def _write_json(path: Path | None, values: dict) -> None:
+    if path is not None:
+        from .safetensor_files import write_atomically
+
+        data = (json.dumps(values, indent=1) + "\n").encode()
+        write_atomically(path, lambda file: file.write(data))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from .evaluation.scores import table
+    from .minicanvas.demo import reported_requests, run_demo
+
+    if not 1 <= arguments.requests <= 12:
+        from .errors import ConfigError
+
+        raise ConfigError(f"--requests is {arguments.requests}; give a number between 1 and 12.")
+    result = run_demo(arguments.out, requests=arguments.requests, seed=arguments.seed, order=arguments.order,
+                      workers=arguments.workers, on_progress=_ProgressLine())  # fmt: skip
+    rows = [("untouched", result["base"])]
+    rows += [(f"{run} after {k}", result["runs"][run]["after"][str(k)])
+             for k in reported_requests(arguments.requests) for run in result["runs"]]  # fmt: skip
+    _say(table(rows))
+    for run, values in result["runs"].items():
+        _say(f"{run}: {values['seconds_per_request']:.1f} s per request")
+    for name, path in result["files"].items():
+        _say(f"{name}: {path}")
+    _write_json(arguments.json, result)
+
+
+def _unlearn(arguments: argparse.Namespace) -> None:
+    from .anchors import AnchorStore
+    from .checkpoint import open_model, save_checkpoint
+    from .concepts import Concept
+    from .minicanvas.demo import anchor_prompts
+    from .presets import preset
+    from .safetensor_files import free_path
+    from .training import Callbacks, run_step
+
+    chosen = preset(arguments.preset)
+    overrides = {name: value for name in ("iterations", "learning_rate") if (value := getattr(arguments, name)) is not None}
+    chosen = replace(chosen, training=replace(chosen.training, **overrides))
+    concepts = [Concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
+    keep = [Concept(name, "style") for name in arguments.keep]
+    model = open_model(arguments.model, arguments.pretrained)
+    show = _ProgressLine()
+    request = chosen.request(concepts, retain=keep, anchor_prompts=anchor_prompts(), seed=arguments.seed)
+    edited, report = run_step(model, request, store=AnchorStore(), callbacks=Callbacks(
+        on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left)))  # fmt: skip
+    out = arguments.out or arguments.model.with_name(
+        f"{arguments.model.stem}-without-{'-'.join(arguments.target)}.safetensors".replace(" ", "_")
+    )
+    path = save_checkpoint(edited, free_path(out))
+    _say(f"forgot {', '.join(c.name for c in concepts)} in {report.record.seconds:.1f} s")
+    for name, value in report.figures.items():
+        _say(f"{name.replace('_', ' ')}: {value:.3g}")
+    _say(f"checkpoint: {path}")
+    _write_json(arguments.json, {"checkpoint": str(path), "seconds": report.record.seconds, "losses": report.losses, **report.figures})
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from .checkpoint import open_model
+    from .errors import ConceptError
+    from .evaluation.scores import table
+    from .loading import BundleCache
+    from .minicanvas.judge import Judge, evaluate
+    from .minicanvas.world import STYLE_BY_NAME
+
+    model = open_model(arguments.model)
+    targets = arguments.target or [concept["target"] for concept in model.forgotten]
+    targets = [target.replace(" ", "_") for target in targets]
+    for target in targets:
+        if target not in STYLE_BY_NAME:
+            raise ConceptError(f"MiniCanvas has no style {target!r} to score; choose among {', '.join(STYLE_BY_NAME)}.")
+    show, total = _ProgressLine(), (len(targets) * 2 + 24) * 10 * arguments.pictures
+    scores = evaluate(BundleCache().get(model.source), model, Judge(), targets, seed=arguments.seed, per_cell=arguments.pictures,
+                      on_batch=lambda done: show(min(done / total, 1), 0.085 * max(total - done, 0)))  # fmt: skip
+    values = scores.to_json()
+    _say(table([(arguments.model.name, values)]))
+    _say("95 % intervals: " + ", ".join(f"{name} {low:.1f}-{high:.1f}" for name, (low, high) in scores.intervals.items()))
+    for name, row in scores.per_concept.items():
+        _say(f"{name:28}{row['role']:10} style {row['style']:5.1f}  object {row['object']:5.1f}  ({row['pictures']} pictures)")
+    _write_json(arguments.json, values)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from .chain import read_history
+
+    history, source = read_history(arguments.file)
+    if source is None:
+        _say(f"{arguments.file.name} was not written by continual-unlearning: nothing in it says that anything was forgotten.")
+    else:
+        _say(f"{arguments.file.name}: {len(history)} step(s) from {source['name']} (SHA-256 {source['sha256'][:16]}...)")
+    for number, record in enumerate(history, 1):
+        request = record.request
+        total = sum(values[0] ** 2 for values in record.drift.values()) ** 0.5
+        regularizers = ", ".join(values["name"] for values in request["regularizers"]) or "no regularizer"
+        _say(f"{number:3}. {', '.join(record.targets)}  {record.finished}  {request['method']['name']} with {regularizers}, "
+             f"{request['training']['iterations']} iterations, seed {request['training']['seed']}, {record.seconds:.1f} s, "
+             f"drift {total:.3f}, model {record.result[:12]} from {record.parent[:12]}")  # fmt: skip
+    _write_json(arguments.json, {"source": source, "history": [vars(record) for record in history]})
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .minicanvas.models import CHECKPOINT_PATH
+
+    parser = argparse.ArgumentParser(prog="cul_core", description="Make a text-to-image model forget, one request after another.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+        return sub
+
+    demo = command("demo", _demo, "Forget styles of MiniCanvas one after another, plainly and with the recommended preset, and compare.")
+    demo.add_argument("--requests", type=int, default=12, help="how many styles, 1 to 12")
+    demo.add_argument("--order", choices=("a", "b"), default="a", help="one of two fixed orders of the requests")
+    demo.add_argument("--seed", type=int, default=0, help="seed of training and evaluation")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for pictures and checkpoint")
+    demo.add_argument("--workers", type=int, help="processes, of one thread each; one per core if not given")
+
+    unlearn = command("unlearn", _unlearn, "Forget one concept (or several at once) and write an edited checkpoint.")
+    unlearn.add_argument("target", nargs="+", help='what to forget, such as "Candy Stripes"')
+    unlearn.add_argument("--model", type=Path, default=CHECKPOINT_PATH, help="checkpoint to start from; an edited one goes on")
+    unlearn.add_argument("--pretrained", type=Path, help="the file an edited checkpoint was made from, to measure drift from there")
+    unlearn.add_argument("--kind", default="style", help="style, object, celebrity or character")
+    unlearn.add_argument("--anchor", default="", help="word that takes an object's place")
+    unlearn.add_argument("--keep", nargs="*", default=[], metavar="STYLE", help="styles declared as to be kept")
+    unlearn.add_argument("--preset", default="recommended", help="named combination of method and regularizers")
+    unlearn.add_argument("--iterations", type=int, help="instead of the preset's")
+    unlearn.add_argument("--learning-rate", type=float, help="instead of the preset's")
+    unlearn.add_argument("--seed", type=int, default=0, help="seed of the step")
+    unlearn.add_argument("--out", type=Path, help="file to write; an existing one is never overwritten")
+
+    evaluate = command("evaluate", _evaluate, "Score a MiniCanvas checkpoint: what is forgotten, what is left.")
+    evaluate.add_argument("model", type=Path, help="checkpoint to score")
+    evaluate.add_argument("--target", nargs="*", help="forgotten styles; those of the file's history if not given")
+    evaluate.add_argument("--pictures", type=int, default=1, help="pictures per style and object")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the pictures")
+
+    inspect = command("inspect", _inspect, "Print what was forgotten in a file, when, how, and from which parent.")
+    inspect.add_argument("file", type=Path, help="any file this package wrote")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 with one line on stderr for an error a user can mend."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except CulError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return _EXIT_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write(f"error: {Cancelled('Cancelled; nothing was written.')}\n")
+        return 130
+    return 0

@@ -1,0 +1,84 @@
+"""Grids of pictures and line charts, drawn with Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+_INK, _FAINT, _PAPER = (34, 34, 40), (214, 214, 220), (255, 255, 255)
+COLOURS = ((208, 64, 56), (34, 112, 190), (60, 140, 70), (150, 86, 170), (214, 140, 30), (90, 90, 96))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """A (3, h, w) tensor in [0, 1] as a picture."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def labelled_grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], cell: int = 96) -> Image.Image:
+    """Rows of pictures with a label before each and a label over each column; labels get the room they need."""
+    font, head = _font(14), _font(18)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = 20 + int(max(measure.textlength(label, font=font) for label, _ in rows))
+    width = max(left + len(columns) * (cell + 4) + 8, 24 + int(measure.textlength(title, font=head)))
+    first_row = 48 + 18 * max(label.count("\n") + 1 for label in columns)
+    canvas = Image.new("RGB", (width, first_row + len(rows) * (cell + 4) + 8), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((10, 8), title, fill=_INK, font=head)
+    for i, label in enumerate(columns):
+        draw.multiline_text((left + i * (cell + 4) + cell / 2, first_row - 6), label, fill=_INK, font=font, anchor="md", align="center")
+    for j, (label, pictures) in enumerate(rows):
+        top = first_row + j * (cell + 4)
+        draw.text((10, top + cell / 2), label, fill=_INK, font=font, anchor="lm")
+        for i, picture in enumerate(pictures):
+            canvas.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left + i * (cell + 4), top))
+    return canvas
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: `points` are (x, percent)."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+
+
+def chart(title: str, panels: Mapping[str, Sequence[Line]], x_label: str, panel_size: tuple[int, int] = (340, 260)) -> Image.Image:
+    """Panels side by side, percent against `x_label`; every label has one colour, and one legend below serves all."""
+    font, head = _font(14), _font(18)
+    width, height = panel_size
+    labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
+    colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    canvas = Image.new("RGB", (len(panels) * (width + 20) + 20, height + 150), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((16, 10), title, fill=_INK, font=head)
+    for number, (name, lines) in enumerate(panels.items()):
+        x0, y0 = 20 + number * (width + 20) + 40, 70
+        w, h = width - 52, height - 20
+        xs = sorted({x for line in lines for x, _ in line.points})
+        low, span = xs[0], max(xs[-1] - xs[0], 1)
+        draw.text((x0 + w / 2, y0 - 12), name, fill=_INK, font=font, anchor="ms")
+        for percent in range(0, 101, 20):
+            y = y0 + h * (1 - percent / 100)
+            draw.line([(x0, y), (x0 + w, y)], fill=_FAINT)
+            draw.text((x0 - 8, y), str(percent), fill=_INK, font=font, anchor="rm")
+        for x in xs:
+            draw.text((x0 + w * (x - low) / span, y0 + h + 8), f"{x:g}", fill=_INK, font=font, anchor="mt")
+        draw.text((x0 + w / 2, y0 + h + 28), x_label, fill=_INK, font=font, anchor="mt")
+        for line in lines:
+            spots = [(x0 + w * (x - low) / span, y0 + h * (1 - y / 100)) for x, y in sorted(line.points)]
+            draw.line(spots, fill=colour[line.label], width=3, joint="curve")
+            for x, y in spots:
+                draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour[line.label], outline=_PAPER)
+    x, y = 60, canvas.height - 22
+    for label in labels:
+        draw.line([(x, y), (x + 26, y)], fill=colour[label], width=4)
+        draw.text((x + 34, y), label, fill=_INK, font=font, anchor="lm")
+        x += 34 + int(draw.textlength(label, font=font)) + 28
+    return canvas
