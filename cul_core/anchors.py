@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from .bundle import ModelBundle
@@ -13,7 +13,7 @@ from .config import stable_hash
 from .diffusion import SamplerConfig, generator_for, sample_latents
 from .errors import Cancelled
 from .loading import Source
-from .safetensor_files import write_atomically
+from .safetensor_files import opened, write_atomically
 
 
 class AnchorStore:
@@ -35,7 +35,8 @@ class AnchorStore:
         if key not in self._memory:
             path = self._folder / f"anchors-{key[:32]}.safetensors" if self._folder else None
             if path is not None and path.is_file():
-                self._memory[key] = load_file(path)["latents"]
+                with opened(path) as file:
+                    self._memory[key] = file.get_tensor("latents")
             else:
 
                 def check(done: int) -> None:

@@ -116,7 +116,8 @@ def read_history(path: Path) -> tuple[tuple[StepRecord, ...], dict[str, Any] | N
                               "update continual-unlearning.")  # fmt: skip
     try:
         records = tuple(StepRecord(**record) for record in json.loads(metadata["cul_history"]))
-        return records, json.loads(metadata["cul_source"])
+        source = json.loads(metadata["cul_source"])
+        return records, {name: source[name] for name in ("name", "size", "sha256")}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"The history in {path.name!r} is damaged; use the file it was copied from.") from error
 

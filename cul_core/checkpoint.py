@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from .chain import UnlearnModel, read_history
 from .errors import CheckpointError, ModelError, TrainingError
 from .loading import Source, checkpoint_key_map, detect_family, source_of
-from .safetensor_files import free_path, read_header, write_atomically
+from .safetensor_files import free_path, opened, read_header, write_atomically
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _CHUNK = 8 << 20
@@ -30,9 +29,12 @@ def save_checkpoint(model: UnlearnModel, path: Path | str, on_chunk: Callable[[]
 
     Raises:
         CheckpointError: the folder cannot be written, or an edited tensor has a dtype that cannot hold the edit.
-        TrainingError: an edit is not finite.
+        ModelError: the source file is no longer the one the model was opened from.
+        TrainingError: an edit is not finite, or too large for the source's dtype.
     """
     path = free_path(Path(path))
+    if source_of(model.source.path).sha256 != model.source.sha256:
+        raise ModelError(f"{model.source.path.name!r} has changed since the model was opened; put the old file back or start again.")
     header, metadata, start = read_header(model.source.path)
     keys = checkpoint_key_map(model.source.path) if model.edits else {}
     replaced = sorted((tuple(header[keys[name]]["data_offsets"]), name) for name in model.edits)
@@ -55,7 +57,11 @@ def save_checkpoint(model: UnlearnModel, path: Path | str, on_chunk: Callable[[]
                 dtype = _DTYPES[header[keys[name]]["dtype"]]
                 delta = model.edits[name]
                 base = torch.frombuffer(bytearray(source.read(end - begin)), dtype=dtype).view(delta.shape)
-                out.write((base.float() + delta).to(dtype).view(torch.uint8).numpy().tobytes())
+                edited = (base.float() + delta).to(dtype)
+                if not torch.isfinite(edited).all():
+                    raise TrainingError(f"The edit of {name!r} is too large for {header[keys[name]]['dtype']}, so values are not finite; "
+                                        "repeat the step with a lower learning rate.")  # fmt: skip
+                out.write(edited.view(torch.uint8).numpy().tobytes())
                 position = end
             _copy(source, out, start + position, model.source.size - start - position, on_chunk)
 
@@ -93,7 +99,7 @@ def load_edits(path: Path | str, source: Source) -> UnlearnModel:
     if made_from is None or made_from["sha256"] != source.sha256:
         raise CheckpointError(f"The edits in {path.name!r} belong to {made_from['name'] if made_from else 'no model'!r}, "
                               f"not to {source.path.name!r}; open that file instead.")  # fmt: skip
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         edits = {name: file.get_tensor(name) for name in file.keys()}
     return UnlearnModel(source, detect_family(source.path), edits, history)
 
@@ -101,7 +107,7 @@ def load_edits(path: Path | str, source: Source) -> UnlearnModel:
 def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
     """Edits by diffusers name between two checkpoints of one layout, in fp32; equal tensors are left out."""
     edits = {}
-    with safe_open(path, "pt") as edited, safe_open(pretrained, "pt") as base:
+    with opened(path) as edited, opened(pretrained) as base:
         for name, key in checkpoint_key_map(pretrained).items():
             delta = edited.get_tensor(key).float() - base.get_tensor(key).float()
             if delta.any():
@@ -121,9 +127,13 @@ def open_model(path: Path | str, pretrained: Path | str | None = None) -> Unlear
     path = Path(path)
     family = detect_family(path)
     history, made_from = read_history(path)
-    if pretrained is None or made_from is None:
-        return UnlearnModel(source_of(path), family, {}, history)
-    original = source_of(Path(pretrained))
+    own = source_of(path)
+    original = own if pretrained is None else source_of(Path(pretrained))
+    if original.sha256 == own.sha256:
+        return UnlearnModel(own, family, {}, history)
+    if made_from is None:
+        raise ModelError(f"{path.name!r} was not written by continual-unlearning, so {original.path.name!r} cannot be what it was made "
+                         "from; leave the pretrained file out.")  # fmt: skip
     if original.sha256 != made_from["sha256"]:
         raise ModelError(f"{original.path.name!r} is not the file that {path.name!r} was made from; choose {made_from['name']!r} "
                          "or leave the pretrained file out.")  # fmt: skip

@@ -6,13 +6,14 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
-from .errors import Cancelled, CulError
+from .errors import Cancelled, ConfigError, CulError
 
 _EXIT_ERROR = 2
 
@@ -46,14 +47,21 @@ def _write_json(path: Path | None, values: dict) -> None:
         write_atomically(path, lambda file: file.write(data))
 
 
+def _within(option: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{option} is {value}; give a number between {low} and {high}.")
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from .evaluation.scores import table
     from .minicanvas.demo import reported_requests, run_demo
+    from .safetensor_files import check_writable
 
-    if not 1 <= arguments.requests <= 12:
-        from .errors import ConfigError
-
-        raise ConfigError(f"--requests is {arguments.requests}; give a number between 1 and 12.")
+    _within("--requests", arguments.requests, 1, 12)
+    _within("--workers", 1 if arguments.workers is None else arguments.workers, 1, 64)
+    check_writable(arguments.out)
+    if arguments.json is not None:
+        check_writable(arguments.json.parent)
     result = run_demo(arguments.out, requests=arguments.requests, seed=arguments.seed, order=arguments.order,
                       workers=arguments.workers, on_progress=_ProgressLine())  # fmt: skip
     rows = [("untouched", result["base"])]
@@ -73,7 +81,7 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     from .concepts import Concept
     from .minicanvas.demo import anchor_prompts
     from .presets import preset
-    from .safetensor_files import free_path
+    from .safetensor_files import check_writable
     from .training import Callbacks, run_step
 
     chosen = preset(arguments.preset)
@@ -81,15 +89,15 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     chosen = replace(chosen, training=replace(chosen.training, **overrides))
     concepts = [Concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
     keep = [Concept(name, "style") for name in arguments.keep]
+    names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))
+    out = arguments.out or Path(f"{arguments.model.stem}-without-{names}.safetensors")
+    check_writable(out.parent)
     model = open_model(arguments.model, arguments.pretrained)
     show = _ProgressLine()
     request = chosen.request(concepts, retain=keep, anchor_prompts=anchor_prompts(), seed=arguments.seed)
     edited, report = run_step(model, request, store=AnchorStore(), callbacks=Callbacks(
         on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left)))  # fmt: skip
-    out = arguments.out or arguments.model.with_name(
-        f"{arguments.model.stem}-without-{'-'.join(arguments.target)}.safetensors".replace(" ", "_")
-    )
-    path = save_checkpoint(edited, free_path(out))
+    path = save_checkpoint(edited, out)
     _say(f"forgot {', '.join(c.name for c in concepts)} in {report.record.seconds:.1f} s")
     for name, value in report.figures.items():
         _say(f"{name.replace('_', ' ')}: {value:.3g}")
@@ -105,6 +113,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from .minicanvas.judge import Judge, evaluate
     from .minicanvas.world import STYLE_BY_NAME
 
+    _within("--pictures", arguments.pictures, 1, 1000)
     model = open_model(arguments.model)
     targets = arguments.target or [concept["target"] for concept in model.forgotten]
     targets = [target.replace(" ", "_") for target in targets]

@@ -62,8 +62,8 @@ class Concept(Config):
         return TARGET_TEMPLATES[self.kind].format(name=self.name)
 
     def mentioned_in(self, prompt: str) -> bool:
-        """Whether `prompt` contains the target as whole words."""
-        return re.search(rf"(?<!\w){re.escape(self.name)}(?!\w)", display_name(prompt), re.IGNORECASE) is not None
+        """Whether `prompt` contains the target as whole words, also in the plural."""
+        return re.search(rf"(?<!\w){re.escape(self.name)}(s|es)?(?!\w)", display_name(prompt), re.IGNORECASE) is not None
 
     def target_prompts(self, anchor_prompt: str) -> tuple[str, ...]:
         """The target versions of an anchor prompt; empty when it cannot be rewritten (ConAbl's rules, Kumari et al., ICCV 2023).

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .bundle import ModelBundle
-from .concepts import Concept
+from .concepts import Concept, display_name
 
 ROWS = ("mean", "last", "content", "all")
 
@@ -51,13 +51,14 @@ def decoy_concepts(bundle: ModelBundle, concepts: Iterable[Concept], count: int,
     sentences that are trained needs no list of what to keep.
     """
     concepts = list(concepts)
-    taken = {word for concept in concepts for word in concept.name.lower().split()}
+    taken = {word for concept in concepts for word in re.findall(r"[a-z]+", concept.name.lower())}
+    anchor = display_name(concepts[0].anchor).lower()
     words = [word for word in vocabulary_words(bundle.tokenizer) if word not in taken]
     decoys = []
     while len(decoys) < count:
         length = 1 + int(torch.randint(3, (), generator=generator))
         picks = torch.randint(len(words), (length,), generator=generator).tolist()
         name = " ".join(words[i] for i in picks)
-        if name != concepts[0].anchor:
+        if name != anchor:
             decoys.append(Concept(name, concepts[0].kind, concepts[0].anchor))
     return decoys

@@ -37,6 +37,8 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, rules = getattr(self, field.name), field.metadata
+            if "help" in rules and type(value) is not type(field.default) and (type(value), type(field.default)) != (int, float):
+                raise ConfigError(f"{field.name} is {value!r}; give a value of type {type(field.default).__name__}.")
             if "choices" in rules and value not in rules["choices"]:
                 choices = ", ".join(map(str, rules["choices"]))
                 raise ConfigError(f"{field.name} is {value!r}; choose one of {choices}.")

@@ -53,7 +53,7 @@ MINI = Family("mini", "MiniCanvas", "epsilon", (64, 192), (4, 8, 8), 1.0, 64)
 FAMILIES = {family.name: family for family in (MINI,)}
 
 
-def family_of(shapes: dict[str, tuple[int, ...]], path: Path) -> Family:
+def family_of(shapes: dict[str, tuple[int, ...]], file_name: str) -> Family:
     """The family of a checkpoint, from the shapes of two of its tensors.
 
     Raises:
@@ -64,11 +64,11 @@ def family_of(shapes: dict[str, tuple[int, ...]], path: Path) -> Family:
     context = next((shape for name, shape in sorted(shapes.items())
                     if name.startswith(UNET_PREFIX) and name.endswith("attn2.to_k.weight")), None)  # fmt: skip
     if first is None or context is None:
-        raise ModelError(f"{path.name!r} holds no Stable Diffusion UNet (no {UNET_PREFIX!r} tensors); "
+        raise ModelError(f"{file_name!r} holds no Stable Diffusion UNet (no {UNET_PREFIX!r} tensors); "
                          f"choose a full checkpoint of a supported family: {supported}.")  # fmt: skip
     found = (first[0], context[1])
     for family in FAMILIES.values():
         if family.signature == found:
             return family
-    raise ModelError(f"{path.name!r} has UNet width {found[0]} and text width {found[1]}, which is no supported "
+    raise ModelError(f"{file_name!r} has UNet width {found[0]} and text width {found[1]}, which is no supported "
                      f"architecture; choose a checkpoint of: {supported}.")  # fmt: skip

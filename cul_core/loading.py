@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .bundle import ModelBundle
 from .errors import ModelError
 from .families import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, Family, family_of
-from .safetensor_files import read_header
+from .safetensor_files import opened, read_header
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _sha256(path: Path, size: int, modified: int) -> str:
 def detect_family(path: Path) -> Family:
     """The family of a checkpoint file (see `families.family_of`)."""
     header, _, _ = read_header(path)
-    return family_of({name: tuple(entry["shape"]) for name, entry in header.items()}, path)
+    return family_of({name: tuple(entry["shape"]) for name, entry in header.items()}, path.name)
 
 
 def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, str]:
@@ -57,7 +57,7 @@ def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, st
     names = {name: name for name in checkpoint_names if name.startswith(UNET_PREFIX)}
     mapped = convert_ldm_unet_checkpoint(dict(names), dict(unet_config))
     if sorted(mapped.values()) != sorted(names):
-        raise ModelError("The UNet's tensors do not match its family's layout one to one; choose an unmodified checkpoint.")
+        raise ModelError("the UNet's tensors do not match its family's layout one to one")
     return mapped
 
 
@@ -86,8 +86,7 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> 
     try:
         module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
     except RuntimeError as error:
-        raise ModelError(f"The {type(module).__name__} weights of this checkpoint are incomplete or of another shape; "
-                         "choose an unmodified checkpoint.") from error  # fmt: skip
+        raise ModelError(f"the {type(module).__name__} weights are incomplete or of another shape") from error
     return module.eval().requires_grad_(False)
 
 
@@ -97,11 +96,19 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> ModelBundle:
     Raises:
         ModelError: unreadable file, unsupported architecture, missing tensors, or diffusers is not installed.
     """
-    family = detect_family(path)
+    try:
+        return _load_bundle(path, detect_family(path), dtype)
+    except ModelError as error:
+        if path.name in str(error):
+            raise
+        raise ModelError(f"{path.name!r} does not fit its family: {error}; choose an unmodified checkpoint.") from error
+
+
+def _load_bundle(path: Path, family: Family, dtype: torch.dtype) -> ModelBundle:
     unet = _build_unet(family)
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         names = list(file.keys())
         unet_names = unet_key_map(names, unet.config)
         _fill(unet, {ours: file.get_tensor(key) for ours, key in unet_names.items()}, dtype)
@@ -130,7 +137,7 @@ def _load_tiny_autoencoder(file: safe_open, names: list[str], dtype: torch.dtype
         autoencoder = AutoencoderTiny()
     keys = {name: tiny_autoencoder_key(name) for name in autoencoder.state_dict()}
     if missing := set(keys.values()) - set(names):
-        raise ModelError(f"The checkpoint has no autoencoder tensor {min(missing)!r}; choose an unmodified checkpoint.")
+        raise ModelError(f"the autoencoder tensor {min(missing)!r} is missing")
     return _fill(autoencoder, {name: file.get_tensor(key) for name, key in keys.items()}, dtype)
 
 
@@ -143,6 +150,8 @@ class BundleCache:
     def get(self, source: Source, device: torch.device | str = "cpu") -> ModelBundle:
         if self._slot is None or self._slot[0] != source.sha256:
             self._slot = None
+            if source_of(source.path).sha256 != source.sha256:
+                raise ModelError(f"{source.path.name!r} has changed since the model was opened; open it again.")
             self._slot = (source.sha256, load_bundle(source.path))
         bundle = self._slot[1]
         return bundle if bundle.device == torch.device(device) else bundle.to(device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -142,6 +143,22 @@ def run_demo(
     pictures_asked = {k: len(shots_for(plan.targets[:k], per_cell(k, requests))) for k in marks}
     iterations = sum(preset(run).training.iterations for run in RUNS) * requests
     todo = iterations * _ITERATION_COST + _PICTURE_COST * (len(RUNS) * sum(pictures_asked.values()) + pictures_asked[marks[-1]])
+    try:
+        scores, seconds = _run_jobs(plan, marks, todo, workers, on_progress)
+        on_progress(1.0, 0.0)
+        runs = {run: {"after": {str(k): _figures(scores[run, k]) for k in marks}, "seconds_per_request": seconds[run],
+                      "details": {str(k): scores[run, k] for k in marks}} for run in RUNS}  # fmt: skip
+        result = {"seed": seed, "order": order, "targets": list(plan.targets), "base": _figures(scores[None, requests]), "runs": runs}
+        return result | {"files": {name: str(path) for name, path in _write_results(plan, out, runs).items()}}
+    finally:
+        shutil.rmtree(plan.folder, ignore_errors=True)
+
+
+def _run_jobs(
+    plan: Plan, marks: Sequence[int], todo: float, workers: int, on_progress: Callable[[float, float], None]
+) -> tuple[dict[tuple[str | None, int], dict], dict[str, float]]:
+    """Scores by (run, request) and seconds per request by run; anchors first, then chains, then evaluations as they become possible."""
+    requests = len(plan.targets)
     context = multiprocessing.get_context("spawn")
     progress = context.Queue()
     begun, done = time.monotonic(), 0.0
@@ -170,15 +187,7 @@ def run_demo(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    on_progress(1.0, 0.0)
-    runs = {run: {"after": {str(k): _figures(scores[run, k]) for k in marks}, "seconds_per_request": seconds[run],
-                  "details": {str(k): scores[run, k] for k in marks}} for run in RUNS}  # fmt: skip
-    result = {"seed": seed, "order": order, "targets": list(plan.targets), "base": _figures(scores[None, requests]), "runs": runs}
-    result["files"] = {name: str(path) for name, path in _write_results(plan, out, runs).items()}
-    for leftover in plan.folder.iterdir():
-        leftover.unlink()
-    plan.folder.rmdir()
-    return result
+    return scores, seconds
 
 
 def _figures(scores: dict) -> dict:

@@ -1,0 +1,88 @@
+"""Fixtures: MiniCanvas' architecture with random weights (fast, for mechanics) and the shipped one (for what it does)."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+from cul_core.anchors import AnchorStore
+from cul_core.checkpoint import open_model
+from cul_core.concepts import Concept
+from cul_core.config import TrainingConfig
+from cul_core.families import MINI
+from cul_core.loading import BundleCache
+from cul_core.methods.conabl import ConAblConfig
+from cul_core.minicanvas import models
+from cul_core.minicanvas.pack import checkpoint_tensors, write_weights
+from cul_core.training import Request
+
+ANCHOR_PROMPTS = ("A star image.", "a house", "an image of a cat", "a picture of a boat")
+
+
+def write_random_checkpoint(path, dtype=torch.float16, seed=0):
+    """A checkpoint of MiniCanvas' shape with random weights."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(**MINI.config("unet"))
+    text = CLIPTextModel(CLIPTextConfig(**MINI.config("text_encoder")))
+    write_weights(path, checkpoint_tensors(unet, text.state_dict(), models.NarrowAutoencoder().widened(), dtype), {})
+    return path
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory):
+    return write_random_checkpoint(tmp_path_factory.mktemp("random") / "random.safetensors")
+
+
+@pytest.fixture(scope="session")
+def bundles():
+    """Two caches, so that tests of the random and of the shipped model do not reload each other's."""
+    return {"random": BundleCache(), "shipped": BundleCache()}
+
+
+@pytest.fixture(scope="session")
+def anchors():
+    return AnchorStore()
+
+
+@pytest.fixture(scope="session")
+def random_model(random_checkpoint):
+    return open_model(random_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def random_bundle(random_model, bundles):
+    return bundles["random"].get(random_model.source)
+
+
+@pytest.fixture(scope="session")
+def shipped_model():
+    return open_model(models.CHECKPOINT_PATH)
+
+
+@pytest.fixture(scope="session")
+def shipped_bundle(shipped_model, bundles):
+    return bundles["shipped"].get(shipped_model.source)
+
+
+@pytest.fixture
+def make_request():
+    """A small request; keyword arguments replace its parts, training settings by their own names."""
+
+    def make(target="Candy_Stripes", *, method=None, regularizers=(), retain=("Navy_Stripes", "Lava"), **settings):
+        training = TrainingConfig(**({"iterations": 3, "batch_size": 2} | settings))
+        return Request(
+            concepts=(Concept(target),),
+            method=method or ConAblConfig(),
+            regularizers=tuple(regularizers),
+            training=training,
+            retain=tuple(map(Concept, retain)),
+            anchor_prompts=ANCHOR_PROMPTS,
+            anchor_count=8,
+        )
+
+    return make

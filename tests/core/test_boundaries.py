@@ -1,0 +1,167 @@
+"""What the library must never contain or import, read from its source and from a bare interpreter."""
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "cul_core").rglob("*.py"))
+
+# From the bottom: a module may import from its own layer or from those before it; a package stands for its modules.
+LAYERS = (
+    {"config", "concepts", "registry", "errors", "safetensor_files"},
+    {"families", "bundle", "loading", "compact"},
+    {"diffusion", "conditioning", "params"},
+    {"methods", "regularizers", "merging"},
+    {"training", "chain", "checkpoint", "anchors", "presets", "export", "evaluation", "minicanvas", "store"},
+    {"cli", "__main__"},
+)
+LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+BARE_INTERPRETER = """
+import importlib, json, pkgutil, sys
+
+HOST = {"comfy", "comfy_api", "folder_paths", "nodes", "server", "execution"}
+
+class NoHost:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HOST:
+            raise ImportError(f"{name} belongs to the host")
+
+sys.meta_path.insert(0, NoHost())
+import cul_core
+names = ["cul_core"] + [m.name for m in pkgutil.walk_packages(cul_core.__path__, "cul_core.") if m.name != "cul_core.__main__"]
+failed = {}
+for name in names:
+    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "cul_core"]:
+        del sys.modules[loaded]
+    try:
+        importlib.import_module(name)
+    except BaseException as error:
+        failed[name] = repr(error)
+print(json.dumps({"names": names, "failed": failed, "heavy": sorted({"diffusers", "transformers"} & sys.modules.keys())}))
+"""
+
+
+def module_of(file):
+    """Dotted name below `cul_core`; "" for the package itself."""
+    parts = file.relative_to(ROOT / "cul_core").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_by(file):
+    """Dotted names below `cul_core` that a file imports, at its top or inside a function."""
+    package = ["cul_core", *file.relative_to(ROOT / "cul_core").parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = package[: len(package) + 1 - node.level] if node.level else []
+            origin = ".".join([*origin, *(node.module or "").split(".")]).strip(".")
+            is_package = (ROOT / origin.replace(".", "/")).is_dir()
+            found |= {f"{origin}.{alias.name}" if is_package else origin for alias in node.names}
+    return {name.partition(".")[2] for name in found if name.startswith("cul_core.")}
+
+
+def trees():
+    return [(module_of(file) or "cul_core", ast.parse(file.read_text(encoding="utf-8"))) for file in FILES]
+
+
+@pytest.fixture(scope="module")
+def bare_interpreter():
+    done = subprocess.run([sys.executable, "-c", BARE_INTERPRETER], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_module_imports_alone_without_a_host(bare_interpreter):
+    assert {"cul_core.training", "cul_core.methods.conabl", "cul_core.minicanvas.demo"} <= set(bare_interpreter["names"])
+    assert bare_interpreter["failed"] == {}
+
+
+def test_importing_the_library_loads_neither_diffusers_nor_transformers(bare_interpreter):
+    assert bare_interpreter["heavy"] == []
+
+
+def test_every_module_has_a_layer():
+    assert {module_of(file).partition(".")[0] for file in FILES} - {""} <= LEVELS.keys()
+
+
+def test_no_module_imports_from_a_layer_above_it():
+    wrong, seen = [], 0
+    for file in FILES:
+        level = LEVELS.get(module_of(file).partition(".")[0], 0)
+        for name in imported_by(file):
+            seen += 1
+            if LEVELS.get(name.partition(".")[0], 0) > level:
+                wrong.append(f"{module_of(file)} imports {name}")
+    assert wrong == []
+    assert seen > 50
+
+
+def test_methods_do_not_import_regularizers():
+    files = [file for file in FILES if module_of(file).startswith("methods")]
+    assert [(file.name, name) for file in files for name in imported_by(file) if name.startswith("regularizers")] == []
+
+
+def test_regularizers_know_of_methods_only_the_step_context():
+    files = [file for file in FILES if module_of(file).startswith("regularizers")]
+    wrong = []
+    for file in files:
+        wrong += [(file.name, name) for name in imported_by(file) if name.startswith("methods") and name != "methods.base"]
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "methods.base":
+                wrong += [(file.name, alias.name) for alias in node.names if alias.name != "StepContext"]
+    assert wrong == []
+
+
+def test_no_module_changes_the_search_path_or_uses_what_is_banned():
+    banned_calls = {"print", "eval", "exec", "torch.load", "sys.exit", "sys.path.append", "sys.path.insert"}
+    banned_imports = {"pickle", "cPickle", "dill", "cloudpickle"}
+    wrong = []
+    for module, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in banned_calls:
+                wrong.append(f"{module}:{node.lineno} calls {ast.unparse(node.func)}")
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name.partition(".")[0] for alias in node.names} | {getattr(node, "module", None)}
+                if names & banned_imports or (getattr(node, "module", None) == "torch" and "load" in names):
+                    wrong.append(f"{module}:{node.lineno} {ast.unparse(node)}")
+    assert wrong == []
+
+
+def test_no_exception_is_swallowed_whatever_it_is():
+    wrong = []
+    for module, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")):
+                if not any(isinstance(part, ast.Raise) for part in ast.walk(node)):
+                    wrong.append(f"{module}:{node.lineno}")
+    assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_only_requirement_is_diffusers_within_bounds(pyproject):
+    (only,) = pyproject["project"]["dependencies"]
+    assert only.startswith("diffusers") and ">=" in only and "<" in only
+
+
+def test_packages_of_the_host_are_asked_for_only_by_extras(pyproject):
+    extras = " ".join(entry.lower() for entries in pyproject["project"]["optional-dependencies"].values() for entry in entries)
+    for package in ("torch", "transformers", "safetensors", "pillow", "numpy"):
+        assert package in extras
+        assert not any(package in entry.lower() for entry in pyproject["project"]["dependencies"])
+
+
+def test_the_pack_names_its_publisher_and_itself_for_the_host(pyproject):
+    assert all(pyproject["tool"]["comfy"].get(key) for key in ("PublisherId", "DisplayName"))

@@ -1,0 +1,177 @@
+"""The command line, in process: what it writes and prints, and that every mistake is one line and leaves nothing behind."""
+
+import errno
+import json
+from dataclasses import replace
+
+import pytest
+
+from cul_core import __version__
+from cul_core.chain import read_history
+from cul_core.cli import main
+from cul_core.presets import Preset
+
+
+@pytest.fixture(autouse=True)
+def few_anchors(monkeypatch, anchors):
+    """Eight anchor pictures, sampled once for all tests."""
+    full = Preset.request
+    monkeypatch.setattr(Preset, "request", lambda self, *args, **kwargs: replace(full(self, *args, **kwargs), anchor_count=8))
+    monkeypatch.setattr("cul_core.anchors.AnchorStore", lambda: anchors)
+
+
+@pytest.fixture
+def unlearn(random_checkpoint, tmp_path):
+    """Runs `unlearn` with two iterations on the random model; later arguments win over these."""
+
+    def run(target, *arguments):
+        given = ["--model", random_checkpoint, "--iterations", "2", "--preset", "plain", "--out", tmp_path / "out.safetensors"]
+        return main(list(map(str, ["unlearn", target, *given, *arguments])))
+
+    return run
+
+
+def refused(capsys, code):
+    """The error line of a command that failed; it must be the only output."""
+    out, err = capsys.readouterr()
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
+def test_unlearn_writes_a_checkpoint_that_inspect_explains(unlearn, random_model, tmp_path, capsys):
+    assert unlearn("Candy Stripes", "--seed", "4", "--json", tmp_path / "figures.json") == 0
+    out = capsys.readouterr().out
+    path = tmp_path / "out.safetensors"
+    assert f"checkpoint: {path}" in out.splitlines() and "forgot Candy Stripes in " in out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["checkpoint"] == str(path) and len(figures["losses"]) == 2 and figures["seconds"] > 0
+
+    assert main(["inspect", str(path), "--json", str(tmp_path / "history.json")]) == 0
+    out = capsys.readouterr().out
+    ((record,), _) = read_history(path)
+    assert record.parent == random_model.content_hash
+    for said in ("Candy Stripes", "conabl", "2 iterations", "seed 4", record.finished, record.parent[:12], record.result[:12],
+                 random_model.source.path.name):  # fmt: skip
+        assert said in out
+    values = json.loads((tmp_path / "history.json").read_text())
+    assert values["source"]["sha256"] == random_model.source.sha256 and values["history"][0]["result"] == record.result
+
+
+def test_unlearn_goes_on_from_an_edited_checkpoint(unlearn, random_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert unlearn("Lava") == 0
+    first = tmp_path / "out.safetensors"
+    arguments = ["unlearn", "Frost", "--model", str(first), "--pretrained", str(random_checkpoint), "--iterations", "2"]
+    assert main([*arguments, "--keep", "Navy Stripes"]) == 0
+    (second,) = set(tmp_path.iterdir()) - {first}
+    assert second.name == "out-without-Frost.safetensors" and f"checkpoint: {second}" in capsys.readouterr().out
+    assert [record.targets for record in read_history(second)[0]] == [("Lava",), ("Frost",)]
+
+
+def test_unlearn_does_not_overwrite(unlearn, tmp_path, capsys):
+    (tmp_path / "out.safetensors").write_text("precious")
+    assert unlearn("Lava") == 0
+    assert f"checkpoint: {tmp_path / 'out_2.safetensors'}" in capsys.readouterr().out
+    assert (tmp_path / "out.safetensors").read_text() == "precious"
+
+
+def test_target_that_is_no_file_name_still_makes_one(random_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(random_checkpoint.read_bytes())
+    assert main(["unlearn", "AC/DC: live?", "--model", str(model), "--iterations", "0", "--preset", "plain"]) == 0
+    (written,) = set(tmp_path.iterdir()) - {model}
+    assert not set('/\\:*?"<>| ') & set(written.name)
+
+
+def test_inspect_of_a_file_without_history_says_so(random_checkpoint, capsys):
+    assert main(["inspect", str(random_checkpoint)]) == 0
+    assert "not written by continual-unlearning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["dog", "--kind", "animal"], "'animal'"),
+        ([""], "target is empty"),
+        (["Lava", "--keep", ""], "target is empty"),
+        (["dog", "--kind", "object", "--anchor", "Dog"], "both 'dog'"),
+        (["dog", "--kind", "object"], "no anchor"),
+        (["Lava", "--preset", "best"], "no preset 'best'"),
+        (["Lava", "--iterations", "-1"], "iterations is -1"),
+        (["Lava", "--learning-rate", "nan"], "learning_rate is nan"),
+        (["Lava", "--seed", "-1"], "seed is -1"),
+        (["dragonfly", "--kind", "object", "--anchor", "zebra"], "No anchor prompt"),
+    ],
+)
+def test_request_that_cannot_work_is_one_line_and_writes_nothing(unlearn, capsys, tmp_path, arguments, said):
+    assert said in refused(capsys, unlearn(*arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["evaluate"], ["unlearn", "Lava", "--model"]], ids=lambda command: command[0])
+@pytest.mark.parametrize("name", ["cut_short.safetensors", "missing.safetensors", "pickle.ckpt"])
+def test_unusable_file_is_one_line_that_names_it(random_checkpoint, tmp_path, capsys, command, name):
+    if name != "missing.safetensors":
+        (tmp_path / name).write_bytes(random_checkpoint.read_bytes()[:-1000])
+    before = set(tmp_path.iterdir())
+    assert name in refused(capsys, main([*command, str(tmp_path / name), "--json", str(tmp_path / "figures.json")]))
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("requests", ["0", "13", "-1"])
+def test_demo_of_an_impossible_length_is_refused(tmp_path, capsys, requests):
+    assert f"--requests is {requests}" in refused(capsys, main(["demo", "--requests", requests, "--out", str(tmp_path / "demo")]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_of_an_unknown_style_is_refused(random_checkpoint, capsys):
+    assert "no style 'Rococo'" in refused(capsys, main(["evaluate", str(random_checkpoint), "--target", "Rococo"]))
+
+
+def test_output_folder_that_is_a_file_is_noticed_before_training(unlearn, tmp_path, capsys):
+    (tmp_path / "taken").write_text("keep me")
+    assert "taken" in refused(capsys, unlearn("Lava", "--out", tmp_path / "taken" / "a.safetensors"))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["keep me"]
+
+
+def test_demo_folder_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "taken").write_text("keep me")
+    assert "taken" in refused(capsys, main(["demo", "--requests", "1", "--out", str(tmp_path / "taken")]))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["keep me"]
+
+
+def test_full_disk_is_one_error_and_leaves_nothing_behind(unlearn, tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert unlearn("Lava") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("error: ") == 1
+    assert err.splitlines()[-1].startswith("error: 'out.safetensors' could not be written") and "No space left" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_step_is_one_line_and_writes_nothing(unlearn, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cul_core.training.run_step", interrupted)
+    assert unlearn("Lava") == 130
+    assert capsys.readouterr().err.startswith("error: Cancelled") and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["unlearn"], ["evaluate"], ["inspect"]], ids=str)
+def test_help_is_printed(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 0 and err == "" and out.startswith(f"usage: {' '.join(['cul_core', *command])}")
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"{__version__}\n"

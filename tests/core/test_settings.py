@@ -1,0 +1,252 @@
+"""Concepts, configs, requests, the registry, presets and the noise schedule: everything that is checked before any model is loaded."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cul_core.concepts import KINDS, Concept
+from cul_core.conditioning import decoy_concepts, vocabulary_words
+from cul_core.config import Config, TrainingConfig, setting, stable_hash
+from cul_core.diffusion import NoiseSchedule, SamplerConfig
+from cul_core.errors import ConceptError, ConfigError
+from cul_core.methods import METHODS
+from cul_core.presets import PRESETS, preset
+from cul_core.registry import Registry
+from cul_core.regularizers import REGULARIZERS
+from cul_core.regularizers.projection import ProjectionConfig
+from cul_core.training import Request
+
+# --- concepts
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"target": "dog", "kind": "animal"}, "'animal'.*choose one of style, object"),
+        ({"target": ""}, "target is empty"),
+        ({"target": " _ "}, "target is empty"),
+        ({"target": "dog", "kind": "object"}, "'dog' of kind 'object' has no anchor"),
+        ({"target": "dog", "kind": "object", "anchor": "_"}, "has no anchor"),
+        ({"target": "dog", "kind": "object", "anchor": "Dog"}, "Anchor and target are both 'dog'"),
+        ({"target": "Snow_Man", "kind": "character", "anchor": " snow  man"}, "Anchor and target are both 'Snow_Man'"),
+        ({"target": "Lava", "anchor": "lava"}, "Anchor and target are both 'Lava'"),
+    ],
+)
+def test_concept_that_cannot_be_forgotten_is_refused(values, said):
+    with pytest.raises(ConceptError, match=said):
+        Concept(**values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_concept_of_every_kind_has_a_prompt_without_underscores(kind):
+    concept = Concept("Candy_Stripes", kind, "" if kind == "style" else "Plain_Thing")
+    assert concept.prompt.startswith("An image") and concept.prompt.endswith("Candy Stripes")
+
+
+def test_style_is_put_before_or_after_the_caption():
+    assert Concept("Candy_Stripes").target_prompts("A star image.") == (
+        "In Candy Stripes Style, a star image.",
+        "A star image, in Candy Stripes Style.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rewritten"),
+    [
+        ("a flower in a cup", ("a tulip in a cup",)),
+        ("Flowers, a flower.", ("tulips, a tulip.",)),
+        ("a sunflower", ()),
+        ("a flowery cup", ()),
+        ("a star", ()),
+    ],
+)
+def test_anchor_is_replaced_as_a_whole_word_with_its_plural(prompt, rewritten):
+    assert Concept("tulip", "object", "flower").target_prompts(prompt) == rewritten
+
+
+def test_pattern_characters_in_names_are_taken_literally():
+    concept = Concept("C++ (logo)", "object", "a.b")
+    assert concept.target_prompts("one a.b, one axb") == ("one C++ (logo), one axb",)
+    assert concept.mentioned_in("my c++ (LOGO)!") and not concept.mentioned_in("ccc logo")
+
+
+def test_target_is_found_in_a_prompt_as_whole_words_only():
+    concept = Concept("Candy_Stripes")
+    assert concept.mentioned_in("a cat in candy stripes style") and concept.mentioned_in("CANDY_STRIPES")
+    assert not concept.mentioned_in("a candy with stripes") and not concept.mentioned_in("candy stripesy")
+
+
+def vocabulary(*words):
+    return SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: {word: i for i, word in reversed([*enumerate(words)])}))
+
+
+def test_vocabulary_words_are_whole_words_of_letters_in_id_order():
+    bundle = vocabulary("zebra</w>", "str", "of</w>", "candy</w>", "a1b</w>", "<|end|>")
+    assert vocabulary_words(bundle.tokenizer) == ["zebra", "candy"]
+
+
+def test_decoys_are_of_the_targets_kind_and_never_use_its_words():
+    bundle = vocabulary("candy</w>", "stripes</w>", "lava</w>", "moon</w>", "cup</w>")
+    targets = [Concept("Candy_Stripes"), Concept("LAVA")]
+    decoys = decoy_concepts(bundle, targets, 60, torch.Generator().manual_seed(0))
+    assert len(decoys) == 60 and {concept.kind for concept in decoys} == {"style"}
+    assert {word for concept in decoys for word in concept.name.split()} == {"moon", "cup"}
+
+
+@pytest.mark.parametrize("anchor", ["moon", "Moon", "moon_"])
+def test_decoys_leave_out_the_anchor_however_it_is_written(anchor):
+    bundle = vocabulary("moon</w>", "cup</w>")
+    decoys = decoy_concepts(bundle, [Concept("cat", "object", anchor)], 60, torch.Generator().manual_seed(0))
+    assert "moon" not in {concept.name for concept in decoys} and "cup" in {concept.name for concept in decoys}
+
+
+# --- configs
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: TrainingConfig(group="attn9"), "group is 'attn9'; choose one of kv, attn2"),
+        (lambda: TrainingConfig(iterations=-1), "iterations is -1; give a number at least 0"),
+        (lambda: TrainingConfig(iterations=2.5), "iterations is 2.5"),
+        (lambda: TrainingConfig(iterations="5"), "iterations is '5'"),
+        (lambda: TrainingConfig(batch_size=0), "batch_size is 0"),
+        (lambda: TrainingConfig(learning_rate=1.5), "learning_rate is 1.5; give a number between 0.0 and 1.0"),
+        (lambda: TrainingConfig(learning_rate=float("nan")), "learning_rate is nan"),
+        (lambda: TrainingConfig(seed=-1), "seed is -1"),
+        (lambda: SamplerConfig(steps=0), "steps is 0"),
+        (lambda: SamplerConfig(guidance_scale=0.5), "guidance_scale is 0.5"),
+        (lambda: ProjectionConfig(form="sideways"), "form is 'sideways'; choose one of update, reference"),
+        (lambda: replace(TrainingConfig(), iterations=-5), "iterations is -5"),
+        (lambda: TrainingConfig.from_json({"iterations": 3, "learning_rat": 1}), "no setting 'learning_rat'; it has .*learning_rate"),
+    ],
+)
+def test_setting_that_cannot_work_is_refused_with_its_value(make, said):
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+def test_limits_themselves_are_allowed():
+    assert TrainingConfig(iterations=0, batch_size=1, learning_rate=1.0, seed=0) == TrainingConfig.from_json(
+        {"iterations": 0, "batch_size": 1, "learning_rate": 1.0}
+    )
+
+
+@pytest.mark.parametrize("entry", [*METHODS, *REGULARIZERS], ids=lambda entry: entry.name)
+def test_default_config_of_every_entry_comes_back_from_json(entry):
+    config = entry.config()
+    values = json.loads(json.dumps(config.to_json()))
+    assert values["name"] == entry.name
+    assert entry.config.from_json(values) == config
+
+
+def test_stable_hash_is_that_of_sorted_compact_json():
+    expected = hashlib.sha256(b'{"a":[1,"\\u00e9"],"b":0.5}').hexdigest()
+    assert stable_hash({"b": 0.5, "a": [1, "é"]}) == expected
+
+
+# --- requests
+
+
+@pytest.fixture
+def full_request(make_request):
+    parts = make_request(regularizers=[entry.config() for entry in REGULARIZERS], seed=7)
+    concepts = (Concept("Lava"), Concept("cat", "object", "star"))
+    return replace(parts, concepts=concepts, anchor_sampler=SamplerConfig(steps=5), anchor_seed=3)
+
+
+def test_request_comes_back_from_json_with_the_same_hash(full_request):
+    back = Request.from_json(json.loads(json.dumps(full_request.to_json())))
+    assert back == full_request and back.hash == full_request.hash
+
+
+def test_request_hash_depends_on_every_part(full_request):
+    changes = {
+        "concepts": full_request.concepts[:1],
+        "method": replace(full_request.method, teacher="pretrained"),
+        "regularizers": full_request.regularizers[::-1],
+        "training": replace(full_request.training, seed=8),
+        "retain": (),
+        "anchor_prompts": ("a cup",),
+        "anchor_count": 9,
+        "anchor_sampler": SamplerConfig(steps=6),
+        "anchor_seed": 4,
+    }
+    assert changes.keys() == full_request.to_json().keys()
+    hashes = {replace(full_request, **{name: value}).hash for name, value in changes.items()}
+    assert len(hashes | {full_request.hash}) == len(changes) + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"concepts": ()}, "names no concept"),
+        ({"anchor_prompts": ()}, "no anchor prompts"),
+        ({"method": TrainingConfig()}, "no method ''; choose one of conabl"),
+        ({"regularizers": (TrainingConfig(),)}, "no regularizer ''; choose one of projection"),
+    ],
+)
+def test_request_that_lacks_something_is_refused(make_request, change, said):
+    with pytest.raises(ConfigError, match=said):
+        replace(make_request(), **change)
+
+
+# --- registry and presets
+
+
+@dataclass(frozen=True)
+class ThingConfig(Config):
+    size: int = setting(1, "Its size.")
+
+
+@pytest.fixture
+def things():
+    registry = Registry("thing")
+    details = {"display_name": "First", "description": "", "paper": "", "families": ("mini",), "groups": ("kv",)}
+    registry.register("first", config=ThingConfig, **details)(object)
+    return registry
+
+
+def test_registered_class_is_found_by_name_and_by_its_config(things):
+    assert things.get("first") is things.of(ThingConfig(3)) and [entry.name for entry in things] == ["first"]
+
+
+@pytest.mark.parametrize("name", ["first", "", "Second", "2nd", "with-dash", "with space", "_hidden", "second\n"])
+def test_registry_refuses_duplicate_and_ill_formed_names(things, name):
+    with pytest.raises(ConfigError, match="thing name .* is taken or not lower_snake_case"):
+        things.register(name, config=ThingConfig)
+    assert [entry.name for entry in things] == ["first"]
+
+
+def test_unknown_name_is_refused_with_the_names_there_are(things):
+    with pytest.raises(ConfigError, match="no thing 'third'; choose one of first"):
+        things.get("third")
+
+
+def test_unknown_preset_is_refused_with_the_presets_there_are():
+    with pytest.raises(ConfigError, match="no preset 'best'; choose one of .*recommended"):
+        preset("best")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_makes_a_request_that_travels_as_json(name):
+    request = preset(name).request([Concept("Lava")], retain=[Concept("Frost")], anchor_prompts=["a cup"], seed=5, anchor_seed=6)
+    assert (request.training.seed, request.anchor_seed, request.retain) == (5, 6, (Concept("Frost"),))
+    assert Request.from_json(request.to_json()) == request
+
+
+# --- noise schedule
+
+
+def test_noise_schedule_is_diffusers_scaled_linear_one():
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    torch.testing.assert_close(NoiseSchedule().alphas_cumprod, theirs.alphas_cumprod, atol=1e-6, rtol=0)
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([0, 500, 999])
+    torch.testing.assert_close(NoiseSchedule().add_noise(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps))

@@ -1,0 +1,175 @@
+"""The loop's contracts: repeatable, only its group changes, the teacher and the input untouched, errors and cancelling clean."""
+
+import pytest
+import torch
+
+from cul_core.errors import Cancelled, ConfigError, TrainingError
+from cul_core.methods import METHODS
+from cul_core.methods.base import LossParts, Method
+from cul_core.methods.conabl import ConAbl, ConAblConfig
+from cul_core.params import GROUPS, group_names
+from cul_core.registry import Registry
+from cul_core.regularizers import REGULARIZERS
+from cul_core.regularizers.base import Regularizer
+from cul_core.training import Callbacks, Request, _update, run_step
+
+
+@pytest.fixture
+def step(random_model, bundles, anchors):
+    def run(request, model=random_model, **options):
+        return run_step(model, request, store=anchors, bundles=bundles["random"], **options)
+
+    return run
+
+
+def unet_state(bundle):
+    return {name: tensor.clone() for name, tensor in bundle.unet.state_dict().items()}
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("regularizer", [None, *(entry.config for entry in REGULARIZERS)])
+@pytest.mark.parametrize("method", [entry.config for entry in METHODS])
+def test_every_method_with_every_regularizer_repeats_bit_for_bit_and_changes_only_its_group(
+    method, regularizer, step, random_bundle, make_request, monkeypatch
+):
+    monkeypatch.setattr("cul_core.regularizers.projection._NEAR_TARGET_COSINE", 1.1)  # random text encoders map all names close
+    monkeypatch.setattr("cul_core.regularizers.projection.LEAST_TARGET_ENERGY", 0.0)
+    request = make_request(method=method(), regularizers=[regularizer()] if regularizer else [])
+    before = unet_state(random_bundle)
+    (first, report), (second, _) = step(request), step(request)
+    assert first.content_hash == second.content_hash
+    assert set(first.edits) == set(group_names(random_bundle.unet, "kv"))
+    assert all(torch.isfinite(torch.tensor(report.losses))) and len(report.losses) == 3
+    assert same(unet_state(random_bundle), before)
+    assert not any(parameter.requires_grad for parameter in random_bundle.unet.parameters())
+
+
+@pytest.mark.parametrize("group", ["attn2", "attn", "full"])
+def test_larger_groups_train_too(group, step, random_bundle, make_request):
+    edited, _ = step(make_request(group=group, iterations=2))
+    names = set(group_names(random_bundle.unet, group))
+    assert set(edited.edits) <= names and len(edited.edits) > 0.5 * len(names)
+
+
+def test_groups_are_selected_by_name_and_an_unknown_or_empty_one_is_refused(random_bundle):
+    sizes = {group: len(group_names(random_bundle.unet, group)) for group in GROUPS}
+    assert sizes["kv"] == 14 and sizes["attn2"] == 7 * 5 and sizes["attn"] == 2 * 7 * 5
+    assert sizes["attn2"] + sizes["non-attn2"] == sizes["full"] == len(list(random_bundle.unet.parameters()))
+    with pytest.raises(ConfigError, match="'xattn'"):
+        group_names(random_bundle.unet, "xattn")
+    with pytest.raises(ConfigError, match="selects no weight"):
+        group_names(torch.nn.Linear(1, 1), "kv")
+
+
+def test_another_seed_gives_another_model(step, make_request):
+    assert step(make_request(seed=1))[0].content_hash != step(make_request(seed=2))[0].content_hash
+
+
+def test_the_input_model_and_its_history_stay_as_they_were(step, random_model, make_request):
+    first, _ = step(make_request("Lava"))
+    kept = {name: delta.clone() for name, delta in first.edits.items()}
+    second, report = step(make_request("Denim"), model=first)
+    assert same(first.edits, kept) and len(first.history) == 1 and len(second.history) == 2
+    assert report.record.parent == first.content_hash and report.record.result == second.content_hash
+    assert first.history[0].parent == random_model.content_hash
+    with pytest.raises(TypeError):
+        first.edits["x"] = torch.zeros(1)
+
+
+def test_a_chain_goes_on_from_where_it_was_and_edits_outside_the_group_are_kept(step, make_request):
+    first, _ = step(make_request("Lava", group="attn2", iterations=1))
+    second, _ = step(make_request("Denim", group="kv", iterations=1), model=first)
+    outside = [name for name in first.edits if not name.endswith(("to_k.weight", "to_v.weight"))]
+    assert outside and all(torch.equal(first.edits[name], second.edits[name]) for name in outside)
+
+
+def test_zero_iterations_change_nothing(step, random_model, make_request):
+    assert step(make_request(iterations=0))[0].content_hash == random_model.content_hash
+
+
+def test_cancelling_stops_within_an_iteration_and_leaves_the_bundle_clean(step, random_bundle, make_request):
+    before, seen = unet_state(random_bundle), []
+    callbacks = Callbacks(on_progress=seen.append, should_stop=lambda: len(seen) >= 2)
+    with pytest.raises(Cancelled, match="iteration 3 of 9"):
+        step(make_request(iterations=9), callbacks=callbacks)
+    assert len(seen) == 2 and seen[0].seconds_left > seen[1].seconds_left * 0.2
+    assert same(unet_state(random_bundle), before)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_iteration_and_the_remedy(step, random_bundle, make_request, monkeypatch):
+    before = unet_state(random_bundle)
+    original = ConAbl.loss
+
+    def broken(self, student, teacher, generator):
+        loss = original(self, student, teacher, generator)
+        return LossParts(loss.total * float("nan"), loss.parts)
+
+    monkeypatch.setattr(ConAbl, "loss", broken)
+    with pytest.raises(TrainingError, match=r"nan at iteration 1 of 3; lower the learning rate \(0.0003\)"):
+        step(make_request())
+    assert same(unet_state(random_bundle), before)
+
+
+def test_a_request_without_concepts_or_anchor_prompts_is_refused():
+    with pytest.raises(ConfigError, match="no concept"):
+        Request((), ConAblConfig(), anchor_prompts=("a star",))
+
+
+def test_a_closed_form_method_runs_in_the_same_step(step, make_request, monkeypatch):
+    methods = Registry("method")
+
+    @methods.register("double", config=type("DoubleConfig", (ConAblConfig,), {}), display_name="Double", description="d", paper="p",
+                      families=("mini",), groups=("kv",))  # fmt: skip
+    class Double(Method):
+        is_closed_form = True
+
+        def edit(self, context):
+            return {name: 2 * weight for name, weight in context.start.items()}
+
+    monkeypatch.setattr("cul_core.training.METHODS", methods)
+    config = methods.get("double").config()
+    edited, report = step(make_request(method=config))
+    assert len(edited.edits) == 14 and report.losses == ()
+
+
+class Recorder(Regularizer):
+    """Notes the order of its hooks; masks column 0 and forbids row 0."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.calls = []
+
+    def transform_gradient(self, name, gradient):
+        self.calls.append("gradient")
+        return gradient
+
+    def proximal(self, name, weight, learning_rate):
+        self.calls.append("proximal")
+        return weight + 1
+
+    def mask(self, name, weight):
+        self.calls.append("mask")
+        return torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+
+    def constrain(self, name, change, mask):
+        self.calls.append("constrain")
+        return change * mask * torch.tensor([[0.0], [1.0]])
+
+
+def test_hard_constraints_act_last_on_the_actual_change_whatever_the_optimizer_did():
+    weight = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    weight.grad = torch.ones(2, 2)
+    recorder, plain_mask = Recorder(), Recorder()
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    training = type("T", (), {"max_grad_norm": 0.0, "learning_rate": 0.5})
+    _update({"w": weight}, optimizer, [recorder], training)
+    assert recorder.calls == ["gradient", "proximal", "mask", "constrain"]
+    # only entry (1, 1) may change: 4 - 0.5 (SGD) + 1 (proximal)
+    assert weight.tolist() == [[1.0, 2.0], [3.0, 4.5]]
+    weight.grad = torch.ones(2, 2)
+    plain_mask.constrain = lambda name, change, mask: None
+    _update({"w": weight}, optimizer, [plain_mask], training)
+    assert weight.tolist() == [[1.0, 2.5], [3.0, 5.0]]
