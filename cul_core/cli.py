@@ -101,8 +101,10 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     _say(f"forgot {', '.join(c.name for c in concepts)} in {report.record.seconds:.1f} s")
     for name, value in report.figures.items():
         _say(f"{name.replace('_', ' ')}: {value:.3g}")
-    _say(f"checkpoint: {path}")
-    _write_json(arguments.json, {"checkpoint": str(path), "seconds": report.record.seconds, "losses": report.losses, **report.figures})
+    _say(f"checkpoint: {path.resolve()}")
+    _write_json(
+        arguments.json, {"checkpoint": str(path.resolve()), "seconds": report.record.seconds, "losses": report.losses, **report.figures}
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

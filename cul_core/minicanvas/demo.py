@@ -149,7 +149,7 @@ def run_demo(
         runs = {run: {"after": {str(k): _figures(scores[run, k]) for k in marks}, "seconds_per_request": seconds[run],
                       "details": {str(k): scores[run, k] for k in marks}} for run in RUNS}  # fmt: skip
         result = {"seed": seed, "order": order, "targets": list(plan.targets), "base": _figures(scores[None, requests]), "runs": runs}
-        return result | {"files": {name: str(path) for name, path in _write_results(plan, out, runs).items()}}
+        return result | {"files": {name: str(path.resolve()) for name, path in _write_results(plan, out, runs).items()}}
     finally:
         shutil.rmtree(plan.folder, ignore_errors=True)
 

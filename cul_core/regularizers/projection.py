@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from .base import REGULARIZERS, Regularizer
 
 LEAST_TARGET_ENERGY = 0.2
 _NEAR_TARGET_COSINE = 0.9
+_CENTRE_NAMES = 64
 _DUPLICATE_COSINE = 0.95
 
 
@@ -30,10 +32,10 @@ class ProjectionConfig(Config):
     rows: str = setting("mean", "Which tokens of a kept prompt are protected: the mean of the concept's, the last, all content "
                         "tokens, or every position.", choices=ROWS)  # fmt: skip
     protect_previous: bool = setting(True, "Also keep what earlier steps of the chain made of their targets.")
-    decoys: int = setting(0, "Made-up names whose effect is damped too, in the sentences that are trained: they stand for "
-                          "everything that nobody listed.", minimum=0)  # fmt: skip
-    damping: float = setting(0.01, "Changes are divided by 1 + (share of the decoys' energy in that direction) / damping; "
-                             "smaller protects more.", minimum=1e-8)  # fmt: skip
+    decoys: int = setting(0, "Made-up names, in the sentences that are trained, whose effect is damped too: they stand for "
+                          "everything that nobody listed. 0 turns damping off.", minimum=0)  # fmt: skip
+    damping: float = setting(1e-5, "Share of the kept text's energy at which a direction is damped by half; smaller protects "
+                             "more.", minimum=1e-12)  # fmt: skip
     REFERENCE: ClassVar[dict] = {"form": "reference", "rows": "last"}
 
 
@@ -77,8 +79,13 @@ def regularized_projector(rows: Tensor) -> Tensor:
 class GradientProjection(Regularizer):
     """W c stays the same for every protected text vector c: the change D of each K/V matrix becomes D (I - Q Q^T).
 
-    Q is an orthonormal basis of the protected vectors (kept concepts, earlier targets), without those within a cosine of 0.9 of
-    a target. With decoys, D is also multiplied by (I + M / damping)^-1, M their covariance with trace 1.
+    Q is an orthonormal basis of the protected vectors (kept concepts, earlier targets). Directions are compared after taking off
+    the mean vector of made-up names, because all names share most of their vector: kept concepts within a cosine of 0.9 of a
+    target are left out, and the energy left is ||P (c_t - mean)|| / ||c_t - mean||.
+
+    With decoys, the matrices are also trained in coordinates where kept text is small: gradient G S^1/2, change D S^1/2, with
+    S = g (I + M / damping)^-1. M is the mean of three second moments of token vectors, each of trace 1: of decoys, of kept concepts
+    and earlier targets, and of anchors. g makes the response of the target's own text what it was without damping.
 
     Raises:
         ConceptError: nothing to protect, or less than 0.2 of a target's vector would be left.
@@ -87,67 +94,80 @@ class GradientProjection(Regularizer):
     config: ProjectionConfig
 
     def prepare(self, context: StepContext) -> None:
-        targets = torch.stack([target_vector(context.bundle, concept) for concept in context.concepts])
-        rows = self._protected_rows(context, targets)
-        damped = self.config.decoys > 0
-        if not len(rows) and not damped:
-            raise ConceptError("Gradient projection has nothing to protect: the keep list is empty; name concepts to keep, or set decoys.")
+        bundle = context.bundle
+        made_up = decoy_concepts(bundle, context.concepts, _CENTRE_NAMES, context.generator("centre"))
+        centre = torch.stack([target_vector(bundle, concept) for concept in made_up]).mean(0)
+        targets = torch.stack([target_vector(bundle, concept) for concept in context.concepts]) - centre
+        names = {concept.name.lower() for concept in context.concepts}
+        kept = [concept for concept in (*context.retain, *(context.previous if self.config.protect_previous else ()))
+                if concept.name.lower() not in names]  # fmt: skip
+        kept = [concept for concept in kept if _cosine(target_vector(bundle, concept) - centre, targets).max() <= _NEAR_TARGET_COSINE]
+        if not kept and not self.config.decoys:
+            raise ConceptError("Gradient projection has nothing to protect: the keep list is empty, or all of it says the same as the "
+                               "target; name other concepts to keep, or set decoys.")  # fmt: skip
         self._projector = self._basis = self._damper = None
-        if len(rows) and self.config.form == "reference":
-            self._projector = regularized_projector(rows).to(rows.device)
-            left = (targets @ self._projector.double()).norm(dim=1) / targets.norm(dim=1)
-        else:
-            self._basis = orthonormal_basis(rows) if len(rows) else rows.T
-            left = (targets - targets @ self._basis @ self._basis.T).norm(dim=1) / targets.norm(dim=1)
-        self._report = {"protected_rank": 0 if self._basis is None else self._basis.shape[1], "target_energy_left": left.min().item()}
-        for concept, share in zip(context.concepts, left.tolist(), strict=True):
+        left = targets
+        if kept:
+            rows = torch.cat([prompt_rows(bundle, [concept.prompt], self.config.rows, concept.name) for concept in kept])
+            if self.config.form == "reference":
+                self._projector = regularized_projector(rows)
+                left = targets @ self._projector.double()
+            else:
+                basis = orthonormal_basis(rows)
+                self._basis = basis.float()
+                left = targets - targets @ basis @ basis.T
+        shares = left.norm(dim=1) / targets.norm(dim=1)
+        self._report = {"protected_rank": 0 if self._basis is None else self._basis.shape[1], "target_energy_left": shares.min().item()}
+        for concept, share in zip(context.concepts, shares.tolist(), strict=True):
             if share < LEAST_TARGET_ENERGY:
                 raise ConceptError(f"Only {share:.2f} of {concept.target!r} would be left to forget (at least {LEAST_TARGET_ENERGY} is "
                                    "needed), because the concepts to keep say nearly the same; remove those closest to it.")  # fmt: skip
-        if self._basis is not None:
-            self._basis = self._basis.float()
-        if damped:
-            self._damper = self._decoy_damper(context).float()
+        if self.config.decoys:
+            self._damper = self._coordinates(context, kept).float()
 
-    def _protected_rows(self, context: StepContext, targets: Tensor) -> Tensor:
-        kept = [*context.retain, *(context.previous if self.config.protect_previous else ())]
-        kept = [concept for concept in kept if concept.name.lower() not in {c.name.lower() for c in context.concepts}]
-        parts = [prompt_rows(context.bundle, [concept.prompt], self.config.rows, concept.name) for concept in kept]
-        if not parts:
-            return targets.new_zeros(0, targets.shape[1])
-        rows = torch.cat(parts)
-        cosine = torch.nn.functional.normalize(rows, dim=1) @ torch.nn.functional.normalize(targets, dim=1).T
-        return rows[cosine.max(1).values <= _NEAR_TARGET_COSINE]
-
-    def _decoy_damper(self, context: StepContext) -> Tensor:
+    def _coordinates(self, context: StepContext, kept: list[Concept]) -> Tensor:
+        """S^1/2, (d, d) in fp64."""
         generator = context.generator("decoys")
         decoys = decoy_concepts(context.bundle, context.concepts, self.config.decoys, generator)
-        prompts = [self._sentence(concept, context.anchor_prompts, generator) for concept in (*decoys, *context.retain)]
-        rows = prompt_rows(context.bundle, [p for p in prompts if p] + list(context.anchor_prompts), "all")
-        covariance = rows.T @ rows
-        covariance /= covariance.trace()
-        identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-        return torch.linalg.inv(identity + covariance / self.config.damping)
 
-    @staticmethod
-    def _sentence(concept: Concept, anchor_prompts: tuple[str, ...], generator: torch.Generator) -> str | None:
-        anchor = anchor_prompts[int(torch.randint(len(anchor_prompts), (), generator=generator))]
-        versions = concept.target_prompts(anchor)
-        return versions[int(torch.randint(len(versions), (), generator=generator))] if versions else None
+        def moment(prompts: list[str]) -> Tensor:
+            rows = prompt_rows(context.bundle, prompts, "all")
+            return rows.T @ rows / rows.square().sum()
+
+        def sentences(concepts: Sequence[Concept], count: int) -> list[str]:
+            prompts = []
+            for concept in concepts:
+                anchors = torch.randint(len(context.anchor_prompts), (count,), generator=generator).tolist()
+                prompts += [prompt for i in anchors for prompt in concept.target_prompts(context.anchor_prompts[i])]
+            return prompts
+
+        moments = [
+            moment(prompts) for prompts in (sentences(decoys, 1), sentences(kept, 8), sorted(set(context.anchor_prompts))) if prompts
+        ]
+        values, vectors = torch.linalg.eigh(sum(moments) / len(moments))
+        gains = 1 / (1 + values.clamp_min(0) / self.config.damping)
+        target_moment = moment(sentences(context.concepts, 8))
+        gains /= (gains * (vectors.T @ target_moment @ vectors).diagonal()).sum()
+        return vectors @ torch.diag(gains.sqrt()) @ vectors.T
 
     def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
-        return gradient @ self._projector if self._projector is not None and is_kv(name) else gradient
+        for matrix in (self._projector, self._damper):
+            if matrix is not None and is_kv(name):
+                gradient = gradient @ matrix
+        return gradient
 
     def constrain(self, name: str, change: Tensor, mask: Tensor | None) -> Tensor | None:
         if not is_kv(name) or (self._basis is None and self._damper is None):
             return None
         if mask is not None:
             change = change * mask
-        change = self._off_basis(change)
-        return change if self._damper is None else self._off_basis(change @ self._damper)
-
-    def _off_basis(self, change: Tensor) -> Tensor:
+        if self._damper is not None:
+            change = change @ self._damper
         return change if self._basis is None else change - (change @ self._basis) @ self._basis.T
 
     def report(self) -> dict[str, float]:
         return self._report
+
+
+def _cosine(vector: Tensor, others: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(others, dim=1) @ torch.nn.functional.normalize(vector, dim=0)

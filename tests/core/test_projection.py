@@ -54,13 +54,6 @@ def protected(random_bundle, names=("Navy_Stripes", "Lava")):
     return torch.stack([target_vector(random_bundle, Concept(name)) for name in names])
 
 
-@pytest.fixture
-def separable(monkeypatch):
-    """Random text encoders map everything close together; these tests are not about near targets."""
-    monkeypatch.setattr("cul_core.regularizers.projection._NEAR_TARGET_COSINE", 1.1)
-    monkeypatch.setattr("cul_core.regularizers.projection.LEAST_TARGET_ENERGY", 0.0)
-
-
 def relative_change(model, bundle, vectors):
     parameters = dict(bundle.unet.named_parameters())
     return max(((delta.double() @ vectors.T).norm() / (parameters[name].double() @ vectors.T).norm()).item()
@@ -68,7 +61,7 @@ def relative_change(model, bundle, vectors):
 
 
 def test_update_projection_keeps_protected_outputs_under_adam_and_weight_decay_where_the_reference_does_not(
-    random_model, random_bundle, bundles, anchors, make_request, separable
+    random_model, random_bundle, bundles, anchors, make_request
 ):
     changes = {}
     for form in ("update", "reference"):
@@ -79,7 +72,7 @@ def test_update_projection_keeps_protected_outputs_under_adam_and_weight_decay_w
     assert changes["reference"] > 100 * changes["update"]
 
 
-def test_earlier_targets_are_protected_under_their_display_names(random_model, random_bundle, bundles, anchors, make_request, separable):
+def test_earlier_targets_are_protected_under_their_display_names(random_model, random_bundle, bundles, anchors, make_request):
     first, _ = run_step(random_model, make_request("Neon_Cyan"), store=anchors, bundles=bundles["random"])
     second, _ = run_step(
         first, make_request("Lava", regularizers=[ProjectionConfig()], retain=()), store=anchors, bundles=bundles["random"]
@@ -91,28 +84,35 @@ def test_earlier_targets_are_protected_under_their_display_names(random_model, r
         assert (moved.double() @ vector).norm() < 1e-5 * moved.norm() * vector.norm()
 
 
-def test_decoys_shrink_the_change_along_what_any_name_shares(random_model, random_bundle, bundles, anchors, make_request):
-    prompts = [
-        template.format(name) for name in ("paper", "grey rain") for template in ("In {} Style, a star image.", "a house, in {} Style.")
-    ]
-    rows = prompt_rows(random_bundle, prompts, "all")
-    shares = {}
-    for decoys in (0, 40):
-        regularizers = [ProjectionConfig(decoys=decoys, damping=1e-3)] if decoys else []
+def response(model, rows):
+    return sum((delta.double() @ rows.T).square().sum().item() for delta in model.edits.values()) / len(rows)
+
+
+def test_decoys_protect_names_nobody_listed(random_model, random_bundle, bundles, anchors, make_request):
+    """The change acts on the target's own text as before, but less on other names in the same sentences."""
+    sentences = ("In {} Style, a star image.", "a house, in {} Style.")
+    others = prompt_rows(random_bundle, [s.format(name) for name in ("paper", "grey rain", "Neon Gold") for s in sentences], "all")
+    own = prompt_rows(random_bundle, [s.format("Candy Stripes") for s in sentences], "all")
+    spill = {}
+    for decoys in (0, 60):
+        regularizers = [ProjectionConfig(decoys=decoys, damping=1e-4)] if decoys else []
         edited, _ = run_step(random_model, make_request(regularizers=regularizers, retain=()), store=anchors, bundles=bundles["random"])
-        shares[decoys] = sum((d.double() @ rows.T).square().sum() for d in edited.edits.values()) / sum(
-            d.double().square().sum() for d in edited.edits.values()
-        )
-    assert shares[40] < 0.5 * shares[0]
+        spill[decoys] = response(edited, others) / response(edited, own)
+    assert spill[0] > 0.8
+    assert spill[60] < 0.5 * spill[0]
 
 
-def test_a_target_that_the_kept_concepts_cover_is_refused(random_model, bundles, anchors, make_request, monkeypatch):
-    monkeypatch.setattr("cul_core.regularizers.projection._NEAR_TARGET_COSINE", 1.1)
-    request = make_request(
-        "Candy Stripes", regularizers=[ProjectionConfig(rows="all")], retain=("Candy Stripe", "Navy Stripes", "Stripes Candy")
-    )
-    with pytest.raises(ConceptError, match="'Candy Stripes' would be left to forget"):
+def test_a_target_that_the_kept_concepts_cover_is_refused(random_model, bundles, anchors, make_request):
+    """Every position of a few prompts spans the whole text space: nothing would be left to change."""
+    request = make_request("Candy Stripes", regularizers=[ProjectionConfig(rows="all")], retain=("Navy_Stripes", "Lava", "Aurora"))
+    with pytest.raises(ConceptError, match=r"Only 0\.\d\d of 'Candy Stripes' would be left to forget"):
         run_step(random_model, request, store=anchors, bundles=bundles["random"])
+
+
+def test_kept_concepts_too_near_the_target_are_left_out(random_model, bundles, anchors, make_request, monkeypatch):
+    monkeypatch.setattr("cul_core.regularizers.projection._NEAR_TARGET_COSINE", -1.0)
+    with pytest.raises(ConceptError, match="all of it says the same as the target"):
+        run_step(random_model, make_request(regularizers=[ProjectionConfig()]), store=anchors, bundles=bundles["random"])
 
 
 def test_an_empty_keep_list_is_refused(random_model, bundles, anchors, make_request):
