@@ -13,6 +13,9 @@ from .compact import compact_decoder
 from .families import Family
 
 
+_CACHED_PROMPTS = 1024
+
+
 @dataclass
 class ModelBundle:
     """UNet, text encoder, tokenizer and autoencoder of one source file, all frozen. Not a value: nodes never pass it on."""
@@ -46,7 +49,10 @@ class ModelBundle:
             ids = self.token_ids(part).to(self.device)
             hidden = self.text_encoder(input_ids=ids).last_hidden_state
             self._prompts.update(zip(part, hidden, strict=True))
-        return torch.stack([self._prompts[prompt] for prompt in prompts])
+        encoded = torch.stack([self._prompts[prompt] for prompt in prompts])
+        for prompt in list(self._prompts)[:-_CACHED_PROMPTS]:  # the oldest go first
+            del self._prompts[prompt]
+        return encoded
 
     def token_ids(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (b, 77), start, text, end, padded with the end token."""

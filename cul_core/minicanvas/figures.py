@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from pathlib import Path
 
@@ -18,10 +19,25 @@ from . import models
 from .judge import Judge, take
 from .pack import checkpoint_tensors, write_weights
 from .render import render
-from .train import autoencoder_figures, load_autoencoder
 from .world import DESCRIPTION_EVALUATION_TEMPLATE, EVALUATION_TEMPLATE, OBJECTS, PLAIN, STYLE_LABELS, STYLES
 
 logger = logging.getLogger(__name__)
+
+
+def autoencoder_figures(model: models.NarrowAutoencoder, seed: int, per_cell: int = 4) -> dict:
+    """PSNR in dB on fresh renderings: over all pictures (of the mean squared error) and of the worst style."""
+    rng = random.Random(f"{seed}/autoencoder/held-out")
+    errors = {}
+    for style in STYLE_LABELS:
+        pictures = np.stack([render(name, style, rng) for name in OBJECTS for _ in range(per_cell)])
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            back = model.decode(model.encode(images)).clamp(0, 1)
+        errors[style] = (back - images).square().mean().item()
+    psnr = {style: -10 * math.log10(error) for style, error in errors.items()}
+    worst = min(psnr, key=psnr.get)
+    return {"psnr": -10 * math.log10(np.mean(list(errors.values()))), "psnr_worst": psnr[worst], "psnr_worst_style": worst,
+            "psnr_by_style": psnr}  # fmt: skip
 
 
 def sampling_figures(bundle: ModelBundle, judge: Judge, seed: int, per_cell: int = 2) -> dict[str, float]:
@@ -62,7 +78,7 @@ def write_with_figures(work: Path, out: Path, seed: int) -> dict[str, dict]:
 
     unet = UNet2DConditionModel(**MINI.config("unet"))
     unet.load_state_dict(load_file(work / "unet.safetensors"))
-    narrow = load_autoencoder(work)
+    narrow = models.load_autoencoder(work / "autoencoder.safetensors")
     tensors = checkpoint_tensors(unet, load_file(work / "text.safetensors"), narrow.widened(), torch.float16)
     classifier = {name: tensor.half() if tensor.is_floating_point() else tensor
                   for name, tensor in load_file(work / "classifier.safetensors").items()}  # fmt: skip

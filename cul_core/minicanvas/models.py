@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -92,6 +93,13 @@ def _embed(narrow: nn.Sequential, wide: nn.Sequential) -> None:
             target[tuple(slice(size) for size in value.shape)] = value
     if waiting:
         raise AssertionError(f"{len(waiting)} trained layers found no place in the wide shape")
+
+
+def load_autoencoder(path: Path) -> NarrowAutoencoder:
+    """The autoencoder as it was trained, frozen."""
+    model = NarrowAutoencoder()
+    model.load_state_dict(load_file(path))
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 class Classifier(nn.Module):

@@ -27,6 +27,7 @@ from torch.nn import functional
 from ..diffusion import NoiseSchedule
 from ..families import MINI
 from . import models
+from .figures import write_with_figures
 from .render import render, render_background
 from .world import OBJECTS, PLAIN, STYLE_LABELS, caption
 
@@ -130,28 +131,6 @@ def train_autoencoder(workers: Workers, work: Path, seed: int) -> None:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, work / "autoencoder.safetensors")
 
 
-def load_autoencoder(work: Path) -> models.NarrowAutoencoder:
-    model = models.NarrowAutoencoder()
-    model.load_state_dict(load_file(work / "autoencoder.safetensors"))
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def autoencoder_figures(model: models.NarrowAutoencoder, seed: int, per_cell: int = 4) -> dict:
-    """PSNR in dB on fresh renderings: over all pictures (of the mean squared error) and of the worst style."""
-    rng = random.Random(f"{seed}/autoencoder/held-out")
-    errors = {}
-    for style in STYLE_LABELS:
-        pictures = np.stack([render(name, style, rng) for name in OBJECTS for _ in range(per_cell)])
-        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-        with torch.no_grad():
-            back = model.decode(model.encode(images)).clamp(0, 1)
-        errors[style] = (back - images).square().mean().item()
-    psnr = {style: -10 * math.log10(error) for style, error in errors.items()}
-    worst = min(psnr, key=psnr.get)
-    return {"psnr": -10 * math.log10(np.mean(list(errors.values()))), "psnr_worst": psnr[worst], "psnr_worst_style": worst,
-            "psnr_by_style": psnr}  # fmt: skip
-
-
 # --- latents of renderings, shared by the later stages ------------------------------------------------------------------------
 
 
@@ -162,7 +141,7 @@ def make_latents(workers: Workers, work: Path, seed: int) -> None:
     random.Random(seed).shuffle(cells)
     cells = cells[: len(cells) // (64 * workers.size) * 64 * workers.size]
     mine = cells[workers.rank :: workers.size]
-    model, rng, parts = load_autoencoder(work), random.Random(f"{seed}/latents/{workers.rank}"), []
+    model, rng, parts = models.load_autoencoder(work / "autoencoder.safetensors"), random.Random(f"{seed}/latents/{workers.rank}"), []
     for start in range(0, len(mine), 64):
         pictures = np.stack([render(OBJECTS[o], STYLE_LABELS[s], rng) for s, o in mine[start : start + 64]])
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
@@ -228,7 +207,7 @@ def train_classifier(workers: Workers, work: Path, seed: int) -> None:
     stored = load_file(work / "latents.safetensors")
     chosen = torch.randperm(len(stored["labels"]), generator=generator)[:8000]
     latents, labels = stored["latents"][chosen], stored["labels"][chosen]
-    autoencoder = load_autoencoder(work)
+    autoencoder = models.load_autoencoder(work / "autoencoder.safetensors")
     level = 0.35 * torch.rand(len(latents), 1, 1, 1, generator=generator)
     seen = _decoded(autoencoder, latents + level * torch.randn(latents.shape, generator=generator))
     ruined = _decoded(autoencoder, _ruined_latents(latents[:3000], generator))
@@ -345,8 +324,6 @@ def main() -> None:
             torch.multiprocessing.spawn(
                 _worker, (arguments.workers, 29600 + number, stage, arguments.work, arguments.seed), nprocs=arguments.workers
             )
-    from .figures import write_with_figures
-
     write_with_figures(arguments.work, arguments.out, arguments.seed)
 
 

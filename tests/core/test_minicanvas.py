@@ -13,10 +13,11 @@ from cul_core.bundle import swapped_weights
 from cul_core.diffusion import SamplerConfig, generator_for, sample_latents
 from cul_core.families import MINI
 from cul_core.minicanvas import models
+from cul_core.minicanvas.figures import autoencoder_figures
 from cul_core.minicanvas.judge import Judge, shots_for, take
 from cul_core.minicanvas.render import render, render_background
 from cul_core.minicanvas.tokenizer_build import learn_merges
-from cul_core.minicanvas.train import _worthless_pictures, autoencoder_figures
+from cul_core.minicanvas.train import _worthless_pictures
 from cul_core.minicanvas.world import (
     EVALUATION_TEMPLATE,
     OBJECTS,
