@@ -37,8 +37,9 @@ PRESETS = {
         ConAblConfig(**ConAblConfig.REFERENCE), (), TrainingConfig(),
     ),
     "recommended": Preset(
-        "Concept Ablation with a frozen teacher, projection of the update and decoys.",
-        ConAblConfig(), (ProjectionConfig(decoys=200, damping=0.01),), TrainingConfig(),
+        "Concept Ablation towards the pretrained model's anchors, with update projection in damped coordinates: forgets as much, "
+        "keeps what was listed and nearly all that was not.",
+        ConAblConfig(teacher="pretrained"), (ProjectionConfig(decoys=300, damping=3e-5),), TrainingConfig(),
     ),
     "projection": Preset(
         "The paper's gradient projection as its authors' code does it.",

@@ -34,7 +34,7 @@ from .judge import Judge, evaluate, shots_for, take
 from .world import EVALUATION_TEMPLATE, OBJECTS, PLAIN_TEMPLATES, REQUEST_ORDERS, STYLE_BY_NAME, styles_in
 
 RUNS = ("plain", "recommended")
-_ITERATION_COST, _PICTURE_COST = 0.11, 0.085  # seconds on one thread, only for the first guess of the time left
+_ITERATION_COST, _PICTURE_COST = 0.15, 0.085  # seconds on one thread, only for the first guess of the time left
 ANCHOR_COUNT = 100
 
 

@@ -41,10 +41,9 @@ def test_the_world_has_ten_objects_and_three_groups_that_share_every_family():
         assert sorted(order) == sorted(styles_in("forget"))
 
 
-def test_no_description_contains_a_word_of_its_styles_name():
+def test_no_description_says_a_styles_name():
     for style in STYLES:
-        distinct = set(style.name.lower().split("_")) - {"stripes"}  # what a whole family shares is not the name
-        assert not any(distinct & set(text.split()) for text in style.descriptions), style.name
+        assert not any(other.display_name.lower() in text for other in STYLES for text in style.descriptions), style.name
 
 
 def test_a_picture_repeats_with_its_random_state_and_differs_between_styles_objects_and_states():
@@ -146,13 +145,13 @@ def test_the_classifier_rejects_noise_grey_and_bare_backgrounds():
 
 def test_the_classifier_rejects_most_pictures_of_a_deliberately_ruined_model(shipped_bundle):
     generator = torch.Generator().manual_seed(4)
-    ruined = {name: p.data + 0.5 * p.data.std() * torch.randn(p.shape, generator=generator)
+    ruined = {name: p.data + 0.8 * p.data.std() * torch.randn(p.shape, generator=generator)
               for name, p in shipped_bundle.unet.named_parameters() if p.dim() > 1}  # fmt: skip
     prompts = [EVALUATION_TEMPLATE.format(object=name, style="Lava") for name in OBJECTS] * 2
     with swapped_weights(shipped_bundle.unet, ruined):
         latents = sample_latents(shipped_bundle, prompts, [generator_for(0, "ruined", i) for i in range(20)], SamplerConfig())
     verdicts = Judge()(shipped_bundle.decode(latents))
-    assert np.mean([verdict.object == "" for verdict in verdicts]) >= 0.7
+    assert np.mean([verdict.object == "" for verdict in verdicts]) >= 0.9
     assert np.mean([verdict.style == "Lava" and verdict.object in OBJECTS for verdict in verdicts]) <= 0.1
 
 

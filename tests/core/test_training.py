@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_iteration_and_the_remedy(step,
         return LossParts(loss.total * float("nan"), loss.parts)
 
     monkeypatch.setattr(ConAbl, "loss", broken)
-    with pytest.raises(TrainingError, match=r"nan at iteration 1 of 3; lower the learning rate \(0.0003\)"):
+    with pytest.raises(TrainingError, match=r"nan at iteration 1 of 3; lower the learning rate \(0.0004\)"):
         step(make_request())
     assert same(unet_state(random_bundle), before)
 
