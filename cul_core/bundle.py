@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .compact import compact_decoder
 from .families import Family
 
-
 _CACHED_PROMPTS = 1024
 
 

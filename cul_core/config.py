@@ -80,6 +80,8 @@ class TrainingConfig(Config):
     iterations: int = setting(60, "Optimizer updates of this step.", minimum=0)
     batch_size: int = setting(8, "Anchor latents per update.", minimum=1)
     learning_rate: float = setting(4e-4, "AdamW's learning rate.", minimum=0.0, maximum=1.0)
+    schedule: str = setting("constant", "constant, as in the reference, or linear: down to zero, which ends the step without the "
+                            "optimizer's jitter.", choices=("constant", "linear"))  # fmt: skip
     weight_decay: float = setting(0.0, "AdamW's decay toward zero; the references' 0.01 shrinks even masked entries.", minimum=0.0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", minimum=0.0)
     group: str = setting("kv", "Which weights are trained.", choices=("kv", "attn2", "attn", "non-attn2", "full"))

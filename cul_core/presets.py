@@ -39,7 +39,8 @@ PRESETS = {
     "recommended": Preset(
         "Concept Ablation towards the pretrained model's anchors, with update projection in damped coordinates: forgets as much, "
         "keeps what was listed and nearly all that was not.",
-        ConAblConfig(teacher="pretrained"), (ProjectionConfig(decoys=300, damping=3e-5),), TrainingConfig(),
+        ConAblConfig(teacher="pretrained"), (ProjectionConfig(decoys=300, damping=3e-5),),
+        TrainingConfig(learning_rate=6e-4, schedule="linear"),
     ),
     "projection": Preset(
         "The paper's gradient projection as its authors' code does it.",

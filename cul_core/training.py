@@ -251,6 +251,8 @@ def _train(
         for iteration in range(1, training.iterations + 1):
             if callbacks.should_stop():
                 raise Cancelled(f"Cancelled at iteration {iteration} of {training.iterations}; the input model is unchanged.")
+            if training.schedule == "linear":
+                optimizer.param_groups[0]["lr"] = training.learning_rate * (1 - (iteration - 1) / training.iterations)
             loss = method.loss(predict, teacher, generator)
             total = loss.total
             for regularizer in regularizers:
@@ -283,7 +285,7 @@ def _update(
     for name, parameter in parameters.items():
         weight = parameter.data
         for regularizer in regularizers:
-            weight = regularizer.proximal(name, weight, training.learning_rate)
+            weight = regularizer.proximal(name, weight, optimizer.param_groups[0]["lr"])
         masks = [mask for regularizer in regularizers if (mask := regularizer.mask(name, weight)) is not None]
         mask = math.prod(masks[1:], start=masks[0]) if masks else None
         change = weight - before[name]

@@ -84,8 +84,8 @@ class GradientProjection(Regularizer):
     target are left out, and the energy left is ||P (c_t - mean)|| / ||c_t - mean||.
 
     With decoys, the matrices are also trained in coordinates where kept text is small: gradient G S^1/2, change D S^1/2, with
-    S = g (I + M / damping)^-1. M is the mean of three second moments of token vectors, each of trace 1: of decoys, of kept concepts
-    and earlier targets, and of anchors. g makes the response of the target's own text what it was without damping.
+    S = g (I + M / damping)^-1. M is the mean of four second moments of token vectors, each of trace 1: of decoys, of kept
+    concepts, of earlier targets, and of anchors. g makes the response of the target's own text what it was without damping.
 
     Raises:
         ConceptError: nothing to protect, or less than 0.2 of a target's vector would be left.
@@ -141,9 +141,10 @@ class GradientProjection(Regularizer):
                 prompts += [prompt for i in anchors for prompt in concept.target_prompts(context.anchor_prompts[i])]
             return prompts
 
-        moments = [
-            moment(prompts) for prompts in (sentences(decoys, 1), sentences(kept, 8), sorted(set(context.anchor_prompts))) if prompts
-        ]
+        previous = [concept for concept in kept if concept in context.previous]
+        declared = [concept for concept in kept if concept not in context.previous]
+        groups = (sentences(decoys, 1), sentences(declared, 8), sentences(previous, 8), sorted(set(context.anchor_prompts)))
+        moments = [moment(prompts) for prompts in groups if prompts]
         values, vectors = torch.linalg.eigh(sum(moments) / len(moments))
         gains = 1 / (1 + values.clamp_min(0) / self.config.damping)
         target_moment = moment(sentences(context.concepts, 8))
