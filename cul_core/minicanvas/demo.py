@@ -109,7 +109,16 @@ def _evaluate(plan: Plan, run: str | None, k: int, per_cell: int) -> dict:
         _tell(_PICTURE_COST * (done - told))
         told = done
 
-    scores = evaluate(bundle, _model_after(plan, run, k), Judge(), plan.targets[:k], seed=plan.seed, per_cell=per_cell, on_batch=on_batch)
+    scores = evaluate(
+        bundle,
+        _model_after(plan, run, k),
+        Judge(),
+        plan.targets[:k],
+        seed=plan.seed,
+        per_cell=per_cell,
+        objects=objects_asked(plan),
+        on_batch=on_batch,
+    )
     return scores.to_json()
 
 
@@ -120,8 +129,13 @@ def _make_anchors(plan: Plan) -> None:
 
 
 def per_cell(k: int, requests: int) -> int:
-    """Pictures per style and object: two where it matters most (the end, and the untouched model), one on the way."""
-    return 2 if k == requests else 1
+    """Pictures per style and object: two at the end of the full demonstration and for its untouched model, else one."""
+    return 2 if k == requests == 12 else 1
+
+
+def objects_asked(plan: Plan) -> Sequence[str]:
+    """Every object in the full demonstration, every other one in a short one, which should take a short time."""
+    return OBJECTS if len(plan.targets) == 12 else OBJECTS[::2]
 
 
 def run_demo(
@@ -140,7 +154,7 @@ def run_demo(
     plan = Plan(REQUEST_ORDERS[order][:requests], seed, free_path(out / "steps"))
     plan.folder.mkdir(parents=True)
     marks = reported_requests(requests)
-    pictures_asked = {k: len(shots_for(plan.targets[:k], per_cell(k, requests))) for k in marks}
+    pictures_asked = {k: len(shots_for(plan.targets[:k], per_cell(k, requests), objects_asked(plan))) for k in marks}
     iterations = sum(preset(run).training.iterations for run in RUNS) * requests
     todo = iterations * _ITERATION_COST + _PICTURE_COST * (len(RUNS) * sum(pictures_asked.values()) + pictures_asked[marks[-1]])
     try:

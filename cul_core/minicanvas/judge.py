@@ -31,20 +31,20 @@ class Judge:
         return [Verdict((*STYLE_LABELS, "")[s], (*OBJECTS, "")[o]) for s, o in zip(styles.argmax(1), objects.argmax(1), strict=True)]
 
 
-def shots_for(targets: Sequence[str], per_cell: int = 1) -> list[Shot]:
+def shots_for(targets: Sequence[str], per_cell: int = 1, objects: Sequence[str] = OBJECTS) -> list[Shot]:
     """What an evaluation asks after `targets` were forgotten: each of them by name and description, all kept styles by name."""
     by_role = {"target": targets, "declared": styles_in("declared"), "hidden": styles_in("hidden")}
     shots = [
         Shot(EVALUATION_TEMPLATE.format(object=name, style=STYLE_BY_NAME[style].display_name), style, name, role, index)
         for role, styles in by_role.items() for style in styles if role == "target" or style not in targets
-        for name in OBJECTS for index in range(per_cell)
+        for name in objects for index in range(per_cell)
     ]  # fmt: skip
     for style in targets:
         descriptions = STYLE_BY_NAME[style].descriptions
         shots += [
             Shot(DESCRIPTION_EVALUATION_TEMPLATE.format(object=name, description=descriptions[number % len(descriptions)]),
                  style, name, "alias", index)
-            for number, name in enumerate(OBJECTS) for index in range(per_cell)
+            for number, name in enumerate(objects) for index in range(per_cell)
         ]  # fmt: skip
     return shots
 
@@ -63,8 +63,9 @@ def take(
 
 def evaluate(
     bundle: ModelBundle, model: UnlearnModel, judge: Judge, targets: Sequence[str], *, seed: int, per_cell: int = 1,
+    objects: Sequence[str] = OBJECTS,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Scores:  # fmt: skip
     """Scores of `model` after `targets` were forgotten."""
-    shots = shots_for(targets, per_cell)
+    shots = shots_for(targets, per_cell, objects)
     return score(shots, judge(take(bundle, model, shots, seed, on_batch=on_batch)))
