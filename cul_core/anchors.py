@@ -25,11 +25,12 @@ class AnchorStore:
 
     def anchor_latents(
         self, source: Source, bundle: ModelBundle, prompts: Sequence[str], count: int, sampler: SamplerConfig, seed: int,
-        should_stop: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], bool] = lambda: False, on_batch: Callable[[int, int], None] = lambda done, count: None,
     ) -> Tensor:  # fmt: skip
         """(count, c, h, w) latents on the CPU, always by the weights of `source`; prompts repeat in turn.
 
-        `bundle` must hold those weights. Raises Cancelled when `should_stop` says so.
+        `bundle` must hold those weights. `on_batch(done, count)` runs after each batch that is sampled. Raises Cancelled when
+        `should_stop` says so.
         """
         key = stable_hash([source.sha256, list(prompts), count, sampler.to_json(), seed, "anchors-1"])
         if key not in self._memory:
@@ -40,6 +41,7 @@ class AnchorStore:
             else:
 
                 def check(done: int) -> None:
+                    on_batch(done, count)
                     if should_stop():
                         raise Cancelled(f"Cancelled after {done} of {count} anchor pictures; the input model is unchanged.")
 

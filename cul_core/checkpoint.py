@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,11 +21,13 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _CHUNK = 8 << 20
 
 
-def save_checkpoint(model: UnlearnModel, path: Path | str, on_chunk: Callable[[], None] = lambda: None) -> Path:
+def save_checkpoint(
+    model: UnlearnModel, path: Path | str, on_chunk: Callable[[], None] = lambda: None, metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write the model as a full checkpoint in its source's key layout and dtypes; returns the path written.
 
     Every byte of tensors that were not edited is the source's. An existing file is not overwritten: the name gets a counter.
-    `on_chunk` runs for every 8 MiB and may raise to cancel; nothing is left behind then.
+    `on_chunk` runs for every 8 MiB and may raise to cancel; nothing is left behind then. `metadata` joins the header's entries.
 
     Raises:
         CheckpointError: the folder cannot be written, or an edited tensor has a dtype that cannot hold the edit.
@@ -35,7 +37,7 @@ def save_checkpoint(model: UnlearnModel, path: Path | str, on_chunk: Callable[[]
     path = free_path(Path(path))
     if source_of(model.source.path).sha256 != model.source.sha256:
         raise ModelError(f"{model.source.path.name!r} has changed since the model was opened; put the old file back or start again.")
-    header, metadata, start = read_header(model.source.path)
+    header, inherited, start = read_header(model.source.path)
     keys = checkpoint_key_map(model.source.path) if model.edits else {}
     replaced = sorted((tuple(header[keys[name]]["data_offsets"]), name) for name in model.edits)
     for _, name in replaced:
@@ -44,7 +46,7 @@ def save_checkpoint(model: UnlearnModel, path: Path | str, on_chunk: Callable[[]
                                   "start from an fp16, bf16 or fp32 checkpoint.")  # fmt: skip
         if not torch.isfinite(model.edits[name]).all():
             raise TrainingError(f"The edit of {name!r} holds values that are not finite; repeat the step with a lower learning rate.")
-    text = json.dumps({"__metadata__": {**metadata, **model.metadata()}, **header}, separators=(",", ":")).encode()
+    text = json.dumps({"__metadata__": {**inherited, **(metadata or {}), **model.metadata()}, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     def write(out: BinaryIO) -> None:

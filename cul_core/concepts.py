@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .config import Config
 from .errors import ConceptError
 
 KINDS = ("style", "object", "celebrity", "character")
-_NEEDS_ANCHOR = ("object", "celebrity", "character")
+SUGGESTED_ANCHORS = {"celebrity": "person", "character": "person"}
+"""What a target of each kind becomes when nobody says so. A style needs no anchor word; an object has none that suits all."""
 
 TARGET_TEMPLATES = {
     "style": "An image in the style of {name}",
@@ -32,10 +34,10 @@ class Concept(Config):
     Args:
         target: name of what is forgotten.
         kind: `style`, `object`, `celebrity` or `character`.
-        anchor: word that takes the target's place (`dog` -> `animal`); for a style, empty.
+        anchor: word that takes the target's place (`dog` -> `animal`); for a style, and for a concept to be kept, empty.
 
     Raises:
-        ConceptError: unknown kind, empty target, missing anchor, or an anchor equal to the target.
+        ConceptError: unknown kind, empty target, or an anchor equal to the target.
     """
 
     target: str
@@ -47,8 +49,6 @@ class Concept(Config):
             raise ConceptError(f"Concept kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}.")
         if not display_name(self.target):
             raise ConceptError(f"The target is empty ({self.target!r}); type the name of what should be forgotten.")
-        if self.kind in _NEEDS_ANCHOR and not display_name(self.anchor):
-            raise ConceptError(f"Concept {self.target!r} of kind {self.kind!r} has no anchor; give the word it should become.")
         if display_name(self.anchor).lower() == display_name(self.target).lower():
             raise ConceptError(f"Anchor and target are both {self.target!r}; choose an anchor that differs from the target.")
 
@@ -60,6 +60,12 @@ class Concept(Config):
     def prompt(self) -> str:
         """The prompt that names the target and nothing else."""
         return TARGET_TEMPLATES[self.kind].format(name=self.name)
+
+    def check_forgettable(self) -> None:
+        """Raises ConceptError when this can be kept but not forgotten: only a style goes without an anchor."""
+        if self.kind != "style" and not display_name(self.anchor):
+            raise ConceptError(f"Concept {self.target!r} of kind {self.kind!r} has no anchor; give the word it should become, "
+                               "such as 'horse' for 'dog'.")  # fmt: skip
 
     def mentioned_in(self, prompt: str) -> bool:
         """Whether `prompt` contains the target as whole words, also in the plural."""
@@ -74,7 +80,62 @@ class Concept(Config):
             body = anchor_prompt.replace(".", "").strip()
             return (f"In {self.name} Style, {anchor_prompt[:1].lower()}{anchor_prompt[1:]}", f"{body}, in {self.name} Style.")
         anchor = re.escape(display_name(self.anchor))
+        if not anchor:
+            return ()
         pattern = re.compile(rf"(?<!\w){anchor}(s|es)?(?!\w)", re.IGNORECASE)
         if not pattern.search(anchor_prompt):
             return ()
         return (pattern.sub(lambda match: self.name + (match.group(1) or ""), anchor_prompt),)
+
+
+@dataclass(frozen=True)
+class ConceptList:
+    """What one request forgets together, and what is declared as to be kept meanwhile."""
+
+    targets: tuple[Concept, ...]
+    keep: tuple[Concept, ...] = ()
+
+    def __add__(self, other: ConceptList) -> ConceptList:
+        names = {concept.name.lower() for concept in (*self.targets, *other.targets)}
+        keep = dict.fromkeys(concept for concept in (*self.keep, *other.keep) if concept.name.lower() not in names)
+        return ConceptList(tuple(dict.fromkeys((*self.targets, *other.targets))), tuple(keep))
+
+
+def parse_concept(text: str, kind: str = "style", anchor: str = "") -> Concept:
+    """A concept as users type it: `[kind:] target [-> anchor]`, such as `object: dog -> horse`.
+
+    Args:
+        text: what was typed.
+        kind: what it is if the text does not say.
+        anchor: what it becomes if the text does not say; if empty, what `SUGGESTED_ANCHORS` has for the kind.
+
+    Raises:
+        ConceptError: see `Concept`.
+    """
+    said, colon, rest = text.partition(":")
+    if colon and said.strip().lower() in KINDS:
+        kind, text = said.strip().lower(), rest
+    target, _, becomes = text.partition("->")
+    return Concept(target.strip(), kind, becomes.strip() or anchor.strip() or SUGGESTED_ANCHORS.get(kind, ""))
+
+
+def _lines(text: str) -> Iterator[str]:
+    return (line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#"))
+
+
+def parse_keep(text: str, kind: str = "style") -> tuple[Concept, ...]:
+    """Concepts to be kept, separated by commas or line breaks; one of another kind says so (`object: cat`)."""
+    names = (name for line in _lines(text) for name in line.split(",") if name.strip())
+    return tuple(dict.fromkeys(Concept(concept.target, concept.kind) for concept in (parse_concept(name, kind) for name in names)))
+
+
+def parse_requests(text: str, kind: str = "style", anchor: str = "") -> list[tuple[Concept, ...]]:
+    """One request per line, as `parse_concept` reads it; ` + ` joins concepts that are forgotten together; `#` starts a comment line.
+
+    Raises:
+        ConceptError: no line names a concept, or see `Concept`.
+    """
+    requests = [tuple(parse_concept(part, kind, anchor) for part in re.split(r"\s\+\s", line)) for line in _lines(text)]
+    if not requests:
+        raise ConceptError(f"The list of requests is empty ({text[:40]!r}); type one concept per line.")
+    return requests

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from .anchors import AnchorStore
-from .bundle import swapped_weights
+from .bundle import ModelBundle, swapped_weights
 from .chain import StepRecord, UnlearnModel, weights_of
 from .concepts import Concept
 from .config import Config, TrainingConfig, stable_hash
-from .diffusion import SamplerConfig, generator_for
+from .diffusion import SamplerConfig, generator_for, sample_latents
 from .errors import Cancelled, ConfigError, TrainingError
 from .loading import BundleCache
 from .methods import METHODS
@@ -31,6 +31,7 @@ from .regularizers import REGULARIZERS
 from .regularizers.base import Regularizer
 
 logger = logging.getLogger(__name__)
+_PREVIEW_SAMPLER = SamplerConfig(steps=8)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Request:
     def __post_init__(self):
         if not self.concepts:
             raise ConfigError("The request names no concept; give at least one target.")
+        for concept in self.concepts:
+            concept.check_forgettable()
         if not self.anchor_prompts:
             raise ConfigError("The request has no anchor prompts; give some captions of pictures that must stay.")
         METHODS.of(self.method)
@@ -117,10 +120,31 @@ class Progress:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """How a caller watches and stops a step. The core itself never prints."""
+    """How a caller watches and stops a step. The core itself never prints.
+
+    Args:
+        on_progress: called after every update.
+        should_stop: asked before every update and anchor batch; true ends the step. It may also raise.
+        on_anchors: called with (anchor pictures made, their number).
+        on_preview: called with (iteration, latents (n, c, h, w) of `preview_prompts` as the model draws them now), always from
+            the same noise, before the first update, after every `preview_every` and after the last.
+        preview_prompts: what previews show.
+        preview_every: updates between previews; 0 turns them off.
+    """
 
     on_progress: Callable[[Progress], None] = lambda progress: None
     should_stop: Callable[[], bool] = lambda: False
+    on_anchors: Callable[[int, int], None] = lambda done, count: None
+    on_preview: Callable[[int, Tensor], None] = lambda iteration, latents: None
+    preview_prompts: tuple[str, ...] = ()
+    preview_every: int = 0
+
+    def preview(self, bundle: ModelBundle, iteration: int, iterations: int) -> None:
+        """Sample and hand over a preview if it is time for one."""
+        if self.preview_every and self.preview_prompts and (iteration % self.preview_every == 0 or iteration == iterations):
+            generators = [generator_for(0, "preview", i) for i in range(len(self.preview_prompts))]
+            latents = sample_latents(bundle, self.preview_prompts, generators, _PREVIEW_SAMPLER, batch_size=len(generators))
+            self.on_preview(iteration, latents)
 
 
 @dataclass(frozen=True)
@@ -163,7 +187,7 @@ def run_step(
     outside = {name: delta for name, delta in model.edits.items() if name not in pretrained}
     latents = store.anchor_latents(
         model.source, bundle, request.anchor_prompts, request.anchor_count, request.anchor_sampler, request.anchor_seed,
-        should_stop=callbacks.should_stop,
+        should_stop=callbacks.should_stop, on_batch=callbacks.on_anchors,
     )  # fmt: skip
     context = StepContext(
         bundle=bundle, concepts=request.concepts, retain=request.retain,
@@ -228,7 +252,7 @@ def _train(
     """(new weights, loss of every update, last value of each part of the loss)."""
     training, unet = context.training, context.bundle.unet
     parameters = {name: parameter for name, parameter in unet.named_parameters() if name in context.start}
-    teacher_weights = context.pretrained if getattr(method.config, "teacher", "start") == "pretrained" else context.start
+    teacher_weights = context.pretrained if method.teacher_is_pretrained else context.start
     generator, losses, parts = context.generator("batches"), [], {}
 
     def predict(latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
@@ -244,10 +268,11 @@ def _train(
     with (
         swapped_weights(unet, student),
         _trainable(parameters),
-        _first_token_blocked(blocked if getattr(method.config, "block_first_token", False) else []),
+        _first_token_blocked(blocked if method.blocks_first_token else []),
     ):
         optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
         begun = time.monotonic()
+        callbacks.preview(context.bundle, 0, training.iterations)
         for iteration in range(1, training.iterations + 1):
             if callbacks.should_stop():
                 raise Cancelled(f"Cancelled at iteration {iteration} of {training.iterations}; the input model is unchanged.")
@@ -266,6 +291,7 @@ def _train(
             losses.append(total.item())
             parts = loss.parts
             callbacks.on_progress(Progress(iteration, training.iterations, losses[-1], parts, time.monotonic() - begun))
+            callbacks.preview(context.bundle, iteration, training.iterations)
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}, losses, parts
 
 

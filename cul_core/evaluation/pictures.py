@@ -82,3 +82,46 @@ def chart(title: str, panels: Mapping[str, Sequence[Line]], x_label: str, panel_
         draw.text((x + 34, y), label, fill=_INK, font=font, anchor="lm")
         x += 34 + int(draw.textlength(label, font=font)) + 28
     return canvas
+
+
+def bars(title: str, rows: Sequence[tuple[str, float]], unit: str = "") -> Image.Image:
+    """Horizontal bars, one per (label, value >= 0); the longest spans the width."""
+    font, head = _font(14), _font(18)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = 24 + int(max((measure.textlength(label, font=font) for label, _ in rows), default=0))
+    canvas = Image.new("RGB", (max(left + 420, 24 + int(measure.textlength(title, font=head))), 52 + 22 * len(rows)), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((12, 12), title, fill=_INK, font=head)
+    longest = max((value for _, value in rows), default=0) or 1
+    for number, (label, value) in enumerate(rows):
+        y = 44 + 22 * number
+        draw.text((left - 10, y + 9), label, fill=_INK, font=font, anchor="rm")
+        end = left + max(320 * value / longest, 1)
+        draw.rectangle([left, y + 2, end, y + 16], fill=COLOURS[1])
+        draw.text((end + 8, y + 9), f"{value:.2f} {unit}", fill=_INK, font=font, anchor="lm")
+    return canvas
+
+
+def loss_curve(title: str, losses: Sequence[float], size: tuple[int, int] = (560, 300)) -> Image.Image:
+    """Loss against iteration: the values, and their mean over the last tenth of the run."""
+    font, head = _font(14), _font(18)
+    width, height = size
+    canvas = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((12, 10), title, fill=_INK, font=head)
+    x0, y0, w, h = 66, 48, width - 86, height - 100
+    top = max(losses, default=0) or 1
+    for tick in range(5):
+        y = y0 + h * (1 - tick / 4)
+        draw.line([(x0, y), (x0 + w, y)], fill=_FAINT)
+        draw.text((x0 - 8, y), f"{top * tick / 4:.3g}", fill=_INK, font=font, anchor="rm")
+    draw.text((x0 + w / 2, y0 + h + 26), "iteration", fill=_INK, font=font, anchor="mt")
+    for share in (0, 0.5, 1):
+        draw.text((x0 + w * share, y0 + h + 8), str(round(share * len(losses))), fill=_INK, font=font, anchor="mt")
+    window = max(len(losses) // 10, 1)
+    means = [sum(part) / len(part) for part in (losses[max(0, i - window + 1) : i + 1] for i in range(len(losses)))]
+    for values, colour, thickness in ((losses, _FAINT, 1), (means, COLOURS[1], 3)):
+        spots = [(x0 + w * (i + 1) / len(values), y0 + h * (1 - value / top)) for i, value in enumerate(values)]
+        if len(spots) > 1:
+            draw.line(spots, fill=colour, width=thickness, joint="curve")
+    return canvas

@@ -59,9 +59,15 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Method:
-    """Base of all methods. A trained one implements `loss`; a closed-form one sets `is_closed_form` and implements `edit`."""
+    """Base of all methods. A trained one implements `loss`; a closed-form one sets `is_closed_form` and implements `edit`.
+
+    The loop also asks `teacher_is_pretrained` (the teacher is W0, not the step's start) and `blocks_first_token` (no gradient
+    through the keys and values of the start token).
+    """
 
     is_closed_form = False
+    teacher_is_pretrained = False
+    blocks_first_token = False
 
     def __init__(self, config: Config):
         self.config = config

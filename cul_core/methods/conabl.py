@@ -43,6 +43,11 @@ class ConAbl(Method):
 
     config: ConAblConfig
 
+    def __init__(self, config: ConAblConfig):
+        super().__init__(config)
+        self.teacher_is_pretrained = config.teacher == "pretrained"
+        self.blocks_first_token = config.block_first_token
+
     def prepare(self, context: StepContext) -> None:
         self._schedule, self._latents, self._batch = context.schedule, context.anchor_latents, context.training.batch_size
         named = (*context.concepts, *context.previous)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHECKPOINT_PATH = Path(__file__).parent / "weights" / "minicanvas.safetensors"
+CHECKPOINT_PATH = Path(__file__).parent / "checkpoints" / "minicanvas.safetensors"
 CLASSIFIER_PATH = Path(__file__).parent / "weights" / "classifier.safetensors"
 
 AUTOENCODER_WIDTHS = (24, 32, 64, 64)

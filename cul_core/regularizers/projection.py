@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..concepts import Concept
+from ..concepts import Concept, display_name
 from ..conditioning import ROWS, decoy_concepts, prompt_rows, target_vector
 from ..config import Config, setting
 from ..errors import ConceptError
@@ -129,6 +129,7 @@ class GradientProjection(Regularizer):
         """S^1/2, (d, d) in fp64."""
         generator = context.generator("decoys")
         decoys = decoy_concepts(context.bundle, context.concepts, self.config.decoys, generator)
+        anchor = display_name(context.concepts[0].anchor)
 
         def moment(prompts: list[str]) -> Tensor:
             rows = prompt_rows(context.bundle, prompts, "all")
@@ -137,6 +138,8 @@ class GradientProjection(Regularizer):
         def sentences(concepts: Sequence[Concept], count: int) -> list[str]:
             prompts = []
             for concept in concepts:
+                if not concept.anchor and concept.name.lower() != anchor.lower():
+                    concept = replace(concept, anchor=anchor)  # a kept concept takes the place that the target has
                 anchors = torch.randint(len(context.anchor_prompts), (count,), generator=generator).tolist()
                 prompts += [prompt for i in anchors for prompt in concept.target_prompts(context.anchor_prompts[i])]
             return prompts

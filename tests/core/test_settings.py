@@ -38,7 +38,7 @@ from cul_core.training import Request
 )
 def test_concept_that_cannot_be_forgotten_is_refused(values, said):
     with pytest.raises(ConceptError, match=said):
-        Concept(**values)
+        Concept(**values).check_forgettable()
 
 
 @pytest.mark.parametrize("kind", KINDS)
