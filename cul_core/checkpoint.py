@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -140,3 +140,18 @@ def open_model(path: Path | str, pretrained: Path | str | None = None) -> Unlear
         raise ModelError(f"{original.path.name!r} is not the file that {path.name!r} was made from; choose {made_from['name']!r} "
                          "or leave the pretrained file out.")  # fmt: skip
     return UnlearnModel(original, family, difference(path, original.path), history)
+
+
+def open_continued(path: Path, candidates: Iterable[Path]) -> UnlearnModel:
+    """`open_model`, with drift measured from the file that an edited checkpoint was made from if that is among `candidates`.
+
+    Raises:
+        ModelError: unreadable or unsupported file.
+    """
+    _, made_from = read_history(path)
+    if made_from is not None:
+        for other in candidates:
+            same_name = other.name == made_from["name"] and other.stat().st_size == made_from["size"]
+            if same_name and source_of(other).sha256 == made_from["sha256"]:
+                return open_model(path, other)
+    return open_model(path)

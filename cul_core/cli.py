@@ -78,23 +78,24 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _unlearn(arguments: argparse.Namespace) -> None:
     from .anchors import AnchorStore
     from .checkpoint import open_model, save_checkpoint
-    from .concepts import Concept
-    from .minicanvas.demo import anchor_prompts
+    from .concepts import parse_concept, parse_keep
     from .presets import preset
+    from .prompts import anchor_prompts
     from .safetensor_files import check_writable
     from .training import Callbacks, run_step
 
     chosen = preset(arguments.preset)
     overrides = {name: value for name in ("iterations", "learning_rate") if (value := getattr(arguments, name)) is not None}
     chosen = replace(chosen, training=replace(chosen.training, **overrides))
-    concepts = [Concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
-    keep = [Concept(name, "style") for name in arguments.keep]
+    concepts = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
+    keep = [concept for name in arguments.keep for concept in parse_keep(name, arguments.kind)]
     names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))
     out = arguments.out or Path(f"{arguments.model.stem}-without-{names}.safetensors")
     check_writable(out.parent)
     model = open_model(arguments.model, arguments.pretrained)
     show = _ProgressLine()
-    request = chosen.request(concepts, retain=keep, anchor_prompts=anchor_prompts(), seed=arguments.seed)
+    prompts = anchor_prompts(model.family, concepts)
+    request = chosen.request(concepts, retain=keep, anchor_prompts=prompts, seed=arguments.seed)
     edited, report = run_step(model, request, store=AnchorStore(), callbacks=Callbacks(
         on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left)))  # fmt: skip
     path = save_checkpoint(edited, out)
@@ -135,19 +136,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from .chain import read_history
+    from .evaluation.report import history_text
 
     history, source = read_history(arguments.file)
-    if source is None:
-        _say(f"{arguments.file.name} was not written by continual-unlearning: nothing in it says that anything was forgotten.")
-    else:
-        _say(f"{arguments.file.name}: {len(history)} step(s) from {source['name']} (SHA-256 {source['sha256'][:16]}...)")
-    for number, record in enumerate(history, 1):
-        request = record.request
-        total = sum(values[0] ** 2 for values in record.drift.values()) ** 0.5
-        regularizers = ", ".join(values["name"] for values in request["regularizers"]) or "no regularizer"
-        _say(f"{number:3}. {', '.join(record.targets)}  {record.finished}  {request['method']['name']} with {regularizers}, "
-             f"{request['training']['iterations']} iterations, seed {request['training']['seed']}, {record.seconds:.1f} s, "
-             f"drift {total:.3f}, model {record.result[:12]} from {record.parent[:12]}")  # fmt: skip
+    _say(history_text(arguments.file.name, history, source))
     _write_json(arguments.json, {"source": source, "history": [vars(record) for record in history]})
 
 
@@ -177,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--pretrained", type=Path, help="the file an edited checkpoint was made from, to measure drift from there")
     unlearn.add_argument("--kind", default="style", help="style, object, celebrity or character")
     unlearn.add_argument("--anchor", default="", help="word that takes an object's place")
-    unlearn.add_argument("--keep", nargs="*", default=[], metavar="STYLE", help="styles declared as to be kept")
+    unlearn.add_argument("--keep", nargs="*", default=[], metavar="CONCEPT", help="what is declared as to be kept")
     unlearn.add_argument("--preset", default="recommended", help="named combination of method and regularizers")
     unlearn.add_argument("--iterations", type=int, help="instead of the preset's")
     unlearn.add_argument("--learning-rate", type=float, help="instead of the preset's")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import re
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from .bundle import ModelBundle
 from .errors import ModelError
 from .families import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, Family, family_of
 from .safetensor_files import opened, read_header
+
+_DIFFUSERS = ((0, 33), (0, 40))  # tested from the first up to, not including, the second; pyproject.toml says the same
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,17 @@ def checkpoint_key_map(path: Path) -> dict[str, str]:
 
 
 def require_diffusers() -> None:
-    """Raises ModelError with the command that mends it when diffusers is missing."""
-    if importlib.util.find_spec("diffusers") is None:
-        raise ModelError('The package diffusers is not installed; run: pip install "diffusers>=0.33,<0.40"')
+    """Raises ModelError with the command that mends it when diffusers is missing or of a version that was not tested."""
+    try:
+        found = version("diffusers")
+    except PackageNotFoundError:
+        found = None
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found or "")[:2])
+    if found is None or not _DIFFUSERS[0] <= numbers < _DIFFUSERS[1]:
+        state = "is not installed" if found is None else f"has version {found}"
+        bounds = ">={}.{},<{}.{}".format(*_DIFFUSERS[0], *_DIFFUSERS[1])
+        raise ModelError(f'The package diffusers {state}, where {bounds} is needed; run in this Python environment: '
+                         f'pip install "diffusers{bounds}"')  # fmt: skip
 
 
 def _build_unet(family: Family) -> nn.Module:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .concepts import Concept, display_name
 from .families import MINI, Family
+from .training import Request
 
 _SUBJECTS = (
     "a mountain lake", "a village street", "a bowl of fruit", "a sailing boat", "an old house", "a vase of flowers", "a forest path",
@@ -42,3 +44,26 @@ def anchor_prompts(family: Family, concepts: Sequence[Concept]) -> tuple[str, ..
             anchor = display_name(concept.anchor)
             prompts += [template.format(anchor=anchor, object=anchor) for template in pictured]
     return tuple(dict.fromkeys(prompts))
+
+
+def preview_prompts(request: Request) -> list[tuple[str, str]]:
+    """(label, prompt) of what to watch while a request trains: its first targets, and what should stay as it is.
+
+    Where nothing is declared as to be kept, anchor prompts show it.
+    """
+    first = request.concepts[0]
+
+    def shown(role: str, concept: Concept, count: int) -> list[tuple[str, str]]:
+        rewritten = [prompts[0] for caption in request.anchor_prompts if (prompts := concept.target_prompts(caption))]
+        return [(f"{role}\n{concept.name}", prompt) for prompt in _spread(rewritten, count)]
+
+    targets = request.concepts[:2]
+    stay = [replace(concept, anchor=concept.anchor or first.anchor) for concept in request.retain if concept.name != first.anchor]
+    kept = [pair for concept in stay[:2] for pair in shown("keep", concept, 1)]
+    return [pair for concept in targets for pair in shown("forget", concept, 3 - len(targets))] + (
+        kept or [("anchor", prompt) for prompt in _spread(request.anchor_prompts, 2)]
+    )
+
+
+def _spread(items: Sequence[str], count: int) -> Sequence[str]:
+    return items[:: max(len(items) // count, 1)][:count]

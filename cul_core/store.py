@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save
 
@@ -17,7 +15,7 @@ from .chain import StepRecord, UnlearnModel
 from .config import canonical_json, stable_hash
 from .errors import CheckpointError, ModelError
 from .safetensor_files import opened, read_header, write_atomically
-from .training import Request, StepReport, run_step
+from .training import Request, StepReport
 
 logger = logging.getLogger(__name__)
 _RESULTS_VERSION = 1
@@ -88,11 +86,3 @@ class StepStore:
             if total > self._largest and path not in self._in_use:
                 path.unlink(missing_ok=True)
                 total -= size
-
-    def run_step(self, model: UnlearnModel, request: Request, **options: Mapping[str, Any]) -> tuple[UnlearnModel, StepReport, bool]:
-        """(edited model, report, whether it was already there); `options` are those of `training.run_step`."""
-        if found := self.get(model, request):
-            return *found, True
-        edited, report = run_step(model, request, store=self.anchors, **options)
-        self.put(model, request, edited, report)
-        return edited, report, False

@@ -61,7 +61,7 @@ def chart(title: str, panels: Mapping[str, Sequence[Line]], x_label: str, panel_
     for number, (name, lines) in enumerate(panels.items()):
         x0, y0 = 20 + number * (width + 20) + 40, 70
         w, h = width - 52, height - 20
-        xs = sorted({x for line in lines for x, _ in line.points})
+        xs = sorted({x for line in lines for x, _ in line.points}) or [0]
         low, span = xs[0], max(xs[-1] - xs[0], 1)
         draw.text((x0 + w / 2, y0 - 12), name, fill=_INK, font=font, anchor="ms")
         for percent in range(0, 101, 20):
@@ -82,6 +82,18 @@ def chart(title: str, panels: Mapping[str, Sequence[Line]], x_label: str, panel_
         draw.text((x + 34, y), label, fill=_INK, font=font, anchor="lm")
         x += 34 + int(draw.textlength(label, font=font)) + 28
     return canvas
+
+
+METRIC_PANELS = (("UA (forgotten)", "ua"), ("IRA declared", "ira_declared"), ("IRA hidden", "ira_hidden"), ("CRA (objects)", "cra"))
+
+
+def metric_chart(title: str, runs: Mapping[str, Sequence[tuple[int, Mapping]]]) -> Image.Image:
+    """UA, IRA and CRA against the number of requests, one curve per run; scores are (request, metric -> percent or None)."""
+    panels = {
+        name: [Line(run, [(k, scores[metric]) for k, scores in points if scores[metric] is not None]) for run, points in runs.items()]
+        for name, metric in METRIC_PANELS
+    }
+    return chart(title, panels, "request")
 
 
 def bars(title: str, rows: Sequence[tuple[str, float]], unit: str = "") -> Image.Image:

@@ -1,0 +1,42 @@
+"""What happened to a model, as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..chain import StepRecord, UnlearnModel
+from ..training import StepReport
+
+
+def record_text(record: StepRecord) -> str:
+    """One step in one line: what was forgotten, when, how, from which parent."""
+    request = record.request
+    total = sum(values[0] ** 2 for values in record.drift.values()) ** 0.5
+    regularizers = ", ".join(values["name"] for values in request["regularizers"]) or "no regularizer"
+    return (f"{', '.join(record.targets)}  {record.finished}  {request['method']['name']} with {regularizers}, "
+            f"{request['training']['iterations']} iterations, seed {request['training']['seed']}, {record.seconds:.1f} s, "
+            f"drift {total:.3f}, model {record.result[:12]} from {record.parent[:12]}")  # fmt: skip
+
+
+def history_text(name: str, history: Sequence[StepRecord], source: Mapping[str, Any] | None) -> str:
+    """Every step that a file called `name` has behind it; `source` is what `chain.read_history` gives with the history."""
+    if source is None:
+        return f"{name} was not written by continual-unlearning: nothing in it says that anything was forgotten."
+    head = f"{name}: {len(history)} step(s) from {source['name']} (SHA-256 {source['sha256'][:16]}...)"
+    return "\n".join([head, *(f"{number:3}. {record_text(record)}" for number, record in enumerate(history, 1))])
+
+
+def step_text(report: StepReport) -> str:
+    """A finished step: its record, its loss, and the figures of its regularizers."""
+    lines = [f"Forgot {record_text(report.record)}"]
+    if report.losses:
+        lines.append(f"loss {report.losses[0]:.4g} at the first iteration, {report.losses[-1]:.4g} at the last")
+    lines += [f"{name.replace('_', ' ')}: {value:.3g}" for name, value in report.figures.items()]
+    return "\n".join(lines)
+
+
+def model_text(model: UnlearnModel) -> str:
+    """A model in one line: family, size, and what it has forgotten."""
+    forgotten = ", ".join(concept["target"] for concept in model.forgotten) or "nothing yet"
+    return f"{model.family.display_name}, {model.source.size / 1e6:.1f} MB, forgotten: {forgotten}"

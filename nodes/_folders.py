@@ -1,0 +1,55 @@
+"""The host's folders: which files may be read, and where results go. No text of a user becomes a path except through the host."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy.cli_args import args
+
+from ..cul_core.safetensor_files import free_path
+
+_STORE = "unlearning_chains"
+
+
+def register() -> None:
+    """Tell the host where MiniCanvas lies, so that stock loaders list it, and where finished steps are kept."""
+    from ..cul_core.minicanvas.models import CHECKPOINT_PATH
+
+    folder_paths.add_model_folder_path("checkpoints", str(CHECKPOINT_PATH.parent))
+    folder_paths.add_model_folder_path(_STORE, os.path.join(folder_paths.models_dir, _STORE))
+
+
+def store_folder() -> Path:
+    return Path(folder_paths.get_folder_paths(_STORE)[0])
+
+
+def model_files(*kinds: str) -> list[str]:
+    """Names of .safetensors files in the host's lists `checkpoints`, `loras`, each once."""
+    names = (name for kind in kinds for name in folder_paths.get_filename_list(kind))
+    return list(dict.fromkeys(name for name in names if name.lower().endswith(".safetensors")))
+
+
+def model_path(name: str, *kinds: str) -> Path:
+    """The file of that name in the first of the lists that has it."""
+    for kind in kinds[:-1]:
+        if path := folder_paths.get_full_path(kind, name):
+            return Path(path)
+    return Path(folder_paths.get_full_path_or_raise(kinds[-1], name))
+
+
+def output_path(prefix: str) -> Path:
+    """A new file in the host's output folder, named as the stock save nodes name theirs."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    return free_path(Path(folder) / f"{name}_{counter:05}_.safetensors")
+
+
+def workflow_metadata(prompt: object, extra: dict | None) -> dict[str, str]:
+    """Header entries that hold the graph, as the stock save nodes write them, unless the user turned metadata off."""
+    import json
+
+    if args.disable_metadata:
+        return {}
+    entries = {"prompt": prompt, **(extra or {})}
+    return {name: json.dumps(value) for name, value in entries.items() if value is not None}

@@ -1,0 +1,45 @@
+"""Socket types and what travels through them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from comfy_api.v0_0_2 import io
+
+from ..cul_core.chain import UnlearnModel
+
+CulModel = io.Custom("CUL_MODEL")
+Concepts = io.Custom("CUL_CONCEPTS")
+Method = io.Custom("CUL_METHOD")
+Regularizers = io.Custom("CUL_REGULARIZERS")
+Training = io.Custom("CUL_TRAINING")
+Scores = io.Custom("CUL_SCORES")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a CUL_MODEL socket carries: the value, and the host's own objects of its source file, unpatched."""
+
+    value: UnlearnModel
+    model: Any
+    clip: Any
+    vae: Any
+
+    def with_value(self, value: UnlearnModel) -> LoadedModel:
+        return replace(self, value=value)
+
+    def get_ram_usage(self) -> int:
+        """Bytes held; recent hosts evict cached results by this."""
+        return self.value.nbytes()
+
+
+def model_outputs() -> list:
+    """The four outputs of every node that makes a model."""
+    return [
+        CulModel.Output(display_name="cul_model", tooltip="The model with what it has forgotten so far. Feeds the next Unlearn Step, "
+                        "Compare, Evaluate, Drift Map and the save nodes."),
+        io.Model.Output(display_name="model", tooltip="The same model for ordinary nodes: KSampler, LoRA loaders, merges."),
+        io.Clip.Output(display_name="clip", tooltip="The checkpoint's text encoder, for CLIP Text Encode. Unlearning does not change it."),
+        io.Vae.Output(display_name="vae", tooltip="The checkpoint's VAE, for VAE Decode. Unlearning does not change it."),
+    ]  # fmt: skip

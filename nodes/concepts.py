@@ -1,0 +1,45 @@
+"""Concept to Forget."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..cul_core.concepts import KINDS, ConceptList, parse_concept, parse_keep
+from ._types import Concepts
+
+KIND_TIP = ("What it is. style: the picture stays, drawn without the style. object: another object takes its place. celebrity and "
+            "character: a person takes its place.")  # fmt: skip
+ANCHOR_TIP = ("What the target becomes. Empty for a style (the same picture without it); empty for a celebrity or character means 'person'. "
+              "An object needs one: a common word of the same sort, such as 'horse' for 'dog'.")  # fmt: skip
+KEEP_TIP = ("What must stay, separated by commas or line breaks: the relatives of the target that matter most to you. They are of the "
+            "target's kind unless a line says otherwise ('object: cat'). The rest is protected too, a little less surely.")  # fmt: skip
+
+
+class ConceptToForget(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CUL_Concept",
+            display_name="Concept to Forget",
+            category="unlearning",
+            description="Names what one Unlearn Step forgets, what it becomes, and what must stay. Join several of these to forget them together.",
+            inputs=[
+                io.String.Input("target", default="", placeholder="Candy Stripes", tooltip="The name of what should be forgotten, as people "
+                                "write it in prompts. Underscores count as spaces."),
+                io.Combo.Input("kind", options=list(KINDS), default="style", tooltip=KIND_TIP),
+                io.String.Input("anchor", default="", tooltip=ANCHOR_TIP),
+                io.String.Input("keep", default="", multiline=True, placeholder="what must stay, one per line", tooltip=KEEP_TIP),
+                Concepts.Input("concepts", optional=True, tooltip="Other concepts that are forgotten together with this one, in one step."),
+            ],
+            outputs=[Concepts.Output(display_name="concepts", tooltip="What to forget and what to keep, for an Unlearn Step.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, target, kind, anchor, keep, concepts=None):
+        target = parse_concept(target, kind, anchor)
+        target.check_forgettable()
+        mine = ConceptList((target,), parse_keep(keep, target.kind))
+        return io.NodeOutput(mine if concepts is None else concepts + mine)
+
+
+NODES = (ConceptToForget,)

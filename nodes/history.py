@@ -1,0 +1,39 @@
+"""Unlearning History."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..cul_core.chain import read_history
+from ..cul_core.evaluation.report import history_text
+from . import _folders, _host
+
+_KINDS = ("checkpoints", "loras")
+
+
+class UnlearningHistory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CUL_History",
+            display_name="Unlearning History",
+            category="unlearning/look",
+            description="Reads from any file this pack has written what was forgotten, when, how, and from which parent.",
+            inputs=[io.Combo.Input("file", options=_folders.model_files(*_KINDS), tooltip="A checkpoint, LoRA or diff. Press R to see new files.")],
+            outputs=[io.String.Output(display_name="history", tooltip="One line per step.")],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        status = _folders.model_path(file, *_KINDS).stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, file):
+        text = history_text(file, *read_history(_folders.model_path(file, *_KINDS)))
+        _host.Progress(1).say(text)
+        return io.NodeOutput(text)
+
+
+NODES = (UnlearningHistory,)

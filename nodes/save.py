@@ -1,0 +1,80 @@
+"""Save Unlearned Checkpoint and Save as LoRA / Diff."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..cul_core.checkpoint import save_checkpoint
+from ..cul_core.export import save_difference, save_lora
+from . import _folders, _host
+from ._types import CulModel
+
+_HIDDEN = (io.Hidden.prompt, io.Hidden.extra_pnginfo)
+
+
+def _header(cls: type[io.ComfyNode]) -> dict[str, str]:
+    return _folders.workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+
+
+class SaveCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CUL_SaveCheckpoint",
+            display_name="Save Unlearned Checkpoint",
+            category="unlearning/save",
+            description="Writes the edited model as a full checkpoint with its history inside. Only the edited weights differ from the original "
+            "file. Press R afterwards: the stock Load Checkpoint lists it.",
+            inputs=[
+                CulModel.Input("model", tooltip="The model to save."),
+                io.String.Input("filename_prefix", default="checkpoints/unlearned", tooltip="Folder in ComfyUI's output folder and beginning "
+                                "of the name. The stock loaders look into output/checkpoints. A number is added: nothing is overwritten."),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
+            hidden=list(_HIDDEN),
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, filename_prefix):
+        with _host.normal_tensors():
+            path = save_checkpoint(model.value, _folders.output_path(filename_prefix), _host.raise_if_cancelled, _header(cls))
+        _host.Progress(1).say(f"Saved: {path}")
+        return io.NodeOutput(str(path))
+
+
+class SaveLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CUL_SaveLora",
+            display_name="Save as LoRA / Diff",
+            category="unlearning/save",
+            description="Writes what was forgotten as a small file that the stock Load LoRA applies to the original checkpoint, at any strength.",
+            inputs=[
+                CulModel.Input("model", tooltip="The model whose edits are saved."),
+                io.String.Input("filename_prefix", default="loras/unlearned", tooltip="Folder in ComfyUI's output folder and beginning of the "
+                                "name. The stock LoRA loaders look into output/loras. A number is added: nothing is overwritten."),
+                io.Combo.Input("format", options=["diff", "lora"], default="diff", tooltip="diff: exact. lora: smaller, an approximation of "
+                               "the given rank; the node says how much of the edit it keeps."),
+                io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Rank of the approximation; only for lora."),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
+            hidden=list(_HIDDEN),
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, filename_prefix, format, rank):
+        path, note = _folders.output_path(filename_prefix), ""
+        with _host.normal_tensors():
+            if format == "lora":
+                path, kept = save_lora(model.value, path, rank, _header(cls))
+                note = f"\nrank {rank} keeps {100 * kept:.2f} % of the edit"
+            else:
+                path = save_difference(model.value, path, _header(cls))
+        _host.Progress(1).say(f"Saved: {path}{note}")
+        return io.NodeOutput(str(path))
+
+
+NODES = (SaveCheckpoint, SaveLora)

@@ -1,0 +1,106 @@
+"""One node per registered method, one per registered regularizer, and Training Settings, all read off the registries."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from comfy_api.v0_0_2 import io
+
+from ..cul_core.config import Config, TrainingConfig
+from ..cul_core.methods import METHODS
+from ..cul_core.presets import PRESETS
+from ..cul_core.registry import Entry
+from ..cul_core.regularizers import REGULARIZERS
+from ._types import Method, Regularizers, Training
+
+_LARGEST = 2**31 - 1
+_RECOMMENDED = PRESETS["recommended"]
+
+
+def _widget(field: dataclasses.Field, default: Any) -> io.Input:
+    rules = field.metadata
+    details = {"default": default, "tooltip": rules["help"]}
+    if "choices" in rules:
+        return io.Combo.Input(field.name, options=list(rules["choices"]), **details)
+    if isinstance(default, bool):
+        return io.Boolean.Input(field.name, **details)
+    low, high = rules.get("minimum"), rules.get("maximum")
+    if isinstance(default, int):
+        return io.Int.Input(field.name, min=-_LARGEST if low is None else low, max=_LARGEST if high is None else high, **details)
+    step = 10.0 ** (math.floor(math.log10(default)) - 1) if default else 0.01
+    return io.Float.Input(field.name, min=-1e12 if low is None else low, max=1e12 if high is None else high, step=step,
+                          round=step / 1000, **details)  # fmt: skip
+
+
+def _widgets(config: Config, leave_out: tuple[str, ...] = ()) -> list[io.Input]:
+    return [_widget(field, getattr(config, field.name)) for field in dataclasses.fields(config) if field.name not in leave_out]
+
+
+def _defaults(config: type[Config]) -> Config:
+    """What the recommended preset sets, if it uses this; else the config's own defaults."""
+    used = (_RECOMMENDED.method, *_RECOMMENDED.regularizers)
+    return next((instance for instance in used if type(instance) is config), config())
+
+
+def _described(entry: Entry) -> str:
+    return f"{entry.description} {entry.paper}."
+
+
+def _method_node(entry: Entry) -> type[io.ComfyNode]:
+    class MethodNode(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(
+                node_id=f"CUL_Method_{entry.name}", display_name=f"Method: {entry.display_name}", category="unlearning/methods",
+                description=_described(entry), inputs=_widgets(_defaults(entry.config)),
+                outputs=[Method.Output(display_name="method", tooltip="How to forget; takes the place of the preset's method.")],
+            )  # fmt: skip
+
+        @classmethod
+        def execute(cls, **values):
+            return io.NodeOutput(entry.config(**values))
+
+    return MethodNode
+
+
+def _regularizer_node(entry: Entry) -> type[io.ComfyNode]:
+    class RegularizerNode(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(
+                node_id=f"CUL_Regularizer_{entry.name}", display_name=f"Regularizer: {entry.display_name}",
+                category="unlearning/regularizers", description=_described(entry),
+                inputs=[*_widgets(_defaults(entry.config)),
+                        Regularizers.Input("regularizers", optional=True, tooltip="Regularizers that act before this one.")],
+                outputs=[Regularizers.Output(display_name="regularizers", tooltip="What holds the rest in place; takes the place of the "
+                                             "preset's regularizers. Chain several of these nodes.")],
+            )  # fmt: skip
+
+        @classmethod
+        def execute(cls, regularizers=(), **values):
+            return io.NodeOutput((*regularizers, entry.config(**values)))
+
+    return RegularizerNode
+
+
+class TrainingSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CUL_TrainingSettings",
+            display_name="Training Settings",
+            category="unlearning",
+            description="How long and how strongly a step trains, instead of what the preset says. More iterations or a higher learning rate "
+            "forget more surely and cost more of the rest.",
+            inputs=_widgets(_RECOMMENDED.training, leave_out=("seed",)),
+            outputs=[Training.Output(display_name="training", tooltip="Training settings for an Unlearn Step or an Unlearn Sequence.")],
+        )
+
+    @classmethod
+    def execute(cls, **values):
+        return io.NodeOutput(TrainingConfig(**values))
+
+
+NODES = (TrainingSettings, *map(_method_node, METHODS), *map(_regularizer_node, REGULARIZERS))

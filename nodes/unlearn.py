@@ -1,0 +1,165 @@
+"""Unlearn Step and Unlearn Sequence: the nodes that train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from comfy_api.v0_0_2 import io
+
+from ..cul_core.concepts import KINDS, ConceptList, parse_keep, parse_requests
+from ..cul_core.evaluation.pictures import labelled_grid, loss_curve
+from ..cul_core.evaluation.report import step_text
+from ..cul_core.loading import BundleCache, require_diffusers
+from ..cul_core.presets import PRESETS, preset
+from ..cul_core.prompts import anchor_prompts, preview_prompts
+from ..cul_core.store import StepStore
+from ..cul_core.training import Callbacks, Request, StepReport, run_step
+from . import _folders, _host
+from ._types import Concepts, CulModel, LoadedModel, Method, Regularizers, Training, model_outputs
+from .concepts import ANCHOR_TIP, KEEP_TIP, KIND_TIP
+
+
+def _how_to_train() -> list[io.Input]:
+    """Inputs that both nodes end with."""
+    descriptions = " ".join(f"{name}: {entry.description}" for name, entry in PRESETS.items())
+    return [
+        io.Combo.Input("preset", options=list(PRESETS), default="recommended", tooltip=f"How to forget. {descriptions}"),
+        io.Int.Input("train_seed", default=0, min=0, max=2**53 - 1, tooltip="Everything random of the step derives from it. Another seed "
+                     "trains anew; the same one takes the finished step from the store."),
+        io.Int.Input("preview_every", default=20, min=0, max=100_000, tooltip="Iterations between live previews, always of the same prompts "
+                     "and noise. 0 turns them off."),
+        Method.Input("method", optional=True, tooltip="Takes the place of the preset's method."),
+        Regularizers.Input("regularizers", optional=True, tooltip="Take the place of the preset's regularizers."),
+        Training.Input("training", optional=True, tooltip="Take the place of the preset's training settings."),
+    ]  # fmt: skip
+
+
+def _outputs() -> list:
+    return [
+        *model_outputs(),
+        io.String.Output(display_name="report", tooltip="What was forgotten, how, and what it cost, as text."),
+        io.Image.Output(display_name="loss_plot", tooltip="The training loss against the iteration."),
+    ]
+
+
+def _preset_request(loaded: LoadedModel, concepts: ConceptList, name: str, train_seed: int, method, regularizers, training) -> Request:
+    chosen = preset(name)
+    given = {"method": method, "regularizers": regularizers, "training": training}
+    chosen = replace(chosen, **{part: value for part, value in given.items() if value is not None})
+    prompts = anchor_prompts(loaded.value.family, concepts.targets)
+    return chosen.request(concepts.targets, retain=concepts.keep, anchor_prompts=prompts, seed=train_seed)
+
+
+class _Watch:
+    """Shows one run of requests on the node: a bar over all of their iterations, the time left, and previews."""
+
+    def __init__(self, loaded: LoadedModel, requests: Sequence[Request], preview_every: int):
+        self._loaded, self._requests, self._every = loaded, requests, preview_every
+        self._progress = _host.Progress(sum(max(request.training.iterations, 1) for request in requests))
+        self._done, self._before = 0, []
+
+    def finished(self, request: Request, report: StepReport) -> None:
+        self._done += max(request.training.iterations, 1)
+        self._progress.update(self._done)
+        self._progress.say(step_text(report))
+
+    def callbacks(self, request: Request) -> Callbacks:
+        names = " + ".join(concept.name for concept in request.concepts)
+        shown = preview_prompts(request)
+
+        def on_anchors(done: int, count: int) -> None:
+            self._progress.say(f"{names}: anchor picture {done} of {count}", now=False)
+
+        def on_progress(progress) -> None:
+            self._progress.update(self._done + progress.iteration)
+            self._progress.say(f"{names}: iteration {progress.iteration} of {progress.iterations}, loss {progress.loss:.3f}, "
+                               f"{progress.seconds_left:.0f} s left", now=False)  # fmt: skip
+
+        def on_preview(iteration: int, latents) -> None:
+            pictures = _host.decode(self._loaded, latents)
+            if iteration == 0:
+                self._before = pictures
+            rows = [("before", self._before)] + ([("now", pictures)] if iteration else [])
+            title = f"{names}: iteration {iteration} of {request.training.iterations}"
+            self._progress.update(self._done + iteration, labelled_grid(title, [label for label, _ in shown], rows, cell=128))
+
+        return Callbacks(on_progress, _host.should_stop, on_anchors, on_preview, tuple(prompt for _, prompt in shown), self._every)
+
+
+def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int) -> io.NodeOutput:
+    require_diffusers()
+    store, bundles, value, reports = StepStore(_folders.store_folder()), BundleCache(), loaded.value, []
+    watch = _Watch(loaded, requests, preview_every)
+    with _host.normal_tensors():
+        for request in requests:
+            found = store.get(value, request)
+            if found is None:
+                with _host.training_device(bundles.free) as device:
+                    found = run_step(value, request, device=device, callbacks=watch.callbacks(request), store=store.anchors,
+                                     bundles=bundles)  # fmt: skip
+                store.put(value, request, *found)
+            value, report = found
+            reports.append(report)
+            watch.finished(request, report)
+        plot = loss_curve("Loss", [loss for report in reports for loss in report.losses])
+    result = loaded.with_value(value)
+    text = "\n\n".join(map(step_text, reports))
+    return io.NodeOutput(result, *_host.native(result), text, _host.to_image_tensor(plot))
+
+
+class UnlearnStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CUL_UnlearnStep",
+            display_name="Unlearn Step",
+            category="unlearning",
+            description="Trains the model to forget the concepts and gives out the edited model. Chain several to forget one request after "
+            "another. A finished step is kept: the same graph never trains it twice, not even after a restart.",
+            inputs=[
+                CulModel.Input("model", tooltip="From Load Model for Unlearning, or from the step before."),
+                Concepts.Input("concepts", tooltip="What to forget and what to keep, from Concept to Forget."),
+                *_how_to_train(),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def execute(cls, model, concepts, preset, train_seed, preview_every, method=None, regularizers=None, training=None):
+        request = _preset_request(model, concepts, preset, train_seed, method, regularizers, training)
+        return _forget(model, [request], preview_every)
+
+
+class UnlearnSequence(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CUL_UnlearnSequence",
+            display_name="Unlearn Sequence",
+            category="unlearning",
+            description="Forgets a list of requests one after another, as a chain of Unlearn Steps would. Every finished line is kept: adding a "
+            "line at the end trains only that line.",
+            inputs=[
+                CulModel.Input("model", tooltip="From Load Model for Unlearning, or from an Unlearn Step."),
+                io.String.Input("requests", default="", multiline=True, placeholder="Candy Stripes\nNeon Cyan\nobject: cat -> tree",
+                                tooltip="One request per line: 'target', 'target -> anchor' or 'kind: target -> anchor'. ' + ' joins concepts "
+                                "that are forgotten together. A line that begins with # is left out."),
+                io.Combo.Input("kind", options=list(KINDS), default="style", tooltip=f"For lines that do not say. {KIND_TIP}"),
+                io.String.Input("anchor", default="", tooltip=f"For lines that do not say. {ANCHOR_TIP}"),
+                io.String.Input("keep", default="", multiline=True, placeholder="what must stay, one per line", tooltip=KEEP_TIP),
+                *_how_to_train(),
+            ],
+            outputs=_outputs(),
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, requests, kind, anchor, keep, preset, train_seed, preview_every, method=None, regularizers=None,
+                training=None):  # fmt: skip
+        kept = ConceptList((), parse_keep(keep, kind))
+        lists = [kept + ConceptList(targets) for targets in parse_requests(requests, kind, anchor)]
+        steps = [_preset_request(model, concepts, preset, train_seed, method, regularizers, training) for concepts in lists]
+        return _forget(model, steps, preview_every)
+
+
+NODES = (UnlearnStep, UnlearnSequence)
