@@ -1,0 +1,52 @@
+"""Run by the host's own Python: loads the pack as the host would and prints, as JSON, how both sides compute the same model."""
+
+import asyncio
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+host, pack = map(Path, sys.argv[1:3])
+sys.argv = ["main.py", "--cpu", "--fp32-text-enc"]
+sys.path.insert(0, str(host))
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import utils.extra_config  # noqa: E402, F401, I001  (before a dependency claims the name `utils`)
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("continual-unlearning", pack / "__init__.py", submodule_search_locations=[str(pack)])
+module = importlib.util.module_from_spec(spec)
+sys.modules["continual-unlearning"] = module
+spec.loader.exec_module(module)
+nodes = asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
+heavy_at_start = sorted({"diffusers"} & sys.modules.keys())
+
+core = importlib.import_module("continual-unlearning.cul_core.loading")
+path = importlib.import_module("continual-unlearning.cul_core.minicanvas.models").CHECKPOINT_PATH
+model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=None)
+bundle = core.load_bundle(path)
+prompts = ["", "A cat image in Candy Stripes style.", "a house, very small; with words nobody taught it: zebra"]
+
+torch.manual_seed(0)
+with torch.no_grad():
+    latents, timesteps = torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
+    context = bundle.encode(prompts)
+    mine = bundle.unet(latents, timesteps, encoder_hidden_states=context).sample
+    theirs = model.model.diffusion_model(latents, timesteps.float(), context=context)
+    texts = [clip.encode_from_tokens(clip.tokenize(prompt)) for prompt in prompts]
+    pictures = vae.decode(model.model.process_latent_out(latents)).movedim(-1, 1)
+    ids = [[int(token[0]) for token in clip.tokenize(prompt)["l"][0]] for prompt in prompts]
+
+figures = {
+    "nodes": len(nodes),
+    "heavy_at_start": heavy_at_start,
+    "unet": (mine - theirs).abs().max().item(),
+    "unet_size": mine.abs().max().item(),
+    "text": max((text - row).abs().max().item() for text, row in zip(torch.cat(texts), context, strict=True)),
+    "picture": (pictures - bundle.decode(latents)).abs().max().item(),
+    "same_ids": ids == bundle.token_ids(prompts).tolist(),
+}
+sys.stdout.write(f"RESULT {json.dumps(figures)}\n")

@@ -1,0 +1,56 @@
+"""MiniCanvas is one model in both places, and what the pack does to a host that lacks something."""
+
+import json
+import subprocess
+
+import pytest
+from conftest import HOSTS, HOW, PACK, Host, python_of, version_of
+from graphs import CUL, Graph
+
+
+@pytest.fixture(scope="module", params=HOSTS or [None], ids=[version_of(host) for host in HOSTS] or ["none"])
+def checkout(request):
+    if request.param is None:
+        pytest.skip(HOW)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def compared(checkout):
+    command = [python_of(checkout), str(PACK / "tests/nodes/in_host.py"), str(checkout), str(PACK)]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def test_host_and_core_compute_the_same(compared):
+    assert compared["unet_size"] > 0.5
+    assert compared["unet"] < 2e-5  # max abs error; values up to about 4
+    assert compared["text"] < 2e-5
+    assert compared["picture"] < 1e-5
+    assert compared["same_ids"]
+
+
+def test_loading_the_pack_imports_nothing_heavy(compared):
+    assert compared["nodes"] > 10 and compared["heavy_at_start"] == []
+
+
+@pytest.mark.parametrize("state", ["absent", "too new"])
+def test_without_the_right_diffusers_nodes_register_and_say_what_to_install(checkout, state, tmp_path):
+    """The host's Python is made to believe that diffusers is missing or of a version that was never tested."""
+    (tmp_path / "without").mkdir()
+    answer = "raise metadata.PackageNotFoundError(name)" if state == "absent" else "return '9.9.1'"
+    (tmp_path / "without" / "sitecustomize.py").write_text(
+        "from importlib import metadata\n_version = metadata.version\n"
+        f"def version(name):\n    if name == 'diffusers':\n        {answer}\n    return _version(name)\nmetadata.version = version\n"
+    )
+    host = Host(checkout, tmp_path / "host", {"PYTHONPATH": str(tmp_path / "without")})
+    try:
+        graph = Graph()
+        graph.add("CUL_DriftMap", model=(graph.step(graph.load()), CUL))
+        message = host.error_of(host.wait(host.queue(graph)))["exception_message"]
+        assert ("is not installed" if state == "absent" else "has version 9.9.1") in message
+        assert 'pip install "diffusers>=0.33,<0.40"' in message
+    finally:
+        host.stop()

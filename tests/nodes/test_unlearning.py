@@ -1,0 +1,343 @@
+"""Forgetting in the real host: caches and store, branches, cancelling, native models, files, and what errors say."""
+
+import io
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from graphs import CLIP, CUL, FORGOTTEN, KEPT, MODEL, REPORT, SAMPLING, VAE, Graph
+from PIL import Image
+
+from cul_core.chain import read_history
+
+
+def pixels(host, entry, node):
+    return np.asarray(Image.open(io.BytesIO(host.picture(entry, node)))).astype(int)
+
+
+def steps_trained(host):
+    """How often the loop has run since the server first started."""
+    return host.log.read_text(errors="replace").count("forgot 1 concept(s)")
+
+
+def test_the_stock_graph_runs_on_the_checkpoint_that_comes_with_the_pack(host):
+    graph = Graph()
+    stock = graph.add("CheckpointLoaderSimple", ckpt_name="minicanvas.safetensors")
+    shown = graph.sample((stock, 0), (stock, 1), (stock, 2), "A cat image in Navy Stripes style.")
+    picture = pixels(host, host.run(graph), shown)
+    assert picture.shape == (64, 64, 3)
+    left = picture[:, :6].mean((1, 2))  # horizontal stripes: rows differ, columns do not
+    assert left.std() > 40
+
+
+def test_three_nodes_and_two_words_forget_a_style_and_keep_its_relatives(host):
+    graph = Graph()
+    loaded = graph.load()
+    concept = graph.add("CUL_Concept", target="Candy Stripes", kind="style", anchor="", keep="")
+    step = graph.add("CUL_UnlearnStep", model=(loaded, CUL), concepts=(concept, 0), preset="recommended", train_seed=0, preview_every=20)
+    shown = {(node, prompt): graph.sample_from(node, prompt) for node in (loaded, step) for prompt in (FORGOTTEN, KEPT)}
+    entry = host.run(graph)
+    change = {prompt: np.abs(pixels(host, entry, shown[step, prompt]) - pixels(host, entry, shown[loaded, prompt])).mean()
+              for prompt in (FORGOTTEN, KEPT)}  # fmt: skip
+    assert change[FORGOTTEN] > 25 and change[KEPT] < 0.4 * change[FORGOTTEN], change
+
+
+def chain_of_five(seeds):
+    graph = Graph()
+    training = graph.training()
+    steps = [graph.load()]
+    for target, seed in zip(("Candy Stripes", "Dusk Dots", "Chess Board", "Neon Cyan", "Blueprint"), seeds, strict=True):
+        steps.append(graph.step(steps[-1], target, training=training, train_seed=seed))
+    graph.add("CUL_DriftMap", model=(steps[-1], CUL))
+    return graph, steps[1:]
+
+
+def test_a_change_in_the_middle_of_a_chain_retrains_from_there_on_only(host):
+    graph, steps = chain_of_five((1, 1, 1, 1, 1))
+    before = steps_trained(host)
+    host.run(graph)
+    assert steps_trained(host) == before + 5
+    graph, steps = chain_of_five((1, 1, 2, 1, 1))
+    executed = host.executed(host.run(graph))
+    assert set(steps) & executed == set(steps[2:])
+    assert steps_trained(host) == before + 8
+    host.run(Graph(chain_of_five((1, 1, 1, 1, 1))[0]))
+    assert steps_trained(host) == before + 8  # the store still has the first chain
+
+
+def test_finished_steps_survive_a_restart_of_the_host(host):
+    graph, steps = chain_of_five((7, 7, 7, 7, 7))
+    first = pixels(host, host.run(graph), list(graph)[-1])
+    trained = steps_trained(host)
+    host.stop()
+    host.start()
+    begun = time.monotonic()
+    entry = host.run(graph)
+    assert set(steps) <= host.executed(entry)  # the host's own cache is gone
+    assert steps_trained(host) == trained
+    assert np.array_equal(pixels(host, entry, list(graph)[-1]), first)
+    assert time.monotonic() - begun < 60
+
+
+def test_two_steps_from_one_loader_do_not_disturb_each_other_or_the_loader(host):
+    graph = Graph()
+    loaded, training = graph.load(), graph.training(iterations=20)
+    one, two = graph.step(loaded, "Candy Stripes", training=training), graph.step(loaded, "Dusk Dots", training=training)
+    shown = {node: graph.sample_from(node) for node in (loaded, one, two)}
+    together = host.run(graph)
+    for node in (loaded, one, two):
+        alone = Graph()
+        copy = alone.load()
+        if node != loaded:
+            copy = alone.step(copy, "Candy Stripes" if node == one else "Dusk Dots", training=alone.training(iterations=20))
+        picture = alone.sample_from(copy)
+        assert np.array_equal(pixels(host, host.run(alone), picture), pixels(host, together, shown[node])), node
+
+
+def test_cancel_ends_the_step_at_once_and_leaves_nothing_behind(host):
+    graph = Graph()
+    step = graph.step(graph.load(), training=graph.training(iterations=5000), train_seed=99)
+    graph.add("CUL_DriftMap", model=(step, CUL))
+    trained, stored = steps_trained(host), len(list((host.folder / "models/unlearning_chains").rglob("*.safetensors")))
+    prompt = host.queue(graph)
+    time.sleep(6)
+    asked = time.monotonic()
+    host.post("/interrupt", {})
+    entry = host.wait(prompt, 30)
+    assert time.monotonic() - asked < 5
+    assert entry["status"]["messages"][-1][0] == "execution_interrupted"
+    assert steps_trained(host) == trained
+    assert len(list((host.folder / "models/unlearning_chains").rglob("*.safetensors"))) == stored
+    plain = Graph()
+    stock = plain.add("CheckpointLoaderSimple", ckpt_name="minicanvas.safetensors")
+    reference = plain.sample((stock, 0), (stock, 1), (stock, 2))
+    again = Graph()
+    shown = again.sample_from(again.load())
+    assert np.array_equal(pixels(host, host.run(again), shown), pixels(host, host.run(plain), reference))
+
+
+@pytest.fixture(scope="module")
+def saved(host):
+    """(history entry, id of the picture by the edited MODEL, file names by kind) of one step saved in every form."""
+    graph = Graph()
+    step = graph.step(graph.load(), training=graph.training(iterations=25))
+    shown = graph.sample_from(step)
+    graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/forgot")
+    graph.add("CUL_SaveLora", model=(step, CUL), filename_prefix="loras/exact", format="diff", rank=4)
+    graph.add("CUL_SaveLora", model=(step, CUL), filename_prefix="loras/full", format="lora", rank=192)
+    graph.add("CheckpointSave", model=(step, MODEL), clip=(step, CLIP), vae=(step, VAE), filename_prefix="checkpoints/stock")
+    entry = host.run(graph)
+    names = {name: host.saved(f"*/{name}_*.safetensors")[-1].name for name in ("forgot", "exact", "full", "stock")}
+    return entry, shown, names
+
+
+def sampled_by_stock_nodes(host, checkpoint, lora=None, strength=1.0):
+    graph = Graph()
+    stock = graph.add("CheckpointLoaderSimple", ckpt_name=checkpoint)
+    model = stock
+    if lora:
+        model = graph.add("LoraLoaderModelOnly", model=(stock, 0), lora_name=lora, strength_model=strength)
+    shown = graph.sample((model, 0), (stock, 1), (stock, 2))
+    return pixels(host, host.run(graph), shown)
+
+
+def test_the_saved_file_in_the_stock_loader_draws_what_the_edited_model_draws(host, saved):
+    entry, shown, names = saved
+    edited = pixels(host, entry, shown)
+    assert np.abs(sampled_by_stock_nodes(host, names["forgot"]) - edited).max() <= 1  # the file holds fp16
+    assert np.abs(sampled_by_stock_nodes(host, "minicanvas.safetensors") - edited).max() > 60
+
+
+def test_the_saved_file_gives_equal_pixels_to_an_edited_model_of_the_same_weights(host, saved):
+    """Our loader opens the saved file beside the original: the same fp16-rounded edits, here as a patch, there in the file."""
+    graph = Graph()
+    shown = graph.sample_from(graph.load(saved[2]["forgot"]))
+    assert np.array_equal(pixels(host, host.run(graph), shown), sampled_by_stock_nodes(host, saved[2]["forgot"]))
+
+
+@pytest.mark.parametrize("form", ["exact", "full"])
+def test_the_stock_lora_loader_applies_what_was_forgotten(host, saved, form):
+    entry, shown, names = saved
+    edited, untouched = pixels(host, entry, shown), sampled_by_stock_nodes(host, "minicanvas.safetensors")
+    assert np.abs(sampled_by_stock_nodes(host, "minicanvas.safetensors", names[form]) - edited).max() <= 1
+    assert np.array_equal(sampled_by_stock_nodes(host, "minicanvas.safetensors", names[form], strength=0.0), untouched)
+
+
+def test_the_stock_save_node_keeps_the_edit(host, saved):
+    entry, shown, names = saved
+    assert np.abs(sampled_by_stock_nodes(host, names["stock"]) - pixels(host, entry, shown)).max() <= 2  # it rewrites text in fp16
+
+
+def test_the_edited_model_stacks_with_loras_and_merges_like_the_saved_file(host, saved):
+    names = saved[2]
+    graph = Graph()
+    step = graph.step(graph.load(), training=graph.training(iterations=25))
+    stock = graph.add("CheckpointLoaderSimple", ckpt_name=names["forgot"])
+    base = graph.add("CheckpointLoaderSimple", ckpt_name="minicanvas.safetensors")
+    shown = []
+    for model in ((step, MODEL), (stock, 0)):
+        lora = graph.add("LoraLoaderModelOnly", model=model, lora_name=names["full"], strength_model=-0.5)
+        merged = graph.add("ModelMergeSimple", model1=model, model2=(base, 0), ratio=0.5)
+        shown.append([graph.sample((node, 0), (stock, 1), (stock, 2)) for node in (lora, merged)])
+    entry = host.run(graph)
+    for ours, theirs in zip(*shown, strict=True):
+        assert np.abs(pixels(host, entry, ours) - pixels(host, entry, theirs)).max() <= 2
+
+
+def test_written_files_explain_themselves_and_hold_the_graph(host, saved):
+    for name in ("forgot", "exact", "full"):
+        (path,) = host.saved(f"*/{name}_*.safetensors")
+        history, source = read_history(path)
+        assert [record.targets for record in history] == [("Candy Stripes",)] and source["name"] == "minicanvas.safetensors"
+        header = path.read_bytes()
+        assert b"CUL_UnlearnStep" in header[: 1 << 20] and str(host.folder).encode() not in header[: 1 << 20]
+    graph = Graph()
+    graph.add("CUL_History", file=saved[2]["forgot"])
+    host.run(graph)
+
+
+def test_a_saved_checkpoint_goes_on_from_where_it_was_and_is_never_overwritten(host, saved):
+    graph = Graph()
+    step = graph.step(graph.load(saved[2]["forgot"]), "Dusk Dots")
+    graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/forgot")
+    before = host.saved("checkpoints/forgot_*")
+    host.run(graph)
+    (new,) = set(host.saved("checkpoints/forgot_*")) - set(before)
+    history, source = read_history(new)
+    assert [record.targets for record in history] == [("Candy Stripes",), ("Dusk Dots",)]
+    assert source["name"] == "minicanvas.safetensors"  # drift stays measured from the original
+    assert history[1].parent != history[0].parent
+
+
+def test_a_sequence_gives_the_same_model_as_a_chain_of_steps(host):
+    graph = Graph()
+    training, loaded = graph.training(), graph.load()
+    last = loaded
+    for target in ("Candy Stripes", "Dusk Dots"):
+        last = graph.step(last, target, training=training)
+    sequence = graph.add(
+        "CUL_UnlearnSequence", model=(loaded, CUL), requests="# a list\nCandy Stripes\n\nstyle: Dusk Dots", kind="style", anchor="",
+        keep="Navy Stripes, Pop Dots", preset="recommended", train_seed=1, preview_every=0, training=(training, 0),
+    )  # fmt: skip
+    one, other = graph.sample_from(last), graph.sample_from(sequence)
+    entry = host.run(graph)
+    assert np.array_equal(pixels(host, entry, one), pixels(host, entry, other))
+
+
+def test_methods_and_regularizers_plug_in(host):
+    schemas = host.get("/object_info")
+    for name in [name for name in schemas if name.startswith("CUL_Regularizer_")]:
+        graph = Graph()
+        values = {key: spec[1]["default"] for key, spec in schemas[name]["input"]["required"].items()}
+        regularizer = graph.add(name, **values)
+        again = graph.add(name, **values, regularizers=(regularizer, 0))
+        method = graph.add("CUL_Method_conabl", teacher="pretrained", block_first_token=True)
+        step = graph.step(graph.load(), method=(method, 0), regularizers=(again, 0))
+        graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix=f"checkpoints/{name}")
+        host.run(graph)
+        (path,) = host.saved(f"checkpoints/{name}_*")
+        request = read_history(path)[0][0].request
+        assert [entry["name"] for entry in request["regularizers"]] == [name.removeprefix("CUL_Regularizer_")] * 2
+        assert request["method"]["name"] == "conabl" and request["training"]["iterations"] == 3
+
+
+def test_evaluations_chain_into_one_table_and_chart(host):
+    graph = Graph()
+    loaded = graph.load()
+    step = graph.step(loaded)
+    first = graph.add("CUL_Evaluate", model=(loaded, CUL), pictures=1, sampling_seed=3)
+    second = graph.add("CUL_Evaluate", model=(step, CUL), pictures=1, sampling_seed=3, earlier=(first, 2))
+    entry = host.run(graph)
+    assert pixels(host, entry, second).shape[0] > 200
+
+
+def progress_of(host, graph):
+    """(kinds of binary messages, JSON messages) that a page gets while a graph runs."""
+    websocket = pytest.importorskip("websocket")
+    link = websocket.create_connection(f"ws://127.0.0.1:{host.port}/ws?clientId=tests", timeout=60)
+    previews, messages = [], []
+
+    def listen():
+        while True:
+            try:
+                data = link.recv()
+            except Exception:
+                return
+            if data:
+                (previews.append(data) if isinstance(data, bytes) else messages.append(json.loads(data)))
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    prompt = host.post("/prompt", {"prompt": graph, "client_id": "tests"})["prompt_id"]
+    host.wait(prompt)
+    time.sleep(0.5)
+    link.close()
+    return previews, messages
+
+
+def test_the_page_gets_progress_previews_and_the_time_left(host):
+    graph = Graph()
+    step = graph.step(graph.load(), training=graph.training(iterations=8), train_seed=31, preview_every=4)
+    graph.add("CUL_DriftMap", model=(step, CUL))
+    binary, messages = progress_of(host, graph)
+    texts = [data for data in binary if int.from_bytes(data[:4], "big") == 3]
+    assert any(b"iteration" in text and b"s left" in text for text in texts)
+    assert len([data for data in binary if b"\xff\xd8\xff" in data[:64] or b"JFIF" in data[:512]]) >= 3  # at 0, 4 and 8
+    assert any(message["type"].startswith("progress") for message in messages)
+
+
+# --- errors: one sentence that says what, where and what to do; refused before training where possible
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda g: g["2"]["inputs"].update(target="  "), "target is empty"),
+        (lambda g: g["2"]["inputs"].update(kind="object", target="cat"), "'cat' of kind 'object' has no anchor; give the word"),
+        (lambda g: g["2"]["inputs"].update(anchor="Candy_Stripes"), "choose an anchor that differs"),
+        (lambda g: g["3"]["inputs"].update(group="non-attn2"), "does not support parameter group 'non-attn2'; it supports"),
+        (lambda g: g["3"]["inputs"].update(learning_rate=1.0, group="full", iterations=40), "lower the learning rate"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_value_and_the_remedy(host, change, said):
+    graph = Graph()
+    loaded = graph.load()
+    concept, training = graph.concept(), graph.training()
+    step = graph.add("CUL_UnlearnStep", model=(loaded, CUL), concepts=(concept, 0), training=(training, 0), preset="plain", train_seed=1,
+                     preview_every=0)  # fmt: skip
+    graph.add("CUL_DriftMap", model=(step, CUL))
+    change(graph)
+    entry = host.wait(host.queue(graph))
+    assert entry["status"]["status_str"] == "error"
+    assert said in host.error_of(entry)["exception_message"]
+
+
+def test_a_list_that_does_not_have_the_value_is_refused_before_anything_runs(host):
+    graph = Graph()
+    graph.add("CUL_DriftMap", model=(graph.load("../../etc/passwd"), CUL))
+    assert "not in list" in host.rejected(graph)
+
+
+def test_no_text_reaches_a_file_outside_the_output_folder(host):
+    graph = Graph()
+    graph.add("CUL_SaveCheckpoint", model=(graph.step(graph.load()), CUL), filename_prefix="../outside/x")
+    entry = host.wait(host.queue(graph))
+    assert entry["status"]["status_str"] == "error" and not (host.folder / "outside").exists()
+
+
+def test_compare_without_a_prompt_says_so(host):
+    graph = Graph()
+    loaded = graph.load()
+    graph.add("CUL_Compare", before=(loaded, CUL), after=(loaded, CUL), prompts=" \n", row_labels="a, b", **SAMPLING)
+    assert "type at least one" in host.error_of(host.wait(host.queue(graph)))["exception_message"]
+
+
+def test_the_report_names_what_was_done(host):
+    graph = Graph()
+    step = graph.step(graph.load())
+    shown = graph.add("PreviewAny", source=(step, REPORT))
+    entry = host.run(graph)
+    text = json.dumps(entry["outputs"][shown])
+    assert "Candy Stripes" in text and "projection" in text and "3 iterations" in text
