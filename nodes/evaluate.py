@@ -8,7 +8,7 @@ from ..cul_core.errors import ModelError
 from ..cul_core.evaluation.drift import drift_map, drift_of, total_drift
 from ..cul_core.evaluation.pictures import metric_chart
 from ..cul_core.evaluation.report import model_text
-from ..cul_core.evaluation.scores import table
+from ..cul_core.evaluation.scores import LABELS, METRICS, table
 from ..cul_core.families import MINI
 from ..cul_core.loading import BundleCache
 from . import _host
@@ -66,7 +66,8 @@ class EvaluateForgetting(io.ComfyNode):
         spread = ", ".join(f"{name} {low:.1f} to {high:.1f}" for name, (low, high) in scores.intervals.items())
         text = table([(label, values) for _, label, values in rows]) + f"\n95 % intervals: {spread}"
         chart = metric_chart("Forgotten and kept", {"this chain": [(request, values) for request, _, values in rows]})
-        progress.say(text)
+        measured = {name: getattr(scores, name) for name in METRICS}
+        progress.say(f"{label}: " + ", ".join(f"{LABELS[name]} {value:.0f}" for name, value in measured.items() if value is not None))
         progress.update(total, chart)
         image = _host.to_image_tensor(chart)
         return io.NodeOutput(text, image, tuple(rows), ui=ui.PreviewImage(image, cls=cls))

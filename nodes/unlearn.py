@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 
 from ..cul_core.concepts import KINDS, ConceptList, parse_keep, parse_requests
 from ..cul_core.evaluation.pictures import labelled_grid, loss_curve
-from ..cul_core.evaluation.report import step_text
+from ..cul_core.evaluation.report import brief_text, step_text
 from ..cul_core.loading import BundleCache, require_diffusers
 from ..cul_core.presets import PRESETS, preset
 from ..cul_core.prompts import anchor_prompts, preview_prompts
@@ -57,12 +57,13 @@ class _Watch:
     def __init__(self, loaded: LoadedModel, requests: Sequence[Request], preview_every: int):
         self._loaded, self._requests, self._every = loaded, requests, preview_every
         self._progress = _host.Progress(sum(max(request.training.iterations, 1) for request in requests))
-        self._done, self._before = 0, []
+        self._done, self._before, self._lines = 0, [], []
 
-    def finished(self, request: Request, report: StepReport) -> None:
+    def finished(self, request: Request, report: StepReport, kept: bool) -> None:
         self._done += max(request.training.iterations, 1)
         self._progress.update(self._done)
-        self._progress.say(step_text(report))
+        self._lines.insert(0, brief_text(report) + (", kept from an earlier run" if kept else ""))
+        self._progress.say("\n".join(self._lines))
 
     def callbacks(self, request: Request) -> Callbacks:
         names = " + ".join(concept.name for concept in request.concepts)
@@ -93,7 +94,7 @@ def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int
     watch = _Watch(loaded, requests, preview_every)
     with _host.normal_tensors():
         for request in requests:
-            found = store.get(value, request)
+            found = kept = store.get(value, request)
             if found is None:
                 with _host.training_device(bundles.free) as device:
                     found = run_step(value, request, device=device, callbacks=watch.callbacks(request), store=store.anchors,
@@ -101,7 +102,7 @@ def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int
                 store.put(value, request, *found)
             value, report = found
             reports.append(report)
-            watch.finished(request, report)
+            watch.finished(request, report, kept is not None)
         plot = loss_curve("Loss", [loss for report in reports for loss in report.losses])
     result = loaded.with_value(value)
     text = "\n\n".join(map(step_text, reports))

@@ -27,6 +27,13 @@ def history_text(name: str, history: Sequence[StepRecord], source: Mapping[str, 
     return "\n".join([head, *(f"{number:3}. {record_text(record)}" for number, record in enumerate(history, 1))])
 
 
+def brief_text(report: StepReport) -> str:
+    """A finished step in a few words, for the node that made it."""
+    record = report.record
+    losses = f", loss {report.losses[0]:.3g} to {report.losses[-1]:.3g}" if report.losses else ""
+    return f"Forgot {', '.join(record.targets)} in {record.seconds:.0f} s ({len(report.losses)} iterations{losses})"
+
+
 def step_text(report: StepReport) -> str:
     """A finished step: its record, its loss, and the figures of its regularizers."""
     lines = [f"Forgot {record_text(report.record)}"]

@@ -1,0 +1,156 @@
+"""Makes every picture of the documentation from real runs, and the tables of the help pages from the schemas.
+
+Run it by hand after nodes or workflows have changed: `python tests/nodes/take_pictures.py`. It writes `nodes/web/docs/` (a picture
+and the tables below the hand-written part of every page), the thumbnails in `workflows/` and the screens in `docs/`. It needs the
+newest host that the tests find, and Chromium.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from browser import Page, open_page
+from conftest import HOSTS, PACK, Host, version_of
+from graphs import CUL, SAMPLING, Graph
+from PIL import Image
+
+DOCS, WORKFLOWS, SCREENS = PACK / "nodes/web/docs", PACK / "workflows", PACK / "docs"
+_BELOW = "\n## Inputs\n"
+
+
+def tables(node: dict) -> str:
+    """The generated part of a help page."""
+    lines = [_BELOW, "| input | what it is |", "|---|---|"]
+    for part in ("required", "optional"):
+        for name, spec in node["input"].get(part, {}).items():
+            tip = " ".join(spec[1]["tooltip"].split())
+            default = spec[1].get("default")
+            given = f" Default: {default!r}." if default not in (None, "") else ""
+            lines.append(f"| `{name}`{' (optional)' if part == 'optional' else ''} | {tip}{given} |")
+    lines += ["\n## Outputs\n", "| output | what it is |", "|---|---|"]
+    lines += [f"| `{name}` | {tip} |" for name, tip in zip(node["output_name"], node["output_tooltips"], strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def write_pages(schemas: dict) -> None:
+    for name, node in schemas.items():
+        path = DOCS / f"{name}.md"
+        by_hand = path.read_text(encoding="utf-8").partition(_BELOW)[0] if path.is_file() else None
+        by_hand = by_hand or f"# {node['display_name']}\n\n![{node['display_name']}](pictures/{name}.jpg)\n\n{node['description']}\n"
+        path.write_text(by_hand.rstrip() + "\n" + tables(node), encoding="utf-8")
+
+
+def gallery(schemas: dict, saved: str) -> Graph:
+    """One graph with every node of the pack."""
+    graph = Graph()
+    loaded, training = graph.load(), graph.training(iterations=40)
+    concept = graph.concept(keep="Navy Stripes\nPop Dots")
+    chained = ()
+    for name in schemas:
+        if name.startswith("CUL_Regularizer_"):
+            values = {key: spec[1]["default"] for key, spec in schemas[name]["input"]["required"].items()}
+            chained = (graph.add(name, **values, **({"regularizers": chained} if chained else {})), 0)
+    method = graph.add("CUL_Method_conabl", teacher="pretrained", block_first_token=True)
+    step = graph.add("CUL_UnlearnStep", model=(loaded, CUL), concepts=(concept, 0), preset="recommended", train_seed=0, preview_every=20,
+                     training=(training, 0), method=(method, 0))  # fmt: skip
+    sequence = graph.add(
+        "CUL_UnlearnSequence", model=(loaded, CUL), requests="Candy Stripes\nNeon Cyan", kind="style", anchor="",
+        keep="Navy Stripes\nPop Dots", preset="recommended", train_seed=0, preview_every=20, regularizers=chained,
+    )  # fmt: skip
+    prompts = "A cat image in Candy Stripes style.\nA house image in Navy Stripes style.\nA tree image."
+    graph.add("CUL_Compare", before=(loaded, CUL), after=(step, CUL), prompts=prompts, row_labels="before, after", **SAMPLING)
+    first = graph.add("CUL_Evaluate", model=(loaded, CUL), pictures=1, sampling_seed=0)
+    graph.add("CUL_Evaluate", model=(sequence, CUL), pictures=1, sampling_seed=0, earlier=(first, 2))
+    graph.add("CUL_DriftMap", model=(sequence, CUL))
+    graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/forgot-candy-stripes")
+    graph.add("CUL_SaveLora", model=(step, CUL), filename_prefix="loras/forgot-candy-stripes", format="lora", rank=16)
+    graph.add("CUL_History", file=saved)
+    return graph
+
+
+def picture_of_nodes(page: Page, schemas: dict, host: Host) -> None:
+    earlier = Graph()
+    earlier.add("CUL_SaveCheckpoint", model=(earlier.step(earlier.load()), CUL), filename_prefix="checkpoints/earlier")
+    host.run(earlier)
+    page.tab.reload()
+    page = Page(page.tab, host)
+    page.tab.evaluate("(graph) => app.loadApiJson(graph, 'gallery')", gallery(schemas, "earlier_00001_.safetensors"))
+    page.tab.wait_for_timeout(1500)
+    page.tab.evaluate("""() => {
+        let y = 0;
+        for (const node of app.graph._nodes) {
+            const tall = {CUL_UnlearnStep: 560, CUL_UnlearnSequence: 800, CUL_Compare: 720, CUL_Evaluate: 520, CUL_DriftMap: 460,
+                          CUL_LoadModel: 190, CUL_SaveCheckpoint: 130, CUL_SaveLora: 210, CUL_History: 200}[node.type] || node.computeSize()[1];
+            node.setSize([node.type === "CUL_Evaluate" ? 620 : 380, tall]);
+            node.pos = [0, y];
+            y += tall + 120;
+        }
+    }""")  # noqa: E501
+    entry = page.queue(600)
+    if entry["status"]["status_str"] != "success":
+        raise SystemExit(str(host.error_of(entry)))
+    (DOCS / "pictures").mkdir(exist_ok=True)
+    for name in schemas:
+        page.tab.evaluate(
+            """(type) => {
+            const nodes = app.graph._nodes.filter((node) => node.type === type), node = nodes[nodes.length - 1], view = app.canvas.ds;
+            view.scale = 1;
+            view.offset[0] = 200 - node.pos[0];
+            view.offset[1] = 120 - node.pos[1];
+            app.graph._nodes.splice(app.graph._nodes.indexOf(node), 1);
+            app.graph._nodes.unshift(node);
+            app.canvas.setDirty(true, true);
+        }""",
+            name,
+        )
+        page.tab.wait_for_timeout(700)
+        save(Image.open(io.BytesIO(page.tab.screenshot(clip=page.rectangle(name)))), DOCS / "pictures" / f"{name}.jpg", 460)
+
+
+def save(picture: Image.Image, path: Path, largest: int) -> None:
+    picture = picture.convert("RGB")
+    picture.thumbnail((largest, largest * 2), Image.Resampling.LANCZOS)
+    picture.save(path, quality=85, optimize=True)
+
+
+def picture_of_workflow(page: Page, name: str, host: Host) -> None:
+    page.open(page.template(name))
+    if "SD 1.5" not in name:  # nobody's checkpoint is at hand; the graph is shown as it opens
+        entry = page.queue(600)
+        if entry["status"]["status_str"] != "success":
+            raise SystemExit(f"{name}: {host.error_of(entry)}")
+    x0, y0, x1, y1, scale, dx, dy = page.fit()
+    screen = Image.open(io.BytesIO(page.tab.screenshot()))
+    save(screen, SCREENS / f"{name.lower().replace(' ', '-').replace(',', '')}.jpg", 1500)
+    left, top = page.tab.evaluate("() => { const r = app.canvas.canvas.getBoundingClientRect(); return [r.x, r.y]; }")
+    corners = [left + (x0 + dx) * scale - 8, top + (y0 + dy) * scale, left + (x1 + dx) * scale + 8, top + (y1 + dy) * scale + 8]
+    save(screen.crop([max(round(edge), 0) for edge in corners]), WORKFLOWS / f"{name}.jpg", 700)
+
+
+def main() -> None:
+    checkout = max(HOSTS, key=lambda host: [int(part) for part in version_of(host).split(".")])
+    with tempfile.TemporaryDirectory() as folder:
+        host = Host(checkout, Path(folder))
+        try:
+            schemas = {name: node for name, node in host.get("/object_info").items() if name.startswith("CUL_")}
+            write_pages(schemas)
+            places = {name: {"inputs": [*node["input"].get("required", {}), *node["input"].get("optional", {})], "outputs": node["output"]}
+                      for name, node in schemas.items()}  # fmt: skip
+            (Path(__file__).parent / "widgets.json").write_text(json.dumps(places, indent=1) + "\n")
+            if "--pages" in sys.argv:
+                return
+            with open_page(host, 1500, 1100) as page:
+                picture_of_nodes(page, schemas, host)
+            with open_page(host, 1800, 1150) as page:
+                for path in sorted(WORKFLOWS.glob("*.json")):
+                    picture_of_workflow(page, path.stem, host)
+        finally:
+            host.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Every shipped workflow runs from end to end; one of them in a real browser, by its template."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, NO_CHROMIUM, PACK_NAME, open_page
+from graphs import api_of
+from PIL import Image
+
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
+NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+NEEDS_SD15 = "Remove an artist from SD 1.5"
+
+
+def workflow(name):
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def shortened(graph):
+    """The same graph with less to train and to draw: what is tested is that it runs, not how well it forgets."""
+    for node in list(graph.values()):
+        if node["class_type"] in ("CUL_UnlearnStep", "CUL_UnlearnSequence") and "training" not in node["inputs"]:
+            node["inputs"]["training"] = ["short", 0]
+        if node["class_type"] == "CUL_TrainingSettings":
+            node["inputs"]["iterations"] = 2
+    settings = {"iterations": 2, "batch_size": 2, "learning_rate": 1e-4, "schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0,
+                "group": "kv"}  # fmt: skip
+    return graph | {"short": {"class_type": "CUL_TrainingSettings", "inputs": settings}}
+
+
+def test_the_issue_of_workflows_is_complete():
+    assert len(NAMES) == 5 and NEEDS_SD15 in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workflow_names_only_nodes_that_exist_and_has_a_thumbnail(host, name):
+    schemas = host.get("/object_info")
+    for node in workflow(name)["nodes"]:
+        assert node["type"] in schemas or node["type"] == "MarkdownNote", node["type"]
+    assert name in host.get("/workflow_templates")[PACK_NAME]
+    with Image.open(WORKFLOWS / f"{name}.jpg") as thumbnail:
+        assert 200 <= min(thumbnail.size) and max(thumbnail.size) <= 1000
+    assert (WORKFLOWS / f"{name}.jpg").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != NEEDS_SD15])
+def test_workflow_runs(host, name):
+    graph = shortened(api_of(workflow(name), host.get("/object_info")))
+    entry = host.run(graph)
+    shown = [output for output in entry["outputs"].values() if output.get("images")]
+    assert shown
+    for output in shown:
+        assert output["images"][0]["type"] in ("temp", "output")
+
+
+def test_the_second_half_of_the_save_workflow_runs_on_what_the_first_has_written(host):
+    schemas, parts = host.get("/object_info"), workflow("Save, reload and compare")
+    host.run(shortened(api_of(parts, schemas)))
+    for node in parts["nodes"]:
+        node["mode"] = 0
+    entry = host.run(shortened(api_of(parts, schemas)))
+    previews = [node["id"] for node in parts["nodes"] if node["type"] == "PreviewImage"]
+    pictures = [Image.open(io.BytesIO(host.picture(entry, str(node)))).convert("L").tobytes() for node in previews]
+    assert len(pictures) == 2
+    assert max(abs(a - b) for a, b in zip(*pictures, strict=True)) <= 1  # the file holds fp16
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+def test_a_template_opens_in_the_page_runs_and_shows_its_picture(host, tmp_path):
+    with open_page(host) as page:
+        for name in NAMES:
+            page.open(page.template(name))
+            assert page.tab.evaluate("() => app.graph._nodes.length") == len(workflow(name)["nodes"])
+            assert name == NEEDS_SD15 or page.toasts() == []
+        page.open(page.template("Forget a style"))
+        entry = page.queue()
+        assert entry["status"]["status_str"] == "success", host.error_of(entry)
+        compare = next(node["id"] for node in workflow("Forget a style")["nodes"] if node["type"] == "CUL_Compare")
+        page.tab.wait_for_function(f"() => (app.nodeOutputs || {{}})['{compare}']", timeout=20_000)
+        page.fit()
+        page.tab.screenshot(path=tmp_path / "canvas.png")
+        assert Image.open(tmp_path / "canvas.png").convert("L").resize((64, 40)).getextrema()[1] > 150  # the grid is light, the page dark
