@@ -79,12 +79,13 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     from .anchors import AnchorStore
     from .checkpoint import open_model, save_checkpoint
     from .concepts import parse_concept, parse_keep
+    from .loading import detect_family
     from .presets import preset
     from .prompts import anchor_prompts
     from .safetensor_files import check_writable
     from .training import Callbacks, run_step
 
-    chosen = preset(arguments.preset)
+    chosen = preset(arguments.preset).for_family(detect_family(arguments.model))
     overrides = {name: value for name in ("iterations", "learning_rate") if (value := getattr(arguments, name)) is not None}
     chosen = replace(chosen, training=replace(chosen.training, **overrides))
     concepts = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]

@@ -44,7 +44,7 @@ def _outputs() -> list:
 
 
 def _preset_request(loaded: LoadedModel, concepts: ConceptList, name: str, train_seed: int, method, regularizers, training) -> Request:
-    chosen = preset(name)
+    chosen = preset(name).for_family(loaded.value.family)
     given = {"method": method, "regularizers": regularizers, "training": training}
     chosen = replace(chosen, **{part: value for part, value in given.items() if value is not None})
     prompts = anchor_prompts(loaded.value.family, concepts.targets)

@@ -27,7 +27,7 @@ from cul_core.families import FAMILIES, MINI, SD1, family_of
 from cul_core.loading import BundleCache, checkpoint_key_map, detect_family, load_bundle, load_tokenizer, text_key_map
 from cul_core.methods import METHODS
 from cul_core.params import group_names, is_kv
-from cul_core.presets import preset
+from cul_core.presets import PRESETS, preset
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.weight_anchor import L1SPConfig, L2SPConfig
@@ -176,7 +176,23 @@ def test_latents_of_a_family_without_a_decoder_are_not_decoded():
         bundle.decode(torch.zeros(1, 4, 64, 64))
 
 
-# --- registry
+# --- presets and registry
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_takes_the_values_of_its_family(name):
+    chosen = preset(name)
+    assert chosen.for_family(MINI) is chosen
+    request = chosen.for_family(SD1).request([Concept("Van_Gogh")], retain=[], anchor_prompts=["a cup"], seed=3)
+    training = request.training
+    assert (training.iterations, training.batch_size, training.learning_rate, training.seed) == (1000, 4, 8e-6, 3)
+    assert (request.anchor_count, request.anchor_sampler) == (200, SamplerConfig(steps=25, guidance_scale=6.0))
+    assert (request.method, training.schedule) == (chosen.method, chosen.training.schedule)
+
+
+def test_papers_penalties_have_the_papers_strengths():
+    for name, strength in (("l1sp", 50.0), ("l2sp", 25000.0)):
+        assert [config.strength for config in preset(name).for_family(SD1).regularizers] == [strength]
 
 
 @pytest.mark.parametrize("entry", [*METHODS, *REGULARIZERS], ids=lambda entry: entry.name)
