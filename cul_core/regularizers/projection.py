@@ -63,8 +63,8 @@ def regularized_projector(rows: Tensor) -> Tensor:
     columns = distinct_columns(rows).T.float()
     gram = columns.T @ columns
     rho = max(1e-4, 1e-6 * gram.trace().item() / len(gram))
-    inner = torch.linalg.solve(gram + rho * torch.eye(len(gram)), columns.T)
-    return torch.eye(len(columns)) - columns @ inner
+    inner = torch.linalg.solve(gram + rho * torch.eye(len(gram), device=gram.device), columns.T)
+    return torch.eye(len(columns), device=gram.device) - columns @ inner
 
 
 @REGULARIZERS.register(
