@@ -16,11 +16,12 @@ from torch import nn
 from cul_core.anchors import AnchorStore
 from cul_core.bundle import ModelBundle
 from cul_core.checkpoint import difference, open_model, save_checkpoint
+from cul_core.cli import main
 from cul_core.concepts import Concept
 from cul_core.conditioning import prompt_rows
 from cul_core.config import TrainingConfig
 from cul_core.diffusion import SamplerConfig
-from cul_core.errors import ModelError
+from cul_core.errors import Cancelled, ModelError
 from cul_core.evaluation.drift import drift_of, short_name
 from cul_core.export import save_difference, save_lora
 from cul_core.families import FAMILIES, MINI, SD1, family_of
@@ -176,7 +177,7 @@ def test_latents_of_a_family_without_a_decoder_are_not_decoded():
         bundle.decode(torch.zeros(1, 4, 64, 64))
 
 
-# --- presets and registry
+# --- presets, registry, command line
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -195,9 +196,36 @@ def test_papers_penalties_have_the_papers_strengths():
         assert [config.strength for config in preset(name).for_family(SD1).regularizers] == [strength]
 
 
+def test_what_a_user_sets_wins_over_the_family(stub, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def stop(model, request, **settings):
+        seen.append(request.training)
+        assert settings["device"] == torch.device("cpu")
+        raise Cancelled("stop")
+
+    monkeypatch.setattr("cul_core.training.run_step", stop)
+    out = ["--out", str(tmp_path / "out.safetensors")]
+    main(["unlearn", "Van Gogh", "--model", str(stub), "--learning-rate", "1e-6", *out])
+    assert (seen[0].iterations, seen[0].learning_rate) == (1000, 1e-6)
+
+
 @pytest.mark.parametrize("entry", [*METHODS, *REGULARIZERS], ids=lambda entry: entry.name)
 def test_every_entry_names_families_that_exist(entry):
     assert entry.families and set(entry.families) <= FAMILIES.keys()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [(["unlearn", "Van Gogh", "--model"], "--tokenizer on the command line"), (["evaluate"], "there is no classifier")],
+    ids=["unlearn", "evaluate"],
+)
+def test_command_that_lacks_something_for_stable_diffusion_is_one_line(stub, tmp_path, monkeypatch, capsys, command, said):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, str(stub)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and err.count("\n") == 1
+    assert [*tmp_path.iterdir()] == [stub]
 
 
 # --- full size: 4 GB on the disk, 7 GB of memory, three minutes
