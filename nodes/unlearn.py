@@ -89,7 +89,7 @@ class _Watch:
 
 def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int) -> io.NodeOutput:
     require_diffusers()
-    store, bundles, value, reports = StepStore(_folders.store_folder()), BundleCache(), loaded.value, []
+    store, bundles, value, reports = StepStore(_folders.store_folder()), BundleCache(_host.clip_tokenizer()), loaded.value, []
     watch = _Watch(loaded, requests, preview_every)
     with _host.normal_tensors():
         for request in requests:
