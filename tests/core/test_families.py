@@ -233,8 +233,9 @@ def test_command_that_lacks_something_for_stable_diffusion_is_one_line(stub, tmp
 
 @pytest.fixture(scope="module")
 def full_checkpoint(tmp_path_factory):
-    shapes = checkpoint_shapes() | {"model_ema.decay": (1,)}
-    return write_random(tmp_path_factory.mktemp("sd1") / "sd15.safetensors", shapes)
+    folder = tmp_path_factory.mktemp("sd1")
+    yield write_random(folder / "sd15.safetensors", checkpoint_shapes() | {"model_ema.decay": (1,)})
+    shutil.rmtree(folder)  # pytest would keep the gigabytes of three runs
 
 
 @pytest.fixture(scope="module")
