@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .compact import compact_decoder
+from .errors import ModelError
 from .families import Family
 
 _CACHED_PROMPTS = 1024
@@ -17,13 +18,16 @@ _CACHED_PROMPTS = 1024
 
 @dataclass
 class ModelBundle:
-    """UNet, text encoder, tokenizer and autoencoder of one source file, all frozen. Not a value: nodes never pass it on."""
+    """UNet, text encoder, tokenizer and autoencoder of one source file, all frozen. Not a value: nodes never pass it on.
+
+    `autoencoder` is None for families whose callers decode latents themselves.
+    """
 
     family: Family
     unet: nn.Module
     text_encoder: nn.Module
     tokenizer: object
-    autoencoder: nn.Module
+    autoencoder: nn.Module | None
     _prompts: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _decoder: nn.Module | None = field(default=None, repr=False)
 
@@ -34,7 +38,8 @@ class ModelBundle:
     def to(self, device: torch.device | str) -> ModelBundle:
         """Moves every part; returns itself."""
         for part in (self.unet, self.text_encoder, self.autoencoder):
-            part.to(device)
+            if part is not None:
+                part.to(device)
         self._prompts.clear()
         self._decoder = None
         return self
@@ -63,7 +68,14 @@ class ModelBundle:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (b, 3, h, w) in [0, 1] of model-space latents."""
+        """Pictures (b, 3, h, w) in [0, 1] of model-space latents (b, c, h, w).
+
+        Raises:
+            ModelError: the family is loaded without its autoencoder.
+        """
+        if self.autoencoder is None:
+            raise ModelError(f"Latents of {self.family.display_name} cannot be decoded here, because its autoencoder is not loaded; "
+                             "decode them with the VAE of the program that shows the pictures.")  # fmt: skip
         if self._decoder is None:
             self._decoder = compact_decoder(self.autoencoder.decoder.layers).to(memory_format=torch.channels_last)
         clamped = 3 * (latents / self.family.latent_scale / 3).tanh()

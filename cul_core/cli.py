@@ -11,9 +11,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .errors import Cancelled, ConfigError, CulError
+
+if TYPE_CHECKING:
+    import torch
 
 _EXIT_ERROR = 2
 
@@ -52,6 +56,18 @@ def _within(option: str, value: int, low: int, high: int) -> None:
         raise ConfigError(f"{option} is {value}; give a number between {low} and {high}.")
 
 
+def _usable_device(name: str) -> torch.device:
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # unknown name, no such device, or PyTorch built without it
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"--device is {name!r}, which PyTorch cannot use here ({reason}); give cpu, or a device of this machine."
+        ) from error
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from .evaluation.scores import table
     from .minicanvas.demo import reported_requests, run_demo
@@ -79,12 +95,13 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     from .anchors import AnchorStore
     from .checkpoint import open_model, save_checkpoint
     from .concepts import parse_concept, parse_keep
+    from .loading import BundleCache, detect_family
     from .presets import preset
     from .prompts import anchor_prompts
     from .safetensor_files import check_writable
     from .training import Callbacks, run_step
 
-    chosen = preset(arguments.preset)
+    chosen = preset(arguments.preset).for_family(detect_family(arguments.model))
     overrides = {name: value for name in ("iterations", "learning_rate") if (value := getattr(arguments, name)) is not None}
     chosen = replace(chosen, training=replace(chosen.training, **overrides))
     concepts = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
@@ -92,12 +109,14 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))
     out = arguments.out or Path(f"{arguments.model.stem}-without-{names}.safetensors")
     check_writable(out.parent)
+    device = _usable_device(arguments.device)
     model = open_model(arguments.model, arguments.pretrained)
     show = _ProgressLine()
     prompts = anchor_prompts(model.family, concepts)
     request = chosen.request(concepts, retain=keep, anchor_prompts=prompts, seed=arguments.seed)
-    edited, report = run_step(model, request, store=AnchorStore(), callbacks=Callbacks(
-        on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left)))  # fmt: skip
+    watch = Callbacks(on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left))
+    bundles = BundleCache(arguments.tokenizer)
+    edited, report = run_step(model, request, device=device, store=AnchorStore(), bundles=bundles, callbacks=watch)
     path = save_checkpoint(edited, out)
     _say(f"forgot {', '.join(c.name for c in concepts)} in {report.record.seconds:.1f} s")
     for name, value in report.figures.items():
@@ -110,14 +129,18 @@ def _unlearn(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from .checkpoint import open_model
-    from .errors import ConceptError
+    from .errors import ConceptError, ModelError
     from .evaluation.scores import table
+    from .families import MINI
     from .loading import BundleCache
     from .minicanvas.judge import Judge, evaluate
     from .minicanvas.world import STYLE_BY_NAME
 
     _within("--pictures", arguments.pictures, 1, 1000)
     model = open_model(arguments.model)
+    if model.family != MINI:
+        raise ModelError(f"{arguments.model.name!r} is a {model.family.display_name} checkpoint, for which there is no classifier; "
+                         "choose a MiniCanvas checkpoint.")  # fmt: skip
     targets = arguments.target or [concept["target"] for concept in model.forgotten]
     targets = [target.replace(" ", "_") for target in targets]
     for target in targets:
@@ -167,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("target", nargs="+", help='what to forget, such as "Candy Stripes"')
     unlearn.add_argument("--model", type=Path, default=CHECKPOINT_PATH, help="checkpoint to start from; an edited one goes on")
     unlearn.add_argument("--pretrained", type=Path, help="the file an edited checkpoint was made from, to measure drift from there")
+    unlearn.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of CLIP, for Stable Diffusion 1.x")
+    unlearn.add_argument("--device", default="cpu", help="where to train, as PyTorch names it: cpu, cuda, cuda:1, mps")
     unlearn.add_argument("--kind", default="style", help="style, object, celebrity or character")
     unlearn.add_argument("--anchor", default="", help="word that takes an object's place")
     unlearn.add_argument("--keep", nargs="*", default=[], metavar="CONCEPT", help="what is declared as to be kept")

@@ -65,14 +65,16 @@ def generator_for(seed: int, *purpose: object) -> torch.Generator:
 @torch.no_grad()
 def sample_latents(
     bundle: ModelBundle, prompts: Sequence[str], generators: Sequence[torch.Generator], sampler: SamplerConfig,
-    on_batch: Callable[[int], None] = lambda done: None, batch_size: int = 16,
+    on_batch: Callable[[int], None] = lambda done: None, batch_size: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Latents (n, c, h, w) on the CPU for n prompts, each from its own generator.
 
-    Every batch has the same size (the last is filled up and cut), so that a picture is the same in any company.
+    Every batch has the same size (the last is filled up and cut), so that a picture is the same in any company; the family's if
+    `batch_size` is not given.
     `on_batch(done)` runs after each and may raise to stop.
     """
     schedule, device, family = NoiseSchedule(), bundle.device, bundle.family
+    batch_size = batch_size or family.sampling_batch
     noise = torch.stack([torch.randn(family.latent_shape, generator=generator) for generator in generators])
     contexts, null = bundle.encode(prompts), bundle.encode([""])
     done = []

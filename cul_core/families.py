@@ -19,17 +19,42 @@ VAE_PREFIX = "first_stage_model."
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How a step trains on a family for which the presets' own values, which are tuned on MiniCanvas, do not fit.
+
+    Args:
+        iterations: optimizer updates of one step.
+        batch_size: anchor latents per update.
+        learning_rate: the optimizer's own, after any scaling by the batch.
+        anchor_count: pictures by the pretrained model that a step trains on.
+        anchor_steps: sampling steps of each.
+        anchor_guidance: their classifier-free guidance scale.
+    """
+
+    iterations: int
+    batch_size: int
+    learning_rate: float
+    anchor_count: int
+    anchor_steps: int
+    anchor_guidance: float
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture.
 
     Args:
-        name: `mini` (later `sd1`, `sd2`, `sdxl`).
+        name: `mini`, `sd1` (later `sd2`, `sdxl`).
         display_name: what users see.
         prediction_type: `epsilon` or `v_prediction`.
         signature: (first width of the UNet, width of its text context), which tells families apart in a file.
         latent_shape: channels, height, width of the latents the model was trained on.
         latent_scale: model-space latents = autoencoder latents x this.
         image_size_px: side of the decoded picture.
+        sampling_batch: pictures per call of the UNet when sampling; guidance doubles it. Part of what fixes a picture's last bits.
+        ships_tokenizer: whether the package holds the tokenizer; the caller gives its folder otherwise.
+        has_decoder: whether the autoencoder is loaded too; callers decode latents with their own otherwise.
+        recipe: training values instead of the presets' own.
     """
 
     name: str
@@ -39,25 +64,41 @@ class Family:
     latent_shape: tuple[int, int, int]
     latent_scale: float
     image_size_px: int
+    sampling_batch: int
+    ships_tokenizer: bool
+    has_decoder: bool
+    recipe: Recipe | None = None
 
     def config(self, part: str) -> dict[str, Any]:
         """Constructor arguments of `unet`, `text_encoder` or `vae`."""
         return json.loads((_CONFIGS / self.name / f"{part}.json").read_text(encoding="utf-8"))
 
     @property
-    def tokenizer_folder(self) -> Path:
-        return _CONFIGS / self.name / "tokenizer"
+    def tokenizer_folder(self) -> Path | None:
+        """Folder of the tokenizer in this package; None if it is not here."""
+        return _CONFIGS / self.name / "tokenizer" if self.ships_tokenizer else None
 
 
-MINI = Family("mini", "MiniCanvas", "epsilon", (64, 192), (4, 8, 8), 1.0, 64)
-FAMILIES = {family.name: family for family in (MINI,)}
+MINI = Family(
+    "mini", "MiniCanvas", prediction_type="epsilon", signature=(64, 192), latent_shape=(4, 8, 8), latent_scale=1.0,
+    image_size_px=64, sampling_batch=16, ships_tokenizer=True, has_decoder=True,
+)  # fmt: skip
+SD1 = Family(
+    "sd1", "Stable Diffusion 1.x", prediction_type="epsilon", signature=(320, 768), latent_shape=(4, 64, 64), latent_scale=0.18215,
+    image_size_px=512, sampling_batch=4, ships_tokenizer=False, has_decoder=False,
+    # As in the paper's scripts for styles (arXiv 2511.07970: 2e-6 times a batch of 4) and Concept Ablation's sampler; not tuned by us.
+    recipe=Recipe(iterations=1000, batch_size=4, learning_rate=8e-6, anchor_count=200, anchor_steps=25, anchor_guidance=6.0),
+)  # fmt: skip
+FAMILIES = {family.name: family for family in (MINI, SD1)}
+_UNSUPPORTED = {(320, 1024): "Stable Diffusion 2.x", (320, 2048): "Stable Diffusion XL", (384, 1280): "the Stable Diffusion XL refiner"}
 
 
 def family_of(shapes: dict[str, tuple[int, ...]], file_name: str) -> Family:
     """The family of a checkpoint, from the shapes of two of its tensors.
 
     Raises:
-        ModelError: not a Stable Diffusion checkpoint layout, or an architecture without an entry here.
+        ModelError: not a Stable Diffusion checkpoint layout, an architecture without an entry here, or a UNet that takes more than
+            latents (inpainting).
     """
     supported = ", ".join(family.display_name for family in FAMILIES.values())
     first = shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
@@ -69,6 +110,11 @@ def family_of(shapes: dict[str, tuple[int, ...]], file_name: str) -> Family:
     found = (first[0], context[1])
     for family in FAMILIES.values():
         if family.signature == found:
+            if first[1] != family.latent_shape[0]:
+                raise ModelError(f"{file_name!r} has a UNet with {first[1]} input channels, where {family.display_name} has "
+                                 f"{family.latent_shape[0]}: inpainting and other models that also take a picture cannot be edited; "
+                                 "choose the text-to-image checkpoint.")  # fmt: skip
             return family
-    raise ModelError(f"{file_name!r} has UNet width {found[0]} and text width {found[1]}, which is no supported "
+    known = f" ({_UNSUPPORTED[found]})" if found in _UNSUPPORTED else ""
+    raise ModelError(f"{file_name!r} has UNet width {found[0]} and text width {found[1]}{known}, which is no supported "
                      f"architecture; choose a checkpoint of: {supported}.")  # fmt: skip

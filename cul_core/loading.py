@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -84,6 +85,14 @@ def require_diffusers() -> None:
                          f'pip install "diffusers{bounds}"')  # fmt: skip
 
 
+def text_key_map(checkpoint_names: Iterable[str], parameter_names: Collection[str]) -> dict[str, str]:
+    """Name in a CLIP text model -> checkpoint key; old files and newer text models both lack the `text_model.` level."""
+    level = "text_model."
+    ours = {name.removeprefix(level): name for name in parameter_names}
+    found = {name.removeprefix(TEXT_PREFIX).removeprefix(level): name for name in checkpoint_names if name.startswith(TEXT_PREFIX)}
+    return {ours[inner]: name for inner, name in found.items() if inner in ours}
+
+
 def _build_unet(family: Family) -> nn.Module:
     require_diffusers()
     from diffusers import UNet2DConditionModel
@@ -101,36 +110,70 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> 
     return module.eval().requires_grad_(False)
 
 
-def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> ModelBundle:
-    """Load UNet, text encoder, tokenizer and autoencoder of a checkpoint; takes nothing from the network.
+def load_tokenizer(family: Family, folder: Path | str | None = None) -> object:
+    """The family's own tokenizer, else the one in `folder`: CLIP's `vocab.json` and `merges.txt`. Pads with the end token.
 
     Raises:
-        ModelError: unreadable file, unsupported architecture, missing tensors, or diffusers is not installed.
+        ModelError: there is no folder, or it does not hold the tokenizer that the family's text encoder was trained with.
     """
+    folder = family.tokenizer_folder or folder
+    wanted = "a folder that holds CLIP's vocab.json and merges.txt"
+    if folder is None:
+        raise ModelError(f"{family.display_name} needs CLIP's tokenizer, which does not come with this package; give {wanted} "
+                         "(--tokenizer on the command line).")  # fmt: skip
+    for name in ("vocab.json", "merges.txt"):
+        if not (Path(folder) / name).is_file():
+            raise ModelError(f"The tokenizer folder {str(folder)!r} has no {name}; give {wanted}.")
+    from transformers import CLIPTokenizer
+
     try:
-        return _load_bundle(path, detect_family(path), dtype)
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # its parser raises bare Exceptions
+        raise ModelError(f"The tokenizer in {str(folder)!r} cannot be read ({error}); give {wanted}.") from error
+    config = family.config("text_encoder")
+    tokens = [config[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")]
+    found = [len(tokenizer.get_vocab()), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if found != tokens:
+        raise ModelError(f"The tokenizer in {str(folder)!r} has {found[0]} tokens, start {found[1]} and end {found[2]}, where "
+                         f"{family.display_name} has {tokens[0]}, {tokens[1]} and {tokens[2]}; give {wanted}.")  # fmt: skip
+    tokenizer.pad_token = tokenizer.eos_token  # Stable Diffusion 2's copy of the same tokenizer pads with another one
+    return tokenizer
+
+
+def load_bundle(path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder: Path | str | None = None) -> ModelBundle:
+    """Load UNet, text encoder, tokenizer and, for families that need it, autoencoder; takes nothing from the network.
+
+    Args:
+        path: a checkpoint of a supported family.
+        dtype: of the weights in memory, whatever the file's is.
+        tokenizer_folder: see `load_tokenizer`; not looked at for families whose tokenizer comes with the package.
+
+    Raises:
+        ModelError: unreadable file, unsupported architecture, missing tensors, no tokenizer, or diffusers is not installed.
+    """
+    family = detect_family(path)
+    require_diffusers()
+    tokenizer = load_tokenizer(family, tokenizer_folder)
+    try:
+        return _load_bundle(path, family, tokenizer, dtype)
     except ModelError as error:
         if path.name in str(error):
             raise
         raise ModelError(f"{path.name!r} does not fit its family: {error}; choose an unmodified checkpoint.") from error
 
 
-def _load_bundle(path: Path, family: Family, dtype: torch.dtype) -> ModelBundle:
+def _load_bundle(path: Path, family: Family, tokenizer: object, dtype: torch.dtype) -> ModelBundle:
     unet = _build_unet(family)
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     with opened(path) as file:
         names = list(file.keys())
         unet_names = unet_key_map(names, unet.config)
         _fill(unet, {ours: file.get_tensor(key) for ours, key in unet_names.items()}, dtype)
         text = CLIPTextModel(CLIPTextConfig(**family.config("text_encoder")))
-        level = "text_model." if any(name.startswith("text_model.") for name in text.state_dict()) else ""
-        prefix = f"{TEXT_PREFIX}text_model."
-        wanted = text.state_dict().keys()
-        found = {level + name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
-        _fill(text, {ours: file.get_tensor(key) for ours, key in found.items() if ours in wanted}, dtype)
-        autoencoder = _load_tiny_autoencoder(file, names, dtype)
-    tokenizer = CLIPTokenizer.from_pretrained(str(family.tokenizer_folder))
+        text_names = text_key_map(names, text.state_dict().keys())
+        _fill(text, {ours: file.get_tensor(key) for ours, key in text_names.items()}, dtype)
+        autoencoder = _load_tiny_autoencoder(file, names, dtype) if family.has_decoder else None
     return ModelBundle(family, unet, text, tokenizer, autoencoder)
 
 
@@ -153,9 +196,14 @@ def _load_tiny_autoencoder(file: safe_open, names: list[str], dtype: torch.dtype
 
 
 class BundleCache:
-    """Keeps the bundle of one source, the last used; `free` gives its memory back."""
+    """Keeps the bundle of one source, the last used; `free` gives its memory back.
 
-    def __init__(self):
+    Args:
+        tokenizer_folder: for families whose tokenizer does not come with this package (see `load_tokenizer`).
+    """
+
+    def __init__(self, tokenizer_folder: Path | str | None = None):
+        self._tokenizer_folder = tokenizer_folder
         self._slot: tuple[str, ModelBundle] | None = None
 
     def get(self, source: Source, device: torch.device | str = "cpu") -> ModelBundle:
@@ -163,7 +211,7 @@ class BundleCache:
             self._slot = None
             if source_of(source.path).sha256 != source.sha256:
                 raise ModelError(f"{source.path.name!r} has changed since the model was opened; open it again.")
-            self._slot = (source.sha256, load_bundle(source.path))
+            self._slot = (source.sha256, load_bundle(source.path, tokenizer_folder=self._tokenizer_folder))
         bundle = self._slot[1]
         return bundle if bundle.device == torch.device(device) else bundle.to(device)
 

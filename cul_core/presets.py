@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from .concepts import Concept
 from .config import Config, TrainingConfig
+from .diffusion import SamplerConfig
 from .errors import ConfigError
+from .families import Family
 from .methods.conabl import ConAblConfig
 from .regularizers.projection import ProjectionConfig
 from .regularizers.weight_anchor import L1SPConfig, L2SPConfig
@@ -16,18 +18,47 @@ from .training import Request
 
 @dataclass(frozen=True)
 class Preset:
-    """A way to run one step, with a line that says when to use it."""
+    """A way to run one step, with a line that says when to use it. Its values are MiniCanvas'; `for_family` gives another family's.
+
+    Args:
+        description: when to use it.
+        method: config of a registered method.
+        regularizers: configs of registered regularizers.
+        training: how to train.
+        anchor_count: anchor pictures.
+        anchor_sampler: how they are sampled.
+        regularizers_of: family name -> regularizers that take the place of `regularizers` there.
+    """
 
     description: str
     method: Config
     regularizers: tuple[Config, ...]
     training: TrainingConfig
+    anchor_count: int = 100
+    anchor_sampler: SamplerConfig = SamplerConfig()
+    regularizers_of: Mapping[str, tuple[Config, ...]] = field(default_factory=dict)
+
+    def for_family(self, family: Family) -> Preset:
+        """This preset with the family's own values; whoever has other wishes replaces parts of the result.
+
+        Those of Stable Diffusion 1.x are the paper's. We have not tuned them, nor measured what a preset does there.
+        """
+        recipe = family.recipe
+        if recipe is None:
+            return self
+        return replace(
+            self, regularizers=self.regularizers_of.get(family.name, self.regularizers), anchor_count=recipe.anchor_count,
+            anchor_sampler=SamplerConfig(steps=recipe.anchor_steps, guidance_scale=recipe.anchor_guidance),
+            training=replace(self.training, iterations=recipe.iterations, batch_size=recipe.batch_size,
+                             learning_rate=recipe.learning_rate),
+        )  # fmt: skip
 
     def request(self, concepts: Sequence[Concept], *, retain: Sequence[Concept], anchor_prompts: Sequence[str], seed: int,
                 anchor_seed: int = 0) -> Request:  # fmt: skip
         return Request(
             concepts=tuple(concepts), method=self.method, regularizers=self.regularizers, training=replace(self.training, seed=seed),
-            retain=tuple(retain), anchor_prompts=tuple(anchor_prompts), anchor_seed=anchor_seed,
+            retain=tuple(retain), anchor_prompts=tuple(anchor_prompts), anchor_count=self.anchor_count,
+            anchor_sampler=self.anchor_sampler, anchor_seed=anchor_seed,
         )  # fmt: skip
 
 
@@ -47,9 +78,11 @@ PRESETS = {
         ConAblConfig(**ConAblConfig.REFERENCE), (ProjectionConfig(**ProjectionConfig.REFERENCE),), TrainingConfig(),
     ),
     "l1sp": Preset("The paper's L1-SP, as a term of the loss.", ConAblConfig(**ConAblConfig.REFERENCE),
-                   (L1SPConfig(anchor="start", form="penalty"),), TrainingConfig()),
+                   (L1SPConfig(anchor="start", form="penalty"),), TrainingConfig(),
+                   regularizers_of={"sd1": (L1SPConfig(strength=50.0, anchor="start", form="penalty"),)}),
     "l2sp": Preset("The paper's L2-SP, as a term of the loss.", ConAblConfig(**ConAblConfig.REFERENCE),
-                   (L2SPConfig(anchor="start", form="penalty"),), TrainingConfig()),
+                   (L2SPConfig(anchor="start", form="penalty"),), TrainingConfig(),
+                   regularizers_of={"sd1": (L2SPConfig(strength=25000.0, anchor="start", form="penalty"),)}),
 }  # fmt: skip
 
 

@@ -34,6 +34,11 @@ def load_native(path: Path) -> tuple[Any, Any, Any]:
     return model, clip, vae
 
 
+def clip_tokenizer() -> Path:
+    """The host's copy of CLIP's tokenizer, for families whose own does not come with this pack."""
+    return Path(comfy.sd.__file__).parent / "sd1_tokenizer"
+
+
 def native(loaded: LoadedModel) -> tuple[Any, Any, Any]:
     """(MODEL with all edits as one patch on the source's weights, CLIP, VAE)."""
     edits, names = loaded.value.edits, patch_names(loaded.value)

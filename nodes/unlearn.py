@@ -44,7 +44,7 @@ def _outputs() -> list:
 
 
 def _preset_request(loaded: LoadedModel, concepts: ConceptList, name: str, train_seed: int, method, regularizers, training) -> Request:
-    chosen = preset(name)
+    chosen = preset(name).for_family(loaded.value.family)
     given = {"method": method, "regularizers": regularizers, "training": training}
     chosen = replace(chosen, **{part: value for part, value in given.items() if value is not None})
     prompts = anchor_prompts(loaded.value.family, concepts.targets)
@@ -90,7 +90,7 @@ class _Watch:
 
 def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int) -> io.NodeOutput:
     require_diffusers()
-    store, bundles, value, reports = StepStore(_folders.store_folder()), BundleCache(), loaded.value, []
+    store, bundles, value, reports = StepStore(_folders.store_folder()), BundleCache(_host.clip_tokenizer()), loaded.value, []
     watch = _Watch(loaded, requests, preview_every)
     with _host.normal_tensors():
         for request in requests:

@@ -63,8 +63,8 @@ def regularized_projector(rows: Tensor) -> Tensor:
     columns = distinct_columns(rows).T.float()
     gram = columns.T @ columns
     rho = max(1e-4, 1e-6 * gram.trace().item() / len(gram))
-    inner = torch.linalg.solve(gram + rho * torch.eye(len(gram)), columns.T)
-    return torch.eye(len(columns)) - columns @ inner
+    inner = torch.linalg.solve(gram + rho * torch.eye(len(gram), device=gram.device), columns.T)
+    return torch.eye(len(columns), device=gram.device) - columns @ inner
 
 
 @REGULARIZERS.register(
@@ -73,7 +73,7 @@ def regularized_projector(rows: Tensor) -> Tensor:
     display_name="Gradient Projection",
     description="Keeps what the model makes of the concepts to be kept, by forbidding changes that act on their text.",
     paper="Continual Unlearning for Text-to-Image Diffusion Models: A Regularization Perspective, ICLR 2026, arXiv 2511.07970",
-    families=("mini",),
+    families=("mini", "sd1"),
     groups=("kv", "attn2", "attn", "full"),
 )
 class GradientProjection(Regularizer):

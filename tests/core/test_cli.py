@@ -102,6 +102,8 @@ def test_inspect_of_a_file_without_history_says_so(random_checkpoint, capsys):
         (["Lava", "--iterations", "-1"], "iterations is -1"),
         (["Lava", "--learning-rate", "nan"], "learning_rate is nan"),
         (["Lava", "--seed", "-1"], "seed is -1"),
+        (["Lava", "--device", "gpu"], "--device is 'gpu', which PyTorch cannot use here"),
+        (["Lava", "--device", "cuda:99"], "--device is 'cuda:99'"),
         (["dragonfly", "--kind", "object", "--anchor", "zebra"], "No anchor prompt"),
     ],
 )

@@ -1,0 +1,164 @@
+"""Stable Diffusion 1.x checkpoints without a download: the tensors of the original code by key and shape, written from its structure.
+
+Nothing here looks at diffusers, so that its key converter is checked against an independent list.
+"""
+
+import math
+import struct
+from json import dumps
+
+import torch
+
+UNET, TEXT, VAE = "model.diffusion_model.", "cond_stage_model.transformer.", "first_stage_model."
+
+
+def _conv(name, inputs, outputs, side):
+    return {f"{name}.weight": (outputs, inputs, side, side), f"{name}.bias": (outputs,)}
+
+
+def _linear(name, inputs, outputs, bias=True):
+    return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
+
+
+def _norm(name, width):
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def unet_shapes(context=768, in_channels=4, width=320, multiples=(1, 2, 4, 4), blocks=2):
+    """Key -> shape of the denoiser: attention at every resolution but the lowest, 1x1 convolutions around it."""
+    time, shapes = 4 * width, {}
+
+    def resnet(name, inputs, outputs):
+        shapes.update(_norm(f"{name}.in_layers.0", inputs) | _conv(f"{name}.in_layers.2", inputs, outputs, 3))
+        shapes.update(_linear(f"{name}.emb_layers.1", time, outputs))
+        shapes.update(_norm(f"{name}.out_layers.0", outputs) | _conv(f"{name}.out_layers.3", outputs, outputs, 3))
+        if inputs != outputs:
+            shapes.update(_conv(f"{name}.skip_connection", inputs, outputs, 1))
+
+    def attention(name, d):
+        block = f"{name}.transformer_blocks.0"
+        shapes.update(_norm(f"{name}.norm", d) | _conv(f"{name}.proj_in", d, d, 1) | _conv(f"{name}.proj_out", d, d, 1))
+        for part, source in (("attn1", d), ("attn2", context)):
+            shapes.update(_linear(f"{block}.{part}.to_q", d, d, bias=False) | _linear(f"{block}.{part}.to_out.0", d, d))
+            shapes.update(_linear(f"{block}.{part}.to_k", source, d, bias=False) | _linear(f"{block}.{part}.to_v", source, d, bias=False))
+        shapes.update(_linear(f"{block}.ff.net.0.proj", d, 8 * d) | _linear(f"{block}.ff.net.2", 4 * d, d))
+        for number in (1, 2, 3):
+            shapes.update(_norm(f"{block}.norm{number}", d))
+
+    shapes.update(_linear(f"{UNET}time_embed.0", width, time) | _linear(f"{UNET}time_embed.2", time, time))
+    shapes.update(_conv(f"{UNET}input_blocks.0.0", in_channels, width, 3))
+    lowest, skips, now, place = len(multiples) - 1, [width], width, 1
+    for level, multiple in enumerate(multiples):
+        for _ in range(blocks):
+            resnet(f"{UNET}input_blocks.{place}.0", now, width * multiple)
+            now = width * multiple
+            if level < lowest:
+                attention(f"{UNET}input_blocks.{place}.1", now)
+            skips.append(now)
+            place += 1
+        if level < lowest:
+            shapes.update(_conv(f"{UNET}input_blocks.{place}.0.op", now, now, 3))
+            skips.append(now)
+            place += 1
+    resnet(f"{UNET}middle_block.0", now, now)
+    attention(f"{UNET}middle_block.1", now)
+    resnet(f"{UNET}middle_block.2", now, now)
+    place = 0
+    for level, multiple in reversed([*enumerate(multiples)]):
+        for number in range(blocks + 1):
+            resnet(f"{UNET}output_blocks.{place}.0", now + skips.pop(), width * multiple)
+            now = width * multiple
+            if level < lowest:
+                attention(f"{UNET}output_blocks.{place}.1", now)
+            if level and number == blocks:
+                shapes.update(_conv(f"{UNET}output_blocks.{place}.{1 + (level < lowest)}.conv", now, now, 3))
+            place += 1
+    return shapes | _norm(f"{UNET}out.0", now) | _conv(f"{UNET}out.2", now, 4, 3)
+
+
+def text_shapes(level="text_model.", width=768, layers=12):
+    """Key -> shape of the text encoder; the oldest files lack the `text_model.` level, and all have the ids of positions."""
+    prefix = TEXT + level
+    shapes = {f"{prefix}embeddings.position_ids": (1, 77), f"{prefix}embeddings.token_embedding.weight": (49408, width),
+              f"{prefix}embeddings.position_embedding.weight": (77, width)}  # fmt: skip
+    for layer in range(layers):
+        name = f"{prefix}encoder.layers.{layer}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _linear(f"{name}.self_attn.{part}", width, width)
+        shapes |= _norm(f"{name}.layer_norm1", width) | _norm(f"{name}.layer_norm2", width)
+        shapes |= _linear(f"{name}.mlp.fc1", width, 4 * width) | _linear(f"{name}.mlp.fc2", 4 * width, width)
+    return shapes | _norm(f"{prefix}final_layer_norm", width)
+
+
+def autoencoder_shapes(width=128, multiples=(1, 2, 4, 4), blocks=2, latent=4):
+    """Key -> shape of the autoencoder."""
+    shapes, deepest = {}, width * multiples[-1]
+
+    def resnet(name, inputs, outputs):
+        shapes.update(_norm(f"{name}.norm1", inputs) | _conv(f"{name}.conv1", inputs, outputs, 3))
+        shapes.update(_norm(f"{name}.norm2", outputs) | _conv(f"{name}.conv2", outputs, outputs, 3))
+        if inputs != outputs:
+            shapes.update(_conv(f"{name}.nin_shortcut", inputs, outputs, 1))
+
+    for part, first, last in (("encoder", 3, 2 * latent), ("decoder", latent, 3)):
+        name = VAE + part
+        is_decoder = part == "decoder"
+        now = deepest if is_decoder else width
+        shapes.update(_conv(f"{name}.conv_in", first, now, 3))
+        levels = [*enumerate(multiples)]
+        for level, multiple in reversed(levels) if is_decoder else levels:
+            side = "up" if is_decoder else "down"
+            for block in range(blocks + is_decoder):
+                resnet(f"{name}.{side}.{level}.block.{block}", now, width * multiple)
+                now = width * multiple
+            if level != (0 if is_decoder else len(multiples) - 1):
+                shapes.update(_conv(f"{name}.{side}.{level}.{side}sample.conv", now, now, 3))
+        resnet(f"{name}.mid.block_1", deepest, deepest)
+        resnet(f"{name}.mid.block_2", deepest, deepest)
+        shapes.update(_norm(f"{name}.mid.attn_1.norm", deepest))
+        for letter in ("q", "k", "v", "proj_out"):
+            shapes.update(_conv(f"{name}.mid.attn_1.{letter}", deepest, deepest, 1))
+        shapes.update(_norm(f"{name}.norm_out", now) | _conv(f"{name}.conv_out", now, last, 3))
+    return shapes | _conv(f"{VAE}quant_conv", 2 * latent, 2 * latent, 1) | _conv(f"{VAE}post_quant_conv", latent, latent, 1)
+
+
+def checkpoint_shapes(level="text_model."):
+    """Key -> shape of every tensor that a full checkpoint has."""
+    return unet_shapes() | text_shapes(level) | autoencoder_shapes()
+
+
+def _header(shapes):
+    """(first bytes of a safetensors file of fp16 tensors, 64-bit integers for ids, size of the data that follows)."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for key, shape in shapes.items():
+        dtype, size = ("I64", 8) if key.endswith("position_ids") else ("F16", 2)
+        begin, end = end, end + size * math.prod(shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, end
+
+
+def write_hollow(path, shapes):
+    """A checkpoint whose tensors are all zero and take next to no space on the disk: for what reads names and shapes alone."""
+    head, size = _header(shapes)
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + size)
+    return path
+
+
+def write_random(path, shapes, seed=0):
+    """A checkpoint with finite outputs: normal(0, 1/sqrt(inputs)) matrices, unit norms, no biases; one tensor in memory at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    with path.open("wb") as file:
+        file.write(_header(shapes)[0])
+        for key, shape in shapes.items():
+            if key.endswith("position_ids"):
+                tensor = torch.arange(shape[1])
+            elif len(shape) > 1:
+                tensor = (torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5).half()
+            else:
+                tensor = torch.full(shape, float(key.endswith(".weight")), dtype=torch.float16)
+            file.write(tensor.view(torch.uint8).numpy().tobytes())
+    return path

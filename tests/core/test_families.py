@@ -1,0 +1,313 @@
+"""Model families: told apart by shapes, refused with what was found, loaded from every layout, and trained at full size."""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sd1_layout import TEXT, UNET, autoencoder_shapes, checkpoint_shapes, text_shapes, unet_shapes, write_hollow, write_random
+from torch import nn
+
+from cul_core.anchors import AnchorStore
+from cul_core.bundle import ModelBundle
+from cul_core.checkpoint import difference, open_model, save_checkpoint
+from cul_core.cli import main
+from cul_core.concepts import Concept
+from cul_core.conditioning import prompt_rows
+from cul_core.config import TrainingConfig
+from cul_core.diffusion import SamplerConfig
+from cul_core.errors import Cancelled, ModelError
+from cul_core.evaluation.drift import drift_of, short_name
+from cul_core.export import save_difference, save_lora
+from cul_core.families import FAMILIES, MINI, SD1, family_of
+from cul_core.loading import BundleCache, checkpoint_key_map, detect_family, load_bundle, load_tokenizer, text_key_map
+from cul_core.methods import METHODS
+from cul_core.params import group_names, is_kv
+from cul_core.presets import PRESETS, preset
+from cul_core.regularizers import REGULARIZERS
+from cul_core.regularizers.projection import ProjectionConfig
+from cul_core.regularizers.weight_anchor import L1SPConfig, L2SPConfig
+from cul_core.safetensor_files import read_header
+from cul_core.training import Request, run_step
+
+HOW = "no CLIP tokenizer found: set COMFYUI_PATH to a checkout of ComfyUI, or put one into ~/comfyui/"
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer():
+    """The folder of CLIP's tokenizer in a ComfyUI checkout."""
+    named = [Path(part) for part in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if part]
+    for place in named or sorted((Path.home() / "comfyui").glob("*")):
+        if (place / "comfy/sd1_tokenizer/vocab.json").is_file():
+            return place / "comfy/sd1_tokenizer"
+    pytest.skip(HOW)
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """Two tensors by which Stable Diffusion 1.x is recognized: enough for all that happens before weights are read."""
+    recognized = (f"{UNET}input_blocks.0.0.weight", f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    return write_hollow(tmp_path / "sd15.safetensors", {key: unet_shapes()[key] for key in recognized})
+
+
+# --- recognition
+
+
+def test_family_is_recognized_by_shapes(random_checkpoint):
+    emas = {key.replace(UNET, "model_ema.diffusion_model").replace(".", ""): shape for key, shape in unet_shapes().items()}
+    assert family_of(checkpoint_shapes(), "a") is SD1
+    assert family_of(checkpoint_shapes(level="") | emas | {"betas": (1000,), "model_ema.decay": ()}, "a") is SD1
+    assert detect_family(random_checkpoint) is MINI
+
+
+def test_every_family_is_told_apart_and_complete():
+    assert len({family.signature for family in FAMILIES.values()}) == len(FAMILIES)
+    for family in FAMILIES.values():
+        unet, text = family.config("unet"), family.config("text_encoder")
+        assert (unet["block_out_channels"][0], unet["cross_attention_dim"]) == family.signature
+        assert (unet["in_channels"], unet["sample_size"], unet["sample_size"]) == family.latent_shape
+        assert text["hidden_size"] == family.signature[1]
+        assert family.tokenizer_folder is None or family.tokenizer_folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        (unet_shapes(in_channels=9), "9 input channels, where Stable Diffusion 1.x has 4: inpainting.*choose the text-to-image"),
+        (unet_shapes(in_channels=8), "8 input channels"),
+        (unet_shapes(context=1024), r"width 320 and text width 1024 \(Stable Diffusion 2.x\).*choose.*Stable Diffusion 1.x"),
+        (unet_shapes(context=2048), r"width 320 and text width 2048 \(Stable Diffusion XL\)"),
+        (unet_shapes(context=512), "width 320 and text width 512, which is no supported"),
+        (text_shapes() | autoencoder_shapes(), "holds no Stable Diffusion UNet.*choose.*MiniCanvas, Stable Diffusion 1.x"),
+    ],
+    ids=["inpainting", "picture-to-picture", "sd2", "sdxl", "unknown", "no-unet"],
+)
+def test_other_architecture_is_refused_with_what_was_found(shapes, said, tmp_path):
+    with pytest.raises(ModelError, match=f"'other.safetensors' .*{said}"):
+        detect_family(write_hollow(tmp_path / "other.safetensors", shapes))
+
+
+# --- key maps
+
+
+def test_unet_keys_of_stable_diffusion_map_one_to_one(tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(SD1.config("unet"))
+    shapes = unet_shapes()
+    keys = checkpoint_key_map(write_hollow(tmp_path / "a.safetensors", checkpoint_shapes()))
+    assert len(keys) == 686 and set(keys.values()) == set(shapes)
+    assert {name: shapes[key] for name, key in keys.items()} == {name: tuple(w.shape) for name, w in unet.state_dict().items()}
+    kv = group_names(unet, "kv")
+    assert len(kv) == 32 and sum(math.prod(shapes[keys[name]]) for name in kv) == 19_169_280
+
+
+@pytest.mark.parametrize("level", ["text_model.", ""], ids=["new-file", "old-file"])
+@pytest.mark.parametrize("ours", ["text_model.", ""], ids=["old-transformers", "new-transformers"])
+def test_text_keys_map_from_both_layouts_to_both(level, ours):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        text = CLIPTextModel(CLIPTextConfig(**SD1.config("text_encoder")))
+    inner = {name.removeprefix("text_model."): tuple(w.shape) for name, w in text.state_dict().items()}
+    shapes = text_shapes(level)
+    keys = text_key_map(shapes | unet_shapes(), {ours + name for name in inner})
+    assert {name: shapes[key] for name, key in keys.items()} == {ours + name: shape for name, shape in inner.items()}
+
+
+def test_text_encoder_of_an_old_file_is_the_same_one(random_checkpoint, random_bundle, tmp_path):
+    level = f"{TEXT}text_model."
+    tensors = {name.replace(level, TEXT): tensor for name, tensor in load_file(random_checkpoint).items()}
+    save_file(tensors, tmp_path / "old.safetensors")
+    assert f"{TEXT}final_layer_norm.weight" in tensors
+    assert torch.equal(load_bundle(tmp_path / "old.safetensors").encode(["a cat"]), random_bundle.encode(["a cat"]))
+
+
+# --- tokenizer and decoder
+
+
+def copied(source, folder, *names):
+    folder.mkdir()
+    for name in names:
+        shutil.copy(source / name, folder)
+    return folder
+
+
+def test_tokenizer_that_does_not_come_with_the_package_is_asked_for(stub):
+    said = "Stable Diffusion 1.x needs CLIP's tokenizer.*vocab.json and merges.txt"
+    with pytest.raises(ModelError, match=said):
+        load_bundle(stub)
+    with pytest.raises(ModelError, match=said):
+        BundleCache().get(open_model(stub).source)
+
+
+def test_tokenizer_folder_that_does_not_fit_is_refused_by_name(stub, tmp_path):
+    bare = copied(MINI.tokenizer_folder, tmp_path / "bare", "vocab.json")
+    broken = copied(MINI.tokenizer_folder, tmp_path / "broken", "vocab.json", "merges.txt")
+    (broken / "vocab.json").write_text("{")
+    for folder, said in ((tmp_path / "nowhere", "has no vocab.json"), (bare, "has no merges.txt"), (broken, "cannot be read"),
+                         (MINI.tokenizer_folder, "has 968 tokens.*where Stable Diffusion 1.x has 49408")):  # fmt: skip
+        with pytest.raises(ModelError, match=f"{folder}.*{said}"):
+            load_bundle(stub, tokenizer_folder=folder)
+        with pytest.raises(ModelError, match=said):
+            BundleCache(folder).get(open_model(stub).source)
+
+
+def test_family_with_a_tokenizer_of_its_own_ignores_the_folder(random_checkpoint, tmp_path):
+    assert load_bundle(random_checkpoint, tokenizer_folder=tmp_path / "nowhere").token_count("a cat") == 2
+
+
+def test_clip_tokenizer_needs_two_files_and_pads_with_the_end(clip_tokenizer, tmp_path):
+    second = copied(clip_tokenizer, tmp_path / "sd2", "vocab.json", "merges.txt")
+    (second / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "pad_token": "!"}))
+    for folder in (clip_tokenizer, copied(clip_tokenizer, tmp_path / "two", "vocab.json", "merges.txt"), second):
+        ids = load_tokenizer(SD1, folder)(["A photo of a Cat"], padding="max_length", max_length=77, truncation=True).input_ids[0]
+        assert ids == [49406, 320, 1125, 539, 320, 2368] + 71 * [49407]  # CLIP's ids of these words
+
+
+def test_latents_of_a_family_without_a_decoder_are_not_decoded():
+    bundle = ModelBundle(SD1, nn.Linear(1, 1), nn.Linear(1, 1), None, None).to("cpu")
+    with pytest.raises(ModelError, match="Latents of Stable Diffusion 1.x cannot be decoded here.*decode them with the VAE"):
+        bundle.decode(torch.zeros(1, 4, 64, 64))
+
+
+# --- presets, registry, command line
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_takes_the_values_of_its_family(name):
+    chosen = preset(name)
+    assert chosen.for_family(MINI) is chosen
+    request = chosen.for_family(SD1).request([Concept("Van_Gogh")], retain=[], anchor_prompts=["a cup"], seed=3)
+    training = request.training
+    assert (training.iterations, training.batch_size, training.learning_rate, training.seed) == (1000, 4, 8e-6, 3)
+    assert (request.anchor_count, request.anchor_sampler) == (200, SamplerConfig(steps=25, guidance_scale=6.0))
+    assert (request.method, training.schedule) == (chosen.method, chosen.training.schedule)
+
+
+def test_papers_penalties_have_the_papers_strengths():
+    for name, strength in (("l1sp", 50.0), ("l2sp", 25000.0)):
+        assert [config.strength for config in preset(name).for_family(SD1).regularizers] == [strength]
+
+
+def test_what_a_user_sets_wins_over_the_family(stub, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def stop(model, request, **settings):
+        seen.append(request.training)
+        assert settings["device"] == torch.device("cpu")
+        raise Cancelled("stop")
+
+    monkeypatch.setattr("cul_core.training.run_step", stop)
+    out = ["--out", str(tmp_path / "out.safetensors")]
+    main(["unlearn", "Van Gogh", "--model", str(stub), "--learning-rate", "1e-6", *out])
+    assert (seen[0].iterations, seen[0].learning_rate) == (1000, 1e-6)
+
+
+@pytest.mark.parametrize("entry", [*METHODS, *REGULARIZERS], ids=lambda entry: entry.name)
+def test_every_entry_names_families_that_exist(entry):
+    assert entry.families and set(entry.families) <= FAMILIES.keys()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [(["unlearn", "Van Gogh", "--model"], "--tokenizer on the command line"), (["evaluate"], "there is no classifier")],
+    ids=["unlearn", "evaluate"],
+)
+def test_command_that_lacks_something_for_stable_diffusion_is_one_line(stub, tmp_path, monkeypatch, capsys, command, said):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, str(stub)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and err.count("\n") == 1
+    assert [*tmp_path.iterdir()] == [stub]
+
+
+# --- full size: 4 GB on the disk, 7 GB of memory, three minutes
+
+
+@pytest.fixture(scope="module")
+def full_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd1")
+    yield write_random(folder / "sd15.safetensors", checkpoint_shapes() | {"model_ema.decay": (1,)})
+    shutil.rmtree(folder)  # pytest would keep the gigabytes of three runs
+
+
+@pytest.fixture(scope="module")
+def full_step(full_checkpoint, clip_tokenizer):
+    """(model, edited, report, [text vector (768,) of the kept, of the forgotten name]) of one update, under every regularizer at once."""
+    model, bundles = open_model(full_checkpoint), BundleCache(clip_tokenizer)
+    kept, target = Concept("Claude_Monet"), Concept("Van_Gogh")
+    request = Request(
+        concepts=(target,), method=preset("recommended").method, retain=(kept,), anchor_prompts=("A painting of a horse.",),
+        regularizers=(ProjectionConfig(decoys=8), L1SPConfig(strength=50.0), L2SPConfig(strength=25000.0, form="penalty")),
+        training=TrainingConfig(iterations=1, batch_size=1, learning_rate=1e-3), anchor_count=1, anchor_sampler=SamplerConfig(steps=1),
+    )  # fmt: skip
+    edited, report = run_step(model, request, store=AnchorStore(), bundles=bundles)
+    rows = [prompt_rows(bundles.get(model.source), [concept.prompt], "mean", concept.name)[0].float() for concept in (kept, target)]
+    return model, edited, report, rows
+
+
+@pytest.fixture(scope="module")
+def full_saved(full_step, full_checkpoint):
+    return save_checkpoint(full_step[1], full_checkpoint.parent / "edited.safetensors")
+
+
+@pytest.mark.slow
+def test_full_size_step_edits_keys_and_values_and_keeps_what_was_asked(full_step):
+    model, edited, report, (kept, target) = full_step
+    assert model.family is SD1 and not model.edits
+    assert len(edited.edits) == 32 and all(is_kv(name) for name in edited.edits)
+    assert math.isfinite(report.losses[0]) and report.losses[0] > 0
+    assert report.figures["protected_rank"] == 1
+    for delta in edited.edits.values():
+        assert (delta @ kept).norm() <= 1e-5 * delta.norm() * kept.norm()
+        assert (delta @ target).norm() >= 1e-3 * delta.norm() * target.norm()
+
+
+@pytest.mark.slow
+def test_full_size_checkpoint_differs_only_in_the_edited_tensors(full_step, full_saved):
+    model, edited, *_ = full_step
+    (before, _, start), (after, metadata, new_start) = read_header(model.source.path), read_header(full_saved)
+    assert before == after and "cul_history" in metadata
+    keys = checkpoint_key_map(model.source.path)
+    changed = set()
+    with model.source.path.open("rb") as old, full_saved.open("rb") as new:
+        for key, entry in before.items():
+            begin, end = entry["data_offsets"]
+            old.seek(start + begin)
+            new.seek(new_start + begin)
+            if old.read(end - begin) != new.read(end - begin):
+                changed.add(key)
+    assert changed == {keys[name] for name in edited.edits}
+    rounded = difference(full_saved, model.source.path)
+    largest = max(float((rounded[name] - delta).abs().max()) for name, delta in edited.edits.items())
+    assert rounded.keys() == edited.edits.keys() and largest <= 2**-11  # half an fp16 step of weights below 1
+    reopened = open_model(full_saved)
+    assert reopened.family is SD1 and [record.targets for record in reopened.history] == [("Van_Gogh",)]
+
+
+@pytest.mark.slow
+def test_full_size_edits_are_exported_in_the_hosts_names(full_step, tmp_path):
+    _, edited, *_ = full_step
+    few = replace(edited, edits={name: edited.edits[name] for name in sorted(edited.edits)[:2]})
+    places = ["middle_block", *(f"input_blocks.{i}" for i in (1, 2, 4, 5, 7, 8)), *(f"output_blocks.{i}" for i in range(3, 12))]
+    modules = {f"diffusion_model.{place}.1.transformer_blocks.0.attn2.to_{letter}" for place in places for letter in "kv"}
+    whole = load_file(save_difference(edited, tmp_path / "difference.safetensors"))
+    assert whole.keys() == {f"{module}.diff" for module in modules}
+    path, energy = save_lora(few, tmp_path / "lora.safetensors", rank=4)
+    names = {name.rpartition(".attn2.")[0] for name in load_file(path)}
+    assert 0 < energy <= 1 and names <= {module.rpartition(".attn2.")[0] for module in modules}
+
+
+@pytest.mark.slow
+def test_full_size_drift_is_reported_per_layer(full_step):
+    _, edited, *_ = full_step
+    drifts = drift_of(edited)
+    assert len(drifts) == 32 and short_name(drifts[0].name) == "down 0.0.0 attn2.to_k"
+    assert all(0 < drift.percent < 100 and math.isfinite(drift.percent) for drift in drifts)
