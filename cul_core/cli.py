@@ -94,7 +94,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _unlearn(arguments: argparse.Namespace) -> None:
     from .anchors import AnchorStore
     from .checkpoint import open_model, save_checkpoint
-    from .concepts import parse_concept, parse_keep
+    from .concepts import Concept, parse_concept
     from .loading import BundleCache, detect_family
     from .presets import preset
     from .prompts import anchor_prompts
@@ -105,7 +105,8 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     overrides = {name: value for name in ("iterations", "learning_rate") if (value := getattr(arguments, name)) is not None}
     chosen = replace(chosen, training=replace(chosen.training, **overrides))
     concepts = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
-    keep = [concept for name in arguments.keep for concept in parse_keep(name, arguments.kind)]
+    kept = [parse_concept(name, arguments.kind) for name in arguments.keep]
+    keep = [Concept(concept.target, concept.kind) for concept in kept]
     names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))
     out = arguments.out or Path(f"{arguments.model.stem}-without-{names}.safetensors")
     check_writable(out.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .concepts import Concept
 from .config import Config, TrainingConfig
@@ -52,6 +53,13 @@ class Preset:
             training=replace(self.training, iterations=recipe.iterations, batch_size=recipe.batch_size,
                              learning_rate=recipe.learning_rate),
         )  # fmt: skip
+
+    def with_settings(self, values: Mapping[str, Any]) -> Preset:
+        """This preset with some training settings, `anchor_count` or `anchor_steps` replaced."""
+        values = dict(values)
+        count, steps = values.pop("anchor_count", self.anchor_count), values.pop("anchor_steps", self.anchor_sampler.steps)
+        return replace(self, training=replace(self.training, **values), anchor_count=count,
+                       anchor_sampler=replace(self.anchor_sampler, steps=steps))  # fmt: skip
 
     def request(self, concepts: Sequence[Concept], *, retain: Sequence[Concept], anchor_prompts: Sequence[str], seed: int,
                 anchor_seed: int = 0) -> Request:  # fmt: skip

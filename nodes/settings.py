@@ -16,6 +16,7 @@ from ..cul_core.regularizers import REGULARIZERS
 from ._types import Method, Regularizers, Training
 
 _LARGEST = 2**31 - 1
+_AS_PRESET = "as the preset says"
 _RECOMMENDED = PRESETS["recommended"]
 
 
@@ -34,8 +35,8 @@ def _widget(field: dataclasses.Field, default: Any) -> io.Input:
                           round=step / 1000, **details)  # fmt: skip
 
 
-def _widgets(config: Config, leave_out: tuple[str, ...] = ()) -> list[io.Input]:
-    return [_widget(field, getattr(config, field.name)) for field in dataclasses.fields(config) if field.name not in leave_out]
+def _widgets(config: Config) -> list[io.Input]:
+    return [_widget(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
 
 
 def _defaults(config: type[Config]) -> Config:
@@ -88,19 +89,37 @@ def _regularizer_node(entry: Entry) -> type[io.ComfyNode]:
 class TrainingSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls):
+        rules = {field.name: field.metadata for field in dataclasses.fields(TrainingConfig)}
+
+        def help_of(name: str) -> str:
+            return f"{rules[name]['help']} 0 means as the preset says for this kind of model."
+
+        def choice(name: str) -> io.Input:
+            return io.Combo.Input(name, options=[_AS_PRESET, *rules[name]["choices"]], default=_AS_PRESET, tooltip=rules[name]["help"])
+
         return io.Schema(
             node_id="CUL_TrainingSettings",
             display_name="Training Settings",
             category="unlearning",
-            description="How long and how strongly a step trains, instead of what the preset says. More iterations or a higher learning rate "
-            "forget more surely and cost more of the rest.",
-            inputs=_widgets(_RECOMMENDED.training, leave_out=("seed",)),
+            description="How long and how strongly a step trains, where it should differ from what the preset says. More iterations or a higher "
+            "learning rate forget more surely and cost more of the rest.",
+            inputs=[
+                io.Int.Input("iterations", default=0, min=0, max=1_000_000, tooltip=help_of("iterations")),
+                io.Int.Input("batch_size", default=0, min=0, max=1024, tooltip=help_of("batch_size")),
+                io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6, round=1e-9, tooltip=help_of("learning_rate")),
+                choice("schedule"),
+                choice("group"),
+                io.Int.Input("anchor_count", default=0, min=0, max=10_000, tooltip="Pictures by the pretrained model that the step trains on; they "
+                             "are drawn once and kept. 0 means as the preset says for this kind of model."),
+                io.Int.Input("anchor_steps", default=0, min=0, max=200, tooltip="Sampling steps of each of them. 0 means as the preset says for this "
+                             "kind of model."),
+            ],
             outputs=[Training.Output(display_name="training", tooltip="Training settings for an Unlearn Step or an Unlearn Sequence.")],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, **values):
-        return io.NodeOutput(TrainingConfig(**values))
+        return io.NodeOutput({name: value for name, value in values.items() if value not in (0, _AS_PRESET)})
 
 
 NODES = (TrainingSettings, *map(_method_node, METHODS), *map(_regularizer_node, REGULARIZERS))

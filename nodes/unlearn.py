@@ -31,7 +31,7 @@ def _how_to_train() -> list[io.Input]:
                      "and noise. 0 turns them off."),
         Method.Input("method", optional=True, tooltip="Takes the place of the preset's method."),
         Regularizers.Input("regularizers", optional=True, tooltip="Take the place of the preset's regularizers."),
-        Training.Input("training", optional=True, tooltip="Take the place of the preset's training settings."),
+        Training.Input("training", optional=True, tooltip="Replaces some of the preset's training settings."),
     ]  # fmt: skip
 
 
@@ -45,8 +45,8 @@ def _outputs() -> list:
 
 def _preset_request(loaded: LoadedModel, concepts: ConceptList, name: str, train_seed: int, method, regularizers, training) -> Request:
     chosen = preset(name).for_family(loaded.value.family)
-    given = {"method": method, "regularizers": regularizers, "training": training}
-    chosen = replace(chosen, **{part: value for part, value in given.items() if value is not None})
+    given = {"method": method, "regularizers": regularizers}
+    chosen = replace(chosen, **{part: value for part, value in given.items() if value is not None}).with_settings(training or {})
     prompts = anchor_prompts(loaded.value.family, concepts.targets)
     return chosen.request(concepts.targets, retain=concepts.keep, anchor_prompts=prompts, seed=train_seed)
 

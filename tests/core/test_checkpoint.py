@@ -3,7 +3,9 @@
 import errno
 import json
 import struct
+import tomllib
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cul_core.chain import StepRecord, UnlearnModel, read_history
-from cul_core.checkpoint import difference, load_edits, open_model, save_checkpoint, save_edits
+from cul_core.checkpoint import difference, load_edits, open_continued, open_model, save_checkpoint, save_edits
 from cul_core.errors import Cancelled, CheckpointError, ModelError, TrainingError
 from cul_core.families import UNET_PREFIX
-from cul_core.loading import checkpoint_key_map, load_bundle, source_of
+from cul_core.loading import checkpoint_key_map, load_bundle, require_diffusers, source_of
 from cul_core.methods.conabl import ConAbl
 from cul_core.params import is_kv
 from cul_core.safetensor_files import read_header
@@ -385,3 +387,40 @@ def test_chain_continued_from_disk_equals_the_chain_in_memory(random_model, make
 def test_path_may_be_given_as_text(edited, random_checkpoint, tmp_path):
     path = save_checkpoint(edited, str(tmp_path / "a.safetensors"))
     assert isinstance(path, Path) and open_model(str(path), str(random_checkpoint)).edits
+
+
+def test_an_edited_checkpoint_goes_on_from_its_original_where_that_is_at_hand(edited, saved, random_checkpoint, tmp_path):
+    stranger = tmp_path / random_checkpoint.name
+    stranger.write_bytes(random_checkpoint.read_bytes()[:-2] + b"\0\1")
+    assert open_continued(saved, [stranger]).edits == {}
+    found = open_continued(saved, [stranger, random_checkpoint])
+    assert found.source.path == random_checkpoint and found.edits.keys() == edited.edits.keys()
+    assert open_continued(random_checkpoint, [saved]).edits == {}
+
+
+def test_callers_entries_join_the_header_but_never_replace_the_history(edited, tmp_path):
+    path = save_checkpoint(edited, tmp_path / "e.safetensors", metadata={"workflow": "{}", "cul_history": "forged"})
+    _, metadata, _ = read_header(path)
+    assert metadata["workflow"] == "{}" and read_history(path)[0] == edited.history
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [(None, "is not installed"), ("0.32.9", "has version 0.32.9"), ("0.40.0", "has version 0.40.0")]
+)
+def test_a_missing_or_untested_diffusers_is_named_with_the_command_that_mends_it(monkeypatch, found, said):
+    def version(name):
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr("cul_core.loading.version", version)
+    with pytest.raises(ModelError, match=said + '.*pip install "diffusers>=0.33,<0.40"'):
+        require_diffusers()
+
+
+def test_the_bounds_on_diffusers_are_those_of_the_package(monkeypatch):
+    monkeypatch.setattr("cul_core.loading.version", lambda name: "9")
+    with pytest.raises(ModelError) as caught:
+        require_diffusers()
+    requirement = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"][0]
+    assert f'"{requirement}"' in str(caught.value)

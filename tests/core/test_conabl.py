@@ -1,9 +1,11 @@
 """Concept Ablation's loss, and the gradient block on the start token."""
 
+import pytest
 import torch
 from torch import nn
 
 from cul_core.concepts import Concept
+from cul_core.errors import ConceptError
 from cul_core.methods.base import StepContext
 from cul_core.methods.conabl import ConAbl, ConAblConfig
 from cul_core.training import _first_token_blocked, run_step
@@ -73,3 +75,10 @@ def test_teacher_options_differ_only_after_the_first_update(random_model, bundle
         losses[teacher] = run_step(random_model, request, store=anchors, bundles=bundles["random"])[1].losses
     assert losses["start"] == losses["pretrained"]
     assert losses["start"][0] == losses["student"][0] and losses["start"][2] != losses["student"][2]
+
+
+def test_anchor_prompts_that_do_not_say_the_anchor_are_refused(random_bundle):
+    method = ConAbl(ConAblConfig())
+    concept = Concept("dragonfly", "object", "zebra")
+    with pytest.raises(ConceptError, match="No anchor prompt can be turned into one for 'dragonfly'; add prompts that name its anchor"):
+        method.prepare(context_for(random_bundle, concept, ("a house", "a cat"), torch.zeros(2, 4, 8, 8)))

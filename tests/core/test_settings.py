@@ -8,13 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cul_core.concepts import KINDS, Concept
+from cul_core.concepts import KINDS, Concept, ConceptList, parse_concept, parse_keep, parse_requests
 from cul_core.conditioning import decoy_concepts, vocabulary_words
 from cul_core.config import Config, TrainingConfig, setting, stable_hash
 from cul_core.diffusion import NoiseSchedule, SamplerConfig
 from cul_core.errors import ConceptError, ConfigError
+from cul_core.families import MINI
 from cul_core.methods import METHODS
 from cul_core.presets import PRESETS, preset
+from cul_core.prompts import anchor_prompts, preview_prompts
 from cul_core.registry import Registry
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.projection import ProjectionConfig
@@ -39,6 +41,59 @@ from cul_core.training import Request
 def test_concept_that_cannot_be_forgotten_is_refused(values, said):
     with pytest.raises(ConceptError, match=said):
         Concept(**values).check_forgettable()
+
+
+@pytest.mark.parametrize(
+    ("text", "concept"),
+    [
+        ("Van Gogh", Concept("Van Gogh")),
+        ("  object:  dog -> horse ", Concept("dog", "object", "horse")),
+        ("Celebrity: Jane Doe", Concept("Jane Doe", "celebrity", "person")),
+        ("Star Wars: a new hope", Concept("Star Wars: a new hope")),
+    ],
+)
+def test_a_concept_is_read_as_people_type_it(text, concept):
+    assert parse_concept(text) == concept
+
+
+def test_what_is_not_said_comes_from_the_widgets():
+    assert parse_concept("dog", "object", "horse") == Concept("dog", "object", "horse")
+    assert parse_concept("dog -> cat", "object", "horse").anchor == "cat"
+
+
+def test_a_keep_list_takes_commas_lines_comments_and_other_kinds():
+    keep = parse_keep("Monet, Klimt\n\n# people\ncelebrity: Jane Doe,Monet\n", "style")
+    assert keep == (Concept("Monet"), Concept("Klimt"), Concept("Jane Doe", "celebrity"))
+    assert parse_keep(" \n") == ()
+
+
+def test_requests_are_lines_and_a_plus_joins_concepts():
+    requests = parse_requests("# first\nLava + object: cat -> dog\nA+B Ink\n", "style")
+    assert requests == [(Concept("Lava"), Concept("cat", "object", "dog")), (Concept("A+B Ink"),)]
+    with pytest.raises(ConceptError, match="list of requests is empty"):
+        parse_requests("# nothing\n")
+    with pytest.raises(ConceptError, match="target is empty"):
+        parse_requests("Lava + -> dog")
+
+
+def test_a_concept_that_is_forgotten_is_not_on_the_keep_list_of_its_request():
+    joined = ConceptList((Concept("Lava"),), (Concept("Frost"), Concept("Ice"))) + ConceptList((Concept("frost"),), (Concept("Ice"),))
+    assert joined == ConceptList((Concept("Lava"), Concept("frost")), (Concept("Ice"),))
+
+
+def test_anchor_prompts_follow_the_kind_and_previews_show_target_and_kept():
+    styles = anchor_prompts(MINI, [Concept("Lava")])
+    objects = anchor_prompts(MINI, [Concept("cat", "object", "tree")])
+    assert len(styles) > 100 and all("tree" in prompt for prompt in objects)
+    assert all("horse" in prompt for prompt in anchor_prompts(replace(MINI, name="other"), [Concept("dog", "object", "horse")]))
+    request = preset("recommended").request(
+        [Concept("cat", "object", "tree")], retain=[Concept("dog", "object")], anchor_prompts=objects, seed=0
+    )
+    shown = preview_prompts(request)
+    assert [label for label, _ in shown] == ["forget\ncat", "forget\ncat", "keep\ndog"]
+    assert "cat" in shown[0][1] and "dog" in shown[2][1] and "tree" not in shown[2][1]
+    alone = preview_prompts(replace(request, retain=()))
+    assert [label for label, _ in alone[2:]] == ["anchor", "anchor"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,3 +305,10 @@ def test_noise_schedule_is_diffusers_scaled_linear_one():
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([0, 500, 999])
     torch.testing.assert_close(NoiseSchedule().add_noise(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps))
+
+
+def test_settings_of_a_user_replace_those_of_the_preset_and_no_others():
+    chosen = preset("recommended").with_settings({"iterations": 7, "anchor_count": 9, "anchor_steps": 3})
+    request = chosen.request([Concept("Lava")], retain=[], anchor_prompts=["a cup"], seed=5)
+    assert (request.training.iterations, request.anchor_count, request.anchor_sampler.steps) == (7, 9, 3)
+    assert request.training.learning_rate == PRESETS["recommended"].training.learning_rate

@@ -1,9 +1,12 @@
 """The loop's contracts: repeatable, only its group changes, the teacher and the input untouched, errors and cancelling clean."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from cul_core.errors import Cancelled, ConfigError, TrainingError
+from cul_core.concepts import Concept
+from cul_core.errors import Cancelled, ConceptError, ConfigError, TrainingError
 from cul_core.methods import METHODS
 from cul_core.methods.base import LossParts, Method
 from cul_core.methods.conabl import ConAbl, ConAblConfig
@@ -171,3 +174,35 @@ def test_hard_constraints_act_last_on_the_actual_change_whatever_the_optimizer_d
     plain_mask.constrain = lambda name, change, mask: None
     _update({"w": weight}, optimizer, [plain_mask], training)
     assert weight.tolist() == [[1.0, 2.5], [3.0, 5.0]]
+
+
+def test_previews_come_from_the_same_noise_before_between_and_after_and_change_nothing(step, make_request):
+    seen = []
+    watch = Callbacks(on_preview=lambda iteration, latents: seen.append((iteration, latents)), preview_prompts=("a cat", "a house"),
+                      preview_every=2)  # fmt: skip
+    watched, _ = step(make_request(iterations=3), callbacks=watch)
+    plain, _ = step(make_request(iterations=3))
+    assert watched.content_hash == plain.content_hash
+    assert [iteration for iteration, _ in seen] == [0, 2, 3]
+    assert all(latents.shape == (2, 4, 8, 8) for _, latents in seen)
+    assert not torch.equal(seen[0][1], seen[2][1])
+
+
+def test_a_callback_that_raises_ends_the_step_with_its_own_exception(step, make_request, random_bundle):
+    class HostInterrupt(BaseException):
+        pass
+
+    def interrupt():
+        raise HostInterrupt
+
+    before = unet_state(random_bundle)
+    with pytest.raises(HostInterrupt):
+        step(make_request(), callbacks=Callbacks(should_stop=interrupt))
+    assert same(unet_state(random_bundle), before)
+
+
+def test_a_concept_to_keep_needs_no_anchor_but_a_target_does(make_request):
+    request = make_request()
+    assert replace(request, retain=(Concept("dog", "object"),)).retain[0].anchor == ""
+    with pytest.raises(ConceptError, match="'dog' of kind 'object' has no anchor"):
+        replace(request, concepts=(Concept("dog", "object"),))

@@ -26,8 +26,8 @@ class Graph(dict):
         return self.add("CUL_Concept", **({"target": target, "kind": "style", "anchor": "", "keep": "Navy Stripes, Pop Dots"} | inputs))
 
     def training(self, **inputs) -> str:
-        settings = {"iterations": 3, "batch_size": 4, "learning_rate": 6e-4, "schedule": "linear", "weight_decay": 0.0,
-                    "max_grad_norm": 1.0, "group": "kv"}  # fmt: skip
+        settings = {"iterations": 3, "batch_size": 4, "learning_rate": 6e-4, "schedule": "linear", "group": "kv", "anchor_count": 0,
+                    "anchor_steps": 0}  # fmt: skip
         return self.add("CUL_TrainingSettings", **(settings | inputs))
 
     def step(self, model: str, target: str = "Candy Stripes", *, training: str | None = None, **inputs) -> str:

@@ -25,8 +25,8 @@ def shortened(graph):
             node["inputs"]["training"] = ["short", 0]
         if node["class_type"] == "CUL_TrainingSettings":
             node["inputs"]["iterations"] = 2
-    settings = {"iterations": 2, "batch_size": 2, "learning_rate": 1e-4, "schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0,
-                "group": "kv"}  # fmt: skip
+    settings = {"iterations": 2, "batch_size": 2, "learning_rate": 1e-4, "schedule": "constant", "group": "kv", "anchor_count": 0,
+                "anchor_steps": 0}  # fmt: skip
     return graph | {"short": {"class_type": "CUL_TrainingSettings", "inputs": settings}}
 
 

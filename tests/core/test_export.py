@@ -1,0 +1,86 @@
+"""Differences and LoRAs, applied as a host's LoRA loader does it, and the drift of layers."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cul_core.chain import UnlearnModel, read_history
+from cul_core.errors import ConfigError
+from cul_core.evaluation.drift import drift_map, drift_of, short_name, total_drift
+from cul_core.export import patch_names, save_difference, save_lora
+from cul_core.training import run_step
+
+
+@pytest.fixture(scope="module")
+def edited(random_model, bundles, anchors):
+    from cul_core.concepts import Concept
+    from cul_core.config import TrainingConfig
+    from cul_core.methods.conabl import ConAblConfig
+    from cul_core.training import Request
+
+    request = Request((Concept("Lava"),), ConAblConfig(), training=TrainingConfig(iterations=3, batch_size=2), anchor_count=8,
+                      anchor_prompts=("A star image.", "a house"))  # fmt: skip
+    return run_step(random_model, request, store=anchors, bundles=bundles["random"])[0]
+
+
+def applied(tensors, name):
+    """What a host adds to its weight of that name at strength 1 (alpha / rank times up times down; or the difference)."""
+    module = name.removesuffix(".weight")
+    if f"{module}.diff" in tensors:
+        return tensors[f"{module}.diff"]
+    up, down = tensors[f"{module}.lora_up.weight"], tensors[f"{module}.lora_down.weight"]
+    return tensors[f"{module}.alpha"] / down.shape[0] * (up.flatten(1) @ down.flatten(1))
+
+
+def test_a_difference_holds_every_edit_exactly_in_the_hosts_names(edited, tmp_path):
+    path = save_difference(edited, tmp_path / "d.safetensors")
+    tensors, names = load_file(path), patch_names(edited)
+    assert len(tensors) == len(edited.edits) and all(name.startswith("diffusion_model.") for name in names.values())
+    assert all(torch.equal(applied(tensors, names[ours]), delta) for ours, delta in edited.edits.items())
+    assert [record.targets for record in read_history(path)[0]] == [("Lava",)]
+    assert save_difference(edited, tmp_path / "d.safetensors").name == "d_2.safetensors"
+
+
+def test_a_lora_of_full_rank_is_the_edit_and_of_lower_rank_its_best_approximation(edited, tmp_path):
+    full, kept = save_lora(edited, tmp_path / "full.safetensors", 1000)
+    assert kept == pytest.approx(1, abs=1e-9)
+    low, share = save_lora(edited, tmp_path / "low.safetensors", 4)
+    names, lost, total = patch_names(edited), 0.0, 0.0
+    for ours, delta in edited.edits.items():
+        assert torch.allclose(applied(load_file(full), names[ours]), delta, atol=1e-6)
+        lost += (applied(load_file(low), names[ours]) - delta).square().sum().item()
+        total += delta.square().sum().item()
+    assert 0 < share < 1 and 1 - lost / total == pytest.approx(share, abs=1e-4)
+    assert low.stat().st_size < 0.2 * full.stat().st_size
+
+
+def test_convolutions_and_biases_are_exported_too(random_model, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"conv_in.weight": (64, 4, 3, 3), "conv_in.bias": (64,)}
+    edits = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    model = UnlearnModel(random_model.source, random_model.family, edits)
+    lora = load_file(save_lora(model, tmp_path / "l.safetensors", 1000)[0])
+    exact = load_file(save_difference(model, tmp_path / "d.safetensors"))
+    module = "diffusion_model.input_blocks.0.0"
+    assert lora[f"{module}.lora_down.weight"].shape[1:] == (4, 3, 3) and lora[f"{module}.lora_up.weight"].shape[2:] == (1, 1)
+    assert torch.allclose(applied(lora, f"{module}.weight").reshape(64, 4, 3, 3), edits["conv_in.weight"], atol=1e-5)
+    assert all(torch.equal(tensors[f"{module}.diff_b"], edits["conv_in.bias"]) for tensors in (lora, exact))
+
+
+def test_nothing_to_write_and_an_impossible_rank_are_refused(random_model, edited, tmp_path):
+    with pytest.raises(ConfigError, match="no edits to write; forget something"):
+        save_difference(random_model, tmp_path / "d.safetensors")
+    with pytest.raises(ConfigError, match="rank is 0; give a number of at least 1"):
+        save_lora(edited, tmp_path / "l.safetensors", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drift_is_measured_against_the_pretrained_tensor(random_model, random_bundle):
+    parameters = dict(random_bundle.unet.named_parameters())
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    model = UnlearnModel(random_model.source, random_model.family, {name: 0.25 * parameters[name].data})
+    (drift,) = drift_of(model)
+    assert drift.name == name and drift.percent == pytest.approx(25, rel=1e-4)
+    assert total_drift([drift, drift]) == pytest.approx(2**0.5 * drift.distance)
+    assert short_name(name) == "down 0.0.0 attn2.to_k"
+    assert drift_map("Drift", [drift]).size[0] > 300 and drift_map("Drift of nothing", []).size[1] > 20

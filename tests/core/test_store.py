@@ -1,0 +1,89 @@
+"""The step store: nothing finished is trained again, damaged or foreign entries are never trusted, and the size is bounded."""
+
+import os
+
+import pytest
+import torch
+
+from cul_core.errors import CheckpointError
+from cul_core.store import StepStore, step_key
+from cul_core.training import run_step
+
+
+@pytest.fixture
+def trained(random_model, bundles, anchors, make_request):
+    def train(target="Candy_Stripes", model=random_model, **settings):
+        request = make_request(target, **settings)
+        return request, *run_step(model, request, store=anchors, bundles=bundles["random"])
+
+    return train
+
+
+def test_a_finished_step_comes_back_the_same_from_another_store_object(trained, random_model, tmp_path):
+    request, edited, report = trained()
+    assert StepStore(tmp_path).get(random_model, request) is None
+    StepStore(tmp_path).put(random_model, request, edited, report)
+    found, again = StepStore(tmp_path).get(random_model, request)
+    assert found.content_hash == edited.content_hash and found.history == edited.history
+    assert all(torch.equal(found.edits[name], edited.edits[name]) for name in edited.edits)
+    assert again == report
+
+
+def test_the_key_changes_with_everything_the_result_depends_on(trained, random_model, make_request):
+    request, edited, _ = trained()
+    keys = {
+        step_key(random_model, request), step_key(edited, request), step_key(random_model, make_request("Lava")),
+        step_key(random_model, make_request(seed=1)), step_key(random_model, make_request(retain=("Lava",))),
+        step_key(random_model, make_request(learning_rate=1e-5)),
+    }  # fmt: skip
+    assert len(keys) == 6
+    assert step_key(random_model, make_request()) == step_key(random_model, request)
+
+
+def test_a_chain_from_the_store_has_the_history_of_the_chain_that_asks(trained, random_model, tmp_path):
+    store = StepStore(tmp_path)
+    first_request, first, first_report = trained()
+    second_request, second, second_report = trained("Lava", model=first)
+    store.put(random_model, first_request, first, first_report)
+    store.put(first, second_request, second, second_report)
+    one, _ = store.get(random_model, first_request)
+    two, _ = store.get(one, second_request)
+    assert two.content_hash == second.content_hash and [record.targets for record in two.history] == [("Candy_Stripes",), ("Lava",)]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])
+def test_a_damaged_entry_is_removed_and_trained_again(trained, random_model, tmp_path, damage, caplog):
+    request, edited, report = trained()
+    StepStore(tmp_path).put(random_model, request, edited, report)
+    (path,) = tmp_path.rglob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        data = data[:-100]
+    elif damage == "flipped":
+        data[-5] ^= 1
+    else:
+        data = data.replace(b'"cul_step"', b'"cul_stop"')
+    path.write_bytes(data)
+    assert StepStore(tmp_path).get(random_model, request) is None
+    assert not path.exists() and "damaged" in caplog.text
+
+
+def test_the_oldest_steps_go_first_and_those_in_use_stay(trained, random_model, tmp_path):
+    finished = [trained(seed=seed) for seed in range(4)]
+    size = None
+    for number, (request, edited, report) in enumerate(finished[:3]):
+        StepStore(tmp_path).put(random_model, request, edited, report)
+        path = tmp_path / "steps" / f"{step_key(random_model, request)}.safetensors"
+        size = path.stat().st_size
+        os.utime(path, (1000 + number, 1000 + number))
+    store = StepStore(tmp_path, largest_bytes=int(2.5 * size))
+    assert store.get(random_model, finished[0][0])  # in use from here on, and the most recent
+    store.put(random_model, *finished[3])
+    assert [StepStore(tmp_path).get(random_model, request) is not None for request, *_ in finished] == [True, False, False, True]
+
+
+def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(trained, random_model, tmp_path):
+    (tmp_path / "steps").write_text("in the way")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        StepStore(tmp_path).put(random_model, *trained())
+    assert [path.name for path in tmp_path.iterdir()] == ["steps"]
