@@ -8,6 +8,7 @@ from pathlib import Path
 import folder_paths
 from comfy.cli_args import args
 
+from ..cul_core.errors import ModelError
 from ..cul_core.safetensor_files import free_path
 
 _STORE = "unlearning_chains"
@@ -32,11 +33,16 @@ def model_files(*kinds: str) -> list[str]:
 
 
 def model_path(name: str, *kinds: str) -> Path:
-    """The file of that name in the first of the lists that has it."""
-    for kind in kinds[:-1]:
-        if path := folder_paths.get_full_path(kind, name):
-            return Path(path)
-    return Path(folder_paths.get_full_path_or_raise(kinds[-1], name))
+    """The file of that name in the first of the lists that has it.
+
+    Raises:
+        ModelError: no list has it; not every host checks that before it runs a graph.
+    """
+    if name in model_files(*kinds):
+        for kind in kinds:
+            if path := folder_paths.get_full_path(kind, name):
+                return Path(path)
+    raise ModelError(f"There is no file {name!r} in ComfyUI's {' or '.join(kinds)}; press R and choose one of the list.")
 
 
 def output_path(prefix: str) -> Path:

@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from hosts import HOW, find_hosts
 from safetensors.torch import load_file, save_file
 from sd1_layout import TEXT, UNET, autoencoder_shapes, checkpoint_shapes, text_shapes, unet_shapes, write_hollow, write_random
 from torch import nn
@@ -35,14 +34,11 @@ from cul_core.regularizers.weight_anchor import L1SPConfig, L2SPConfig
 from cul_core.safetensor_files import read_header
 from cul_core.training import Request, run_step
 
-HOW = "no CLIP tokenizer found: set COMFYUI_PATH to a checkout of ComfyUI, or put one into ~/comfyui/"
-
 
 @pytest.fixture(scope="session")
 def clip_tokenizer():
     """The folder of CLIP's tokenizer in a ComfyUI checkout."""
-    named = [Path(part) for part in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if part]
-    for place in named or sorted((Path.home() / "comfyui").glob("*")):
+    for place in find_hosts():
         if (place / "comfy/sd1_tokenizer/vocab.json").is_file():
             return place / "comfy/sd1_tokenizer"
     pytest.skip(HOW)

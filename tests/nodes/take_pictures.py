@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 from browser import Page, open_page
-from conftest import HOSTS, PACK, Host, version_of
 from graphs import CUL, SAMPLING, Graph
+from hosts import HOSTS, PACK, Host, version_of
 from PIL import Image
 
 DOCS, WORKFLOWS, SCREENS = PACK / "nodes/web/docs", PACK / "workflows", PACK / "docs"

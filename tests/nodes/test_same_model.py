@@ -4,11 +4,11 @@ import json
 import subprocess
 
 import pytest
-from conftest import HOSTS, HOW, PACK, Host, python_of, version_of
 from graphs import CUL, Graph
+from hosts import HOSTS, HOW, IDS, PACK, Host, python_of
 
 
-@pytest.fixture(scope="module", params=HOSTS or [None], ids=[version_of(host) for host in HOSTS] or ["none"])
+@pytest.fixture(scope="module", params=HOSTS or [None], ids=IDS)
 def checkout(request):
     if request.param is None:
         pytest.skip(HOW)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, NO_CHROMIUM, PACK_NAME, open_page
-from graphs import api_of
+from graphs import Graph, api_of
 from PIL import Image
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
@@ -60,6 +60,7 @@ def test_the_second_half_of_the_save_workflow_runs_on_what_the_first_has_written
     host.run(shortened(api_of(parts, schemas)))
     for node in parts["nodes"]:
         node["mode"] = 0
+    host.forget()
     entry = host.run(shortened(api_of(parts, schemas)))
     previews = [node["id"] for node in parts["nodes"] if node["type"] == "PreviewImage"]
     pictures = [Image.open(io.BytesIO(host.picture(entry, str(node)))).convert("L").tobytes() for node in previews]
@@ -82,3 +83,27 @@ def test_a_template_opens_in_the_page_runs_and_shows_its_picture(host, tmp_path)
         page.fit()
         page.tab.screenshot(path=tmp_path / "canvas.png")
         assert Image.open(tmp_path / "canvas.png").convert("L").resize((64, 40)).getextrema()[1] > 150  # the grid is light, the page dark
+
+
+@pytest.mark.slow
+def test_the_workflow_for_stable_diffusion_runs_on_a_checkpoint_of_that_architecture(host):
+    """Random weights, one picture of each kind, one iteration: on a CPU some minutes and 7 GB of memory."""
+    from sd1_layout import checkpoint_shapes, write_random
+
+    path = write_random(host.folder / "models/checkpoints/v1-5-pruned-emaonly.safetensors", checkpoint_shapes())
+    graph = shortened(api_of(workflow(NEEDS_SD15), host.get("/object_info")))
+    graph["short"]["inputs"].update(iterations=1, batch_size=1, anchor_count=1, anchor_steps=1)
+    for node in graph.values():
+        if node["class_type"] == "CUL_Compare":
+            node["inputs"].update(prompts="a garden in the style of Van Gogh", steps=1)
+        if node["class_type"] == "CUL_UnlearnStep":
+            node["inputs"]["preview_every"] = 0
+    host.run(graph, seconds=1800)
+    (saved,) = host.saved("checkpoints/sd15-without-van-gogh_*")
+    assert saved.stat().st_size > path.stat().st_size
+    stock = Graph()
+    loader = stock.add("CheckpointLoaderSimple", ckpt_name=saved.name)
+    shown = stock.sample((loader, 0), (loader, 1), (loader, 2))
+    assert host.run(stock, seconds=900)["outputs"][shown]["images"]
+    path.unlink()
+    saved.unlink()
