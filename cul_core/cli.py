@@ -70,7 +70,7 @@ def _usable_device(name: str) -> torch.device:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from .evaluation.scores import table
-    from .minicanvas.demo import reported_requests, run_demo
+    from .minicanvas.demo import run_demo
     from .safetensor_files import check_writable
 
     _within("--requests", arguments.requests, 1, 12)
@@ -80,11 +80,11 @@ def _demo(arguments: argparse.Namespace) -> None:
         check_writable(arguments.json.parent)
     result = run_demo(arguments.out, requests=arguments.requests, seed=arguments.seed, order=arguments.order,
                       workers=arguments.workers, on_progress=_ProgressLine())  # fmt: skip
+    runs = result["runs"]
     rows = [("untouched", result["base"])]
-    rows += [(f"{run} after {k}", result["runs"][run]["after"][str(k)])
-             for k in reported_requests(arguments.requests) for run in result["runs"]]  # fmt: skip
+    rows += [(f"{run} after {k}", runs[run]["after"][k]) for k in runs["plain"]["after"] for run in runs]
     _say(table(rows))
-    for run, values in result["runs"].items():
+    for run, values in runs.items():
         _say(f"{run}: {values['seconds_per_request']:.1f} s per request")
     for name, path in result["files"].items():
         _say(f"{name}: {path}")

@@ -71,11 +71,12 @@ class Scores:
         return asdict(self)
 
 
-def harmonic_mean(values: Sequence[float | None]) -> float | None:
-    """0 if any value is 0; None if any is missing."""
+def harmonic_mean(values: Sequence[float | np.ndarray | None]) -> float | np.ndarray | None:
+    """0 where any value is 0; None if any is missing. Arrays (of resamples) elementwise."""
     if any(value is None for value in values):
         return None
-    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
+    with np.errstate(divide="ignore"):
+        return len(values) / sum(1 / np.asarray(value, dtype=float) for value in values)
 
 
 def _metrics(cells: dict[tuple[str, str], np.ndarray]) -> dict[str, float | np.ndarray]:
@@ -89,13 +90,7 @@ def _metrics(cells: dict[tuple[str, str], np.ndarray]) -> dict[str, float | np.n
     out = {"ua": None if own is None else 100 - own, "clean": mean(("target",), 2), "leak": mean(("alias",), 0),
            "ira_declared": mean(("declared",), 0), "ira_hidden": mean(("hidden",), 0),
            "cra": mean(("target", "declared", "hidden"), 1), "cra_clean": mean(("declared", "hidden"), 1)}  # fmt: skip
-    parts = [out["clean"], out["ira_hidden"], out["cra_clean"]]
-    if any(part is None for part in parts):
-        out["h"] = None
-    else:
-        with np.errstate(divide="ignore"):
-            out["h"] = 3 / sum(1 / np.asarray(part, dtype=float) for part in parts)
-    return out
+    return out | {"h": harmonic_mean([out["clean"], out["ira_hidden"], out["cra_clean"]])}
 
 
 def score(shots: Sequence[Shot], verdicts: Sequence[Verdict], resamples: int = 500, seed: int = 0) -> Scores:

@@ -6,6 +6,7 @@ not depend on how the jobs were spread.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import queue
@@ -15,8 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 from ..anchors import AnchorStore
 from ..chain import UnlearnModel
@@ -48,11 +51,6 @@ def declared_concepts() -> tuple[Concept, ...]:
     return tuple(Concept(style) for style in styles_in("declared"))
 
 
-def reported_requests(requests: int) -> list[int]:
-    """After which requests figures are reported: 1, 4, 8, 12 for the full list, else after each."""
-    return [1, 4, 8, 12] if requests == 12 else list(range(1, requests + 1))
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a demonstration does; travels to the worker processes."""
@@ -62,80 +60,102 @@ class Plan:
     folder: Path
     model_path: Path = models.CHECKPOINT_PATH
 
+    @property
+    def is_full(self) -> bool:
+        return len(self.targets) == 12
 
-_progress: multiprocessing.Queue | None = None
+    @property
+    def marks(self) -> list[int]:
+        """After which requests figures are reported: 1, 4, 8, 12 for the full list, else after each."""
+        return [1, 4, 8, 12] if self.is_full else list(range(1, len(self.targets) + 1))
+
+    @property
+    def objects(self) -> Sequence[str]:
+        """Every object in the full demonstration, every other one in a short one, which should take a short time."""
+        return OBJECTS if self.is_full else OBJECTS[::2]
+
+    def per_cell(self, k: int) -> int:
+        """Pictures per style and object: two at the end of the full demonstration and for its untouched model, else one."""
+        return 2 if k == 12 else 1
+
+    @property
+    def shown(self) -> list[tuple[str, str]]:
+        """The columns of the grid of pictures: (style, role)."""
+        groups = {"forgotten": self.targets, "declared": styles_in("declared"), "hidden": styles_in("hidden")}
+        return [(style, role) for role, styles in groups.items() for style in styles[:4]]
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """What a worker process loads once and keeps for all its jobs."""
+
+    progress: multiprocessing.Queue
+    bundles: BundleCache
+    judge: Judge
+
+
+_worker: _Worker | None = None
 
 
 def _start_worker(progress: multiprocessing.Queue) -> None:
-    global _progress
-    _progress = progress
+    global _worker
     torch.set_num_threads(1)
-
-
-def _tell(cost: float) -> None:
-    _progress.put(cost)
+    _worker = _Worker(progress, BundleCache(), Judge())
 
 
 def _edits_path(plan: Plan, run: str, k: int) -> Path:
     return plan.folder / f"{run}-{k}.edits.safetensors"
 
 
+def _model_after(plan: Plan, run: str | None, k: int) -> UnlearnModel:
+    return load_edits(_edits_path(plan, run, k), source_of(plan.model_path)) if run else open_model(plan.model_path)
+
+
+def _make_anchors(plan: Plan) -> None:
+    source = source_of(plan.model_path)
+    AnchorStore(plan.folder).anchor_latents(source, _worker.bundles.get(source), anchor_prompts(), ANCHOR_COUNT, SamplerConfig(), plan.seed)
+
+
 def _run_chain(plan: Plan, run: str) -> float:
     """Forgets the targets in order, leaving the edits after each reported request; returns seconds per request."""
-    model, bundles, store = open_model(plan.model_path), BundleCache(), AnchorStore(plan.folder)
-    callbacks = Callbacks(on_progress=lambda progress: _tell(_ITERATION_COST))
+    model, store = open_model(plan.model_path), AnchorStore(plan.folder)
+    callbacks = Callbacks(on_progress=lambda progress: _worker.progress.put(_ITERATION_COST))
     seconds = []
     for k, target in enumerate(plan.targets, 1):
         request = preset(run).request(
             [Concept(target)], retain=declared_concepts(), anchor_prompts=anchor_prompts(), seed=plan.seed * 1000 + k, anchor_seed=plan.seed
         )
-        model, report = run_step(model, request, callbacks=callbacks, store=store, bundles=bundles)
+        model, report = run_step(model, request, callbacks=callbacks, store=store, bundles=_worker.bundles)
         seconds.append(report.record.seconds)
-        if k in reported_requests(len(plan.targets)):
+        if k in plan.marks:
             save_edits(model, _edits_path(plan, run, k))
-    return sum(seconds) / len(seconds)
+    return round(sum(seconds) / len(seconds), 2)
 
 
-def _model_after(plan: Plan, run: str | None, k: int) -> UnlearnModel:
-    return load_edits(_edits_path(plan, run, k), source_of(plan.model_path)) if run else open_model(plan.model_path)
-
-
-def _evaluate(plan: Plan, run: str | None, k: int, per_cell: int) -> dict:
-    bundle = BundleCache().get(source_of(plan.model_path))
+def _evaluate(plan: Plan, run: str | None, k: int) -> dict:
     told = 0
 
     def on_batch(done: int) -> None:
         nonlocal told
-        _tell(_PICTURE_COST * (done - told))
+        _worker.progress.put(_PICTURE_COST * (done - told))
         told = done
 
-    scores = evaluate(
-        bundle,
-        _model_after(plan, run, k),
-        Judge(),
-        plan.targets[:k],
-        seed=plan.seed,
-        per_cell=per_cell,
-        objects=objects_asked(plan),
-        on_batch=on_batch,
-    )
-    return scores.to_json()
+    model = _model_after(plan, run, k)
+    return evaluate(
+        _worker.bundles.get(model.source), model, _worker.judge, plan.targets[:k],
+        seed=plan.seed, per_cell=plan.per_cell(k), objects=plan.objects, on_batch=on_batch,
+    ).to_json()  # fmt: skip
 
 
-def _make_anchors(plan: Plan) -> None:
-    model = open_model(plan.model_path)
-    bundle = BundleCache().get(model.source)
-    AnchorStore(plan.folder).anchor_latents(model.source, bundle, anchor_prompts(), ANCHOR_COUNT, SamplerConfig(), plan.seed)
+def _draw_row(plan: Plan, run: str | None) -> list[Image.Image]:
+    """One row of the grid of pictures, the same pictures for every run."""
+    model, names = _model_after(plan, run, len(plan.targets)), itertools.cycle(OBJECTS)
+    shots = [Shot(EVALUATION_TEMPLATE.format(object=name, style=STYLE_BY_NAME[style].display_name), style, name, "picture", 0)
+             for (style, _), name in zip(plan.shown, names, strict=False)]  # fmt: skip
+    return [to_image(picture) for picture in take(_worker.bundles.get(model.source), model, shots, plan.seed)]
 
 
-def per_cell(k: int, requests: int) -> int:
-    """Pictures per style and object: two at the end of the full demonstration and for its untouched model, else one."""
-    return 2 if k == requests == 12 else 1
-
-
-def objects_asked(plan: Plan) -> Sequence[str]:
-    """Every object in the full demonstration, every other one in a short one, which should take a short time."""
-    return OBJECTS if len(plan.targets) == 12 else OBJECTS[::2]
+_JOBS = {"anchors": _make_anchors, "chain": _run_chain, "scores": _evaluate, "row": _draw_row}
 
 
 def run_demo(
@@ -153,33 +173,38 @@ def run_demo(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     plan = Plan(REQUEST_ORDERS[order][:requests], seed, free_path(out / "steps"))
     plan.folder.mkdir(parents=True)
-    marks = reported_requests(requests)
-    pictures_asked = {k: len(shots_for(plan.targets[:k], per_cell(k, requests), objects_asked(plan))) for k in marks}
+    pictures = [len(shots_for(plan.targets[:k], plan.per_cell(k), plan.objects)) for k in plan.marks]
     iterations = sum(preset(run).training.iterations for run in RUNS) * requests
-    todo = iterations * _ITERATION_COST + _PICTURE_COST * (len(RUNS) * sum(pictures_asked.values()) + pictures_asked[marks[-1]])
+    todo = iterations * _ITERATION_COST + _PICTURE_COST * (len(RUNS) * sum(pictures) + pictures[-1])
     try:
-        scores, seconds = _run_jobs(plan, marks, todo, workers, on_progress)
+        results = _run_jobs(plan, todo, workers, on_progress)
         on_progress(1.0, 0.0)
-        runs = {run: {"after": {str(k): _figures(scores[run, k]) for k in marks}, "seconds_per_request": seconds[run],
-                      "details": {str(k): scores[run, k] for k in marks}} for run in RUNS}  # fmt: skip
-        result = {"seed": seed, "order": order, "targets": list(plan.targets), "base": _figures(scores[None, requests]), "runs": runs}
-        return result | {"files": {name: str(path.resolve()) for name, path in _write_results(plan, out, runs).items()}}
+        runs = {run: {"after": {str(k): _figures(results["scores", run, k]) for k in plan.marks},
+                      "seconds_per_request": results["chain", run],
+                      "details": {str(k): results["scores", run, k] for k in plan.marks}} for run in RUNS}  # fmt: skip
+        base = _figures(results["scores", None, requests])
+        rows = [(run or "before", results["row", run]) for run in (None, *RUNS)]
+        files = {name: str(path.resolve()) for name, path in _write_results(plan, out, runs, rows).items()}
+        return {"seed": seed, "order": order, "targets": list(plan.targets), "base": base, "runs": runs, "files": files}
     finally:
         shutil.rmtree(plan.folder, ignore_errors=True)
 
 
-def _run_jobs(
-    plan: Plan, marks: Sequence[int], todo: float, workers: int, on_progress: Callable[[float, float], None]
-) -> tuple[dict[tuple[str | None, int], dict], dict[str, float]]:
-    """Scores by (run, request) and seconds per request by run; anchors first, then chains, then evaluations as they become possible."""
-    requests = len(plan.targets)
+def _run_jobs(plan: Plan, todo: float, workers: int, on_progress: Callable[[float, float], None]) -> dict[tuple, Any]:
+    """What each job returned, by (name, *arguments): anchors first, then chains, then evaluations; the untouched model beside them."""
     context = multiprocessing.get_context("spawn")
     progress = context.Queue()
     begun, done = time.monotonic(), 0.0
-    scores: dict[tuple[str | None, int], dict] = {}
-    seconds: dict[str, float] = {}
+    results: dict[tuple, Any] = {}
+    jobs: dict[Future, tuple] = {}
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(progress,)) as pool:
-        jobs: dict[Future, tuple] = {pool.submit(_make_anchors, plan): ("anchors",)}
+
+        def submit(*key: Any) -> None:
+            jobs[pool.submit(_JOBS[key[0]], plan, *key[1:])] = key
+
+        submit("anchors")
+        submit("scores", None, len(plan.targets))
+        submit("row", None)
         try:
             while jobs:
                 finished, _ = wait(jobs, timeout=0.3, return_when=FIRST_COMPLETED)
@@ -187,21 +212,19 @@ def _run_jobs(
                 spent = time.monotonic() - begun
                 on_progress(min(done / todo, 0.999), spent * (todo - done) / done if done > 0.02 * todo else todo / workers)
                 for job in finished:
-                    kind, *which = jobs.pop(job)
-                    if kind == "anchors":
-                        job.result()
-                        jobs |= {pool.submit(_run_chain, plan, run): ("chain", run) for run in RUNS}
-                        jobs[pool.submit(_evaluate, plan, None, requests, per_cell(requests, requests))] = ("scores", None, requests)
-                    elif kind == "chain":
-                        seconds[which[0]] = round(job.result(), 2)
-                        for k in reversed(marks):
-                            jobs[pool.submit(_evaluate, plan, which[0], k, per_cell(k, requests))] = ("scores", which[0], k)
-                    else:
-                        scores[tuple(which)] = job.result()
+                    key = jobs.pop(job)
+                    results[key] = job.result()
+                    if key[0] == "anchors":
+                        for run in reversed(RUNS):  # the longer chain first
+                            submit("chain", run)
+                    elif key[0] == "chain":
+                        for k in reversed(plan.marks):
+                            submit("scores", key[1], k)
+                        submit("row", key[1])
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return scores, seconds
+    return results
 
 
 def _figures(scores: dict) -> dict:
@@ -216,20 +239,9 @@ def _drain(progress: multiprocessing.Queue) -> Iterable[float]:
             return
 
 
-def _write_results(plan: Plan, out: Path, runs: dict) -> dict[str, Path]:
+def _write_results(plan: Plan, out: Path, runs: dict, rows: Sequence[tuple[str, list[Image.Image]]]) -> dict[str, Path]:
     last = len(plan.targets)
-    final = {run: _model_after(plan, run, last) for run in RUNS}
-    bundle = BundleCache().get(source_of(plan.model_path))
-    shown: Sequence[tuple[str, str]] = [
-        *((style, "forgotten") for style in plan.targets[:4]),
-        *((style, "declared") for style in styles_in("declared")[:4]),
-        *((style, "hidden") for style in styles_in("hidden")[:4]),
-    ]
-    shots = [Shot(EVALUATION_TEMPLATE.format(object=OBJECTS[i % len(OBJECTS)], style=STYLE_BY_NAME[style].display_name), style,
-                  OBJECTS[i % len(OBJECTS)], "picture", 0) for i, (style, _) in enumerate(shown)]  # fmt: skip
-    rows = [(label, [to_image(picture) for picture in take(bundle, model, shots, plan.seed)])
-            for label, model in (("before", open_model(plan.model_path)), *((run, final[run]) for run in RUNS))]  # fmt: skip
-    columns = [f"{STYLE_BY_NAME[style].display_name}\n{role}" for style, role in shown]
+    columns = [f"{STYLE_BY_NAME[style].display_name}\n{role}" for style, role in plan.shown]
     grid = labelled_grid(f"Before and after {last} request(s), equal seeds", columns, rows, cell=108)
     panels = {
         title: [Line(run, [(int(k), figures[key]) for k, figures in runs[run]["after"].items()]) for run in RUNS]
@@ -244,5 +256,5 @@ def _write_results(plan: Plan, out: Path, runs: dict) -> dict[str, Path]:
     written = {"pictures": free_path(out / "before-after.png"), "chart": free_path(out / "chart.png")}
     grid.save(written["pictures"])
     curves.save(written["chart"])
-    written["checkpoint"] = save_checkpoint(final["recommended"], out / f"minicanvas-forgot-{last}.safetensors")
+    written["checkpoint"] = save_checkpoint(_model_after(plan, "recommended", last), out / f"minicanvas-forgot-{last}.safetensors")
     return written
