@@ -86,10 +86,10 @@ PRESETS = {
         ConAblConfig(**ConAblConfig.REFERENCE), (ProjectionConfig(**ProjectionConfig.REFERENCE),), TrainingConfig(),
     ),
     "l1sp": Preset("The paper's L1-SP, as a term of the loss.", ConAblConfig(**ConAblConfig.REFERENCE),
-                   (L1SPConfig(anchor="start", form="penalty"),), TrainingConfig(),
+                   (L1SPConfig(strength=5.0, anchor="start", form="penalty"),), TrainingConfig(),
                    regularizers_of={"sd1": (L1SPConfig(strength=50.0, anchor="start", form="penalty"),)}),
     "l2sp": Preset("The paper's L2-SP, as a term of the loss.", ConAblConfig(**ConAblConfig.REFERENCE),
-                   (L2SPConfig(anchor="start", form="penalty"),), TrainingConfig(),
+                   (L2SPConfig(strength=300.0, anchor="start", form="penalty"),), TrainingConfig(),
                    regularizers_of={"sd1": (L2SPConfig(strength=25000.0, anchor="start", form="penalty"),)}),
 }  # fmt: skip
 

@@ -26,24 +26,26 @@ from ..chain import UnlearnModel
 from ..checkpoint import load_edits, open_model, save_checkpoint, save_edits
 from ..concepts import Concept
 from ..diffusion import SamplerConfig
-from ..evaluation.pictures import Line, chart, labelled_grid, to_image
+from ..evaluation.pictures import labelled_grid, metric_chart, to_image
 from ..evaluation.scores import METRICS, Shot
+from ..families import MINI
 from ..loading import BundleCache, source_of
 from ..presets import preset
+from ..prompts import anchor_prompts
 from ..safetensor_files import free_path
 from ..training import Callbacks, run_step
 from . import models
 from .judge import Judge, evaluate, shots_for, take
-from .world import EVALUATION_TEMPLATE, OBJECTS, PLAIN_TEMPLATES, REQUEST_ORDERS, STYLE_BY_NAME, styles_in
+from .world import EVALUATION_TEMPLATE, OBJECTS, PLAIN, REQUEST_ORDERS, STYLE_BY_NAME, styles_in
 
 RUNS = ("plain", "recommended")
 _ITERATION_COST, _PICTURE_COST = 0.15, 0.085  # seconds on one thread, only for the first guess of the time left
 ANCHOR_COUNT = 100
 
 
-def anchor_prompts() -> tuple[str, ...]:
-    """Captions of plain pictures, every object in every wording."""
-    return tuple(template.format(object=name) for template in PLAIN_TEMPLATES for name in OBJECTS)
+def anchor_captions() -> tuple[str, ...]:
+    """What every request of the demonstration is trained on: plain pictures of every object in every wording."""
+    return anchor_prompts(MINI, [Concept(PLAIN)])
 
 
 def declared_concepts() -> tuple[Concept, ...]:
@@ -113,7 +115,9 @@ def _model_after(plan: Plan, run: str | None, k: int) -> UnlearnModel:
 
 def _make_anchors(plan: Plan) -> None:
     source = source_of(plan.model_path)
-    AnchorStore(plan.folder).anchor_latents(source, _worker.bundles.get(source), anchor_prompts(), ANCHOR_COUNT, SamplerConfig(), plan.seed)
+    AnchorStore(plan.folder).anchor_latents(
+        source, _worker.bundles.get(source), anchor_captions(), ANCHOR_COUNT, SamplerConfig(), plan.seed
+    )
 
 
 def _run_chain(plan: Plan, run: str) -> float:
@@ -123,7 +127,11 @@ def _run_chain(plan: Plan, run: str) -> float:
     seconds = []
     for k, target in enumerate(plan.targets, 1):
         request = preset(run).request(
-            [Concept(target)], retain=declared_concepts(), anchor_prompts=anchor_prompts(), seed=plan.seed * 1000 + k, anchor_seed=plan.seed
+            [Concept(target)],
+            retain=declared_concepts(),
+            anchor_prompts=anchor_captions(),
+            seed=plan.seed * 1000 + k,
+            anchor_seed=plan.seed,
         )
         model, report = run_step(model, request, callbacks=callbacks, store=store, bundles=_worker.bundles)
         seconds.append(report.record.seconds)
@@ -243,16 +251,8 @@ def _write_results(plan: Plan, out: Path, runs: dict, rows: Sequence[tuple[str, 
     last = len(plan.targets)
     columns = [f"{STYLE_BY_NAME[style].display_name}\n{role}" for style, role in plan.shown]
     grid = labelled_grid(f"Before and after {last} request(s), equal seeds", columns, rows, cell=108)
-    panels = {
-        title: [Line(run, [(int(k), figures[key]) for k, figures in runs[run]["after"].items()]) for run in RUNS]
-        for title, key in (
-            ("UA (forgotten)", "ua"),
-            ("IRA declared", "ira_declared"),
-            ("IRA hidden", "ira_hidden"),
-            ("CRA (objects)", "cra"),
-        )
-    }
-    curves = chart(f"{last} request(s) one after another", panels, "request")
+    points = {run: [(int(k), figures) for k, figures in runs[run]["after"].items()] for run in RUNS}
+    curves = metric_chart(f"{last} request(s) one after another", points)
     written = {"pictures": free_path(out / "before-after.png"), "chart": free_path(out / "chart.png")}
     grid.save(written["pictures"])
     curves.save(written["chart"])

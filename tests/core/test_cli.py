@@ -104,7 +104,6 @@ def test_inspect_of_a_file_without_history_says_so(random_checkpoint, capsys):
         (["Lava", "--seed", "-1"], "seed is -1"),
         (["Lava", "--device", "gpu"], "--device is 'gpu', which PyTorch cannot use here"),
         (["Lava", "--device", "cuda:99"], "--device is 'cuda:99'"),
-        (["dragonfly", "--kind", "object", "--anchor", "zebra"], "No anchor prompt"),
     ],
 )
 def test_request_that_cannot_work_is_one_line_and_writes_nothing(unlearn, capsys, tmp_path, arguments, said):
