@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 from comfy_api.v0_0_2 import io
 
+from ..cul_core.chain import UnlearnModel
 from ..cul_core.concepts import KINDS, ConceptList, parse_keep, parse_requests
+from ..cul_core.errors import CheckpointError
 from ..cul_core.evaluation.pictures import labelled_grid, loss_curve
 from ..cul_core.evaluation.report import brief_text, step_text
 from ..cul_core.loading import BundleCache, require_diffusers
@@ -18,6 +21,8 @@ from ..cul_core.training import Callbacks, Request, StepReport, run_step
 from . import _folders, _host
 from ._types import Concepts, CulModel, LoadedModel, Method, Regularizers, Training, model_outputs
 from .concepts import ANCHOR_TIP, KEEP_TIP, KIND_TIP
+
+logger = logging.getLogger(__name__)
 
 
 def _how_to_train() -> list[io.Input]:
@@ -55,14 +60,14 @@ class _Watch:
     """Shows one run of requests on the node: a bar over all of their iterations, the time left, and previews."""
 
     def __init__(self, loaded: LoadedModel, requests: Sequence[Request], preview_every: int):
-        self._loaded, self._requests, self._every = loaded, requests, preview_every
+        self._loaded, self._every = loaded, preview_every
         self._progress = _host.Progress(sum(max(request.training.iterations, 1) for request in requests))
         self._done, self._before, self._lines = 0, [], []
 
-    def finished(self, request: Request, report: StepReport, kept: bool) -> None:
+    def finished(self, request: Request, report: StepReport, note: str) -> None:
         self._done += max(request.training.iterations, 1)
         self._progress.update(self._done)
-        self._lines.insert(0, brief_text(report) + (", kept from an earlier run" if kept else ""))
+        self._lines.insert(0, brief_text(report) + note)
         self._progress.say("\n".join(self._lines))
 
     def callbacks(self, request: Request) -> Callbacks:
@@ -88,21 +93,31 @@ class _Watch:
         return Callbacks(on_progress, _host.should_stop, on_anchors, on_preview, tuple(prompt for _, prompt in shown), self._every)
 
 
+def _keep(store: StepStore, model: UnlearnModel, request: Request, edited: UnlearnModel, report: StepReport) -> str:
+    """Put a finished step into the store; a store that cannot be written costs the next run its time, not this one its result."""
+    try:
+        store.put(model, request, edited, report)
+    except CheckpointError as error:
+        logger.warning("the finished step is not kept for later runs: %s", error)
+        return f". Not kept for later runs: {error}"
+    return ""
+
+
 def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int) -> io.NodeOutput:
     require_diffusers()
     store, bundles, value, reports = StepStore(_folders.store_folder()), BundleCache(_host.clip_tokenizer()), loaded.value, []
     watch = _Watch(loaded, requests, preview_every)
     with _host.normal_tensors():
         for request in requests:
-            found = kept = store.get(value, request)
+            found, note = store.get(value, request), ", kept from an earlier run"
             if found is None:
                 with _host.training_device(bundles.free) as device:
                     found = run_step(value, request, device=device, callbacks=watch.callbacks(request), store=store.anchors,
                                      bundles=bundles)  # fmt: skip
-                store.put(value, request, *found)
+                note = _keep(store, value, request, *found)
             value, report = found
             reports.append(report)
-            watch.finished(request, report, kept is not None)
+            watch.finished(request, report, note)
         plot = loss_curve("Loss", [loss for report in reports for loss in report.losses])
     result = loaded.with_value(value)
     text = "\n\n".join(map(step_text, reports))

@@ -315,6 +315,21 @@ def test_the_page_gets_progress_previews_and_the_time_left(host):
     assert any(message["type"].startswith("progress") for message in messages)
 
 
+def test_a_store_that_cannot_be_written_costs_no_result(host):
+    graph = Graph()
+    step = graph.step(graph.load(), train_seed=77)
+    shown = graph.add("PreviewAny", source=(step, REPORT))
+    steps = host.folder / "models/unlearning_chains/steps"
+    aside = steps.rename(steps.with_name("aside"))
+    steps.write_text("in the way")
+    try:
+        assert "Candy Stripes" in json.dumps(host.run(graph)["outputs"][shown])
+    finally:
+        steps.unlink()
+        aside.rename(steps)
+    assert "not kept for later runs" in host.log.read_text(errors="replace")
+
+
 # --- errors: one sentence that says what, where and what to do; refused before training where possible
 
 
