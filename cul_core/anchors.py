@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from torch import Tensor
 from .bundle import ModelBundle
 from .config import stable_hash
 from .diffusion import SamplerConfig, generator_for, sample_latents
-from .errors import Cancelled
+from .errors import Cancelled, CheckpointError, ModelError
 from .loading import Source
 from .safetensor_files import opened, write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 class AnchorStore:
@@ -35,10 +38,8 @@ class AnchorStore:
         key = stable_hash([source.sha256, list(prompts), count, sampler.to_json(), seed, "anchors-1"])
         if key not in self._memory:
             path = self._folder / f"anchors-{key[:32]}.safetensors" if self._folder else None
-            if path is not None and path.is_file():
-                with opened(path) as file:
-                    self._memory[key] = file.get_tensor("latents")
-            else:
+            kept = _read(path) if path is not None else None
+            if kept is None:
 
                 def check(done: int) -> None:
                     on_batch(done, count)
@@ -47,8 +48,29 @@ class AnchorStore:
 
                 repeated = [prompts[i % len(prompts)] for i in range(count)]
                 generators = [generator_for(seed, "anchor", i) for i in range(count)]
-                self._memory[key] = sample_latents(bundle, repeated, generators, sampler, check)
+                kept = sample_latents(bundle, repeated, generators, sampler, check)
                 if path is not None:
-                    data = save({"latents": self._memory[key]})
-                    write_atomically(path, lambda file: file.write(data))
+                    _write(path, kept)
+            self._memory[key] = kept
         return self._memory[key]
+
+
+def _read(path: Path) -> Tensor | None:
+    """The latents in a file; None if there is none, or if it is damaged (it is removed then)."""
+    if not path.is_file():
+        return None
+    try:
+        with opened(path) as file:
+            return file.get_tensor("latents")
+    except ModelError as error:
+        logger.warning("stored anchor pictures are damaged and are drawn again: %s", error)
+        path.unlink(missing_ok=True)
+        return None
+
+
+def _write(path: Path, latents: Tensor) -> None:
+    data = save({"latents": latents})
+    try:
+        write_atomically(path, lambda file: file.write(data))
+    except CheckpointError as error:  # they can be drawn again; the step must not fail for that
+        logger.warning("anchor pictures are not kept for later steps: %s", error)

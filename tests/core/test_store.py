@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from cul_core.anchors import AnchorStore
+from cul_core.diffusion import SamplerConfig
 from cul_core.errors import CheckpointError
 from cul_core.store import StepStore, step_key
 from cul_core.training import run_step
@@ -87,3 +89,17 @@ def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(trained, rand
     with pytest.raises(CheckpointError, match="could not be written"):
         StepStore(tmp_path).put(random_model, *trained())
     assert [path.name for path in tmp_path.iterdir()] == ["steps"]
+
+
+def test_damaged_or_unwritable_anchors_are_drawn_again(random_model, random_bundle, tmp_path, caplog):
+    def latents(folder):
+        store = AnchorStore(folder)
+        return store.anchor_latents(random_model.source, random_bundle, ("a cat",), 2, SamplerConfig(steps=1), 0)
+
+    first = latents(tmp_path / "anchors")
+    (path,) = (tmp_path / "anchors").iterdir()
+    path.write_bytes(path.read_bytes()[:-8])
+    assert torch.equal(latents(tmp_path / "anchors"), first) and "damaged" in caplog.text
+    assert torch.equal(latents(tmp_path / "anchors"), first)
+    (tmp_path / "file").write_text("in the way")
+    assert torch.equal(latents(tmp_path / "file"), first) and "not kept" in caplog.text
