@@ -158,6 +158,28 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _write_json(arguments.json, values)
 
 
+def _benchmark(arguments: argparse.Namespace) -> None:
+    from .minicanvas.benchmark import Cell, all_cells, result_table, run_benchmark, write_figure
+    from .safetensor_files import check_writable
+
+    _within("--requests", arguments.requests, 1, 12)
+    _within("--pictures", arguments.pictures, 1, 100)
+    cells = [Cell.parse(name) for name in arguments.cells] if arguments.cells else all_cells()
+    check_writable(arguments.out)
+
+    def show(done: int, total: int, name: str) -> None:
+        sys.stderr.write(f"{done} of {total} runs{f': {name}' if name else ''}\n")
+
+    lines = run_benchmark(
+        arguments.out, cells=cells, seeds=arguments.seeds, orders=arguments.orders, requests=arguments.requests,
+        pictures=arguments.pictures, workers=arguments.workers, on_progress=show,
+    )  # fmt: skip
+    _say(result_table(lines, arguments.compare == "paper"))
+    figure = write_figure(lines, arguments.out)
+    _say(f"results: {(arguments.out / 'results.jsonl').resolve()}\nfigure: {figure.resolve()}")
+    _write_json(arguments.json, {"lines": lines})
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from .chain import read_history
     from .evaluation.report import history_text
@@ -207,6 +229,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--target", nargs="*", help="forgotten styles; those of the file's history if not given")
     evaluate.add_argument("--pictures", type=int, default=1, help="pictures per style and object")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the pictures")
+
+    benchmark = command("benchmark", _benchmark, "Measure every way of forgetting on MiniCanvas; goes on where an earlier run stopped.")
+    benchmark.add_argument("--cells", nargs="*", metavar="CELL", help="presets, such as plain, or 'plain simultaneous'; all if not given")
+    benchmark.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="seeds of training and evaluation")
+    benchmark.add_argument("--orders", nargs="+", choices=("a", "b"), default=["a", "b"], help="fixed orders of the requests")
+    benchmark.add_argument("--requests", type=int, default=12, help="how many styles, 1 to 12")
+    benchmark.add_argument("--pictures", type=int, default=1, help="pictures per style and object")
+    benchmark.add_argument("--compare", choices=("paper",), help="print the paper's figures beside")
+    benchmark.add_argument("--workers", type=int, help="processes, of one thread each; one per core if not given")
+    benchmark.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for results, figure and finished steps")
 
     inspect = command("inspect", _inspect, "Print what was forgotten in a file, when, how, and from which parent.")
     inspect.add_argument("file", type=Path, help="any file this package wrote")
