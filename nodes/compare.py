@@ -7,6 +7,7 @@ from comfy_api.v0_0_2 import io, ui
 from ..cul_core.errors import ConfigError
 from ..cul_core.evaluation.pictures import labelled_grid
 from . import _host
+from ._node import UnlearningNode
 from ._types import CulModel
 
 _WRAP = 18
@@ -21,7 +22,7 @@ def _wrapped(text: str) -> str:
     return "\n".join(lines)
 
 
-class Compare(io.ComfyNode):
+class Compare(UnlearningNode):
     @classmethod
     def define_schema(cls):
         samplers, schedulers = _host.samplers()

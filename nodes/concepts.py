@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..cul_core.concepts import KINDS, ConceptList, parse_concept, parse_keep
+from ._node import UnlearningNode
 from ._types import Concepts
 
 KIND_TIP = ("What it is. style: the picture stays, drawn without the style. object: another object takes its place. celebrity and "
@@ -15,7 +16,7 @@ KEEP_TIP = ("What must stay, separated by commas or line breaks: the relatives o
             "target's kind unless a line says otherwise ('object: cat'). The rest is protected too, a little less surely.")  # fmt: skip
 
 
-class ConceptToForget(io.ComfyNode):
+class ConceptToForget(UnlearningNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

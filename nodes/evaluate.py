@@ -12,10 +12,11 @@ from ..cul_core.evaluation.scores import LABELS, METRICS, table
 from ..cul_core.families import MINI
 from ..cul_core.loading import BundleCache
 from . import _host
+from ._node import UnlearningNode
 from ._types import CulModel, Scores
 
 
-class EvaluateForgetting(io.ComfyNode):
+class EvaluateForgetting(UnlearningNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -73,7 +74,7 @@ class EvaluateForgetting(io.ComfyNode):
         return io.NodeOutput(text, image, tuple(rows), ui=ui.PreviewImage(image, cls=cls))
 
 
-class DriftMap(io.ComfyNode):
+class DriftMap(UnlearningNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

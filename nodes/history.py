@@ -7,11 +7,12 @@ from comfy_api.v0_0_2 import io
 from ..cul_core.chain import read_history
 from ..cul_core.evaluation.report import history_text
 from . import _folders, _host
+from ._node import UnlearningNode
 
 _KINDS = ("checkpoints", "loras")
 
 
-class UnlearningHistory(io.ComfyNode):
+class UnlearningHistory(UnlearningNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

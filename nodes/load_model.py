@@ -7,10 +7,11 @@ from comfy_api.v0_0_2 import io
 from ..cul_core.checkpoint import open_continued
 from ..cul_core.evaluation.report import model_text
 from . import _folders, _host
+from ._node import UnlearningNode
 from ._types import LoadedModel, model_outputs
 
 
-class LoadModel(io.ComfyNode):
+class LoadModel(UnlearningNode):
     @classmethod
     def define_schema(cls):
         files = _folders.model_files("checkpoints")

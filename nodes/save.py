@@ -7,6 +7,7 @@ from comfy_api.v0_0_2 import io
 from ..cul_core.checkpoint import save_checkpoint
 from ..cul_core.export import save_difference, save_lora
 from . import _folders, _host
+from ._node import UnlearningNode
 from ._types import CulModel
 
 _HIDDEN = (io.Hidden.prompt, io.Hidden.extra_pnginfo)
@@ -16,7 +17,7 @@ def _header(cls: type[io.ComfyNode]) -> dict[str, str]:
     return _folders.workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
 
 
-class SaveCheckpoint(io.ComfyNode):
+class SaveCheckpoint(UnlearningNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -43,7 +44,7 @@ class SaveCheckpoint(io.ComfyNode):
         return io.NodeOutput(str(path))
 
 
-class SaveLora(io.ComfyNode):
+class SaveLora(UnlearningNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

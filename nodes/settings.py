@@ -13,6 +13,7 @@ from ..cul_core.methods import METHODS
 from ..cul_core.presets import PRESETS
 from ..cul_core.registry import Entry
 from ..cul_core.regularizers import REGULARIZERS
+from ._node import UnlearningNode
 from ._types import Method, Regularizers, Training
 
 _LARGEST = 2**31 - 1
@@ -50,7 +51,7 @@ def _described(entry: Entry) -> str:
 
 
 def _method_node(entry: Entry) -> type[io.ComfyNode]:
-    class MethodNode(io.ComfyNode):
+    class MethodNode(UnlearningNode):
         @classmethod
         def define_schema(cls):
             return io.Schema(
@@ -67,7 +68,7 @@ def _method_node(entry: Entry) -> type[io.ComfyNode]:
 
 
 def _regularizer_node(entry: Entry) -> type[io.ComfyNode]:
-    class RegularizerNode(io.ComfyNode):
+    class RegularizerNode(UnlearningNode):
         @classmethod
         def define_schema(cls):
             return io.Schema(
@@ -86,7 +87,7 @@ def _regularizer_node(entry: Entry) -> type[io.ComfyNode]:
     return RegularizerNode
 
 
-class TrainingSettings(io.ComfyNode):
+class TrainingSettings(UnlearningNode):
     @classmethod
     def define_schema(cls):
         rules = {field.name: field.metadata for field in dataclasses.fields(TrainingConfig)}

@@ -19,6 +19,7 @@ from ..cul_core.prompts import anchor_prompts, preview_prompts
 from ..cul_core.store import StepStore
 from ..cul_core.training import Callbacks, Request, StepReport, run_step
 from . import _folders, _host
+from ._node import UnlearningNode
 from ._types import Concepts, CulModel, LoadedModel, Method, Regularizers, Training, model_outputs
 from .concepts import ANCHOR_TIP, KEEP_TIP, KIND_TIP
 
@@ -124,7 +125,7 @@ def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int
     return io.NodeOutput(result, *_host.native(result), text, _host.to_image_tensor(plot))
 
 
-class UnlearnStep(io.ComfyNode):
+class UnlearnStep(UnlearningNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -147,7 +148,7 @@ class UnlearnStep(io.ComfyNode):
         return _forget(model, [request], preview_every)
 
 
-class UnlearnSequence(io.ComfyNode):
+class UnlearnSequence(UnlearningNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(

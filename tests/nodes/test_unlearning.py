@@ -354,6 +354,7 @@ def test_what_cannot_work_is_refused_with_the_value_and_the_remedy(host, change,
     entry = host.wait(host.queue(graph))
     assert entry["status"]["status_str"] == "error"
     assert said in host.error_of(entry)["exception_message"]
+    assert "." not in host.error_of(entry)["exception_type"]  # a bare name, not a path on somebody's disk
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,38 @@
+"""The base of all our nodes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from comfy_api.v0_0_2 import io
+
+from ..cul_core.errors import CulError
+
+
+@functools.cache
+def _short_named(kind: type[CulError]) -> type[CulError]:
+    """The same error under its bare name: hosts show a class with its module, which for a node pack is a path on the disk."""
+    return type(kind.__name__, (kind,), {"__module__": "builtins"})
+
+
+class UnlearningNode(io.ComfyNode):
+    """A node whose errors begin, in the host's dialog, with what is wrong."""
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        own = cls.__dict__.get("execute")
+        if own is not None and not hasattr(own.__func__, "__wrapped__"):  # hosts make locked copies of the class, wrapped already
+            cls.execute = classmethod(_with_short_errors(own.__func__))
+
+
+def _with_short_errors(execute: Callable) -> Callable:
+    @functools.wraps(execute)
+    def run(cls: type, *arguments: Any, **values: Any) -> io.NodeOutput:
+        try:
+            return execute(cls, *arguments, **values)
+        except CulError as error:
+            raise _short_named(type(error))(*error.args) from error
+
+    return run
