@@ -1,4 +1,4 @@
-"""Merging: the algorithms by hand on a few numbers, and merged models through files and history."""
+"""Merging: the algorithms by hand on a few numbers, and merged models through files, history and the command line."""
 
 import json
 import math
@@ -7,9 +7,11 @@ from itertools import permutations
 
 import pytest
 import torch
+from conftest import write_random_checkpoint
 
 from cul_core.chain import UnlearnModel, read_history
 from cul_core.checkpoint import open_model, save_checkpoint
+from cul_core.cli import main
 from cul_core.config import TrainingConfig
 from cul_core.errors import ConfigError, ModelError, TrainingError
 from cul_core.evaluation.report import history_text, merge_text
@@ -348,3 +350,63 @@ def test_a_saved_merge_opens_and_explains_itself(two, random_checkpoint, tmp_pat
     assert back.history == history and back.edits.keys() <= result.edits.keys()
     rounding = max((back.edits[name] - result.edits[name]).abs().max().item() for name in back.edits)
     assert rounding < 1e-3  # the file holds fp16
+
+
+# --- the command line
+
+
+@pytest.fixture(scope="module")
+def files(two, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edited")
+    return [str(save_checkpoint(model, folder / f"{number}.safetensors")) for number, model in enumerate(two)]
+
+
+def test_the_command_writes_a_checkpoint_that_inspect_explains(files, random_checkpoint, tmp_path, capsys):
+    out, figures = tmp_path / "merged.safetensors", tmp_path / "figures.json"
+    command = ["merge", *files, "--pretrained", str(random_checkpoint), "--out", str(out), "--json", str(figures)]
+    settings = ["--strength", "1.5", "--keep-fraction", "0.6", "--trim", "global", "--function", "sum", "--weights", "1", "2"]
+    assert main([*command, "--how", "ties", *settings]) == 0
+    said = capsys.readouterr().out
+    assert f"checkpoint: {out}" in said and "forgotten: Lava, Frost" in said
+    values = json.loads(figures.read_text())
+    expected = {"name": "ties", "strength": 1.5, "weights": [1.0, 2.0], "keep_fraction": 0.6, "trim": "global", "function": "sum",
+                "keep_one_more": False}  # fmt: skip
+    assert values["checkpoint"] == str(out) and values["merge"] == expected and len(values["models"]) == 2
+    assert main(["inspect", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "merge of" in said and "trim global" in said and "Frost" in said
+    assert main(command) == 0
+    assert f"checkpoint: {tmp_path / 'merged_2.safetensors'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--how", "average"], "There is no way of merging 'average'; choose one of"),
+        (["--how", "uniform", "--strength", "2"], "--strength is 2.0, which uniform does not use; leave it out"),
+        (["--how", "task_arithmetic", "--keep-fraction", "0.5"], "--keep-fraction is 0.5, which task_arithmetic does not use"),
+        (["--keep-fraction", "20"], "keep_fraction is 20.0; give a number between"),
+        (["--trim", "layer"], "trim is 'layer'"),
+        (["--weights", "1"], "1 weights for 2 model(s)"),
+    ],
+)
+def test_a_merge_that_cannot_work_is_one_line_and_writes_nothing(files, random_checkpoint, tmp_path, capsys, arguments, said):
+    command = ["merge", *files, "--pretrained", str(random_checkpoint), "--out", str(tmp_path / "merged.safetensors")]
+    assert main([*command, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_another_model_are_refused_by_name(files, random_checkpoint, tmp_path, capsys):
+    foreign = write_random_checkpoint(tmp_path / "foreign.safetensors", seed=5)
+    for pretrained, other, said in (
+        (foreign, files[1], "'0.safetensors' was made from 'random.safetensors' and not from 'foreign.safetensors'; give the file"),
+        (random_checkpoint, foreign, "'foreign.safetensors' is no checkpoint that continual-unlearning has edited"),
+        (random_checkpoint, tmp_path / "missing.safetensors", "'missing.safetensors'"),
+        (tmp_path / "missing.safetensors", files[1], "'missing.safetensors'"),
+    ):
+        assert main(["merge", files[0], str(other), "--pretrained", str(pretrained), "--out", str(tmp_path / "merged.safetensors")]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert list(tmp_path.iterdir()) == [foreign]
