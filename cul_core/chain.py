@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,13 +26,14 @@ FORMAT = "1"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One forgetting step, as it is written into files.
+    """One forgetting step, or a merge of finished models, as it is written into files.
 
     Args:
-        request: JSON of the `Request` (concepts, method, regularizers, training, seed).
+        request: JSON of the `Request` (concepts, method, regularizers, training, seed). Of a merge: no `concepts`, for it forgets
+            nothing that the records before it have not; `merge`, the merger's config; `models`, the content hashes of what was merged.
         losses: last value of each named part of the loss.
         drift: parameter name -> [distance from the pretrained weights, distance moved by this step] (Frobenius norms).
-        parent: content hash of the model the step began from.
+        parent: content hash of the model the step began from; of a merge, that of the pretrained model.
         result: content hash of the model it made.
         seconds: wall time of the step.
         finished: time of completion, ISO 8601, UTC.
@@ -51,6 +53,10 @@ class StepRecord:
     def targets(self) -> tuple[str, ...]:
         return tuple(concept["target"] for concept in self.request["concepts"])
 
+    @property
+    def is_merge(self) -> bool:
+        return "merge" in self.request
+
 
 @dataclass(frozen=True)
 class UnlearnModel:
@@ -60,7 +66,8 @@ class UnlearnModel:
         source: file of the pretrained weights W0.
         family: its architecture.
         edits: diffusers parameter name -> fp32 delta from W0 on the CPU, only for edited tensors.
-        history: one record per step, oldest first.
+        history: one record per step, oldest first. Before the record of a merge come those of all merged models, one model after
+            the other; each says from which parent it began.
     """
 
     source: Source
@@ -84,6 +91,11 @@ class UnlearnModel:
     def forgotten(self) -> tuple[dict[str, Any], ...]:
         """JSON of every concept forgotten so far, oldest first."""
         return tuple(concept for record in self.history for concept in record.request["concepts"])
+
+    @property
+    def requests(self) -> int:
+        """How many requests the model has been through; merging is none."""
+        return sum(not record.is_merge for record in self.history)
 
     def with_step(self, edits: Mapping[str, Tensor], record: StepRecord) -> UnlearnModel:
         return replace(self, edits=edits, history=(*self.history, record))
@@ -131,3 +143,14 @@ def weights_of(model: UnlearnModel, pretrained: Mapping[str, Tensor]) -> dict[st
             weight += model.edits[name].to(weight.device)
         weights[name] = weight
     return weights
+
+
+def library_versions() -> dict[str, str]:
+    """Package name -> installed version, of the packages that results depend on."""
+    found = {}
+    for package in ("continual-unlearning", "torch", "diffusers", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

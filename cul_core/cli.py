@@ -1,4 +1,4 @@
-"""The command line: `python -m cul_core demo | unlearn | evaluate | inspect`."""
+"""The command line: `python -m cul_core demo | unlearn | merge | evaluate | inspect`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,6 +128,42 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     )
 
 
+def _merge(arguments: argparse.Namespace) -> None:
+    from .chain import read_history
+    from .checkpoint import open_model, save_checkpoint
+    from .errors import ModelError
+    from .evaluation.report import merge_text
+    from .loading import source_of
+    from .merge_models import merge
+    from .merging import MERGERS
+    from .safetensor_files import check_writable
+
+    entry = MERGERS.get(arguments.how)
+    given = {option: getattr(arguments, option) for option in ("strength", "weights", "keep_fraction", "trim", "function")}
+    values = {option: value for option, value in given.items() if value is not None}
+    for option in values:
+        if option not in {field.name for field in fields(entry.config)}:
+            raise ConfigError(f"--{option.replace('_', '-')} is {values[option]!r}, which {entry.name} does not use; leave it out.")
+    config = entry.config.from_json(values)
+    check_writable(arguments.out.parent)
+    if arguments.json is not None:
+        check_writable(arguments.json.parent)
+    original = source_of(arguments.pretrained)
+    for file in arguments.file:
+        _, made_from = read_history(file)
+        if made_from is None:
+            raise ModelError(f"{file.name!r} is no checkpoint that continual-unlearning has edited; merge only such files.")
+        if made_from["sha256"] != original.sha256:
+            raise ModelError(f"{file.name!r} was made from {made_from['name']!r} and not from {original.path.name!r}; give the file that "
+                             "all of them were made from as --pretrained.")  # fmt: skip
+    merged = merge([open_model(file, original.path) for file in arguments.file], config)
+    path = save_checkpoint(merged, arguments.out)
+    record = merged.history[-1]
+    _say(merge_text(merged))
+    _say(f"checkpoint: {path.resolve()}")
+    _write_json(arguments.json, {"checkpoint": str(path.resolve()), "seconds": record.seconds, **record.request})
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from .checkpoint import open_model
     from .errors import ConceptError, ModelError
@@ -143,7 +179,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise ModelError(f"{arguments.model.name!r} is a {model.family.display_name} checkpoint, for which there is no classifier; "
                          "choose a MiniCanvas checkpoint.")  # fmt: skip
     targets = arguments.target or [concept["target"] for concept in model.forgotten]
-    targets = [target.replace(" ", "_") for target in targets]
+    targets = list(dict.fromkeys(target.replace(" ", "_") for target in targets))
     for target in targets:
         if target not in STYLE_BY_NAME:
             raise ConceptError(f"MiniCanvas has no style {target!r} to score; choose among {', '.join(STYLE_BY_NAME)}.")
@@ -223,6 +259,17 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--learning-rate", type=float, help="instead of the preset's")
     unlearn.add_argument("--seed", type=int, default=0, help="seed of the step")
     unlearn.add_argument("--out", type=Path, help="file to write; an existing one is never overwritten")
+
+    merge = command("merge", _merge, "Merge edited checkpoints of one file into one that has forgotten what each of them has.")
+    merge.add_argument("file", nargs="+", type=Path, help="edited checkpoints to merge")
+    merge.add_argument("--pretrained", type=Path, default=CHECKPOINT_PATH, help="the file that all of them were made from")
+    merge.add_argument("--how", default="ties", help="uniform, task_arithmetic or ties")
+    merge.add_argument("--strength", type=float, help="multiplies the merged change; for ties and task_arithmetic")
+    merge.add_argument("--weights", type=float, nargs="+", metavar="WEIGHT", help="a factor per file; for ties and task_arithmetic")
+    merge.add_argument("--keep-fraction", type=float, help="share of each file's changes that is kept, the largest; for ties")
+    merge.add_argument("--trim", help="tensor or global: what that share is of; for ties")
+    merge.add_argument("--function", help="mean, sum or max of the changes that agree in sign; for ties")
+    merge.add_argument("--out", type=Path, default=Path("merged.safetensors"), help="file to write; an existing one is never overwritten")
 
     evaluate = command("evaluate", _evaluate, "Score a MiniCanvas checkpoint: what is forgotten, what is left.")
     evaluate.add_argument("model", type=Path, help="checkpoint to score")

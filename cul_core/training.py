@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from .anchors import AnchorStore
 from .bundle import ModelBundle, swapped_weights
-from .chain import StepRecord, UnlearnModel, weights_of
+from .chain import StepRecord, UnlearnModel, library_versions, weights_of
 from .concepts import Concept
 from .config import Config, TrainingConfig, stable_hash
 from .diffusion import SamplerConfig, generator_for, sample_latents
@@ -219,7 +218,7 @@ def run_step(
     result = UnlearnModel(model.source, model.family, edits)
     record = StepRecord(
         request=request.to_json(), losses=parts, drift=drift, parent=model.content_hash, result=result.content_hash,
-        seconds=round(time.monotonic() - begun, 3), finished=datetime.now(UTC).isoformat(timespec="seconds"), versions=_versions(),
+        seconds=round(time.monotonic() - begun, 3), finished=datetime.now(UTC).isoformat(timespec="seconds"), versions=library_versions(),
     )  # fmt: skip
     logger.info("forgot %d concept(s) in %.1f s", len(request.concepts), record.seconds)
     return model.with_step(edits, record), StepReport(record, tuple(losses), figures)
@@ -234,16 +233,6 @@ def _check_supported(model: UnlearnModel, request: Request) -> None:
         ):
             if value not in allowed:
                 raise ConfigError(f"{entry.display_name} does not support {what} {value!r}; it supports {', '.join(allowed)}.")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("continual-unlearning", "torch", "diffusers", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _train(

@@ -62,8 +62,9 @@ class EvaluateForgetting(UnlearningNode):
         with _host.normal_tensors(), _host.training_device(bundles.free) as device:
             scores = evaluate(bundles.get(model.value.source, device), model.value, Judge(), targets, seed=sampling_seed,
                               per_cell=pictures, on_batch=on_batch)  # fmt: skip
-        label = f"after {len(model.value.history)}" if model.value.history else "untouched"
-        rows = [*earlier, (len(model.value.history), label, scores.to_json())]
+        requests = model.value.requests
+        label = f"after {requests}" if requests else "untouched"
+        rows = [*earlier, (requests, label, scores.to_json())]
         spread = ", ".join(f"{name} {low:.1f} to {high:.1f}" for name, (low, high) in scores.intervals.items())
         text = table([(label, values) for _, label, values in rows]) + f"\n95 % intervals: {spread}"
         chart = metric_chart("Forgotten and kept", {"this chain": [(request, values) for request, _, values in rows]})

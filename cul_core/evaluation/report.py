@@ -10,9 +10,15 @@ from ..training import StepReport
 
 
 def record_text(record: StepRecord) -> str:
-    """One step in one line: what was forgotten, when, how, from which parent."""
+    """One step in one line: what was forgotten, when, how, from which parent; or which models were merged, when and how."""
     request = record.request
     total = sum(values[0] ** 2 for values in record.drift.values()) ** 0.5
+    if record.is_merge:
+        config = dict(request["merge"])
+        name = config.pop("name")
+        given = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in config.items() if value is not False and value != [])
+        return (f"merge of {', '.join(model[:12] for model in request['models'])}  {record.finished}  {name}{' with ' if given else ''}"
+                f"{given}, drift {total:.3f}, model {record.result[:12]}")  # fmt: skip
     regularizers = ", ".join(values["name"] for values in request["regularizers"]) or "no regularizer"
     return (f"{', '.join(record.targets)}  {record.finished}  {request['method']['name']} with {regularizers}, "
             f"{request['training']['iterations']} iterations, seed {request['training']['seed']}, {record.seconds:.1f} s, "
@@ -43,7 +49,12 @@ def step_text(report: StepReport) -> str:
     return "\n".join(lines)
 
 
+def merge_text(model: UnlearnModel) -> str:
+    """A model that has just been merged: what it has forgotten, and the record of its merge."""
+    return f"{model_text(model)}\n{record_text(model.history[-1])}"
+
+
 def model_text(model: UnlearnModel) -> str:
     """A model in one line: family, size, and what it has forgotten."""
-    forgotten = ", ".join(concept["target"] for concept in model.forgotten) or "nothing yet"
+    forgotten = ", ".join(dict.fromkeys(concept["target"] for concept in model.forgotten)) or "nothing yet"
     return f"{model.family.display_name}, {model.source.size / 1e6:.1f} MB, forgotten: {forgotten}"

@@ -18,7 +18,7 @@ LAYERS = (
     {"families", "bundle", "loading", "compact"},
     {"diffusion", "conditioning", "params"},
     {"methods", "regularizers", "merging"},
-    {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store"},
+    {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store", "merge_models"},
     {"cli", "__main__"},
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -164,7 +164,7 @@ def test_interrupted_step_is_one_line_and_writes_nothing(unlearn, tmp_path, caps
     assert capsys.readouterr().err.startswith("error: Cancelled") and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["unlearn"], ["evaluate"], ["inspect"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["demo"], ["unlearn"], ["merge"], ["evaluate"], ["inspect"]], ids=str)
 def test_help_is_printed(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])

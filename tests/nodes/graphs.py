@@ -38,6 +38,11 @@ class Graph(dict):
                   "preview_every": 0}  # fmt: skip
         return self.add("CUL_UnlearnStep", **(values | inputs))
 
+    def merge(self, *models: str, **inputs) -> str:
+        """Merge Unlearned Models behind two to six nodes that make one."""
+        linked = {f"model_{number}": (model, CUL) for number, model in enumerate(models, 1)}
+        return self.add("CUL_Merge", **linked, **({"how": "ties", "strength": 1.25, "keep_fraction": 0.8, "trim": "tensor"} | inputs))
+
     def sample(self, model: tuple, clip: tuple, vae: tuple, prompt: str = FORGOTTEN, seed: int = 5) -> str:
         """Stock nodes from MODEL to a saved picture; the id of the save node, which no host takes from its cache."""
         wanted, refused = self.add("CLIPTextEncode", clip=clip, text=prompt), self.add("CLIPTextEncode", clip=clip, text="")

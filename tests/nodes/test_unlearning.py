@@ -253,6 +253,66 @@ def test_a_sequence_gives_the_same_model_as_a_chain_of_steps(host):
     assert np.array_equal(pixels(host, entry, one), pixels(host, entry, other))
 
 
+@pytest.fixture(scope="module")
+def independent(host):
+    """(graph, id of the loader, ids of two steps behind it), to be added to."""
+    graph = Graph()
+    loaded, training = graph.load(), graph.training(iterations=60)
+    return graph, loaded, [graph.step(loaded, target, training=training) for target in ("Candy Stripes", "Dusk Dots")]
+
+
+DOTS = "A cat image in Dusk Dots style."
+
+
+def test_two_independent_steps_merge_into_a_model_that_has_forgotten_both(host, independent):
+    graph, loaded, (one, two) = Graph(independent[0]), *independent[1:]
+    merged, swapped = graph.merge(one, two), graph.merge(two, one)
+    shown = {(node, prompt): graph.sample_from(node, prompt) for node in (loaded, one, two, merged) for prompt in (FORGOTTEN, DOTS, KEPT)}
+    again = graph.sample_from(swapped)
+    report = graph.add("PreviewAny", source=(merged, REPORT))
+    graph.add("CUL_SaveCheckpoint", model=(merged, CUL), filename_prefix="checkpoints/merged")
+    entry = host.run(graph)
+    drawn = {place: pixels(host, entry, node) for place, node in shown.items()}
+
+    def change(node, prompt):
+        return np.abs(drawn[node, prompt] - drawn[loaded, prompt]).mean()
+
+    for prompt, step, other in ((FORGOTTEN, one, two), (DOTS, two, one)):
+        assert change(merged, prompt) > 0.5 * change(step, prompt) > 10 > change(other, prompt), prompt
+    assert change(merged, KEPT) < 0.4 * change(merged, FORGOTTEN)
+    assert np.array_equal(pixels(host, entry, again), drawn[merged, FORGOTTEN])
+    text = json.dumps(entry["outputs"][report])
+    assert "forgotten: Candy Stripes, Dusk Dots" in text and "ties" in text and "keep fraction 0.8" in text
+    (path,) = host.saved("checkpoints/merged_*")
+    history, source = read_history(path)
+    assert [record.targets for record in history] == [("Candy Stripes",), ("Dusk Dots",), ()]
+    assert history[2].request["models"] == [history[0].result, history[1].result] and source["name"] == "minicanvas.safetensors"
+    further = Graph()
+    last = further.step(further.load(path.name), "Neon Cyan")
+    further.add("CUL_DriftMap", model=(last, CUL))
+    host.run(further)
+
+
+def test_a_model_merged_uniformly_with_itself_is_that_model(host, independent):
+    graph, _, (step, _) = Graph(independent[0]), *independent[1:]
+    for count in (2, 6):
+        merged = graph.merge(*[step] * count, how="uniform")
+        one, other = graph.sample_from(step), graph.sample_from(merged)
+        entry = host.run(graph)
+        assert np.array_equal(pixels(host, entry, one), pixels(host, entry, other))
+
+
+def test_models_of_different_files_do_not_merge(host):
+    data = bytearray(CHECKPOINT_PATH.read_bytes())
+    data[-1] ^= 1
+    (host.folder / "models/checkpoints/foreign.safetensors").write_bytes(data)
+    graph = Graph()
+    merged = graph.merge(graph.load(), graph.load("foreign.safetensors"))
+    graph.add("CUL_DriftMap", model=(merged, CUL))
+    said = host.error_of(host.wait(host.queue(graph)))["exception_message"]
+    assert "different files, 'minicanvas.safetensors' and 'foreign.safetensors'; make all of them from the same one" in said
+
+
 def test_methods_and_regularizers_plug_in(host):
     schemas = host.get("/object_info")
     for name in [name for name in schemas if name.startswith("CUL_Regularizer_")]:
