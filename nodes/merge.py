@@ -11,12 +11,13 @@ from ..cul_core.merge_models import merge
 from ..cul_core.merging import MERGERS
 from ..cul_core.merging.ties import TiesConfig
 from . import _host
+from ._node import UnlearningNode
 from ._types import CulModel, model_outputs
 
 _MOST = 6
 
 
-class MergeUnlearnedModels(io.ComfyNode):
+class MergeUnlearnedModels(UnlearningNode):
     @classmethod
     def define_schema(cls):
         rules, defaults = {field.name: field.metadata for field in dataclasses.fields(TiesConfig)}, TiesConfig()
