@@ -26,6 +26,8 @@ from ..errors import CheckpointError, ConfigError
 from ..evaluation.pictures import metric_chart
 from ..evaluation.scores import LABELS, METRICS
 from ..loading import BundleCache
+from ..merge_models import merge
+from ..merging.ties import TiesConfig
 from ..presets import PRESETS, preset
 from ..safetensor_files import free_path, write_atomically
 from ..store import StepStore
@@ -36,13 +38,16 @@ from .judge import Judge, evaluate
 from .world import REQUEST_ORDERS
 
 MARKS = (1, 4, 8, 12)
-SETTINGS = ("sequential", "simultaneous")
+SETTINGS = ("sequential", "simultaneous", "ties")
 
 PAPER = {
-    "plain": (100, 16, 45), "l1sp": (98, 13, 83), "l2sp": (97, 11, 73), "selft": (98, 17, 99), "ties": (98, 39, 73),
+    "plain": (100, 16, 45), "l1sp": (98, 13, 83), "l2sp": (97, 11, 73), "selft": (98, 17, 99), "plain ties": (98, 39, 73),
     "plain simultaneous": (99, 18, 98),
 }  # fmt: skip
 """UA, IRA, CRA after 12 styles, read from the figure on the authors' project page; about one point of reading error."""
+
+_TIES = {1: (1.25, 0.8), 4: (1.75, 0.8), 8: (2.25, 0.8), 12: (2.75, 0.4)}
+"""Strength and kept fraction of TIES after that many styles, as the paper's scripts have them for Concept Ablation."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ class Cell:
     """One way of forgetting: a preset in a setting.
 
     `sequential` trains request k from the model after request k-1. `simultaneous` trains all targets so far at once, from the
-    pretrained model, with as many iterations as the chain has had by then.
+    pretrained model, with as many iterations as the chain has had by then. `ties` trains every request from the pretrained model and
+    merges all results so far.
     """
 
     preset: str
@@ -75,8 +81,8 @@ class Cell:
 
 
 def all_cells() -> list[Cell]:
-    """Every preset one request after another, and the plain one with all targets at once."""
-    return [*(Cell(name) for name in PRESETS), Cell("plain", "simultaneous")]
+    """Every preset one request after another, and the plain one in the other settings."""
+    return [*(Cell(name) for name in PRESETS), *(Cell("plain", setting) for setting in SETTINGS[1:])]
 
 
 @dataclass(frozen=True)
@@ -105,27 +111,36 @@ class Run:
             seed=self.seed * 1000 + k, anchor_seed=self.seed,
         )  # fmt: skip
 
+    def merger(self, k: int) -> TiesConfig:
+        """How `ties` merges the first k results."""
+        strength, keep_fraction = _TIES[max(mark for mark in _TIES if mark <= k)]
+        return TiesConfig(strength=strength, keep_fraction=keep_fraction)
+
     def identity(self, k: int) -> dict[str, Any]:
         """What a measurement after k requests is of; two with the same identity are the same measurement."""
-        asked = [self.request(i).hash for i in (range(1, k + 1) if self.cell.setting == "sequential" else [k])]
+        asked = [self.request(i).hash for i in ([k] if self.cell.setting == "simultaneous" else range(1, k + 1))]
+        if self.cell.setting == "ties":
+            asked.append(self.merger(k).to_json())
         return {"cell": self.cell.name, "order": self.order, "seed": self.seed, "k": k, "pictures": self.pictures,
                 "requests": stable_hash(asked)}  # fmt: skip
 
 
 def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
     """One line per mark. Finished steps come from the store, so that an interrupted run goes on where it was."""
-    model, store, bundles, judge = open_model(models.CHECKPOINT_PATH), StepStore(store_folder), BundleCache(), Judge()
-    pretrained, lines = model, []
+    pretrained, store, bundles, judge = open_model(models.CHECKPOINT_PATH), StepStore(store_folder), BundleCache(), Judge()
+    model, trained, lines, setting = pretrained, [], [], run.cell.setting
     for k in range(1, max(marks) + 1):
-        if run.cell.setting == "simultaneous" and k not in marks:
+        if setting == "simultaneous" and k not in marks:
             continue
-        begun = pretrained if run.cell.setting == "simultaneous" else model
-        request = run.request(k)
+        begun, request = model if setting == "sequential" else pretrained, run.request(k)
         found = store.get(begun, request)
         if found is None:
             found = run_step(begun, request, store=store.anchors, bundles=bundles)
             store.put(begun, request, *found)
         model, report = found
+        trained.append(model)
+        if setting == "ties" and k in marks:
+            model = merge(trained, run.merger(k))
         if k in marks:
             targets = REQUEST_ORDERS[run.order][:k]
             scores = evaluate(bundles.get(model.source), model, judge, targets, seed=run.seed, per_cell=run.pictures)

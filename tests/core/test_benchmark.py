@@ -21,7 +21,7 @@ def line(cell="plain", k=12, seed=1, order="a", **scores):
 
 def test_every_preset_is_a_cell_and_names_round_trip():
     cells = all_cells()
-    assert {cell.preset for cell in cells} == set(PRESETS) and Cell("plain", "simultaneous") in cells
+    assert {cell.preset for cell in cells} == set(PRESETS) and {Cell("plain", "simultaneous"), Cell("plain", "ties")} <= set(cells)
     assert [Cell.parse(cell.name) for cell in cells] == cells
 
 
@@ -39,6 +39,13 @@ def test_a_chain_forgets_one_target_a_request_and_simultaneous_all_so_far_with_t
     assert [concept.target for concept in together.request(4).concepts] == list(REQUEST_ORDERS["b"][:4])
     assert together.request(4).training.iterations == 4 * chain.request(4).training.iterations
     assert chain.marks == [1, 4, 8, 12] and Run(Cell("plain"), "a", 1, 5, 1).marks == [1, 4]
+
+
+def test_ties_trains_every_target_alone_and_merges_as_the_paper_does():
+    run = Run(Cell("plain", "ties"), "a", 1, 12, 1)
+    assert run.request(4) == Run(Cell("plain"), "a", 1, 12, 1).request(4)
+    assert (run.merger(5).strength, run.merger(12).keep_fraction) == (1.75, 0.4)
+    assert run.identity(4)["requests"] != Run(Cell("plain"), "a", 1, 12, 1).identity(4)["requests"]
 
 
 def test_a_measurement_of_other_settings_is_another_measurement(monkeypatch):
