@@ -30,7 +30,9 @@ class StepRecord:
 
     Args:
         request: JSON of the `Request` (concepts, method, regularizers, training, seed). Of a merge: no `concepts`, for it forgets
-            nothing that the records before it have not; `merge`, the merger's config; `models`, the content hashes of what was merged.
+            nothing that the records before it have not; `merge`, the merger's config; `models`, the content hashes of what was merged;
+            `last_steps`, the `result` of each model's last record (null without one): a model opened from a file is rounded to the
+            file's dtype and has another hash than the step that made it.
         losses: last value of each named part of the loss.
         drift: parameter name -> [distance from the pretrained weights, distance moved by this step] (Frobenius norms).
         parent: content hash of the model the step began from; of a merge, that of the pretrained model.

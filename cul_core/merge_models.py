@@ -53,7 +53,10 @@ def merge(models: Sequence[UnlearnModel], config: Config, on_tensor: Callable[[i
     records = [record for model in models for record in model.history]
     history = tuple(record for number, record in enumerate(records) if record not in records[:number])
     record = StepRecord(
-        request={"concepts": [], "merge": config.to_json(), "models": [model.content_hash for model in models]}, losses={}, drift=drift,
+        request={
+            "concepts": [], "merge": config.to_json(), "models": [model.content_hash for model in models],
+            "last_steps": [model.history[-1].result if model.history else None for model in models],
+        }, losses={}, drift=drift,
         parent=UnlearnModel(first.source, first.family).content_hash,
         result=UnlearnModel(first.source, first.family, edits).content_hash, seconds=round(time.monotonic() - begun, 3),
         finished=datetime.now(UTC).isoformat(timespec="seconds"), versions=library_versions(),

@@ -17,7 +17,8 @@ def record_text(record: StepRecord) -> str:
         config = dict(request["merge"])
         name = config.pop("name")
         given = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in config.items() if value is not False and value != [])
-        return (f"merge of {', '.join(model[:12] for model in request['models'])}  {record.finished}  {name}{' with ' if given else ''}"
+        merged = [(step or model)[:12] for step, model in zip(request["last_steps"], request["models"], strict=True)]
+        return (f"merge of {', '.join(merged)}  {record.finished}  {name}{' with ' if given else ''}"
                 f"{given}, drift {total:.3f}, model {record.result[:12]}")  # fmt: skip
     regularizers = ", ".join(values["name"] for values in request["regularizers"]) or "no regularizer"
     return (f"{', '.join(record.targets)}  {record.finished}  {request['method']['name']} with {regularizers}, "

@@ -277,7 +277,7 @@ def test_merging_leaves_its_inputs_as_they_were_and_forgets_what_each_has(two, r
     record = result.history[-1]
     assert result.history[:-1] == (*two[0].history, *two[1].history) and record.is_merge and record.targets == ()
     assert record.parent == random_model.content_hash and record.result == result.content_hash == digest
-    assert record.request["models"] == before and record.request["merge"]["name"] == entry.name
+    assert record.request["models"] == record.request["last_steps"] == before and record.request["merge"]["name"] == entry.name
     assert record.drift.keys() == result.edits.keys() and result.edits.keys() == two[0].edits.keys()
     assert "forgotten: Lava, Frost" in merge_text(result) and entry.name in merge_text(result)
 
@@ -374,7 +374,10 @@ def test_the_command_writes_a_checkpoint_that_inspect_explains(files, random_che
     assert values["checkpoint"] == str(out) and values["merge"] == expected and len(values["models"]) == 2
     assert main(["inspect", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "merge of" in said and "trim global" in said and "Frost" in said
+    lava, frost, merge_record = read_history(out)[0]
+    assert f"merge of {lava.result[:12]}, {frost.result[:12]}" in said and "trim global" in said and "Frost" in said
+    assert merge_record.request["last_steps"] == [lava.result, frost.result]  # though the files are rounded:
+    assert not set(merge_record.request["models"]) & {lava.result, frost.result}
     assert main(command) == 0
     assert f"checkpoint: {tmp_path / 'merged_2.safetensors'}" in capsys.readouterr().out
 
