@@ -25,11 +25,11 @@ class StepContext:
         retain: concepts declared as to be kept.
         previous: concepts forgotten by earlier steps.
         anchor_prompts: prompts whose pictures stay as they are, one per anchor latent.
-        anchor_latents: (n, c, h, w) latents made by W0 from `anchor_prompts`.
+        anchor_latents: (n, c, h, w) latents made by W0 from `anchor_prompts`; n is 0 if no part of the step needs them.
         pretrained: W0 of the trained group, name -> tensor.
         start: W_{k-1} of the trained group.
         training: how this step trains.
-        generator: purpose -> a CPU generator derived from the seed.
+        generator: purpose, and any further words or numbers -> a CPU generator derived from the seed.
         schedule: the model's noise schedule.
     """
 
@@ -42,7 +42,7 @@ class StepContext:
     pretrained: dict[str, Tensor]
     start: dict[str, Tensor]
     training: TrainingConfig
-    generator: Callable[[str], torch.Generator]
+    generator: Callable[..., torch.Generator]
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
 
 
@@ -61,11 +61,12 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Method:
     """Base of all methods. A trained one implements `loss`; a closed-form one sets `is_closed_form` and implements `edit`.
 
-    The loop also asks `teacher_is_pretrained` (the teacher is W0, not the step's start) and `blocks_first_token` (no gradient
-    through the keys and values of the start token).
+    The loop also asks `teacher_is_pretrained` (the teacher is W0, not the step's start), `blocks_first_token` (no gradient
+    through the keys and values of the start token) and `needs_anchor_latents` (pictures by W0; they cost time to sample).
     """
 
     is_closed_form = False
+    needs_anchor_latents = True
     teacher_is_pretrained = False
     blocks_first_token = False
 
