@@ -11,7 +11,7 @@ from torch import Tensor
 from ..bundle import ModelBundle
 from ..concepts import Concept
 from ..config import Config, TrainingConfig
-from ..diffusion import NoiseSchedule
+from ..diffusion import NoiseSchedule, Predict
 from ..registry import Registry
 
 
@@ -52,10 +52,6 @@ class LossParts:
 
     total: Tensor
     parts: dict[str, float]
-
-
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(latents (b, c, h, w), timesteps (b,), embeddings (b, 77, d)) -> raw UNet output (b, c, h, w)."""
 
 
 class Method:
