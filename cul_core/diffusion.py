@@ -12,6 +12,9 @@ from torch import Tensor
 from .bundle import ModelBundle
 from .config import Config, setting
 
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(latents (b, c, h, w), timesteps (b,), embeddings (b, 77, d)) -> raw UNet output (b, c, h, w)."""
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -43,6 +46,17 @@ class NoiseSchedule:
         scheduler = DPMSolverMultistepScheduler(
             num_train_timesteps=self.timesteps, beta_start=self.beta_start, beta_end=self.beta_end, beta_schedule="scaled_linear",
             prediction_type=prediction_type, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing",
+        )  # fmt: skip
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+    def ddim(self, prediction_type: str, steps: int):
+        """diffusers' DDIM (Song et al., arXiv 2010.02502) over `steps` steps of this schedule: a step needs nothing but its state."""
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler(
+            num_train_timesteps=self.timesteps, beta_start=self.beta_start, beta_end=self.beta_end, beta_schedule="scaled_linear",
+            prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing",
         )  # fmt: skip
         scheduler.set_timesteps(steps)
         return scheduler

@@ -12,6 +12,7 @@ from .diffusion import SamplerConfig
 from .errors import ConfigError
 from .families import Family
 from .methods.conabl import ConAblConfig
+from .methods.esd import ESDConfig
 from .regularizers.projection import ProjectionConfig
 from .regularizers.weight_anchor import L1SPConfig, L2SPConfig
 from .training import Request
@@ -29,6 +30,7 @@ class Preset:
         anchor_count: anchor pictures.
         anchor_sampler: how they are sampled.
         regularizers_of: family name -> regularizers that take the place of `regularizers` there.
+        training_of: family name -> training that takes the place of the family's own there.
     """
 
     description: str
@@ -38,20 +40,21 @@ class Preset:
     anchor_count: int = 100
     anchor_sampler: SamplerConfig = SamplerConfig()
     regularizers_of: Mapping[str, tuple[Config, ...]] = field(default_factory=dict)
+    training_of: Mapping[str, TrainingConfig] = field(default_factory=dict)
 
     def for_family(self, family: Family) -> Preset:
         """This preset with the family's own values; whoever has other wishes replaces parts of the result.
 
-        Those of Stable Diffusion 1.x are the paper's. We have not tuned them, nor measured what a preset does there.
+        Those of Stable Diffusion 1.x are the papers'. We have not tuned them, nor measured what a preset does there.
         """
         recipe = family.recipe
         if recipe is None:
             return self
+        usual = replace(self.training, iterations=recipe.iterations, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate)
         return replace(
             self, regularizers=self.regularizers_of.get(family.name, self.regularizers), anchor_count=recipe.anchor_count,
             anchor_sampler=SamplerConfig(steps=recipe.anchor_steps, guidance_scale=recipe.anchor_guidance),
-            training=replace(self.training, iterations=recipe.iterations, batch_size=recipe.batch_size,
-                             learning_rate=recipe.learning_rate),
+            training=self.training_of.get(family.name, usual),
         )  # fmt: skip
 
     def with_settings(self, values: Mapping[str, Any]) -> Preset:
@@ -91,6 +94,12 @@ PRESETS = {
     "l2sp": Preset("The paper's L2-SP, as a term of the loss.", ConAblConfig(**ConAblConfig.REFERENCE),
                    (L2SPConfig(strength=300.0, anchor="start", form="penalty"),), TrainingConfig(),
                    regularizers_of={"sd1": (L2SPConfig(strength=25000.0, anchor="start", form="penalty"),)}),
+    "esd": Preset(
+        "Erased Stable Diffusion, with nothing to hold the rest: steers away from the target instead of towards an anchor, and draws "
+        "no anchor pictures.",
+        ESDConfig(), (), TrainingConfig(batch_size=4, learning_rate=1.2e-3, schedule="linear"),
+        training_of={"sd1": TrainingConfig(iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2")},
+    ),
 }  # fmt: skip
 
 

@@ -123,7 +123,7 @@ class Callbacks:
 
     Args:
         on_progress: called after every update.
-        should_stop: asked before every update and anchor batch; true ends the step. It may also raise.
+        should_stop: asked before every update, anchor batch and prediction of the teacher; true ends the step. It may also raise.
         on_anchors: called with (anchor pictures made, their number).
         on_preview: called with (iteration, latents (n, c, h, w) of `preview_prompts` as the model draws them now), always from
             the same noise, before the first update, after every `preview_every` and after the last.
@@ -184,10 +184,15 @@ def run_step(
     pretrained = {name: parameters[name].data for name in names}
     start = weights_of(model, pretrained)
     outside = {name: delta for name, delta in model.edits.items() if name not in pretrained}
-    latents = store.anchor_latents(
-        model.source, bundle, request.anchor_prompts, request.anchor_count, request.anchor_sampler, request.anchor_seed,
-        should_stop=callbacks.should_stop, on_batch=callbacks.on_anchors,
-    )  # fmt: skip
+    method = METHODS.of(request.method).cls(request.method)
+    regularizers = [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
+    if any(part.needs_anchor_latents for part in (method, *regularizers)):
+        latents = store.anchor_latents(
+            model.source, bundle, request.anchor_prompts, request.anchor_count, request.anchor_sampler, request.anchor_seed,
+            should_stop=callbacks.should_stop, on_batch=callbacks.on_anchors,
+        )  # fmt: skip
+    else:
+        latents = torch.empty(0, *bundle.family.latent_shape)
     context = StepContext(
         bundle=bundle, concepts=request.concepts, retain=request.retain,
         previous=tuple(Concept.from_json(values) for values in model.forgotten),
@@ -195,8 +200,6 @@ def run_step(
         anchor_latents=latents.to(bundle.device), pretrained=pretrained, start=start, training=request.training,
         generator=partial(generator_for, request.training.seed),
     )  # fmt: skip
-    method = METHODS.of(request.method).cls(request.method)
-    regularizers = [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
     with swapped_weights(bundle.unet, {name: parameters[name].data + delta.to(bundle.device) for name, delta in outside.items()}):
         for part in (method, *regularizers):
             part.prepare(context)
@@ -248,7 +251,12 @@ def _train(
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.device.type == "cuda"):
             return unet(latents, timesteps, encoder_hidden_states=embeddings).sample.float()
 
+    def stop_if_asked() -> None:
+        if callbacks.should_stop():
+            raise Cancelled(f"Cancelled at iteration {iteration} of {training.iterations}; the input model is unchanged.")
+
     def teacher(*inputs: Tensor) -> Tensor:
+        stop_if_asked()  # a method may sample whole pictures by the teacher within one update
         with torch.no_grad(), swapped_weights(unet, teacher_weights):
             return predict(*inputs)
 
@@ -263,8 +271,7 @@ def _train(
         begun = time.monotonic()
         callbacks.preview(context.bundle, 0, training.iterations)
         for iteration in range(1, training.iterations + 1):
-            if callbacks.should_stop():
-                raise Cancelled(f"Cancelled at iteration {iteration} of {training.iterations}; the input model is unchanged.")
+            stop_if_asked()
             if training.schedule == "linear":
                 optimizer.param_groups[0]["lr"] = training.learning_rate * (1 - (iteration - 1) / training.iterations)
             loss = method.loss(predict, teacher, generator)

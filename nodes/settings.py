@@ -28,6 +28,8 @@ def _widget(field: dataclasses.Field, default: Any) -> io.Input:
         return io.Combo.Input(field.name, options=list(rules["choices"]), **details)
     if isinstance(default, bool):
         return io.Boolean.Input(field.name, **details)
+    if isinstance(default, str):
+        return io.String.Input(field.name, **details)
     low, high = rules.get("minimum"), rules.get("maximum")
     if isinstance(default, int):
         return io.Int.Input(field.name, min=-_LARGEST if low is None else low, max=_LARGEST if high is None else high, **details)

@@ -1,4 +1,5 @@
 """Forgetting methods; importing this package registers all of them."""
 
 from . import conabl as conabl
+from . import esd as esd
 from .base import METHODS as METHODS

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..bundle import ModelBundle
 from ..concepts import Concept
 from ..config import Config, TrainingConfig
-from ..diffusion import NoiseSchedule
+from ..diffusion import NoiseSchedule, Predict
 from ..registry import Registry
 
 
@@ -25,11 +25,11 @@ class StepContext:
         retain: concepts declared as to be kept.
         previous: concepts forgotten by earlier steps.
         anchor_prompts: prompts whose pictures stay as they are, one per anchor latent.
-        anchor_latents: (n, c, h, w) latents made by W0 from `anchor_prompts`.
+        anchor_latents: (n, c, h, w) latents made by W0 from `anchor_prompts`; n is 0 if no part of the step needs them.
         pretrained: W0 of the trained group, name -> tensor.
         start: W_{k-1} of the trained group.
         training: how this step trains.
-        generator: purpose -> a CPU generator derived from the seed.
+        generator: purpose, and any further words or numbers -> a CPU generator derived from the seed.
         schedule: the model's noise schedule.
     """
 
@@ -42,7 +42,7 @@ class StepContext:
     pretrained: dict[str, Tensor]
     start: dict[str, Tensor]
     training: TrainingConfig
-    generator: Callable[[str], torch.Generator]
+    generator: Callable[..., torch.Generator]
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
 
 
@@ -54,18 +54,15 @@ class LossParts:
     parts: dict[str, float]
 
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(latents (b, c, h, w), timesteps (b,), embeddings (b, 77, d)) -> raw UNet output (b, c, h, w)."""
-
-
 class Method:
     """Base of all methods. A trained one implements `loss`; a closed-form one sets `is_closed_form` and implements `edit`.
 
-    The loop also asks `teacher_is_pretrained` (the teacher is W0, not the step's start) and `blocks_first_token` (no gradient
-    through the keys and values of the start token).
+    The loop also asks `teacher_is_pretrained` (the teacher is W0, not the step's start), `blocks_first_token` (no gradient
+    through the keys and values of the start token) and `needs_anchor_latents` (pictures by W0; they cost time to sample).
     """
 
     is_closed_form = False
+    needs_anchor_latents = True
     teacher_is_pretrained = False
     blocks_first_token = False
 

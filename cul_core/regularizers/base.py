@@ -16,8 +16,10 @@ class Regularizer:
 
     Order of the hooks within one update: `penalty` joins the loss; after backward, `transform_gradient`; clipping; the
     optimizer; then on the weights `proximal`; last, on the actual change of the weights, `mask` and `constrain`, so that these
-    hold exactly whatever the optimizer did.
+    hold exactly whatever the optimizer did. `needs_anchor_latents` asks the loop for pictures by W0, which cost time to sample.
     """
+
+    needs_anchor_latents = False
 
     def __init__(self, config: Config):
         self.config = config

@@ -49,14 +49,15 @@ def gallery(schemas: dict, saved: str) -> Graph:
     graph = Graph()
     loaded, training = graph.load(), graph.training(iterations=40)
     concept = graph.concept(keep="Navy Stripes\nPop Dots")
-    chained = ()
+    chained, methods = (), {}
     for name in schemas:
+        values = {key: spec[1]["default"] for key, spec in schemas[name]["input"].get("required", {}).items() if "default" in spec[1]}
         if name.startswith("CUL_Regularizer_"):
-            values = {key: spec[1]["default"] for key, spec in schemas[name]["input"]["required"].items()}
             chained = (graph.add(name, **values, **({"regularizers": chained} if chained else {})), 0)
-    method = graph.add("CUL_Method_conabl", teacher="pretrained", block_first_token=True)
+        elif name.startswith("CUL_Method_"):
+            methods[name] = graph.add(name, **values)
     step = graph.add("CUL_UnlearnStep", model=(loaded, CUL), concepts=(concept, 0), preset="recommended", train_seed=0, preview_every=20,
-                     training=(training, 0), method=(method, 0))  # fmt: skip
+                     training=(training, 0), method=(methods["CUL_Method_conabl"], 0))  # fmt: skip
     sequence = graph.add(
         "CUL_UnlearnSequence", model=(loaded, CUL), requests="Candy Stripes\nNeon Cyan", kind="style", anchor="",
         keep="Navy Stripes\nPop Dots", preset="recommended", train_seed=0, preview_every=20, regularizers=chained,

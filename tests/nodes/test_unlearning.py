@@ -314,6 +314,19 @@ def test_models_of_different_files_do_not_merge(host):
 
 
 def test_methods_and_regularizers_plug_in(host):
+def test_methods_plug_in(host):
+    schemas = host.get("/object_info")
+    for name in [name for name in schemas if name.startswith("CUL_Method_")]:
+        graph = Graph()
+        values = {key: spec[1]["default"] for key, spec in schemas[name]["input"]["required"].items()}
+        step = graph.step(graph.load(), method=(graph.add(name, **values), 0))
+        graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix=f"checkpoints/{name}")
+        host.run(graph)
+        (path,) = host.saved(f"checkpoints/{name}_*")
+        assert read_history(path)[0][0].request["method"] == values | {"name": name.removeprefix("CUL_Method_")}
+
+
+def test_regularizers_plug_in(host):
     schemas = host.get("/object_info")
     for name in [name for name in schemas if name.startswith("CUL_Regularizer_")]:
         graph = Graph()
