@@ -47,6 +47,17 @@ class NoiseSchedule:
         scheduler.set_timesteps(steps)
         return scheduler
 
+    def ddim(self, prediction_type: str, steps: int):
+        """diffusers' deterministic DDIM (Song et al., arXiv 2010.02502) over `steps` steps of this schedule, from noisy to clean."""
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler(
+            num_train_timesteps=self.timesteps, beta_start=self.beta_start, beta_end=self.beta_end, beta_schedule="scaled_linear",
+            prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=False,
+        )  # fmt: skip
+        scheduler.set_timesteps(steps)
+        return scheduler
+
 
 @dataclass(frozen=True)
 class SamplerConfig(Config):

@@ -13,6 +13,7 @@ from .errors import ConfigError
 from .families import Family
 from .methods.conabl import ConAblConfig
 from .regularizers.projection import ProjectionConfig
+from .regularizers.selft import SelFTConfig
 from .regularizers.weight_anchor import L1SPConfig, L2SPConfig
 from .training import Request
 
@@ -91,6 +92,15 @@ PRESETS = {
     "l2sp": Preset("The paper's L2-SP, as a term of the loss.", ConAblConfig(**ConAblConfig.REFERENCE),
                    (L2SPConfig(strength=300.0, anchor="start", form="penalty"),), TrainingConfig(),
                    regularizers_of={"sd1": (L2SPConfig(strength=25000.0, anchor="start", form="penalty"),)}),
+    "selft": Preset(
+        "The paper's SelFT as its authors' code does it: one weight in twenty is trained.",
+        ConAblConfig(**ConAblConfig.REFERENCE), (SelFTConfig(kept_fraction=0.05, **SelFTConfig.REFERENCE),), TrainingConfig(),
+    ),
+    "projection_selft": Preset(
+        "The paper's hybrid for styles as its authors' code does it: gradients are masked, then projected.",
+        ConAblConfig(**ConAblConfig.REFERENCE),
+        (SelFTConfig(kept_fraction=0.30, **SelFTConfig.REFERENCE), ProjectionConfig(**ProjectionConfig.REFERENCE)), TrainingConfig(),
+    ),
 }  # fmt: skip
 
 
