@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -30,6 +30,7 @@ class ModelBundle:
     autoencoder: nn.Module | None
     _prompts: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _decoder: nn.Module | None = field(default=None, repr=False)
+    _scores: tuple[str, dict[str, Tensor]] | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -41,8 +42,15 @@ class ModelBundle:
             if part is not None:
                 part.to(device)
         self._prompts.clear()
-        self._decoder = None
+        self._decoder = self._scores = None
         return self
+
+    def scores(self, key: str, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Scores of weights by name, from `measure` unless the last ones were those of `key` too; only the last are kept."""
+        if self._scores is None or self._scores[0] != key:
+            self._scores = None  # frees the old ones before the new ones are made
+            self._scores = (key, measure())
+        return self._scores[1]
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:

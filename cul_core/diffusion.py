@@ -50,13 +50,13 @@ class NoiseSchedule:
         scheduler.set_timesteps(steps)
         return scheduler
 
-    def ddim(self, prediction_type: str, steps: int):
-        """diffusers' DDIM (Song et al., arXiv 2010.02502) over `steps` steps of this schedule: a step needs nothing but its state."""
+    def ddim(self, prediction_type: str, steps: int, timestep_spacing: str = "trailing"):
+        """diffusers' deterministic DDIM (Song et al., arXiv 2010.02502) over `steps` steps of this schedule, from noisy to clean."""
         from diffusers import DDIMScheduler
 
         scheduler = DDIMScheduler(
             num_train_timesteps=self.timesteps, beta_start=self.beta_start, beta_end=self.beta_end, beta_schedule="scaled_linear",
-            prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing",
+            prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=False, timestep_spacing=timestep_spacing,
         )  # fmt: skip
         scheduler.set_timesteps(steps)
         return scheduler

@@ -14,6 +14,7 @@ from .families import Family
 from .methods.conabl import ConAblConfig
 from .methods.esd import ESDConfig
 from .regularizers.projection import ProjectionConfig
+from .regularizers.selft import SelFTConfig
 from .regularizers.weight_anchor import L1SPConfig, L2SPConfig
 from .training import Request
 
@@ -99,6 +100,15 @@ PRESETS = {
         "no anchor pictures.",
         ESDConfig(), (), TrainingConfig(batch_size=4, learning_rate=1.2e-3, schedule="linear"),
         training_of={"sd1": TrainingConfig(iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2")},
+    ),
+    "selft": Preset(
+        "The paper's SelFT as its authors' code does it: one weight in twenty is trained.",
+        ConAblConfig(**ConAblConfig.REFERENCE), (SelFTConfig(kept_fraction=0.05, **SelFTConfig.REFERENCE),), TrainingConfig(),
+    ),
+    "projection_selft": Preset(
+        "The paper's hybrid for styles as its authors' code does it: gradients are masked, then projected.",
+        ConAblConfig(**ConAblConfig.REFERENCE),
+        (SelFTConfig(kept_fraction=0.30, **SelFTConfig.REFERENCE), ProjectionConfig(**ProjectionConfig.REFERENCE)), TrainingConfig(),
     ),
 }  # fmt: skip
 

@@ -199,6 +199,7 @@ def run_step(
         anchor_prompts=tuple(request.anchor_prompts[i % len(request.anchor_prompts)] for i in range(request.anchor_count)),
         anchor_latents=latents.to(bundle.device), pretrained=pretrained, start=start, training=request.training,
         generator=partial(generator_for, request.training.seed),
+        origin=stable_hash([model.content_hash, request.method.to_json()]), check=partial(_check_going_on, callbacks),
     )  # fmt: skip
     with swapped_weights(bundle.unet, {name: parameters[name].data + delta.to(bundle.device) for name, delta in outside.items()}):
         for part in (method, *regularizers):
@@ -238,6 +239,24 @@ def _check_supported(model: UnlearnModel, request: Request) -> None:
                 raise ConfigError(f"{entry.display_name} does not support {what} {value!r}; it supports {', '.join(allowed)}.")
 
 
+def _check_going_on(callbacks: Callbacks) -> None:
+    if callbacks.should_stop():
+        raise Cancelled("Cancelled before the first update; the input model is unchanged.")
+
+
+def _coordinates(regularizers: list[Regularizer], name: str) -> Tensor | None:
+    """The basis in which the change of a matrix is limited, whichever regularizer limits it.
+
+    Raises:
+        ConfigError: two of them do, so that no mask can respect both.
+    """
+    found = [basis for regularizer in regularizers if (basis := regularizer.coordinates(name)) is not None]
+    if len(found) > 1:
+        raise ConfigError(f"{len(found)} regularizers limit the directions of {name!r}, and no mask can respect them all; keep one of "
+                          "them, and give it everything that should stay.")  # fmt: skip
+    return found[0] if found else None
+
+
 def _train(
     context: StepContext, method: Method, regularizers: list[Regularizer], callbacks: Callbacks
 ) -> tuple[dict[str, Tensor], list[float], dict[str, float]]:
@@ -267,6 +286,8 @@ def _train(
         _trainable(parameters),
         _first_token_blocked(blocked if method.blocks_first_token else []),
     ):
+        for regularizer in regularizers:
+            regularizer.prepare_mask(context, partial(_coordinates, regularizers))
         optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
         begun = time.monotonic()
         callbacks.preview(context.bundle, 0, training.iterations)

@@ -31,6 +31,8 @@ class StepContext:
         training: how this step trains.
         generator: purpose, and any further words or numbers -> a CPU generator derived from the seed.
         schedule: the model's noise schedule.
+        origin: identifies the model that the step begins from together with the method, for caches of what depends on both.
+        check: raises Cancelled when the caller wants to stop; long preparations call it in between.
     """
 
     bundle: ModelBundle
@@ -44,6 +46,8 @@ class StepContext:
     training: TrainingConfig
     generator: Callable[..., torch.Generator]
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+    origin: str = ""
+    check: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -14,9 +14,10 @@ from ..registry import Registry
 class Regularizer:
     """Base of all regularizers, with hooks that do nothing.
 
-    Order of the hooks within one update: `penalty` joins the loss; after backward, `transform_gradient`; clipping; the
-    optimizer; then on the weights `proximal`; last, on the actual change of the weights, `mask` and `constrain`, so that these
-    hold exactly whatever the optimizer did. `needs_anchor_latents` asks the loop for pictures by W0, which cost time to sample.
+    Before the first update: `prepare` of all, then `prepare_mask` of all. Order of the hooks within one update: `penalty` joins the
+    loss; after backward, `transform_gradient`; clipping; the optimizer; then on the weights `proximal`; last, on the actual change
+    of the weights, `mask` and `constrain`, so that these hold exactly whatever the optimizer did. `needs_anchor_latents` asks the
+    loop for pictures by W0, which cost time to sample.
     """
 
     needs_anchor_latents = False
@@ -26,6 +27,20 @@ class Regularizer:
 
     def prepare(self, context: StepContext) -> None:
         """Called once before the first update."""
+
+    def coordinates(self, name: str) -> Tensor | None:
+        """Orthonormal basis B (d, m) of the text directions in which a (out, d) matrix may change; None if that is not limited.
+
+        Known once `prepare` is done. Masks of this matrix are then made for the coordinates A (out, m) of the change A B^T, and
+        this regularizer's `constrain` applies them there: elementwise zeros in the matrix itself would leave the span of B.
+        """
+        return None
+
+    def prepare_mask(self, context: StepContext, coordinates: Callable[[str], Tensor | None]) -> None:
+        """Called once when every `prepare` is done; the UNet holds the step's start, with gradients as in training.
+
+        `coordinates` asks all regularizers for what the hook of this name says.
+        """
 
     def penalty(self, weights: Mapping[str, Tensor]) -> Tensor | None:
         """Scalar to add to the loss."""
@@ -39,7 +54,7 @@ class Regularizer:
         return weight
 
     def mask(self, name: str, weight: Tensor) -> Tensor | None:
-        """1 where the weight may change, 0 where not, same shape; None for no mask."""
+        """1 where the weight, or its change in `coordinates`, may change, 0 where not, same shape as these; None for no mask."""
         return None
 
     def constrain(self, name: str, change: Tensor, mask: Tensor | None) -> Tensor | None:

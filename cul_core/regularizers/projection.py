@@ -58,6 +58,15 @@ def orthonormal_basis(rows: Tensor, tolerance: float = 1e-6) -> Tensor:
     return right[values > tolerance * values[0]].T
 
 
+def complement_basis(basis: Tensor) -> Tensor:
+    """Orthonormal basis (d, d - r) of what is orthogonal to the r orthonormal columns of (d, r), in fp64.
+
+    It completes a QR decomposition by r reflections, so that its vectors are axes with a correction of rank r: what is sparse in
+    it is nearly so in the axes.
+    """
+    return torch.linalg.qr(basis.double(), mode="complete").Q[:, basis.shape[1] :]
+
+
 def regularized_projector(rows: Tensor) -> Tensor:
     """The reference's P = I - C (C^T C + rho I)^-1 C^T, (d, d) in fp32, for columns C = rows^T; only approximately a projector."""
     columns = distinct_columns(rows).T.float()
@@ -87,6 +96,12 @@ class GradientProjection(Regularizer):
     S = g (I + M / damping)^-1. M is the mean of four second moments of token vectors, each of trace 1: of decoys, of kept
     concepts, of earlier targets, and of anchors. g makes the response of the target's own text what it was without damping.
 
+    With a mask, the change becomes ((D B) * mask) B^T, B an orthonormal basis of the complement of Q (`coordinates`): exactly
+    orthogonal to the protected vectors and exactly sparse in B. With decoys too, D S^1/2 is masked, so that both of these stay
+    exact while damping does not: what is left is no longer of the form D S^1/2. B then diagonalizes M within the complement, so
+    that a mask never raises the change's mean square response to the damped text, sum_j (B^T M B)_jj |A_j|^2. The form
+    `reference` limits no directions, and leaves masks to the axes.
+
     Raises:
         ConceptError: nothing to protect, or less than 0.2 of a target's vector would be left.
     """
@@ -105,7 +120,7 @@ class GradientProjection(Regularizer):
         if not kept and not self.config.decoys:
             raise ConceptError("Gradient projection has nothing to protect: the keep list is empty, or all of it says the same as the "
                                "target; name other concepts to keep, or set decoys.")  # fmt: skip
-        self._projector = self._basis = self._damper = None
+        self._projector = self._basis = self._damper = self._complement = None
         left = targets
         if kept:
             rows = torch.cat([prompt_rows(bundle, [concept.prompt], self.config.rows, concept.name) for concept in kept])
@@ -114,7 +129,7 @@ class GradientProjection(Regularizer):
                 left = targets @ self._projector.double()
             else:
                 basis = orthonormal_basis(rows)
-                self._basis = basis.float()
+                self._basis, self._complement = basis.float(), complement_basis(basis)
                 left = targets - targets @ basis @ basis.T
         shares = left.norm(dim=1) / targets.norm(dim=1)
         self._report = {"protected_rank": 0 if self._basis is None else self._basis.shape[1], "target_energy_left": shares.min().item()}
@@ -123,10 +138,16 @@ class GradientProjection(Regularizer):
                 raise ConceptError(f"Only {share:.2f} of {concept.target!r} would be left to forget (at least {LEAST_TARGET_ENERGY} is "
                                    "needed), because the concepts to keep say nearly the same; remove those closest to it.")  # fmt: skip
         if self.config.decoys:
-            self._damper = self._coordinates(context, kept).float()
+            moment, damper = self._damped(context, kept)
+            self._damper = damper.float()
+            if self.config.form == "update":
+                free = torch.eye(len(moment), dtype=moment.dtype, device=moment.device) if self._complement is None else self._complement
+                self._complement = free @ torch.linalg.eigh(free.T @ moment @ free).eigenvectors
+        if self._complement is not None:
+            self._complement = self._complement.float()
 
-    def _coordinates(self, context: StepContext, kept: list[Concept]) -> Tensor:
-        """S^1/2, (d, d) in fp64."""
+    def _damped(self, context: StepContext, kept: list[Concept]) -> tuple[Tensor, Tensor]:
+        """(M, S^1/2), each (d, d) in fp64."""
         generator = context.generator("decoys")
         decoys = decoy_concepts(context.bundle, context.concepts, self.config.decoys, generator)
         anchor = display_name(context.concepts[0].anchor)
@@ -148,11 +169,15 @@ class GradientProjection(Regularizer):
         declared = [concept for concept in kept if concept not in context.previous]
         groups = (sentences(decoys, 1), sentences(declared, 8), sentences(previous, 8), sorted(set(context.anchor_prompts)))
         moments = [moment(prompts) for prompts in groups if prompts]
-        values, vectors = torch.linalg.eigh(sum(moments) / len(moments))
+        mean = sum(moments) / len(moments)
+        values, vectors = torch.linalg.eigh(mean)
         gains = 1 / (1 + values.clamp_min(0) / self.config.damping)
         target_moment = moment(sentences(context.concepts, 8))
         gains /= (gains * (vectors.T @ target_moment @ vectors).diagonal()).sum()
-        return vectors @ torch.diag(gains.sqrt()) @ vectors.T
+        return mean, vectors @ torch.diag(gains.sqrt()) @ vectors.T
+
+    def coordinates(self, name: str) -> Tensor | None:
+        return self._complement if is_kv(name) else None
 
     def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
         for matrix in (self._projector, self._damper):
@@ -163,10 +188,11 @@ class GradientProjection(Regularizer):
     def constrain(self, name: str, change: Tensor, mask: Tensor | None) -> Tensor | None:
         if not is_kv(name) or (self._basis is None and self._damper is None):
             return None
-        if mask is not None:
-            change = change * mask
         if self._damper is not None:
             change = change @ self._damper
+        if mask is not None:
+            basis = self._complement
+            return change * mask if basis is None else ((change @ basis) * mask) @ basis.T
         return change if self._basis is None else change - (change @ self._basis) @ self._basis.T
 
     def report(self) -> dict[str, float]:

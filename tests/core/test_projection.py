@@ -7,7 +7,13 @@ from cul_core.concepts import Concept
 from cul_core.conditioning import prompt_rows, target_vector
 from cul_core.errors import ConceptError
 from cul_core.params import is_kv
-from cul_core.regularizers.projection import ProjectionConfig, distinct_columns, orthonormal_basis, regularized_projector
+from cul_core.regularizers.projection import (
+    ProjectionConfig,
+    complement_basis,
+    distinct_columns,
+    orthonormal_basis,
+    regularized_projector,
+)
 from cul_core.training import run_step
 
 
@@ -35,6 +41,14 @@ def test_basis_removes_every_protected_row_and_is_a_projector(kind):
 
 def test_basis_of_duplicates_has_the_rank_of_the_distinct_rows():
     assert orthonormal_basis(rows_of("duplicates")).shape == (48, 6)
+
+
+def test_complement_is_orthonormal_and_orthogonal_to_what_is_protected():
+    basis = orthonormal_basis(torch.randn(5, 48, generator=torch.Generator().manual_seed(0)))
+    complement = complement_basis(basis)
+    assert complement.shape == (48, 43)
+    assert (basis.T @ complement).abs().max() < 1e-12
+    assert torch.allclose(complement.T @ complement, torch.eye(43, dtype=torch.float64), atol=1e-12)
 
 
 def test_duplicate_filter_keeps_the_first_of_two_equal_rows():

@@ -313,7 +313,6 @@ def test_models_of_different_files_do_not_merge(host):
     assert "different files, 'minicanvas.safetensors' and 'foreign.safetensors'; make all of them from the same one" in said
 
 
-def test_methods_and_regularizers_plug_in(host):
 def test_methods_plug_in(host):
     schemas = host.get("/object_info")
     for name in [name for name in schemas if name.startswith("CUL_Method_")]:

@@ -1,0 +1,221 @@
+"""SelFT: train only the weights that matter most for the target, and leave all others exactly as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..concepts import Concept, display_name
+from ..config import Config, setting, stable_hash
+from ..errors import ConfigError, TrainingError
+from ..methods.base import StepContext
+from .base import REGULARIZERS, Regularizer
+
+_LOW_BITS = 16  # a non-negative float32 is 15 high bits (exponent, first digits) and 16 low ones, in the order of its value
+
+
+@dataclass(frozen=True)
+class SelFTConfig(Config):
+    """`reference` is what the authors' code does; the defaults are ours."""
+
+    kept_fraction: float = setting(0.05, "Share of the trained weights that may change (tau); the others stay exactly as they are.",
+                                   minimum=1e-6, maximum=1.0)  # fmt: skip
+    importance: str = setting("abs", "How weight w and its gradients g at the visited states become a score. abs: sum of abs(w g). signed: "
+                              "abs(w sum of g), where states cancel, as in the reference. fisher: sum of (w g) squared.",
+                              choices=("abs", "signed", "fisher"))  # fmt: skip
+    states: int = setting(50, "States of a picture in the making at which gradients are taken (DDIM steps).", minimum=1, maximum=1000)
+    seeds: int = setting(1, "Pictures per target whose states are visited.", minimum=1)
+    guidance_scale: float = setting(3.0, "Classifier-free guidance of these pictures; 1 is none.", minimum=1.0)
+    trajectories: str = setting("one", "one: the states of one picture. per_state: every state from new noise, as in the reference, "
+                                "which takes (states - 1) / 2 times as many sampling steps.", choices=("one", "per_state"))  # fmt: skip
+    form: str = setting("update", "update: the change the optimizer made is masked too, in the directions that a projection leaves. "
+                        "reference: gradients alone are, weight by weight.", choices=("update", "reference"))  # fmt: skip
+    REFERENCE: ClassVar[dict] = {"importance": "signed", "trajectories": "per_state", "form": "reference"}
+
+
+def scoring_texts(concept: Concept) -> tuple[str, str]:
+    """(target, anchor) texts of the scoring loss: `{T} Style` and nothing for a style, the bare words for other kinds."""
+    return (f"{concept.name} Style", "") if concept.kind == "style" else (concept.name, display_name(concept.anchor))
+
+
+def importance_scores(weights: Mapping[str, Tensor], gradients: Iterable[Sequence[Tensor]], importance: str) -> dict[str, Tensor]:
+    """Score >= 0 of every weight, same shapes: sum_k |w g_k| (`abs`), |w sum_k g_k| (`signed`) or sum_k (w g_k)^2 (`fisher`).
+
+    Args:
+        weights: name -> w.
+        gradients: for every visited state k, g_k in the order of `weights`; taken one at a time.
+        importance: `abs`, `signed` or `fisher`.
+    """
+    part = {"abs": torch.abs, "signed": lambda gradient: gradient, "fisher": torch.square}[importance]
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for state in gradients:
+        for total, gradient in zip(sums.values(), state, strict=True):
+            total += part(gradient)
+    factor = torch.square if importance == "fisher" else torch.abs
+    return {name: factor(weight) * sums[name].abs() for name, weight in weights.items()}
+
+
+def top_masks(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Boolean masks, same shapes, true at exactly the `count` largest of all scores together; of equal ones the first win.
+
+    Two histograms of the bits of the fp32 scores (>= 0) find the smallest chosen value; nothing is sorted or put together.
+
+    Raises:
+        TrainingError: a score is NaN or infinite.
+    """
+    bits = {}
+    for name, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise TrainingError(f"The importance of {name!r} for the target is not finite; the model's weights are damaged, start from "
+                                "another checkpoint.")  # fmt: skip
+        bits[name] = score.float().contiguous().view(torch.int32)
+    if not count:
+        return {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
+    high, left = _bucket(sum(torch.bincount(b.flatten() >> _LOW_BITS, minlength=1 << 15) for b in bits.values()), count)
+    inside = (b[b >> _LOW_BITS == high] & ((1 << _LOW_BITS) - 1) for b in bits.values())
+    low, left = _bucket(sum(torch.bincount(b, minlength=1 << _LOW_BITS) for b in inside), left)
+    smallest = high << _LOW_BITS | low
+    masks = {}
+    for name, b in bits.items():
+        masks[name] = mask = b > smallest
+        first = (b == smallest).flatten().nonzero().flatten()[:left]
+        mask.view(-1)[first] = True
+        left -= len(first)
+    return masks
+
+
+def _bucket(histogram: Tensor, count: int) -> tuple[int, int]:
+    """(bucket that holds the `count`-th largest value, how many of its values are among the `count` largest)."""
+    at_least = histogram.flip(0).cumsum(0).flip(0)
+    bucket = int((at_least >= count).nonzero()[-1])
+    return bucket, count - int(at_least[bucket] - histogram[bucket])
+
+
+@REGULARIZERS.register(
+    "selft",
+    config=SelFTConfig,
+    display_name="SelFT",
+    description="Trains only the weights that matter most for the target; all others stay exactly as they are.",
+    paper="Continual Unlearning for Text-to-Image Diffusion Models: A Regularization Perspective, ICLR 2026, arXiv 2511.07970",
+    families=("mini", "sd1"),
+    groups=("kv", "attn2", "attn", "non-attn2", "full"),
+)
+class SelFT(Regularizer):
+    """Only the floor(tau N) weights with the highest score change, N the number of trained values of all tensors together.
+
+    The score of weight w is sum_k |w g_k| (see `importance_scores`), g_k the gradient of Concept Ablation's loss
+    |f_W(z_k, t_k, E(target)) - sg[f_W(z_k, t_k, E(anchor))]|^2 at the states z_k that DDIM visits while it draws the target with
+    guidance. One trajectory per concept and seed, and two calls of the UNet per state: O(T), where the reference's `per_state`
+    draws every state from new noise, O(T^2). Scores are kept by content, so that another tau needs no new scoring.
+
+    In the form `update`, the mask acts on the gradients, which keeps the optimizer's moments clean, and on the actual change, which
+    therefore is zero elsewhere whatever the optimizer or its weight decay did. If another regularizer limits the directions in
+    which a matrix may change (`coordinates` B), then w and g_k are W B and G_k B, and the mask holds there: zeros in D B, none
+    in D. In the form `reference`, only gradients are masked, weight by weight; what follows may fill the zeros in.
+
+    Raises:
+        ConfigError: the fraction keeps no weight at all.
+        TrainingError: scores are not finite.
+    """
+
+    config: SelFTConfig
+
+    def prepare(self, context: StepContext) -> None:
+        self._report: dict[str, float] = {}
+
+    def prepare_mask(self, context: StepContext, coordinates: Callable[[str], Tensor | None]) -> None:
+        in_update = self.config.form == "update"
+        self._bases = {name: basis for name in context.start if in_update and (basis := coordinates(name)) is not None}
+        scores = context.bundle.scores(self._key(context), lambda: self._scores(context))
+        total = sum(score.numel() for score in scores.values())
+        count = math.floor(Fraction(str(self.config.kept_fraction)) * total)
+        if not count:
+            raise ConfigError(f"A kept fraction of {self.config.kept_fraction:g} lets none of {total} weights change; raise it to "
+                              f"{1 / total:.1g} or more.")  # fmt: skip
+        masks = top_masks(scores, count)
+        self._masks = {name: mask.to(context.bundle.device) for name, mask in masks.items()}
+        chosen, whole = (sum(part.double().sum().item() for part in parts)
+                         for parts in ((scores[name][masks[name]] for name in scores), scores.values()))  # fmt: skip
+        self._report = {"changeable_weights": float(count), "changeable_importance": chosen / whole if whole else 0.0}
+
+    def _key(self, context: StepContext) -> str:
+        """Hash of all that the scores depend on; the kept fraction is not part of it."""
+        digest = hashlib.sha256()
+        for name, basis in self._bases.items():
+            digest.update(name.encode())
+            digest.update(basis.cpu().numpy().tobytes())
+        settings = self.config.to_json() | {"kept_fraction": None, "form": None}
+        return stable_hash([context.origin, sorted(context.start), [scoring_texts(concept) for concept in context.concepts], settings,
+                            context.training.seed, str(context.bundle.device), digest.hexdigest()])  # fmt: skip
+
+    def _in_coordinates(self, name: str, matrix: Tensor) -> Tensor:
+        return matrix @ self._bases[name] if name in self._bases else matrix
+
+    def _scores(self, context: StepContext) -> dict[str, Tensor]:
+        """Score of every trained weight, or of every coordinate where bases say so, in fp32 on the CPU."""
+        parameters = {name: p for name, p in context.bundle.unet.named_parameters() if name in context.start}
+        weights = {name: self._in_coordinates(name, parameter.detach()) for name, parameter in parameters.items()}
+        gradients = ([self._in_coordinates(name, gradient) for name, gradient in zip(parameters, state, strict=True)]
+                     for state in self._gradients(context, list(parameters.values())))  # fmt: skip
+        return {name: score.cpu() for name, score in importance_scores(weights, gradients, self.config.importance).items()}
+
+    def _gradients(self, context: StepContext, parameters: list[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """Gradient of the loss at every visited state, in the order of `parameters`."""
+        bundle, guidance = context.bundle, self.config.guidance_scale
+        solver = context.schedule.ddim(bundle.family.prediction_type, self.config.states, "leading")
+
+        def predict(latents: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
+            latents = latents.expand(len(embeddings), -1, -1, -1)
+            return bundle.unet(latents, t, encoder_hidden_states=embeddings).sample
+
+        def step(empty: Tensor, full: Tensor, t: Tensor, latents: Tensor) -> Tensor:
+            return solver.step(empty + guidance * (full - empty), t, latents).prev_sample
+
+        for number, concept in enumerate(context.concepts):
+            target_text, anchor_text = scoring_texts(concept)
+            target = bundle.encode([target_text])
+            others = bundle.encode(["", anchor_text] if anchor_text else [""])
+            for seed in range(self.config.seeds):
+                generator = context.generator(f"selft/{number}/{seed}")
+
+                def noise(generator: torch.Generator = generator) -> Tensor:
+                    return torch.randn(1, *bundle.family.latent_shape, generator=generator).to(bundle.device)
+
+                latents = noise()
+                for k, t in enumerate(solver.timesteps):
+                    context.check()
+                    if k and self.config.trajectories == "per_state":
+                        latents = noise()
+                        for earlier in solver.timesteps[:k]:
+                            context.check()
+                            with torch.no_grad():
+                                empty, full = predict(latents, earlier, torch.cat([others[:1], target])).split(1)
+                            latents = step(empty, full, earlier, latents)
+                    with torch.no_grad():
+                        known = predict(latents, t, others)  # of the empty prompt and of the anchor, which for a style is the same
+                    predicted = predict(latents, t, target)
+                    loss = (predicted - known[-1:]).square().sum()
+                    yield torch.autograd.grad(loss, parameters, materialize_grads=True)
+                    latents = step(known[:1], predicted.detach(), t, latents)
+
+    def _masked(self, name: str, matrix: Tensor) -> Tensor:
+        if name not in self._bases:
+            return matrix * self._masks[name]
+        basis = self._bases[name]
+        return ((matrix @ basis) * self._masks[name]) @ basis.T
+
+    def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
+        return self._masked(name, gradient)
+
+    def mask(self, name: str, weight: Tensor) -> Tensor | None:
+        return self._masks[name] if self.config.form == "update" else None
+
+    def report(self) -> dict[str, float]:
+        return self._report
