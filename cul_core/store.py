@@ -74,7 +74,8 @@ class StepStore:
         """
         path = self._path(step_key(model, request))
         values = {"record": asdict(report.record), "losses": report.losses, "figures": dict(report.figures)}
-        data = save({name: delta.contiguous() for name, delta in edited.edits.items()}, metadata={"cul_step": canonical_json(values)})
+        metadata = edited.metadata() | {"cul_step": canonical_json(values)}
+        data = save({name: delta.contiguous() for name, delta in edited.edits.items()}, metadata=metadata)
         write_atomically(path, lambda file: file.write(data))
         self._in_use.add(path)
         self._evict()

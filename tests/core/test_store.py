@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cul_core.anchors import AnchorStore
+from cul_core.chain import read_history
 from cul_core.diffusion import SamplerConfig
 from cul_core.errors import CheckpointError
 from cul_core.store import StepStore, step_key
@@ -29,6 +30,8 @@ def test_a_finished_step_comes_back_the_same_from_another_store_object(trained, 
     assert found.content_hash == edited.content_hash and found.history == edited.history
     assert all(torch.equal(found.edits[name], edited.edits[name]) for name in edited.edits)
     assert again == report
+    (path,) = tmp_path.rglob("*.safetensors")
+    assert read_history(path)[0] == edited.history  # like every file we write, it explains itself
 
 
 def test_the_key_changes_with_everything_the_result_depends_on(trained, random_model, make_request):
