@@ -30,7 +30,7 @@ def shortened(graph):
     return graph | {"short": {"class_type": "CUL_TrainingSettings", "inputs": settings}}
 
 
-def test_the_issue_of_workflows_is_complete():
+def test_all_five_workflows_are_there():
     assert len(NAMES) == 5 and NEEDS_SD15 in NAMES
 
 
