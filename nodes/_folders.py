@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -53,8 +54,6 @@ def output_path(prefix: str) -> Path:
 
 def workflow_metadata(prompt: object, extra: dict | None) -> dict[str, str]:
     """Header entries that hold the graph, as the stock save nodes write them, unless the user turned metadata off."""
-    import json
-
     if args.disable_metadata:
         return {}
     entries = {"prompt": prompt, **(extra or {})}
