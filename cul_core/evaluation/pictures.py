@@ -9,11 +9,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 _INK, _FAINT, _PAPER = (34, 34, 40), (214, 214, 220), (255, 255, 255)
-COLOURS = ((208, 64, 56), (34, 112, 190), (60, 140, 70), (150, 86, 170), (214, 140, 30), (90, 90, 96))
+COLOURS = ((208, 64, 56), (34, 112, 190), (60, 140, 70), (150, 86, 170), (214, 140, 30), (90, 90, 96),
+           (20, 160, 160), (140, 90, 50), (236, 120, 170), (130, 140, 40), (50, 50, 130), (240, 90, 20))  # fmt: skip
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
+
+
+def _measure(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> float:
+    return ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text, font=font)
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -55,7 +60,14 @@ def chart(title: str, panels: Mapping[str, Sequence[Line]], x_label: str, panel_
     width, height = panel_size
     labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
     colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
-    canvas = Image.new("RGB", (len(panels) * (width + 20) + 20, height + 150), _PAPER)
+    full_width, legend, x, y = len(panels) * (width + 20) + 20, {}, 60, height + 128
+    for label in labels:
+        room = 62 + int(_measure(label, font))
+        if x + room > full_width and x > 60:
+            x, y = 60, y + 24
+        legend[label] = (x, y)
+        x += room
+    canvas = Image.new("RGB", (full_width, y + 22), _PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((16, 10), title, fill=_INK, font=head)
     for number, (name, lines) in enumerate(panels.items()):
@@ -76,11 +88,9 @@ def chart(title: str, panels: Mapping[str, Sequence[Line]], x_label: str, panel_
             draw.line(spots, fill=colour[line.label], width=3, joint="curve")
             for x, y in spots:
                 draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour[line.label], outline=_PAPER)
-    x, y = 60, canvas.height - 22
-    for label in labels:
+    for label, (x, y) in legend.items():
         draw.line([(x, y), (x + 26, y)], fill=colour[label], width=4)
         draw.text((x + 34, y), label, fill=_INK, font=font, anchor="lm")
-        x += 34 + int(draw.textlength(label, font=font)) + 28
     return canvas
 
 

@@ -248,5 +248,5 @@ def write_figure(lines: Sequence[Mapping], out: Path) -> Path:
     runs = {cell: [(k, scores) for k, scores in after.items()] for cell, after in averages(lines).items()}
     count = len({(line["seed"], line["order"]) for line in lines})
     path = free_path(out / "benchmark.png")
-    metric_chart(f"Styles forgotten one request after another (mean of {count} runs)", runs).save(path)
+    metric_chart(f"Styles forgotten one request after another (mean of {count} run(s))", runs).save(path)
     return path
