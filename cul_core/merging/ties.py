@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..config import setting
+from ..largest import cut_at, kept_count
 from ..params import GROUPS
 from .base import MERGERS, Deltas, Merger, WeightedConfig, names_in, weighted_sum
-from .trimming import cut_at, kept_count
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -15,10 +13,9 @@ from torch import Tensor
 from ..concepts import Concept, display_name
 from ..config import Config, setting, stable_hash
 from ..errors import ConfigError, TrainingError
+from ..largest import cut_at, kept_count
 from ..methods.base import StepContext
 from .base import REGULARIZERS, Regularizer
-
-_LOW_BITS = 16  # a non-negative float32 is 15 high bits (exponent, first digits) and 16 low ones, in the order of its value
 
 
 @dataclass(frozen=True)
@@ -63,39 +60,17 @@ def importance_scores(weights: Mapping[str, Tensor], gradients: Iterable[Sequenc
 
 
 def top_masks(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Boolean masks, same shapes, true at exactly the `count` largest of all scores together; of equal ones the first win.
-
-    Two histograms of the bits of the fp32 scores (>= 0) find the smallest chosen value; nothing is sorted or put together.
+    """Boolean masks, same shapes, true at exactly the `count` largest of all scores (>= 0) together; of equal ones the first win.
 
     Raises:
         TrainingError: a score is NaN or infinite.
     """
-    bits = {}
     for name, score in scores.items():
         if not torch.isfinite(score).all():
             raise TrainingError(f"The importance of {name!r} for the target is not finite; the model's weights are damaged, start from "
                                 "another checkpoint.")  # fmt: skip
-        bits[name] = score.float().contiguous().view(torch.int32)
-    if not count:
-        return {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
-    high, left = _bucket(sum(torch.bincount(b.flatten() >> _LOW_BITS, minlength=1 << 15) for b in bits.values()), count)
-    inside = (b[b >> _LOW_BITS == high] & ((1 << _LOW_BITS) - 1) for b in bits.values())
-    low, left = _bucket(sum(torch.bincount(b, minlength=1 << _LOW_BITS) for b in inside), left)
-    smallest = high << _LOW_BITS | low
-    masks = {}
-    for name, b in bits.items():
-        masks[name] = mask = b > smallest
-        first = (b == smallest).flatten().nonzero().flatten()[:left]
-        mask.view(-1)[first] = True
-        left -= len(first)
-    return masks
-
-
-def _bucket(histogram: Tensor, count: int) -> tuple[int, int]:
-    """(bucket that holds the `count`-th largest value, how many of its values are among the `count` largest)."""
-    at_least = histogram.flip(0).cumsum(0).flip(0)
-    bucket = int((at_least >= count).nonzero()[-1])
-    return bucket, count - int(at_least[bucket] - histogram[bucket])
+    cut = cut_at(scores, count, order=list(scores))
+    return {name: cut.kept(name, score) for name, score in scores.items()}
 
 
 @REGULARIZERS.register(
@@ -135,7 +110,7 @@ class SelFT(Regularizer):
         self._bases = {name: basis for name in context.start if in_update and (basis := coordinates(name)) is not None}
         scores = context.bundle.scores(self._key(context), lambda: self._scores(context))
         total = sum(score.numel() for score in scores.values())
-        count = math.floor(Fraction(str(self.config.kept_fraction)) * total)
+        count = kept_count(self.config.kept_fraction, total)
         if not count:
             raise ConfigError(f"A kept fraction of {self.config.kept_fraction:g} lets none of {total} weights change; raise it to "
                               f"{1 / total:.1g} or more.")  # fmt: skip

@@ -15,11 +15,11 @@ from cul_core.cli import main
 from cul_core.config import TrainingConfig
 from cul_core.errors import ConfigError, ModelError, TrainingError
 from cul_core.evaluation.report import history_text, merge_text
+from cul_core.largest import cut_at, kept_count
 from cul_core.merge_models import merge
 from cul_core.merging import MERGERS
 from cul_core.merging.task_arithmetic import TaskArithmeticConfig
 from cul_core.merging.ties import TiesConfig, elect_signs
-from cul_core.merging.trimming import cut_at, kept_count
 from cul_core.merging.uniform import UniformConfig
 from cul_core.store import StepStore
 from cul_core.training import run_step

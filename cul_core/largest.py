@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -39,11 +39,12 @@ def kept_count(fraction: float, size: int) -> int:
     return math.floor(Fraction(repr(float(fraction))) * size)
 
 
-def cut_at(tensors: Mapping[str, Tensor], count: int) -> Cut:
+def cut_at(tensors: Mapping[str, Tensor], count: int, order: Sequence[str] | None = None) -> Cut:
     """The cut that keeps exactly `count` entries of all tensors together, of any shapes; all of them if there are not more.
 
-    Entries of equal magnitude are taken by tensor name, then in memory order. The first pass counts magnitudes by the upper half of
-    their bits, the second one those of the bin that the cut lies in by the lower half; no tensor is sorted.
+    Entries of equal magnitude are taken by tensor, in `order` (of the names, if it is not given), then in memory order. The first
+    pass counts magnitudes by the upper half of their bits, the second one those of the bin that the cut lies in by the lower half;
+    no tensor is sorted.
     """
     if count >= sum(tensor.numel() for tensor in tensors.values()):
         return Cut(-1, {})
@@ -53,7 +54,7 @@ def cut_at(tensors: Mapping[str, Tensor], count: int) -> Cut:
     in_bin = (bits[bits >> _HALF == upper] & (_BINS - 1) for bits in map(_bits_of, tensors.values()))
     lower, between = _bin_of(sum(map(_counts, in_bin)), count - above)
     bits, left, ties = (upper << _HALF) + lower, count - above - between, {}
-    for name in sorted(tensors):
+    for name in sorted(tensors) if order is None else order:
         ties[name] = min(left, int((_bits_of(tensors[name]) == bits).sum()))
         left -= ties[name]
     return Cut(bits, ties)
