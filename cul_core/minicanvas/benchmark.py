@@ -18,8 +18,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-
 from ..checkpoint import open_model
 from ..config import stable_hash
 from ..errors import CheckpointError, ConfigError
@@ -35,6 +33,7 @@ from ..training import Request, run_step
 from . import models
 from .judge import Judge, evaluate
 from .suites import STYLE_SUITE, SUITES, Suite
+from .workers import prepare_worker
 
 SETTINGS = ("sequential", "simultaneous", "ties")
 
@@ -231,7 +230,7 @@ def run_benchmark(
     on_progress(0, len(missing), "")
     if missing:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers or min(os.cpu_count() or 1, 8), mp_context=context, initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(workers or min(os.cpu_count() or 1, 8), mp_context=context, initializer=prepare_worker) as pool:
             try:
                 jobs = {pool.submit(_measure, run, due, out / "store"): run for run, due in missing}
                 for done, job in enumerate(as_completed(jobs), 1):
@@ -243,10 +242,6 @@ def run_benchmark(
                 pool.shutdown(cancel_futures=True)
                 raise
     return [known[_key(run.identity(k))] for run in runs for k in run.marks]
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
 
 
 def _key(line: Mapping[str, Any]) -> tuple:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from ..anchors import AnchorStore
@@ -34,6 +33,7 @@ from ..training import Callbacks, run_step
 from . import models
 from .judge import Judge, evaluate, take
 from .suites import STYLE_SUITE
+from .workers import prepare_worker
 from .world import EVALUATION_TEMPLATE, OBJECTS, REQUEST_ORDERS, STYLE_BY_NAME, styles_in
 
 RUNS = ("plain", "recommended")
@@ -89,7 +89,7 @@ _worker: _Worker | None = None
 
 def _start_worker(progress: multiprocessing.Queue) -> None:
     global _worker
-    torch.set_num_threads(1)
+    prepare_worker()
     _worker = _Worker(progress, BundleCache(), Judge())
 
 
