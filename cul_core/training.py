@@ -263,7 +263,6 @@ def _train(
     """(new weights, loss of every update, last value of each part of the loss)."""
     training, unet = context.training, context.bundle.unet
     parameters = {name: parameter for name, parameter in unet.named_parameters() if name in context.start}
-    teacher_weights = context.pretrained if method.teacher_is_pretrained else context.start
     generator, losses, parts = context.generator("batches"), [], {}
 
     def predict(latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
@@ -274,20 +273,33 @@ def _train(
         if callbacks.should_stop():
             raise Cancelled(f"Cancelled at iteration {iteration} of {training.iterations}; the input model is unchanged.")
 
-    def teacher(*inputs: Tensor) -> Tensor:
-        stop_if_asked()  # a method may sample whole pictures by the teacher within one update
-        with torch.no_grad(), swapped_weights(unet, teacher_weights):
+    def teacher(weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
+        stop_if_asked()  # whole pictures may be sampled by a teacher within one update
+        with torch.no_grad(), swapped_weights(unet, weights):
             return predict(*inputs)
 
-    student = {name: weight.clone() for name, weight in context.start.items()}
-    blocked = [module for name, module in unet.named_modules() if is_kv(f"{name}.weight")]
-    with (
-        swapped_weights(unet, student),
-        _trainable(parameters),
-        _first_token_blocked(blocked if method.blocks_first_token else []),
-    ):
+    blocked = [module for name, module in unet.named_modules() if method.blocks_first_token and is_kv(f"{name}.weight")]
+    pretrained, start = partial(teacher, context.pretrained), partial(teacher, context.start)
+
+    def terms() -> Iterator[tuple[Tensor, Mapping[str, float]]]:
+        """(what to minimize, its named parts), one after the other: each is made after the backward of the one before, so that no
+        teacher is called in between and one graph at a time is in memory."""
+        with _first_token_blocked(blocked):
+            loss = method.loss(predict, pretrained if method.teacher_is_pretrained else start, generator)
+        total = loss.total
         for regularizer in regularizers:
-            regularizer.prepare_mask(context, partial(_coordinates, regularizers))
+            if (penalty := regularizer.penalty(parameters)) is not None:
+                total = total + penalty
+        yield total, loss.parts
+        for regularizer in regularizers:
+            if named := regularizer.loss_terms(predict, pretrained, start):
+                yield sum(named.values()), {name: term.item() for name, term in named.items()}
+
+    student = {name: weight.clone() for name, weight in context.start.items()}
+    with swapped_weights(unet, student), _trainable(parameters):
+        with _first_token_blocked(blocked):
+            for regularizer in regularizers:
+                regularizer.prepare_mask(context, partial(_coordinates, regularizers))
         optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
         begun = time.monotonic()
         callbacks.preview(context.bundle, 0, training.iterations)
@@ -295,18 +307,16 @@ def _train(
             stop_if_asked()
             if training.schedule == "linear":
                 optimizer.param_groups[0]["lr"] = training.learning_rate * (1 - (iteration - 1) / training.iterations)
-            loss = method.loss(predict, teacher, generator)
-            total = loss.total
-            for regularizer in regularizers:
-                if (penalty := regularizer.penalty(parameters)) is not None:
-                    total = total + penalty
-            if not torch.isfinite(total):
-                raise TrainingError(f"The loss became {total.item()} at iteration {iteration} of {training.iterations}; lower the "
-                                    f"learning rate ({training.learning_rate:g}) or the regularizers' strengths.")  # fmt: skip
-            total.backward()
+            total, parts = 0.0, {}
+            for term, named in terms():
+                total += term.item()
+                if not math.isfinite(total):
+                    raise TrainingError(f"The loss became {total} at iteration {iteration} of {training.iterations}; lower the "
+                                        f"learning rate ({training.learning_rate:g}) or the regularizers' strengths.")  # fmt: skip
+                term.backward()
+                parts |= named
             _update(parameters, optimizer, regularizers, training)
-            losses.append(total.item())
-            parts = loss.parts
+            losses.append(total)
             callbacks.on_progress(Progress(iteration, training.iterations, losses[-1], parts, time.monotonic() - begun))
             callbacks.preview(context.bundle, iteration, training.iterations)
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}, losses, parts
