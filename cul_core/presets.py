@@ -13,6 +13,7 @@ from .errors import ConfigError
 from .families import Family
 from .methods.conabl import ConAblConfig
 from .methods.esd import ESDConfig
+from .regularizers.distillation import DistillationConfig
 from .regularizers.projection import ProjectionConfig
 from .regularizers.selft import SelFTConfig
 from .regularizers.weight_anchor import L1SPConfig, L2SPConfig
@@ -142,6 +143,16 @@ PRESETS = {
     "projection_l1sp_ours": Preset(
         "The recommended projection and L1-SP towards the pretrained weights.",
         ConAblConfig(teacher="pretrained"), (_DAMPED, L1SPConfig(strength=5e3)), _STEEP,
+    ),
+    "distillation": Preset(
+        "Concept Ablation as its authors' code does it, beside distillation: the model draws pictures of what is to be kept and learns to "
+        "go on predicting there what the pretrained one does.",
+        ConAblConfig(**ConAblConfig.REFERENCE), (DistillationConfig(),), TrainingConfig(),
+    ),
+    "distillation_ours": Preset(
+        "Distillation beside Concept Ablation towards the pretrained model's anchors: stronger, from more states of pictures that take "
+        "less time to draw.",
+        ConAblConfig(teacher="pretrained"), (DistillationConfig(keep_weight=4.0, batch_size=4, trajectory_steps=20),), _STEEP,
     ),
 }  # fmt: skip
 

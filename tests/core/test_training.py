@@ -33,7 +33,7 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-SHORT = {"esd": {"trajectories": 1, "trajectory_steps": 2}, "selft": {"states": 4}}
+SHORT = dict.fromkeys(("esd", "distillation"), {"trajectories": 1, "trajectory_steps": 2}) | {"selft": {"states": 4}}
 """Settings that make the mechanics of a method or regularizer fast: name -> values."""
 
 
