@@ -28,6 +28,7 @@ from .methods.base import Method, StepContext
 from .params import group_names, is_kv
 from .regularizers import REGULARIZERS
 from .regularizers.base import Regularizer
+from .stopping import EarlyStopping, Measure
 
 logger = logging.getLogger(__name__)
 _PREVIEW_SAMPLER = SamplerConfig(steps=8)
@@ -157,7 +158,7 @@ class StepReport:
 
 def run_step(
     model: UnlearnModel, request: Request, *, device: torch.device | str = "cpu", callbacks: Callbacks | None = None,
-    store: AnchorStore | None = None, bundles: BundleCache | None = None,
+    store: AnchorStore | None = None, bundles: BundleCache | None = None, measure: Measure | None = None,
 ) -> tuple[UnlearnModel, StepReport]:  # fmt: skip
     """Forget `request.concepts`: (the edited model, a report). Same seed, device and versions give the same bits on a CPU.
 
@@ -168,16 +169,18 @@ def run_step(
         callbacks: progress and cancelling.
         store: anchor latents shared between steps; made here if not given.
         bundles: loaded models shared between steps.
+        measure: how early stopping measures, if the request asks for it.
 
     Raises:
         ConceptError: a target cannot be forgotten as described.
         ConfigError: settings that do not fit this model.
-        TrainingError: a loss or weight became NaN or infinite.
+        TrainingError: a loss or weight became NaN or infinite, or early stopping measured nothing.
         Cancelled: `callbacks.should_stop` said so.
     """
     callbacks, store, bundles = callbacks or Callbacks(), store or AnchorStore(), bundles or BundleCache()
     begun = time.monotonic()
     _check_supported(model, request)
+    stopping = EarlyStopping(request.training, measure)
     bundle = bundles.get(model.source, device)
     names = group_names(bundle.unet, request.training.group)
     parameters = dict(bundle.unet.named_parameters())
@@ -207,8 +210,8 @@ def run_step(
         if method.is_closed_form:
             weights, losses, parts = method.edit(context), [], {}
         else:
-            weights, losses, parts = _train(context, method, regularizers, callbacks)
-    figures = {name: value for regularizer in regularizers for name, value in regularizer.report().items()}
+            weights, losses, parts = _train(context, method, regularizers, callbacks, stopping)
+    figures = {name: value for regularizer in regularizers for name, value in regularizer.report().items()} | stopping.figures
 
     edits, drift = dict(outside), {}
     for name in names:
@@ -258,9 +261,9 @@ def _coordinates(regularizers: list[Regularizer], name: str) -> Tensor | None:
 
 
 def _train(
-    context: StepContext, method: Method, regularizers: list[Regularizer], callbacks: Callbacks
+    context: StepContext, method: Method, regularizers: list[Regularizer], callbacks: Callbacks, stopping: EarlyStopping
 ) -> tuple[dict[str, Tensor], list[float], dict[str, float]]:
-    """(new weights, loss of every update, last value of each part of the loss)."""
+    """(new weights, the best if they were measured; loss of every update; last value of each part of the loss)."""
     training, unet = context.training, context.bundle.unet
     parameters = {name: parameter for name, parameter in unet.named_parameters() if name in context.start}
     generator, losses, parts = context.generator("batches"), [], {}
@@ -318,8 +321,12 @@ def _train(
             _update(parameters, optimizer, regularizers, training)
             losses.append(total)
             callbacks.on_progress(Progress(iteration, training.iterations, losses[-1], parts, time.monotonic() - begun))
-            callbacks.preview(context.bundle, iteration, training.iterations)
-        return {name: parameter.detach().clone() for name, parameter in parameters.items()}, losses, parts
+            is_last = stopping.is_time(iteration, context.bundle, parameters, stop_if_asked)
+            callbacks.preview(context.bundle, iteration, iteration if is_last else training.iterations)
+            if is_last:
+                break
+        weights = stopping.weights or {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        return weights, losses, parts
 
 
 @torch.no_grad()
