@@ -199,6 +199,63 @@ def test_an_empty_keep_list_is_refused(random_model, bundles, anchors, make_requ
         run_step(random_model, make_request(regularizers=[ProjectionConfig()], retain=()), store=anchors, bundles=bundles["random"])
 
 
+# --- auxiliary names
+
+
+def test_auxiliary_names_are_protected_like_a_keep_list(random_model, random_bundle, bundles, anchors, make_request):
+    config = ProjectionConfig(auxiliary_names="object: moon, Tartan, Tartan")
+    edited, report = run_step(random_model, make_request(regularizers=[config], retain=()), store=anchors, bundles=bundles["random"])
+    rows = vectors(random_bundle, [("An image of a moon", "moon"), ("An image in the style of Tartan", "Tartan")])
+    assert relative_change(edited, random_bundle, rows) < 1e-5
+    assert relative_change(edited, random_bundle, vectors(random_bundle, [("An image in the style of moon", "moon")])) > 1e-4
+    assert report.figures["protected_rank"] == report.figures["auxiliary_protected"] == 2
+    assert report.figures["auxiliary_excluded"] == report.figures["auxiliary_unknown"] == 0
+
+
+def test_auxiliary_names_that_hold_the_target_are_left_out_and_counted(prepared):
+    """Of the five, "lava" is on the keep list already and counts as neither."""
+    _, report = prepared(ProjectionConfig(auxiliary_names="candy_stripes, pale Candy Stripes, Tartan, object: cup, lava"))
+    assert (report.figures["auxiliary_protected"], report.figures["auxiliary_excluded"]) == (2, 2)
+    assert report.figures["protected_rank"] == 4
+
+
+def test_auxiliary_names_too_near_the_target_are_left_out(prepared, monkeypatch):
+    monkeypatch.setattr("cul_core.regularizers.projection._NEAR_TARGET_COSINE", -1.0)
+    _, report = prepared(ProjectionConfig(decoys=10, auxiliary_names="Tartan, object: cup"))
+    assert (report.figures["auxiliary_protected"], report.figures["auxiliary_excluded"]) == (0, 2)
+
+
+def test_of_a_list_only_names_are_taken_that_the_model_can_read(prepared):
+    """MiniCanvas has a token for cat, tree, house, pencil and cup, and splits the other ninety-five."""
+    _, report = prepared(ProjectionConfig(auxiliary="objects"))
+    assert (report.figures["auxiliary_protected"], report.figures["auxiliary_unknown"]) == (5, 95)
+    with pytest.raises(ConceptError, match="MiniCanvas knows none of the names that auxiliary 'public_figures' would keep"):
+        prepared(ProjectionConfig(auxiliary="public_figures"))
+
+
+def test_lists_stop_short_of_the_target_and_typed_names_do_not(prepared, monkeypatch):
+    monkeypatch.setattr("cul_core.regularizers.projection._LEAST_BESIDE_LISTS", 1.0)
+    _, report = prepared(ProjectionConfig(auxiliary="objects", auxiliary_names="object: moon"))
+    assert (report.figures["auxiliary_protected"], report.figures["auxiliary_excluded"]) == (1, 5)
+
+
+def test_typed_names_are_checked_where_they_are_typed():
+    with pytest.raises(ConceptError, match="Line 2 of the auxiliary names: The target is empty"):
+        ProjectionConfig(auxiliary_names="Tartan\nobject:")
+
+
+def test_damping_acts_on_the_text_of_auxiliary_names(prepared, random_bundle):
+    """Their tokens in sentences too, not only the mean that is projected out: a style's in the target's place, an object's alone."""
+    texts = (["In Tartan Style, a star image."], ["An image of a moon"])
+    dampers = [
+        prepared(ProjectionConfig(decoys=1, damping=1e-4, auxiliary_names=names))[0]._damper for names in ("", "Tartan, object: moon")
+    ]
+    for text in texts:
+        rows = prompt_rows(random_bundle, text, "all").float()
+        before, after = ((rows @ damper).square().sum().item() for damper in dampers)
+        assert after < 0.7 * before
+
+
 # --- requests of several kinds
 
 REQUESTS = (Concept("Van_Gogh"), Concept("dog", "object", "horse"), Concept("Betty_White", "celebrity", "person"))
