@@ -206,6 +206,14 @@ def test_erased_stable_diffusion_trains_on_its_own_family_as_its_authors_do():
     assert preset("esd").for_family(MINI) is preset("esd")
 
 
+def test_erased_stable_diffusion_trains_on_sdxl_as_the_paper_does():
+    request = preset("esd_reference").for_family(SDXL).request([Concept("Van_Gogh")], retain=[], anchor_prompts=["a cup"], seed=3)
+    training, method = request.training, request.method
+    assert (training.iterations, training.batch_size, training.learning_rate, training.group) == (200, 1, 2e-4, "kv")
+    assert (training.schedule, training.max_grad_norm, training.weight_decay) == ("constant", 0.0, 0.0)
+    assert (method.negative_guidance, method.guidance_scale, method.teacher, method.block_first_token) == (2.0, 3.0, "start", False)
+
+
 def test_papers_penalties_have_the_papers_strengths():
     for name, strength in (("l1sp", 50.0), ("l2sp", 25000.0)):
         assert [config.strength for config in preset(name).for_family(SD1).regularizers] == [strength]
