@@ -99,6 +99,7 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     from .loading import BundleCache, detect_family
     from .presets import preset
     from .prompts import anchor_prompts
+    from .regularizers.projection import ProjectionConfig
     from .safetensor_files import check_writable
     from .training import Callbacks, run_step
 
@@ -106,6 +107,13 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in ("iterations", "learning_rate", "evaluate_every")}
     overrides = {name: value for name, value in given.items() if value is not None}
     chosen = replace(chosen, training=replace(chosen.training, **overrides))
+    if arguments.auxiliary is not None:
+        if not any(isinstance(part, ProjectionConfig) for part in chosen.regularizers):
+            raise ConfigError(f"--auxiliary is {arguments.auxiliary!r}, which preset {arguments.preset!r} does not use; leave it out, or "
+                              "choose a preset with gradient projection.")  # fmt: skip
+        chosen = replace(chosen, regularizers=tuple(
+            replace(part, auxiliary=arguments.auxiliary) if isinstance(part, ProjectionConfig) else part for part in chosen.regularizers
+        ))  # fmt: skip
     concepts = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
     kept = [parse_concept(name, arguments.kind) for name in arguments.keep]
     keep = [Concept(concept.target, concept.kind) for concept in kept]
@@ -265,6 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--kind", default="style", help="style, object, celebrity or character")
     unlearn.add_argument("--anchor", default="", help="word that takes an object's place")
     unlearn.add_argument("--keep", nargs="*", default=[], metavar="CONCEPT", help="what is declared as to be kept")
+    unlearn.add_argument("--auxiliary", metavar="LIST", help="shipped names to keep too: styles, objects, public_figures or scenes, or "
+                         "auto, all that suit the target")  # fmt: skip
     unlearn.add_argument("--preset", default="recommended", help="named combination of method and regularizers")
     unlearn.add_argument("--iterations", type=int, help="instead of the preset's")
     unlearn.add_argument("--learning-rate", type=float, help="instead of the preset's")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ..config import Config, setting
+from ..embeddings import Embeddings
 from ..errors import ConceptError
 from .base import METHODS, LossParts, Method, Predict, StepContext
 
@@ -29,7 +29,7 @@ class ConAblConfig(Config):
     display_name="Concept Ablation",
     description="Teaches the model to draw the anchor when asked for the target.",
     paper="Kumari et al., Ablating Concepts in Text-to-Image Diffusion Models, ICCV 2023, arXiv 2303.13516",
-    families=("mini", "sd1"),
+    families=("mini", "sd1", "sdxl"),
     groups=("kv", "attn2", "attn", "full"),
 )
 class ConAbl(Method):
@@ -51,7 +51,7 @@ class ConAbl(Method):
     def prepare(self, context: StepContext) -> None:
         self._schedule, self._latents, self._batch = context.schedule, context.anchor_latents, context.training.batch_size
         named = (*context.concepts, *context.previous)
-        self._pairs: list[tuple[int, list[Tensor]]] = []
+        self._pairs: list[tuple[int, Embeddings]] = []
         bundle = context.bundle
         for concept in context.concepts:
             rewritten = [(i, concept.target_prompts(prompt)) for i, prompt in enumerate(context.anchor_prompts)
@@ -60,7 +60,7 @@ class ConAbl(Method):
             if not rewritten:
                 raise ConceptError(f"No anchor prompt can be turned into one for {concept.target!r}; add prompts that name its "
                                    f"anchor ({concept.anchor or 'any caption without a style'!r}) and not the target.")  # fmt: skip
-            self._pairs += [(i, list(bundle.encode(prompts))) for i, prompts in rewritten]
+            self._pairs += [(i, bundle.encode(prompts)) for i, prompts in rewritten]
         self._anchors = bundle.encode(context.anchor_prompts)
 
     def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
@@ -76,6 +76,6 @@ class ConAbl(Method):
         noisy = self._schedule.add_noise(clean, noise, timesteps)
         with torch.no_grad():
             goal = (student if self.config.teacher == "student" else teacher)(noisy, timesteps, self._anchors[anchors])
-        predicted = student(noisy, timesteps, torch.stack(targets))
+        predicted = student(noisy, timesteps, Embeddings.cat(targets))
         loss = (predicted - goal).square().sum(1).mean()
         return LossParts(loss, {"unlearn": loss.item()})

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..concepts import Concept, display_name
 from ..config import Config, setting
 from ..diffusion import Predict
+from ..embeddings import Embeddings
 from ..methods.base import StepContext
 from ..trajectories import TrajectoryBuffer
 from .base import REGULARIZERS, Regularizer
@@ -74,14 +75,14 @@ class _Held:
         bundle = context.bundle
         self.weight, self._embeddings, self._count = weight, bundle.encode(prompts), config.batch_size
         self._buffer = TrajectoryBuffer(
-            self._embeddings, bundle.encode([""])[0], bundle.family.latent_shape,
+            self._embeddings, bundle.encode([""]), bundle.family.latent_shape,
             lambda: context.schedule.ddim(bundle.family.prediction_type, config.trajectory_steps),
             lambda number: context.generator("distillation", name, number),
             guidance_scale=config.guidance_scale, size=config.trajectories, refresh_every=config.refresh_every,
         )  # fmt: skip
 
-    def draw(self, teacher: Predict, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """(latents, timesteps, text embeddings, what the teacher predicts there) of some states."""
+    def draw(self, teacher: Predict, generator: torch.Generator) -> tuple[Tensor, Tensor, Embeddings, Tensor]:
+        """(latents, timesteps, encoded prompts, what the teacher predicts there) of some states."""
         states = self._buffer.draw(teacher, self._count, generator)
         inputs = states.latents, states.timesteps, self._embeddings[list(states.prompts)]
         return *inputs, teacher(*inputs)
@@ -94,7 +95,7 @@ class _Held:
     description="Has the model go on predicting what the pretrained one does where it draws what is to be kept, and what it did before the "
     "step where it draws what earlier steps forgot.",
     paper="In the spirit of Song et al., Towards Lifelong Few-Shot Customization of Text-to-Image Diffusion, 2024, arXiv 2411.05544",
-    families=("mini", "sd1"),
+    families=("mini", "sd1", "sdxl"),
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class Distillation(Regularizer):
@@ -123,6 +124,7 @@ class Distillation(Regularizer):
         drawn = [held.draw(teachers[name], self._generator) for name, held in self._held.items()]
         if not drawn:
             return {}
-        latents, timesteps, embeddings, goals = map(torch.cat, zip(*drawn, strict=True))
-        errors = (student(latents, timesteps, embeddings) - goals).square().sum(1).mean((1, 2)).chunk(len(drawn))
+        latents, timesteps, embeddings, goals = zip(*drawn, strict=True)
+        predicted = student(torch.cat(latents), torch.cat(timesteps), Embeddings.cat(embeddings))
+        errors = (predicted - torch.cat(goals)).square().sum(1).mean((1, 2)).chunk(len(drawn))
         return {name: held.weight * error.mean() for (name, held), error in zip(self._held.items(), errors, strict=True)}

@@ -14,8 +14,8 @@ FILES = sorted((ROOT / "cul_core").rglob("*.py"))
 
 # From the bottom: a module may import from its own layer or from those before it; a package stands for its modules.
 LAYERS = (
-    {"config", "concepts", "registry", "errors", "safetensor_files"},
-    {"families", "bundle", "loading", "compact"},
+    {"config", "concepts", "auxiliary", "registry", "errors", "safetensor_files"},
+    {"embeddings", "families", "bundle", "loading", "compact"},
     {"diffusion", "trajectories", "conditioning", "params", "largest", "stopping"},
     {"methods", "regularizers", "merging"},
     {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store", "merge_models"},

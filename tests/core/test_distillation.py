@@ -48,7 +48,7 @@ def predict_with(bundle, weights=None):
 
     def predict(latents, timesteps, embeddings):
         with swapped_weights(bundle.unet, weights or {}):
-            return bundle.unet(latents, timesteps, encoder_hidden_states=embeddings).sample
+            return bundle.predict(latents, timesteps, embeddings)
 
     return torch.no_grad()(predict)
 
@@ -150,14 +150,14 @@ def test_no_gradient_where_keys_and_values_of_the_prompts_are_unchanged(prepared
     unet = random_bundle.unet
     pretrained = {name: unet.get_parameter(name).data for name in group_names(unet, "kv")}
     teacher, generator, sizes = predict_with(random_bundle, pretrained), torch.Generator().manual_seed(3), []
-    rows = random_bundle.encode(["", "a star"]).flatten(0, 1)  # all there is to keep, of 154 of 192 directions at most
+    rows = random_bundle.encode(["", "a star"]).text.flatten(0, 1)  # all there is to keep, of 154 of 192 directions at most
     right = torch.linalg.svd(rows.double(), full_matrices=False)[2].float()
     for protected in (torch.zeros_like(right), right):
         changes = {name: 0.1 * weight.std() * torch.randn(weight.shape, generator=generator) for name, weight in pretrained.items()}
         student = {name: weight + changes[name] - changes[name] @ protected.T @ protected for name, weight in pretrained.items()}
         distillation = prepared(captions=("a star",))
         with swapped_weights(unet, student), trainable(random_bundle, pretrained) as parameters:
-            term = distillation.loss_terms(lambda z, t, e: unet(z, t, encoder_hidden_states=e).sample, teacher, teacher)["keep"]
+            term = distillation.loss_terms(random_bundle.predict, teacher, teacher)["keep"]
             sizes.append(sum(gradient.norm().item() for gradient in torch.autograd.grad(term, parameters)))
     assert sizes[1] < 1e-4 * sizes[0]
 

@@ -13,7 +13,7 @@ from cul_core.conditioning import decoy_concepts, vocabulary_words
 from cul_core.config import Config, TrainingConfig, setting, stable_hash
 from cul_core.diffusion import NoiseSchedule, SamplerConfig
 from cul_core.errors import ConceptError, ConfigError
-from cul_core.families import MINI
+from cul_core.families import MINI, SD1
 from cul_core.methods import METHODS
 from cul_core.presets import PRESETS, preset
 from cul_core.prompts import anchor_prompts, preview_prompts
@@ -94,6 +94,15 @@ def test_anchor_prompts_follow_the_kind_and_previews_show_target_and_kept():
     assert "cat" in shown[0][1] and "dog" in shown[2][1] and "tree" not in shown[2][1]
     alone = preview_prompts(replace(request, retain=()))
     assert [label for label, _ in alone[2:]] == ["anchor", "anchor"]
+
+
+@pytest.mark.parametrize("family", [MINI, SD1], ids=lambda family: family.name)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_anchor_prompt_of_every_kind_can_be_rewritten_to_the_target(kind, family):
+    concept = Concept("Van_Gogh", kind, "" if kind == "style" else "old_man")
+    prompts = anchor_prompts(family, [concept])
+    rewritten = [concept.target_prompts(prompt) for prompt in prompts]
+    assert len(prompts) > 10 and all(rewritten) and all("Van Gogh" in text for texts in rewritten for text in texts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
