@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "cul_core").rglob("*.py"))
 LAYERS = (
     {"config", "concepts", "registry", "errors", "safetensor_files"},
     {"families", "bundle", "loading", "compact"},
-    {"diffusion", "trajectories", "conditioning", "params", "largest"},
+    {"augmentation", "diffusion", "trajectories", "conditioning", "params", "largest"},
     {"methods", "regularizers", "merging"},
     {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store", "merge_models"},
     {"cli", "__main__"},
