@@ -110,6 +110,10 @@ PRESETS = {
         ConAblConfig(**ConAblConfig.REFERENCE),
         (SelFTConfig(kept_fraction=0.30, **SelFTConfig.REFERENCE), ProjectionConfig(**ProjectionConfig.REFERENCE)), TrainingConfig(),
     ),
+    "plain_ours": Preset(
+        "Concept Ablation towards the pretrained model's anchors, with nothing else to hold the rest.",
+        ConAblConfig(teacher="pretrained"), (), TrainingConfig(),
+    ),
 }  # fmt: skip
 
 
