@@ -18,7 +18,20 @@ LAYERS = (
     {"families", "bundle", "loading", "compact"},
     {"augmentation", "diffusion", "trajectories", "conditioning", "params", "largest"},
     {"methods", "regularizers", "merging"},
-    {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store", "merge_models"},
+    {
+        "training",
+        "chain",
+        "checkpoint",
+        "anchors",
+        "presets",
+        "prompts",
+        "export",
+        "evaluation",
+        "minicanvas",
+        "store",
+        "merge_models",
+        "memorized",
+    },
     {"cli", "__main__"},
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
