@@ -31,9 +31,12 @@ _SUBJECT_TEMPLATES = (
 def anchor_prompts(family: Family, concepts: Sequence[Concept]) -> tuple[str, ...]:
     """Captions for one request: for styles, varied pictures in no style; for a memorized picture, its anchor; else of the anchor word."""
     if family == MINI:
-        from .minicanvas.world import OBJECTS, PLAIN_TEMPLATES
+        from .minicanvas.world import NAMED_TEMPLATES, OBJECTS, PLAIN_TEMPLATES, STYLE_BY_NAME, styles_in
 
-        styled, pictured, subjects = PLAIN_TEMPLATES, PLAIN_TEMPLATES, OBJECTS
+        styled, subjects = PLAIN_TEMPLATES, OBJECTS
+        styles = [STYLE_BY_NAME[name].display_name for name in styles_in("declared")]
+        in_styles = [NAMED_TEMPLATES[i % len(NAMED_TEMPLATES)].replace("{style}", style) for i, style in enumerate(styles * 2)]
+        pictured = (*PLAIN_TEMPLATES, *in_styles)
     else:
         styled, pictured, subjects = _STYLE_TEMPLATES, _SUBJECT_TEMPLATES, _SUBJECTS
     prompts = []

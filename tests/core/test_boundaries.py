@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "cul_core").rglob("*.py"))
 
 # From the bottom: a module may import from its own layer or from those before it; a package stands for its modules.
 LAYERS = (
-    {"config", "concepts", "registry", "errors", "safetensor_files"},
+    {"config", "concepts", "auxiliary", "registry", "errors", "safetensor_files"},
     {"families", "bundle", "loading", "compact"},
     {"augmentation", "diffusion", "trajectories", "conditioning", "params", "largest"},
     {"methods", "regularizers", "merging"},

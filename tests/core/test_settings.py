@@ -13,7 +13,7 @@ from cul_core.conditioning import decoy_concepts, vocabulary_words
 from cul_core.config import Config, TrainingConfig, setting, stable_hash
 from cul_core.diffusion import NoiseSchedule, SamplerConfig
 from cul_core.errors import ConceptError, ConfigError
-from cul_core.families import MINI
+from cul_core.families import MINI, SD1
 from cul_core.methods import METHODS
 from cul_core.presets import PRESETS, preset
 from cul_core.prompts import anchor_prompts, preview_prompts
@@ -23,6 +23,8 @@ from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.training import Request
 
 # --- concepts
+
+NAMED_KINDS = [kind for kind in KINDS if kind != "memorized"]  # a memorized picture is called by a whole caption
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,16 @@ def test_anchor_prompts_follow_the_kind_and_previews_show_target_and_kept():
     assert [label for label, _ in alone[2:]] == ["anchor", "anchor"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "memorized"])
+@pytest.mark.parametrize("family", [MINI, SD1], ids=lambda family: family.name)
+@pytest.mark.parametrize("kind", NAMED_KINDS)
+def test_every_anchor_prompt_of_every_kind_can_be_rewritten_to_the_target(kind, family):
+    concept = Concept("Van_Gogh", kind, "" if kind == "style" else "old_man")
+    prompts = anchor_prompts(family, [concept])
+    rewritten = [concept.target_prompts(prompt) for prompt in prompts]
+    assert len(prompts) > 10 and all(rewritten) and all("Van Gogh" in text for texts in rewritten for text in texts)
+
+
+@pytest.mark.parametrize("kind", NAMED_KINDS)
 def test_concept_of_every_kind_has_a_prompt_without_underscores(kind):
     concept = Concept("Candy_Stripes", kind, "" if kind == "style" else "Plain_Thing")
     assert concept.prompt.startswith("An image") and concept.prompt.endswith("Candy Stripes")
