@@ -26,7 +26,7 @@ from cul_core.memorized import (
 from cul_core.methods.conabl import ConAblConfig
 
 CAPTION = "A house image in Lava style."
-QUICK = replace(MEMORIZED, anchor_count=4, anchor_sampler=SamplerConfig(steps=4))
+QUICK = replace(MEMORIZED, anchor_count=4, anchor_sampler=SamplerConfig(steps=4), training=replace(MEMORIZED.training, batch_size=2))
 TWO = MemorizedConfig(pictures=2, fewest_anchors=2)
 
 
@@ -140,7 +140,8 @@ def test_command_forgets_a_memorized_picture(original, tmp_path, capsys, monkeyp
     command = ["unlearn", CAPTION, "--picture", str(tmp_path / "a.png"), "--iterations", "1"]
     assert main(command) == 2
     assert "needs its caption as the only target, --picture and --paraphrases" in capsys.readouterr().err
-    assert main([*command, "--paraphrases", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out.safetensors")]) == 0
+    files = ["--paraphrases", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out.safetensors")]
+    assert main([*command, *files]) == 0
     out = capsys.readouterr().out
     assert f"100% copies: {CAPTION}\n  0% copies: a house" in out and f"forgot {CAPTION} in" in out
     assert (tmp_path / "out.safetensors").is_file()
