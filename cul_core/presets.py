@@ -143,6 +143,12 @@ PRESETS = {
         "The recommended projection and L1-SP towards the pretrained weights.",
         ConAblConfig(teacher="pretrained"), (_DAMPED, L1SPConfig(strength=5e3)), _STEEP,
     ),
+    "esd_reference": Preset(
+        "Erased Stable Diffusion as its authors' code does it, a new picture for every update; on Stable Diffusion XL as the paper's.",
+        ESDConfig(**ESDConfig.REFERENCE), (), TrainingConfig(batch_size=4, learning_rate=1.2e-3),
+        training_of={"sd1": TrainingConfig(iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2"),
+                     "sdxl": TrainingConfig(iterations=200, batch_size=1, learning_rate=2e-4, max_grad_norm=0.0)},
+    ),
 }  # fmt: skip
 
 
