@@ -94,8 +94,9 @@ class ConAbl(Method):
         self._anchor_rows = [row(prefix + captions[i]) for _, (i, prefix) in shown]
         self._pairs = [[(picture, [row(prefix + prompt) for prompt in prompts[i]]) for picture, (i, prefix) in shown if i in prompts]
                        for prompts in rewritten]  # fmt: skip
-        self._preserved = [(i, row(captions[i])) for i in usable] if config.preservation else []
-        self._embeddings = bundle.encode(list(rows))
+        self._preserved = [(i, row(captions[i])) for i in usable]
+        self._prompts = list(rows)
+        self._embeddings = bundle.encode(self._prompts)
 
     def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
         pictures, targets = self._draw(generator)
@@ -129,11 +130,16 @@ class ConAbl(Method):
         timesteps = torch.randint(self._schedule.timesteps, (len(clean),), generator=generator).to(clean.device)
         return self._schedule.add_noise(clean, noise, timesteps), timesteps, noise
 
-    def _preservation(self, student: Predict, generator: torch.Generator) -> Tensor:
-        """Mean squared error of what the student says of anchors as they are, from their own prompts."""
+    def _draw_anchors(self, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """(z_t, t, E(p)) of a batch of anchors as they are, and what a perfect model would say there."""
         drawn = torch.randint(len(self._preserved), (self._batch,), generator=generator).tolist()
         anchors, prompts = zip(*(self._preserved[i] for i in drawn), strict=True)
         clean = self._latents[list(anchors)]
         noisy, timesteps, noise = self._noised(clean, generator)
         truth = self._schedule.target(self._prediction_type, clean, noise, timesteps)
-        return (student(noisy, timesteps, self._embeddings[list(prompts)]) - truth).square().mean()
+        return (noisy, timesteps, self._embeddings[list(prompts)]), truth
+
+    def _preservation(self, student: Predict, generator: torch.Generator) -> Tensor:
+        """Mean squared error of what the student says of anchors as they are, from their own prompts."""
+        inputs, truth = self._draw_anchors(generator)
+        return (student(*inputs) - truth).square().mean()

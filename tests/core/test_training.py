@@ -33,7 +33,7 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-SHORT = {"esd": {"trajectories": 1, "trajectory_steps": 2}}
+SHORT = {"esd": {"trajectories": 1, "trajectory_steps": 2}, "sculpmem": {"warm_up": 1}}
 """Settings that make the mechanics of a method fast: name -> values."""
 
 
