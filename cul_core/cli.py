@@ -96,30 +96,52 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     from .checkpoint import open_model, save_checkpoint
     from .concepts import Concept, parse_concept
     from .loading import BundleCache, detect_family
+    from .memorized import MEMORIZED, memorized_request, pixel_correlation, read_paraphrases, read_picture
     from .presets import preset
     from .prompts import anchor_prompts
+    from .regularizers.projection import ProjectionConfig
     from .safetensor_files import check_writable
     from .training import Callbacks, run_step
 
-    chosen = preset(arguments.preset).for_family(detect_family(arguments.model))
+    is_picture = arguments.picture is not None
+    if is_picture != (arguments.paraphrases is not None) or (is_picture and len(arguments.target) != 1):
+        raise ConfigError("A memorized picture needs its caption as the only target, --picture and --paraphrases; give all three.")
+    chosen = (MEMORIZED if is_picture else preset(arguments.preset)).for_family(detect_family(arguments.model))
     overrides = {name: value for name in ("iterations", "learning_rate") if (value := getattr(arguments, name)) is not None}
     chosen = replace(chosen, training=replace(chosen.training, **overrides))
-    concepts = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
+    if arguments.auxiliary is not None:
+        if not any(isinstance(part, ProjectionConfig) for part in chosen.regularizers):
+            raise ConfigError(f"--auxiliary is {arguments.auxiliary!r}, which preset {arguments.preset!r} does not use; leave it out, or "
+                              "choose a preset with gradient projection.")  # fmt: skip
+        chosen = replace(chosen, regularizers=tuple(
+            replace(part, auxiliary=arguments.auxiliary) if isinstance(part, ProjectionConfig) else part for part in chosen.regularizers
+        ))  # fmt: skip
+    if is_picture:
+        concepts = [Concept(arguments.target[0], "memorized")]
+        similarity, paraphrases = pixel_correlation(read_picture(arguments.picture)), read_paraphrases(arguments.paraphrases)
+    else:
+        concepts = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
     kept = [parse_concept(name, arguments.kind) for name in arguments.keep]
     keep = [Concept(concept.target, concept.kind) for concept in kept]
-    names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))
+    names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))[:100]
     out = arguments.out or Path(f"{arguments.model.stem}-without-{names}.safetensors")
     check_writable(out.parent)
     device = _usable_device(arguments.device)
     model = open_model(arguments.model, arguments.pretrained)
     show = _ProgressLine()
-    prompts = anchor_prompts(model.family, concepts)
-    request = chosen.request(concepts, retain=keep, anchor_prompts=prompts, seed=arguments.seed)
-    watch = Callbacks(on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left))
     bundles = BundleCache(arguments.tokenizer)
+    if is_picture:
+        request, rates = memorized_request(bundles.get(model.source, device), concepts[0].name, paraphrases, similarity,
+                                           retain=keep, seed=arguments.seed, chosen=chosen)  # fmt: skip
+        for prompt, rate in rates.items():
+            _say(f"{rate:4.0%} copies: {prompt}")
+    else:
+        prompts = anchor_prompts(model.family, concepts)
+        request = chosen.request(concepts, retain=keep, anchor_prompts=prompts, seed=arguments.seed)
+    watch = Callbacks(on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left))
     edited, report = run_step(model, request, device=device, store=AnchorStore(), bundles=bundles, callbacks=watch)
     path = save_checkpoint(edited, out)
-    _say(f"forgot {', '.join(c.name for c in concepts)} in {report.record.seconds:.1f} s")
+    _say(f"forgot {', '.join(c.name for c in request.concepts)} in {report.record.seconds:.1f} s")
     for name, value in report.figures.items():
         _say(f"{name.replace('_', ' ')}: {value:.3g}")
     _say(f"checkpoint: {path.resolve()}")
@@ -171,20 +193,23 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from .families import MINI
     from .loading import BundleCache
     from .minicanvas.judge import Judge, evaluate
-    from .minicanvas.world import STYLE_BY_NAME
+    from .minicanvas.suites import suite_of
+    from .minicanvas.world import OBJECTS, STYLE_BY_NAME
 
     _within("--pictures", arguments.pictures, 1, 1000)
     model = open_model(arguments.model)
     if model.family != MINI:
         raise ModelError(f"{arguments.model.name!r} is a {model.family.display_name} checkpoint, for which there is no classifier; "
                          "choose a MiniCanvas checkpoint.")  # fmt: skip
-    targets = arguments.target or [concept["target"] for concept in model.forgotten]
-    targets = list(dict.fromkeys(target.replace(" ", "_") for target in targets))
-    for target in targets:
-        if target not in STYLE_BY_NAME:
-            raise ConceptError(f"MiniCanvas has no style {target!r} to score; choose among {', '.join(STYLE_BY_NAME)}.")
-    show, total = _ProgressLine(), (len(targets) * 2 + 24) * 10 * arguments.pictures
-    scores = evaluate(BundleCache().get(model.source), model, Judge(), targets, seed=arguments.seed, per_cell=arguments.pictures,
+    asked = arguments.target or [concept["target"] for concept in model.forgotten]
+    suite, targets = suite_of(asked)
+    unknown = [name for name in arguments.target or () if name not in [target.replace("_", " ") for target in targets] + targets]
+    if unknown:
+        known = ", ".join(OBJECTS if suite.domain == "object" else STYLE_BY_NAME)
+        raise ConceptError(f"MiniCanvas has no {suite.domain} {unknown[0]!r} to score; choose among {known}, of one kind at a time.")
+    show, total = _ProgressLine(), len(suite.shots(targets, arguments.pictures))
+    scores = evaluate(BundleCache().get(model.source), model, Judge(), targets, seed=arguments.seed, suite=suite,
+                      per_cell=arguments.pictures,
                       on_batch=lambda done: show(min(done / total, 1), 0.085 * max(total - done, 0)))  # fmt: skip
     values = scores.to_json()
     _say(table([(arguments.model.name, values)]))
@@ -195,19 +220,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
-    from .minicanvas.benchmark import Cell, all_cells, result_table, run_benchmark, write_figure
+    from .minicanvas.benchmark import Cell, grid, result_table, run_benchmark, write_figure
+    from .minicanvas.suites import SUITES
     from .safetensor_files import check_writable
 
-    _within("--requests", arguments.requests, 1, 12)
+    suite = SUITES[arguments.suite]
+    _within("--requests", arguments.requests or suite.longest, 1, suite.longest)
     _within("--pictures", arguments.pictures, 1, 100)
-    cells = [Cell.parse(name) for name in arguments.cells] if arguments.cells else all_cells()
+    cells = [Cell.parse(name) for name in arguments.cells] if arguments.cells else grid()
     check_writable(arguments.out)
 
     def show(done: int, total: int, name: str) -> None:
         sys.stderr.write(f"{done} of {total} runs{f': {name}' if name else ''}\n")
 
     lines = run_benchmark(
-        arguments.out, cells=cells, seeds=arguments.seeds, orders=arguments.orders, requests=arguments.requests,
+        arguments.out, cells=cells, seeds=arguments.seeds, suite=suite, orders=arguments.orders, requests=arguments.requests,
         pictures=arguments.pictures, workers=arguments.workers, on_progress=show,
     )  # fmt: skip
     _say(result_table(lines, arguments.compare == "paper"))
@@ -251,9 +278,14 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--pretrained", type=Path, help="the file an edited checkpoint was made from, to measure drift from there")
     unlearn.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of CLIP, for Stable Diffusion 1.x")
     unlearn.add_argument("--device", default="cpu", help="where to train, as PyTorch names it: cpu, cuda, cuda:1, mps")
-    unlearn.add_argument("--kind", default="style", help="style, object, celebrity or character")
-    unlearn.add_argument("--anchor", default="", help="word that takes an object's place")
+    unlearn.add_argument("--kind", default="style", help="style, object, celebrity, character or memorized")
+    unlearn.add_argument("--anchor", default="", help="word that takes an object's place; another caption for a memorized picture")
+    unlearn.add_argument("--picture", type=Path, metavar="FILE", help="the memorized picture that the target is the caption of")
+    unlearn.add_argument("--paraphrases", type=Path, metavar="FILE", help="other captions for it, one a line: those that draw it too are "
+                         "forgotten, the others become the anchors; a recipe of its own takes the preset's place")  # fmt: skip
     unlearn.add_argument("--keep", nargs="*", default=[], metavar="CONCEPT", help="what is declared as to be kept")
+    unlearn.add_argument("--auxiliary", metavar="LIST", help="shipped names to keep too: styles, objects, public_figures or scenes, or "
+                         "auto, all that suit the target")  # fmt: skip
     unlearn.add_argument("--preset", default="recommended", help="named combination of method and regularizers")
     unlearn.add_argument("--iterations", type=int, help="instead of the preset's")
     unlearn.add_argument("--learning-rate", type=float, help="instead of the preset's")
@@ -278,10 +310,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the pictures")
 
     benchmark = command("benchmark", _benchmark, "Measure every way of forgetting on MiniCanvas; goes on where an earlier run stopped.")
-    benchmark.add_argument("--cells", nargs="*", metavar="CELL", help="presets, such as plain, or 'plain simultaneous'; all if not given")
+    benchmark.add_argument("--suite", choices=("styles", "objects"), default="styles", help="what is forgotten")
+    benchmark.add_argument("--cells", nargs="*", metavar="CELL",
+                           help="presets, such as plain, or 'plain ties', 'plain simultaneous'; the paper's if not given")  # fmt: skip
     benchmark.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="seeds of training and evaluation")
     benchmark.add_argument("--orders", nargs="+", choices=("a", "b"), default=["a", "b"], help="fixed orders of the requests")
-    benchmark.add_argument("--requests", type=int, default=12, help="how many styles, 1 to 12")
+    benchmark.add_argument("--requests", type=int, help="how many requests; all of the suite if not given")
     benchmark.add_argument("--pictures", type=int, default=1, help="pictures per style and object")
     benchmark.add_argument("--compare", choices=("paper",), help="print the paper's figures beside")
     benchmark.add_argument("--workers", type=int, help="processes, of one thread each; one per core if not given")

@@ -55,6 +55,7 @@ class Family:
         ships_tokenizer: whether the package holds the tokenizer; the caller gives its folder otherwise.
         has_decoder: whether the autoencoder, a tiny one, is loaded too; callers decode latents with their own otherwise.
         recipe: training values instead of the presets' own.
+        closed_vocabulary: whether the text encoder knows no words but those that are one token.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Family:
     ships_tokenizer: bool
     has_decoder: bool
     recipe: Recipe | None = None
+    closed_vocabulary: bool = False
 
     def config(self, part: str) -> dict[str, Any]:
         """Constructor arguments of `unet`, `text_encoder` or `vae`."""
@@ -85,7 +87,7 @@ class Family:
 
 MINI = Family(
     "mini", "MiniCanvas", prediction_type="epsilon", signature=(64, 192), latent_shape=(4, 8, 8), latent_scale=1.0,
-    image_size_px=64, sampling_batch=16, ships_tokenizer=True, has_decoder=True,
+    image_size_px=64, sampling_batch=16, ships_tokenizer=True, has_decoder=True, closed_vocabulary=True,
 )  # fmt: skip
 SD1 = Family(
     "sd1", "Stable Diffusion 1.x", prediction_type="epsilon", signature=(320, 768), latent_shape=(4, 64, 64), latent_scale=0.18215,

@@ -77,6 +77,9 @@ class Preset:
         )  # fmt: skip
 
 
+_STEEP = TrainingConfig(learning_rate=6e-4, schedule="linear")
+_DAMPED = ProjectionConfig(decoys=300, damping=3e-5)
+
 PRESETS = {
     "plain": Preset(
         "Concept Ablation as its authors' code does it, with nothing to hold the rest: the baseline that collapses.",
@@ -85,8 +88,7 @@ PRESETS = {
     "recommended": Preset(
         "Concept Ablation towards the pretrained model's anchors, with update projection in damped coordinates: forgets as much, "
         "keeps what was listed and nearly all that was not.",
-        ConAblConfig(teacher="pretrained"), (ProjectionConfig(decoys=300, damping=3e-5),),
-        TrainingConfig(learning_rate=6e-4, schedule="linear"),
+        ConAblConfig(teacher="pretrained"), (_DAMPED,), _STEEP,
     ),
     "projection": Preset(
         "The paper's gradient projection as its authors' code does it.",
@@ -112,6 +114,37 @@ PRESETS = {
         "The paper's hybrid for styles as its authors' code does it: gradients are masked, then projected.",
         ConAblConfig(**ConAblConfig.REFERENCE),
         (SelFTConfig(kept_fraction=0.30, **SelFTConfig.REFERENCE), ProjectionConfig(**ProjectionConfig.REFERENCE)), TrainingConfig(),
+    ),
+    "projection_l1sp": Preset(
+        "The paper's hybrid for objects as its authors' code does it: a far weaker L1-SP beside projection.",
+        ConAblConfig(**ConAblConfig.REFERENCE),
+        (ProjectionConfig(**ProjectionConfig.REFERENCE), L1SPConfig(strength=0.075, anchor="start", form="penalty")), TrainingConfig(),
+        regularizers_of={"sd1": (ProjectionConfig(**ProjectionConfig.REFERENCE),
+                                 L1SPConfig(strength=0.75, anchor="start", form="penalty"))},
+    ),
+    "plain_ours": Preset(
+        "Concept Ablation towards the pretrained model's anchors, with nothing to hold the rest.",
+        ConAblConfig(teacher="pretrained"), (), _STEEP,
+    ),
+    "l1sp_ours": Preset(
+        "L1-SP as a proximal step towards the pretrained weights, so that the whole chain's drift is bounded.",
+        ConAblConfig(teacher="pretrained"), (L1SPConfig(),), _STEEP,
+    ),
+    "l2sp_ours": Preset(
+        "L2-SP as a proximal step towards the pretrained weights, so that the whole chain's drift is bounded.",
+        ConAblConfig(teacher="pretrained"), (L2SPConfig(),), _STEEP,
+    ),
+    "selft_ours": Preset(
+        "SelFT whose mask holds on what the optimizer does, scored along one picture.",
+        ConAblConfig(teacher="pretrained"), (SelFTConfig(kept_fraction=0.3),), _STEEP,
+    ),
+    "projection_selft_ours": Preset(
+        "The recommended projection and SelFT, exactly sparse in the directions that projection leaves.",
+        ConAblConfig(teacher="pretrained"), (SelFTConfig(kept_fraction=0.3), _DAMPED), _STEEP,
+    ),
+    "projection_l1sp_ours": Preset(
+        "The recommended projection and L1-SP towards the pretrained weights.",
+        ConAblConfig(teacher="pretrained"), (_DAMPED, L1SPConfig(strength=5e3)), _STEEP,
     ),
     "sculpmem": Preset(
         "The paper's SculpMem as its authors' code does it: half of the weights are trained at a time.",

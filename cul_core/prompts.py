@@ -29,17 +29,22 @@ _SUBJECT_TEMPLATES = (
 
 
 def anchor_prompts(family: Family, concepts: Sequence[Concept]) -> tuple[str, ...]:
-    """Captions for one request: for styles, varied pictures in no style; for other kinds, pictures of the anchor word."""
+    """Captions for one request: for styles, varied pictures in no style; for a memorized picture, its anchor; else of the anchor word."""
     if family == MINI:
-        from .minicanvas.world import OBJECTS, PLAIN_TEMPLATES
+        from .minicanvas.world import NAMED_TEMPLATES, OBJECTS, PLAIN_TEMPLATES, STYLE_BY_NAME, styles_in
 
-        styled, pictured, subjects = PLAIN_TEMPLATES, PLAIN_TEMPLATES, OBJECTS
+        styled, subjects = PLAIN_TEMPLATES, OBJECTS
+        styles = [STYLE_BY_NAME[name].display_name for name in styles_in("declared")]
+        in_styles = [NAMED_TEMPLATES[i % len(NAMED_TEMPLATES)].replace("{style}", style) for i, style in enumerate(styles * 2)]
+        pictured = (*PLAIN_TEMPLATES, *in_styles)
     else:
         styled, pictured, subjects = _STYLE_TEMPLATES, _SUBJECT_TEMPLATES, _SUBJECTS
     prompts = []
     for concept in concepts:
         if concept.kind == "style":
             prompts += [template.format(subject=name, object=name) for template in styled for name in subjects]
+        elif concept.kind == "memorized":
+            prompts.append(concept.anchor)
         else:
             anchor = display_name(concept.anchor)
             prompts += [template.format(anchor=anchor, object=anchor) for template in pictured]

@@ -46,12 +46,11 @@ class EvaluateForgetting(UnlearningNode):
             raise ModelError(
                 f"Evaluate Forgetting has no classifier for {model.value.family.display_name}; use Compare Before/After there."
             )
-        from ..cul_core.minicanvas.judge import Judge, evaluate, shots_for
-        from ..cul_core.minicanvas.world import STYLE_BY_NAME
+        from ..cul_core.minicanvas.judge import Judge, evaluate
+        from ..cul_core.minicanvas.suites import suite_of
 
-        names = [concept["target"].replace(" ", "_") for concept in model.value.forgotten]
-        targets = [name for name in dict.fromkeys(names) if name in STYLE_BY_NAME]
-        total, bundles = len(shots_for(targets, pictures)), BundleCache()
+        suite, targets = suite_of([concept["target"] for concept in model.value.forgotten])
+        total, bundles = len(suite.shots(targets, pictures)), BundleCache()
         progress = _host.Progress(total)
 
         def on_batch(done: int) -> None:
@@ -61,7 +60,7 @@ class EvaluateForgetting(UnlearningNode):
 
         with _host.normal_tensors(), _host.training_device(bundles.free) as device:
             scores = evaluate(bundles.get(model.value.source, device), model.value, Judge(), targets, seed=sampling_seed,
-                              per_cell=pictures, on_batch=on_batch)  # fmt: skip
+                              suite=suite, per_cell=pictures, on_batch=on_batch)  # fmt: skip
         requests = model.value.requests
         label = f"after {requests}" if requests else "untouched"
         rows = [*earlier, (requests, label, scores.to_json())]

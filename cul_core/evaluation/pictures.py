@@ -48,10 +48,11 @@ def labelled_grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: `points` are (x, percent)."""
+    """One curve: `points` are (x, percent), `reported` is what somebody else found at the last x, drawn as an empty diamond."""
 
     label: str
     points: Sequence[tuple[float, float]]
+    reported: float | None = None
 
 
 def chart(title: str, panels: Mapping[str, Sequence[Line]], x_label: str, panel_size: tuple[int, int] = (340, 260)) -> Image.Image:
@@ -88,22 +89,43 @@ def chart(title: str, panels: Mapping[str, Sequence[Line]], x_label: str, panel_
             draw.line(spots, fill=colour[line.label], width=3, joint="curve")
             for x, y in spots:
                 draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour[line.label], outline=_PAPER)
+            if line.reported is not None:
+                x, y = x0 + w, y0 + h * (1 - line.reported / 100)
+                draw.polygon([(x - 7, y), (x, y - 7), (x + 7, y), (x, y + 7)], outline=colour[line.label], width=2)
     for label, (x, y) in legend.items():
         draw.line([(x, y), (x + 26, y)], fill=colour[label], width=4)
         draw.text((x + 34, y), label, fill=_INK, font=font, anchor="lm")
     return canvas
 
 
-METRIC_PANELS = (("UA (forgotten)", "ua"), ("IRA declared", "ira_declared"), ("IRA hidden", "ira_hidden"), ("CRA (objects)", "cra"))
+METRIC_PANELS = (("UA (forgotten)", "ua"), ("IRA declared", "ira_declared"), ("IRA hidden", "ira_hidden"), ("CRA", "cra"))
+PAPER_PANELS = (("UA (forgotten)", "ua"), ("IRA (of what no method is told)", "ira_hidden"), ("CRA", "cra"))
 
 
-def metric_chart(title: str, runs: Mapping[str, Sequence[tuple[int, Mapping]]]) -> Image.Image:
-    """UA, IRA and CRA against the number of requests, one curve per run; scores are (request, metric -> percent or None)."""
-    panels = {
-        name: [Line(run, [(k, scores[metric]) for k, scores in points if scores[metric] is not None]) for run, points in runs.items()]
-        for name, metric in METRIC_PANELS
-    }
-    return chart(title, panels, "request")
+def metric_chart(
+    title: str, runs: Mapping[str, Sequence[tuple[int, Mapping]]], panels: Sequence[tuple[str, str]] = METRIC_PANELS,
+    reported: Mapping[str, Mapping[str, float]] | None = None,
+) -> Image.Image:  # fmt: skip
+    """Metrics against the number of requests, one curve per run; scores are (request, metric -> percent or None).
+
+    `reported` has, for some runs, metric -> what others found after the last request.
+    """
+
+    def line(run: str, metric: str) -> Line:
+        points = [(k, scores[metric]) for k, scores in runs[run] if scores[metric] is not None]
+        return Line(run, points, (reported or {}).get(run, {}).get(metric))
+
+    return chart(title, {name: [line(run, metric) for run in runs] for name, metric in panels}, "request")
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures under one another."""
+    canvas = Image.new("RGB", (max(picture.width for picture in pictures), sum(picture.height for picture in pictures)), _PAPER)
+    top = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, top))
+        top += picture.height
+    return canvas
 
 
 def bars(title: str, rows: Sequence[tuple[str, float]], unit: str = "") -> Image.Image:

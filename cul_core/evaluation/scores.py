@@ -45,15 +45,15 @@ class Scores:
 
     Args:
         ua: unlearning accuracy, 100 minus the share of target prompts that still show the target (UnlearnCanvas).
-        clean: share of target prompts that lost the style, still show the object and are not broken.
+        clean: share of target prompts that lost the target, still show what else they ask for and are not broken.
         leak: share of descriptions of the targets that still show them.
-        ira_declared: in-domain retention of the styles declared as to be kept.
-        ira_hidden: in-domain retention of the styles nobody declared; the headline.
-        cra: cross-domain retention, object accuracy over all named prompts, targets included (CUIG).
+        ira_declared: in-domain retention of the concepts declared as to be kept.
+        ira_hidden: in-domain retention of the concepts nobody declared; the headline.
+        cra: cross-domain retention, accuracy of the other domain over all named prompts, targets included (CUIG).
         cra_clean: the same over kept prompts only (UnlearnCanvas).
         h: harmonic mean of clean, ira_hidden and cra_clean.
         intervals: metric -> 95 % bootstrap interval over pictures.
-        per_concept: style -> {role, style accuracy, object accuracy, pictures}.
+        per_concept: name -> {role, style accuracy, object accuracy, pictures}.
     """
 
     ua: float | None
@@ -80,7 +80,7 @@ def harmonic_mean(values: Sequence[float | np.ndarray | None]) -> float | np.nda
 
 
 def _metrics(cells: dict[tuple[str, str], np.ndarray]) -> dict[str, float | np.ndarray]:
-    """Metrics from (role, style) -> (..., pictures, 3) flags: own style seen, object seen, clean. Leading axes are resamples."""
+    """Metrics from (role, concept) -> (..., pictures, 3) flags: own concept seen, other domain right, clean; leading axes are resamples."""
 
     def mean(roles: tuple[str, ...], column: int):
         shares = [flags[..., column].mean(-1) for (role, _), flags in cells.items() if role in roles]
@@ -93,21 +93,25 @@ def _metrics(cells: dict[tuple[str, str], np.ndarray]) -> dict[str, float | np.n
     return out | {"h": harmonic_mean([out["clean"], out["ira_hidden"], out["cra_clean"]])}
 
 
-def score(shots: Sequence[Shot], verdicts: Sequence[Verdict], resamples: int = 500, seed: int = 0) -> Scores:
-    """Scores of classified pictures; every concept weighs the same, however many pictures it has."""
+def score(shots: Sequence[Shot], verdicts: Sequence[Verdict], domain: str = "style", resamples: int = 500, seed: int = 0) -> Scores:
+    """Scores of classified pictures; every concept weighs the same, however many pictures it has.
+
+    `domain` says what was forgotten, `style` or `object`; the other is the cross domain.
+    """
+    other = {"style": "object", "object": "style"}[domain]
     flags: dict[tuple[str, str], list[tuple[bool, bool, bool]]] = {}
     for shot, verdict in zip(shots, verdicts, strict=True):
-        own, right_object = verdict.style == shot.style, verdict.object == shot.object
-        clean = not own and verdict.style != "" and right_object
-        flags.setdefault((shot.role, shot.style), []).append((own, right_object, clean))
+        asked, seen = getattr(shot, domain), getattr(verdict, domain)
+        right_other = getattr(verdict, other) == getattr(shot, other)
+        flags.setdefault((shot.role, asked), []).append((seen == asked, right_other, seen not in (asked, "") and right_other))
     cells = {key: np.array(value, dtype=float) for key, value in sorted(flags.items())}
     rng = np.random.default_rng(seed)
     drawn = {key: value[rng.integers(len(value), size=(resamples, len(value)))] for key, value in cells.items()}
     point, spread = _metrics(cells), _metrics(drawn)
     per_concept = {
-        f"{style} (described)" if role == "alias" else style: {
-            "role": role, "style": 100 * value[:, 0].mean(), "object": 100 * value[:, 1].mean(), "pictures": len(value)}
-        for (role, style), value in cells.items()
+        f"{name} (described)" if role == "alias" else name: {
+            "role": role, domain: 100 * value[:, 0].mean(), other: 100 * value[:, 1].mean(), "pictures": len(value)}
+        for (role, name), value in cells.items()
     }  # fmt: skip
     return Scores(
         **{name: None if value is None else round(float(value), 2) for name, value in point.items()},

@@ -18,39 +18,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from ..anchors import AnchorStore
 from ..chain import UnlearnModel
 from ..checkpoint import load_edits, open_model, save_checkpoint, save_edits
-from ..concepts import Concept
 from ..diffusion import SamplerConfig
 from ..evaluation.pictures import labelled_grid, metric_chart, to_image
 from ..evaluation.scores import METRICS, Shot
-from ..families import MINI
 from ..loading import BundleCache, source_of
 from ..presets import preset
-from ..prompts import anchor_prompts
 from ..safetensor_files import free_path
 from ..training import Callbacks, run_step
 from . import models
-from .judge import Judge, evaluate, shots_for, take
-from .world import EVALUATION_TEMPLATE, OBJECTS, PLAIN, REQUEST_ORDERS, STYLE_BY_NAME, styles_in
+from .judge import Judge, evaluate, take
+from .suites import STYLE_SUITE
+from .workers import prepare_worker
+from .world import EVALUATION_TEMPLATE, OBJECTS, REQUEST_ORDERS, STYLE_BY_NAME, styles_in
 
 RUNS = ("plain", "recommended")
 _ITERATION_COST, _PICTURE_COST = 0.15, 0.085  # seconds on one thread, only for the first guess of the time left
 ANCHOR_COUNT = 100
-
-
-def anchor_captions() -> tuple[str, ...]:
-    """What every request of the demonstration is trained on: plain pictures of every object in every wording."""
-    return anchor_prompts(MINI, [Concept(PLAIN)])
-
-
-def declared_concepts() -> tuple[Concept, ...]:
-    """What a careful user of MiniCanvas would list as to be kept: the declared styles."""
-    return tuple(Concept(style) for style in styles_in("declared"))
 
 
 @dataclass(frozen=True)
@@ -101,7 +89,7 @@ _worker: _Worker | None = None
 
 def _start_worker(progress: multiprocessing.Queue) -> None:
     global _worker
-    torch.set_num_threads(1)
+    prepare_worker()
     _worker = _Worker(progress, BundleCache(), Judge())
 
 
@@ -116,7 +104,7 @@ def _model_after(plan: Plan, run: str | None, k: int) -> UnlearnModel:
 def _make_anchors(plan: Plan) -> None:
     source = source_of(plan.model_path)
     AnchorStore(plan.folder).anchor_latents(
-        source, _worker.bundles.get(source), anchor_captions(), ANCHOR_COUNT, SamplerConfig(), plan.seed
+        source, _worker.bundles.get(source), STYLE_SUITE.captions(plan.targets[:1]), ANCHOR_COUNT, SamplerConfig(), plan.seed
     )
 
 
@@ -127,9 +115,9 @@ def _run_chain(plan: Plan, run: str) -> float:
     seconds = []
     for k, target in enumerate(plan.targets, 1):
         request = preset(run).request(
-            [Concept(target)],
-            retain=declared_concepts(),
-            anchor_prompts=anchor_captions(),
+            STYLE_SUITE.concepts([target]),
+            retain=STYLE_SUITE.keep(),
+            anchor_prompts=STYLE_SUITE.captions([target]),
             seed=plan.seed * 1000 + k,
             anchor_seed=plan.seed,
         )
@@ -151,7 +139,7 @@ def _evaluate(plan: Plan, run: str | None, k: int) -> dict:
     model = _model_after(plan, run, k)
     return evaluate(
         _worker.bundles.get(model.source), model, _worker.judge, plan.targets[:k],
-        seed=plan.seed, per_cell=plan.per_cell(k), objects=plan.objects, on_batch=on_batch,
+        seed=plan.seed, per_cell=plan.per_cell(k), across=plan.objects, on_batch=on_batch,
     ).to_json()  # fmt: skip
 
 
@@ -181,7 +169,7 @@ def run_demo(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     plan = Plan(REQUEST_ORDERS[order][:requests], seed, free_path(out / "steps"))
     plan.folder.mkdir(parents=True)
-    pictures = [len(shots_for(plan.targets[:k], plan.per_cell(k), plan.objects)) for k in plan.marks]
+    pictures = [len(STYLE_SUITE.shots(plan.targets[:k], plan.per_cell(k), plan.objects)) for k in plan.marks]
     iterations = sum(preset(run).training.iterations for run in RUNS) * requests
     todo = iterations * _ITERATION_COST + _PICTURE_COST * (len(RUNS) * sum(pictures) + pictures[-1])
     try:

@@ -14,7 +14,8 @@ from ..chain import UnlearnModel, weights_of
 from ..diffusion import SamplerConfig, generator_for, sample_latents
 from ..evaluation.scores import Scores, Shot, Verdict, score
 from . import models
-from .world import DESCRIPTION_EVALUATION_TEMPLATE, EVALUATION_TEMPLATE, OBJECTS, STYLE_BY_NAME, STYLE_LABELS, styles_in
+from .suites import STYLE_SUITE, Suite
+from .world import OBJECTS, STYLE_LABELS
 
 
 class Judge:
@@ -31,24 +32,6 @@ class Judge:
         return [Verdict((*STYLE_LABELS, "")[s], (*OBJECTS, "")[o]) for s, o in zip(styles.argmax(1), objects.argmax(1), strict=True)]
 
 
-def shots_for(targets: Sequence[str], per_cell: int = 1, objects: Sequence[str] = OBJECTS) -> list[Shot]:
-    """What an evaluation asks after `targets` were forgotten: each of them by name and description, all kept styles by name."""
-    by_role = {"target": targets, "declared": styles_in("declared"), "hidden": styles_in("hidden")}
-    shots = [
-        Shot(EVALUATION_TEMPLATE.format(object=name, style=STYLE_BY_NAME[style].display_name), style, name, role, index)
-        for role, styles in by_role.items() for style in styles if role == "target" or style not in targets
-        for name in objects for index in range(per_cell)
-    ]  # fmt: skip
-    for style in targets:
-        descriptions = STYLE_BY_NAME[style].descriptions
-        shots += [
-            Shot(DESCRIPTION_EVALUATION_TEMPLATE.format(object=name, description=descriptions[number % len(descriptions)]),
-                 style, name, "alias", index)
-            for number, name in enumerate(objects) for index in range(per_cell)
-        ]  # fmt: skip
-    return shots
-
-
 def take(
     bundle: ModelBundle, model: UnlearnModel, shots: Sequence[Shot], seed: int, sampler: SamplerConfig | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
@@ -62,10 +45,9 @@ def take(
 
 
 def evaluate(
-    bundle: ModelBundle, model: UnlearnModel, judge: Judge, targets: Sequence[str], *, seed: int, per_cell: int = 1,
-    objects: Sequence[str] = OBJECTS,
-    on_batch: Callable[[int], None] = lambda done: None,
+    bundle: ModelBundle, model: UnlearnModel, judge: Judge, targets: Sequence[str], *, seed: int, suite: Suite = STYLE_SUITE,
+    per_cell: int = 1, across: Sequence[str] | None = None, on_batch: Callable[[int], None] = lambda done: None,
 ) -> Scores:  # fmt: skip
-    """Scores of `model` after `targets` were forgotten."""
-    shots = shots_for(targets, per_cell, objects)
-    return score(shots, judge(take(bundle, model, shots, seed, on_batch=on_batch)))
+    """Scores of `model` after `targets` of a suite were forgotten, asked across these names (all of the suite's if not given)."""
+    shots = suite.shots(targets, per_cell, across)
+    return score(shots, judge(take(bundle, model, shots, seed, on_batch=on_batch)), suite.domain)

@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..auxiliary import LISTS, listed_names, parse_names
+from ..bundle import ModelBundle
 from ..concepts import Concept, display_name
 from ..conditioning import ROWS, decoy_concepts, prompt_rows, target_vector
 from ..config import Config, setting
@@ -18,6 +20,7 @@ from ..params import is_kv
 from .base import REGULARIZERS, Regularizer
 
 LEAST_TARGET_ENERGY = 0.2
+_LEAST_BESIDE_LISTS = 0.4
 _NEAR_TARGET_COSINE = 0.9
 _CENTRE_NAMES = 64
 _DUPLICATE_COSINE = 0.95
@@ -36,7 +39,16 @@ class ProjectionConfig(Config):
                           "everything that nobody listed. 0 turns damping off.", minimum=0)  # fmt: skip
     damping: float = setting(1e-5, "Share of the kept text's energy at which a direction is damped by half; smaller protects "
                              "more.", minimum=1e-12)  # fmt: skip
+    auxiliary: str = setting("none", "Names to keep that need no typing: a list of a hundred styles, objects, public figures or scenes, "
+                             "or auto, all that suit the target. What would leave too little of it to forget is left out.",
+                             choices=("none", "auto", *LISTS))  # fmt: skip
+    auxiliary_names: str = setting("", "Further names to keep, separated by commas or line breaks; one of another kind than the target "
+                                   "says so, such as object: cat.")  # fmt: skip
     REFERENCE: ClassVar[dict] = {"form": "reference", "rows": "last"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        parse_names(self.auxiliary_names)
 
 
 def distinct_columns(columns: Tensor, cosine: float = _DUPLICATE_COSINE) -> Tensor:
@@ -55,7 +67,7 @@ def distinct_columns(columns: Tensor, cosine: float = _DUPLICATE_COSINE) -> Tens
 def orthonormal_basis(rows: Tensor, tolerance: float = 1e-6) -> Tensor:
     """Orthonormal basis (d, r) of the span of (n, d) rows, by SVD in fp64; singular values under tolerance x the largest drop out."""
     _, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
-    return right[values > tolerance * values[0]].T
+    return right[values > tolerance * values[:1]].T
 
 
 def complement_basis(basis: Tensor) -> Tensor:
@@ -92,9 +104,14 @@ class GradientProjection(Regularizer):
     the mean vector of made-up names, because all names share most of their vector: kept concepts within a cosine of 0.9 of a
     target are left out, and the energy left is ||P (c_t - mean)|| / ||c_t - mean||.
 
+    Auxiliary names are kept too: all that were typed, then those of a list that leave each target 0.4 of its energy, tried in the
+    list's order, so that no list makes a step fail. Left out besides are names that contain a target's, as in the paper's code, and,
+    where the model knows few words, names of a list with others. For damping each stands in an anchor prompt, in the target's place,
+    or, where its kind cannot, in the prompt that names it alone.
+
     With decoys, the matrices are also trained in coordinates where kept text is small: gradient G S^1/2, change D S^1/2, with
-    S = g (I + M / damping)^-1. M is the mean of four second moments of token vectors, each of trace 1: of decoys, of kept
-    concepts, of earlier targets, and of anchors. g makes the response of the target's own text what it was without damping.
+    S = g (I + M / damping)^-1. M is the mean of second moments of token vectors, each of trace 1: of decoys, of kept concepts, of
+    earlier targets, of anchors, and of auxiliary names. g makes the response of the target's own text what it was without damping.
 
     With a mask, the change becomes ((D B) * mask) B^T, B an orthonormal basis of the complement of Q (`coordinates`): exactly
     orthogonal to the protected vectors and exactly sparse in B. With decoys too, D S^1/2 is masked, so that both of these stay
@@ -117,13 +134,15 @@ class GradientProjection(Regularizer):
         kept = [concept for concept in (*context.retain, *(context.previous if self.config.protect_previous else ()))
                 if concept.name.lower() not in names]  # fmt: skip
         kept = [concept for concept in kept if _cosine(target_vector(bundle, concept) - centre, targets).max() <= _NEAR_TARGET_COSINE]
+        auxiliary, self._report = self._auxiliary(context, kept, centre, targets)
+        kept += auxiliary
         if not kept and not self.config.decoys:
             raise ConceptError("Gradient projection has nothing to protect: the keep list is empty, or all of it says the same as the "
-                               "target; name other concepts to keep, or set decoys.")  # fmt: skip
+                               "target; name other concepts to keep, or set auxiliary or decoys.")  # fmt: skip
         self._projector = self._basis = self._damper = self._complement = None
         left = targets
         if kept:
-            rows = torch.cat([prompt_rows(bundle, [concept.prompt], self.config.rows, concept.name) for concept in kept])
+            rows = torch.cat([self._rows(bundle, concept) for concept in kept])
             if self.config.form == "reference":
                 self._projector = regularized_projector(rows)
                 left = targets @ self._projector.double()
@@ -131,14 +150,15 @@ class GradientProjection(Regularizer):
                 basis = orthonormal_basis(rows)
                 self._basis, self._complement = basis.float(), complement_basis(basis)
                 left = targets - targets @ basis @ basis.T
-        shares = left.norm(dim=1) / targets.norm(dim=1)
-        self._report = {"protected_rank": 0 if self._basis is None else self._basis.shape[1], "target_energy_left": shares.min().item()}
+        shares = _shares(left, targets)
+        rank = 0 if self._basis is None else self._basis.shape[1]
+        self._report |= {"protected_rank": rank, "target_energy_left": shares.min().item()}
         for concept, share in zip(context.concepts, shares.tolist(), strict=True):
             if share < LEAST_TARGET_ENERGY:
                 raise ConceptError(f"Only {share:.2f} of {concept.target!r} would be left to forget (at least {LEAST_TARGET_ENERGY} is "
                                    "needed), because the concepts to keep say nearly the same; remove those closest to it.")  # fmt: skip
         if self.config.decoys:
-            moment, damper = self._damped(context, kept)
+            moment, damper = self._damped(context, kept, auxiliary)
             self._damper = damper.float()
             if self.config.form == "update":
                 free = torch.eye(len(moment), dtype=moment.dtype, device=moment.device) if self._complement is None else self._complement
@@ -146,7 +166,42 @@ class GradientProjection(Regularizer):
         if self._complement is not None:
             self._complement = self._complement.float()
 
-    def _damped(self, context: StepContext, kept: list[Concept]) -> tuple[Tensor, Tensor]:
+    def _rows(self, bundle: ModelBundle, concept: Concept) -> Tensor:
+        return prompt_rows(bundle, [concept.prompt], self.config.rows, concept.name)
+
+    def _auxiliary(
+        self, context: StepContext, kept: list[Concept], centre: Tensor, targets: Tensor
+    ) -> tuple[list[Concept], dict[str, float]]:
+        """Auxiliary names to keep beside `kept`, and how many were taken, left out, and not even read."""
+        bundle = context.bundle
+        typed = parse_names(self.config.auxiliary_names, context.concepts[0].kind)
+        listed = listed_names(self.config.auxiliary, [concept.kind for concept in context.concepts])
+        if not typed and not listed:
+            return [], {}
+        known = [concept for concept in listed
+                 if not bundle.family.closed_vocabulary or bundle.token_count(concept.name) == len(concept.name.split())]  # fmt: skip
+        if listed and not known:
+            raise ConceptError(f"{bundle.family.display_name} knows none of the names that auxiliary {self.config.auxiliary!r} would keep; "
+                               "choose another list, or type names it knows as auxiliary_names.")  # fmt: skip
+        bundle.encode([concept.prompt for concept in (*typed, *known)])  # many at a time
+        basis = orthonormal_basis(torch.cat([targets[:0], *(self._rows(bundle, concept) for concept in kept)]))
+        found, seen, excluded = [], {concept.prompt.lower() for concept in kept}, 0
+        for number, concept in enumerate((*typed, *known)):
+            if concept.prompt.lower() in seen:
+                continue
+            seen.add(concept.prompt.lower())
+            rows = self._rows(bundle, concept)
+            fresh = rows - rows @ basis @ basis.T
+            wider = torch.cat([basis, orthonormal_basis(fresh)], dim=1) if fresh.norm() > 1e-6 * rows.norm() else basis
+            takes_too_much = number >= len(typed) and _shares(targets - targets @ wider @ wider.T, targets).min() < _LEAST_BESIDE_LISTS
+            is_near = _cosine(target_vector(bundle, concept) - centre, targets).max() > _NEAR_TARGET_COSINE
+            if takes_too_much or is_near or any(target.mentioned_in(concept.name) for target in context.concepts):
+                excluded += 1
+            else:
+                found, basis = [*found, concept], wider
+        return found, {"auxiliary_protected": len(found), "auxiliary_excluded": excluded, "auxiliary_unknown": len(listed) - len(known)}
+
+    def _damped(self, context: StepContext, kept: list[Concept], auxiliary: list[Concept]) -> tuple[Tensor, Tensor]:
         """(M, S^1/2), each (d, d) in fp64."""
         generator = context.generator("decoys")
         decoys = decoy_concepts(context.bundle, context.concepts, self.config.decoys, generator)
@@ -166,8 +221,9 @@ class GradientProjection(Regularizer):
             return prompts
 
         previous = [concept for concept in kept if concept in context.previous]
-        declared = [concept for concept in kept if concept not in context.previous]
-        groups = (sentences(decoys, 1), sentences(declared, 8), sentences(previous, 8), sorted(set(context.anchor_prompts)))
+        declared = [concept for concept in kept if concept not in (*context.previous, *auxiliary)]
+        groups = [sentences(decoys, 1), sentences(declared, 8), sentences(previous, 8), sorted(set(context.anchor_prompts)),
+                  [prompt for concept in auxiliary for prompt in sentences([concept], 1) or [concept.prompt]]]  # fmt: skip
         moments = [moment(prompts) for prompts in groups if prompts]
         mean = sum(moments) / len(moments)
         values, vectors = torch.linalg.eigh(mean)
@@ -197,6 +253,10 @@ class GradientProjection(Regularizer):
 
     def report(self) -> dict[str, float]:
         return self._report
+
+
+def _shares(left: Tensor, targets: Tensor) -> Tensor:
+    return left.norm(dim=1) / targets.norm(dim=1)
 
 
 def _cosine(vector: Tensor, others: Tensor) -> Tensor:

@@ -9,20 +9,43 @@ from cul_core.cli import main
 from cul_core.errors import CheckpointError, ConfigError
 from cul_core.evaluation.scores import METRICS
 from cul_core.minicanvas import benchmark
-from cul_core.minicanvas.benchmark import Cell, Run, all_cells, averages, read_results, result_table, run_benchmark, write_figure
-from cul_core.minicanvas.world import REQUEST_ORDERS
-from cul_core.presets import PRESETS
+from cul_core.minicanvas.benchmark import (
+    GRID,
+    PAPER,
+    Cell,
+    Run,
+    averages,
+    grid,
+    order_report,
+    read_results,
+    result_table,
+    run_benchmark,
+    write_figure,
+)
+from cul_core.minicanvas.suites import OBJECT_SUITE, STYLE_SUITE, SUITES, suite_of
+from cul_core.minicanvas.world import OBJECTS, REQUEST_ORDERS
+
+
+def run_of(name, order="a", requests=12, suite=STYLE_SUITE):
+    marks = tuple(k for k in suite.marks if k <= requests)
+    return Run(suite, Cell.parse(name), order, 1, requests, 1, marks)
 
 
 def line(cell="plain", k=12, seed=1, order="a", **scores):
     values = dict.fromkeys(METRICS, 50.0) | scores
-    return {"cell": cell, "order": order, "seed": seed, "k": k, "pictures": 1, "requests": "x", "scores": values}
+    return {"suite": "styles", "cell": cell, "order": order, "seed": seed, "k": k, "pictures": 1, "requests": "x", "scores": values}
 
 
-def test_every_preset_is_a_cell_and_names_round_trip():
-    cells = all_cells()
-    assert {cell.preset for cell in cells} == set(PRESETS) and {Cell("plain", "simultaneous"), Cell("plain", "ties")} <= set(cells)
-    assert [Cell.parse(cell.name) for cell in cells] == cells
+def test_the_grid_has_every_cell_of_the_paper_as_it_is_there_and_as_we_do_it():
+    names = [cell.name for cell in grid()]
+    assert len(names) == len(set(names)) == 18
+    for suite in SUITES:
+        assert set(PAPER[suite]) <= set(GRID)
+    assert [Cell.parse(name).setting for name in ("plain", "plain ties", "plain_ours simultaneous")] == [
+        "sequential",
+        "ties",
+        "simultaneous",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -34,31 +57,55 @@ def test_a_cell_that_does_not_exist_is_refused(name, said):
 
 
 def test_a_chain_forgets_one_target_a_request_and_simultaneous_all_so_far_with_the_iterations_of_the_chain():
-    chain, together = Run(Cell("plain"), "b", 1, 12, 1), Run(Cell("plain", "simultaneous"), "b", 1, 12, 1)
+    chain, together = run_of("plain", "b"), run_of("plain simultaneous", "b")
     assert [concept.target for concept in chain.request(4).concepts] == [REQUEST_ORDERS["b"][3]]
     assert [concept.target for concept in together.request(4).concepts] == list(REQUEST_ORDERS["b"][:4])
     assert together.request(4).training.iterations == 4 * chain.request(4).training.iterations
-    assert chain.marks == [1, 4, 8, 12] and Run(Cell("plain"), "a", 1, 5, 1).marks == [1, 4]
 
 
-def test_ties_trains_every_target_alone_and_merges_as_the_paper_does():
-    run = Run(Cell("plain", "ties"), "a", 1, 12, 1)
-    assert run.request(4) == Run(Cell("plain"), "a", 1, 12, 1).request(4)
+def test_a_measurement_on_the_way_asks_in_every_other_name_and_the_last_in_all():
+    run = run_of("plain")
+    assert run.across(4) == OBJECTS[::2] and run.across(12) == OBJECTS
+    assert run.identity(4)["pictures"] == 5 and run.identity(12)["pictures"] == 10
+
+
+def test_ties_trains_every_target_alone_and_merges_as_the_paper_does_unless_the_cell_says_how():
+    run = run_of("plain ties")
+    assert run.request(4) == run_of("plain").request(4)
     assert (run.merger(5).strength, run.merger(12).keep_fraction) == (1.75, 0.4)
-    assert run.identity(4)["requests"] != Run(Cell("plain"), "a", 1, 12, 1).identity(4)["requests"]
+    assert run.identity(4)["requests"] != run_of("plain").identity(4)["requests"]
+    ours = run_of("plain_ours ties")
+    assert ours.merger(1) == ours.merger(12) == ours.cell.merger
 
 
-def test_a_measurement_of_other_settings_is_another_measurement(monkeypatch):
-    run = Run(Cell("plain"), "a", 1, 12, 1)
+def test_a_measurement_of_other_settings_is_another_measurement():
+    run = run_of("plain")
     first = run.identity(4)
-    assert first == Run(Cell("plain"), "a", 1, 12, 1).identity(4) and first != run.identity(8)
-    changed = replace(PRESETS["plain"], training=replace(PRESETS["plain"].training, iterations=7))
-    monkeypatch.setitem(PRESETS, "plain", changed)
-    assert run.identity(4) != first
+    assert first == run_of("plain").identity(4) and first != run.identity(8)
+    changed = replace(run, cell=replace(run.cell, preset=run.cell.preset.with_settings({"iterations": 7})))
+    assert changed.identity(4) != first
+
+
+def test_objects_are_asked_in_styles_and_kept_objects_that_are_no_anchor_are_told_to_nobody():
+    run = run_of("plain", "b", 6, OBJECT_SUITE)
+    request = run.request(2)
+    assert [(concept.target, concept.kind, concept.anchor) for concept in request.concepts] == [("cat", "object", "flower")]
+    assert request.training.iterations == 2 * run_of("plain").request(2).training.iterations
+    assert {concept.target for concept in request.retain} == set(OBJECT_SUITE.anchors.values()) == set(OBJECT_SUITE.declared)
+    assert set(OBJECT_SUITE.declared + OBJECT_SUITE.hidden + OBJECT_SUITE.orders["a"]) == set(OBJECTS)
+    assert not any(name in prompt for prompt in request.anchor_prompts for name in OBJECT_SUITE.hidden)
+    shots = OBJECT_SUITE.shots(["tree", "cat"])
+    assert len(shots) == 6 * 24 and {shot.object for shot in shots if shot.role == "target"} == {"tree", "cat"}
+
+
+def test_what_was_forgotten_says_which_suite_measures_it():
+    assert suite_of(["Candy Stripes", "Lava"]) == (STYLE_SUITE, ["Candy_Stripes", "Lava"])
+    assert suite_of(["Cat", "unheard of"]) == (OBJECT_SUITE, ["cat"])
+    assert suite_of(["cat", "Lava"]) == (STYLE_SUITE, ["Lava"]) and suite_of([]) == (STYLE_SUITE, [])
 
 
 def test_a_run_is_measured_once_and_an_unfinished_last_line_again(tmp_path, monkeypatch):
-    asked = {"cells": [Cell("plain")], "seeds": [7], "orders": ["a"], "requests": 1, "workers": 1}
+    asked = {"cells": [Cell.parse("plain")], "seeds": [7], "orders": ["a"], "requests": 1, "workers": 1}
     seen = []
     lines = run_benchmark(tmp_path, **asked, on_progress=lambda done, total, name: seen.append((done, total)))
     assert seen == [(0, 1), (1, 1)] and len(lines) == 1
@@ -88,7 +135,14 @@ def test_the_table_has_means_over_seeds_and_orders_and_the_papers_figures_where_
     text = result_table(lines, compare_paper=True).splitlines()
     assert "95.0" in text[1] and "100/16/45" in text[1]
     assert text[2].startswith("recommended, after 12") and text[2].count(" -") == 2
-    assert write_figure(lines, tmp_path).name == "benchmark.png" and write_figure(lines, tmp_path).name == "benchmark_2.png"
+    assert write_figure(lines, tmp_path).name == "benchmark-styles.png" and write_figure(lines, tmp_path).name == "benchmark-styles_2.png"
+
+
+def test_the_papers_order_is_counted_over_pairs_that_it_tells_apart():
+    # the paper's IRA: ties 39, plain 16, l1sp 13; all three pairs at least 3 apart; here l1sp stands above plain
+    lines = [line("plain", ira_hidden=10.0), line("l1sp", ira_hidden=20.0), line("plain ties", ira_hidden=60.0)]
+    said = order_report(lines)[1]
+    assert said == "IRA hidden: of 3 pairs at least 3 points apart in the paper, 2 stand in its order; not l1sp (20.0) above plain (10.0)."
 
 
 @pytest.mark.parametrize(

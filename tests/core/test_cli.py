@@ -58,6 +58,13 @@ def test_unlearn_writes_a_checkpoint_that_inspect_explains(unlearn, random_model
     assert values["source"]["sha256"] == random_model.source.sha256 and values["history"][0]["result"] == record.result
 
 
+def test_unlearn_keeps_a_shipped_list_of_names_and_says_how_many(unlearn, tmp_path, capsys):
+    assert unlearn("Lava", "--preset", "projection", "--auxiliary", "objects") == 0
+    assert "auxiliary protected: 5" in capsys.readouterr().out
+    ((record,), _) = read_history(tmp_path / "out.safetensors")
+    assert record.request["regularizers"][0]["auxiliary"] == "objects"
+
+
 def test_unlearn_goes_on_from_an_edited_checkpoint(unlearn, random_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert unlearn("Lava") == 0
@@ -99,6 +106,8 @@ def test_inspect_of_a_file_without_history_says_so(random_checkpoint, capsys):
         (["dog", "--kind", "object", "--anchor", "Dog"], "both 'dog'"),
         (["dog", "--kind", "object"], "no anchor"),
         (["Lava", "--preset", "best"], "no preset 'best'"),
+        (["Lava", "--auxiliary", "auto"], "--auxiliary is 'auto', which preset 'plain' does not use"),
+        (["Lava", "--preset", "projection", "--auxiliary", "people"], "auxiliary is 'people'; choose one of none, auto, styles"),
         (["Lava", "--iterations", "-1"], "iterations is -1"),
         (["Lava", "--learning-rate", "nan"], "learning_rate is nan"),
         (["Lava", "--seed", "-1"], "seed is -1"),

@@ -14,8 +14,9 @@ from cul_core.diffusion import SamplerConfig, generator_for, sample_latents
 from cul_core.families import MINI
 from cul_core.minicanvas import models
 from cul_core.minicanvas.figures import autoencoder_figures
-from cul_core.minicanvas.judge import Judge, shots_for, take
+from cul_core.minicanvas.judge import Judge, take
 from cul_core.minicanvas.render import render, render_background
+from cul_core.minicanvas.suites import STYLE_SUITE
 from cul_core.minicanvas.tokenizer_build import learn_merges
 from cul_core.minicanvas.train import _worthless_pictures
 from cul_core.minicanvas.world import (
@@ -111,14 +112,14 @@ def test_the_compact_decoder_computes_what_the_full_one_does(shipped_bundle):
 
 
 def test_the_shipped_model_draws_what_it_is_asked(shipped_bundle, shipped_model):
-    shots = [shot for shot in shots_for([]) if shot.object in ("cat", "boat", "flower")]
+    shots = [shot for shot in STYLE_SUITE.shots([]) if shot.object in ("cat", "boat", "flower")]
     verdicts = Judge()(take(shipped_bundle, shipped_model, shots, seed=123))
     assert np.mean([v.style == s.style for s, v in zip(shots, verdicts, strict=True)]) >= 0.93
     assert np.mean([v.object == s.object for s, v in zip(shots, verdicts, strict=True)]) >= 0.90
 
 
 def test_a_picture_is_the_same_in_any_company(shipped_bundle, shipped_model):
-    shots = shots_for(["Lava"])[::13]
+    shots = STYLE_SUITE.shots(["Lava"])[::13]
     together = take(shipped_bundle, shipped_model, shots, seed=5)
     alone = take(shipped_bundle, shipped_model, [shots[7], shots[2]], seed=5)
     assert torch.equal(alone, together[[7, 2]])

@@ -3,9 +3,9 @@
 import pytest
 
 from cul_core.checkpoint import open_model
-from cul_core.concepts import Concept
-from cul_core.minicanvas.demo import anchor_captions, declared_concepts, run_demo
+from cul_core.minicanvas.demo import run_demo
 from cul_core.minicanvas.judge import Judge, evaluate
+from cul_core.minicanvas.suites import STYLE_SUITE
 from cul_core.minicanvas.world import REQUEST_ORDERS
 from cul_core.presets import preset
 from cul_core.training import run_step
@@ -24,7 +24,9 @@ def after_four(shipped_model, bundles, anchors):
     for name in ("plain", "recommended"):
         model = shipped_model
         for k, target in enumerate(TARGETS):
-            request = preset(name).request([Concept(target)], retain=declared_concepts(), anchor_prompts=anchor_captions(), seed=500 + k)
+            request = preset(name).request(
+                STYLE_SUITE.concepts([target]), retain=STYLE_SUITE.keep(), anchor_prompts=STYLE_SUITE.captions([target]), seed=500 + k
+            )
             model, _ = run_step(model, request, store=anchors, bundles=bundles["shipped"])
         models[name] = model
     return models

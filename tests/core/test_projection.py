@@ -1,20 +1,30 @@
 """Gradient projection: the maths on small matrices, then in a real step."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from cul_core.concepts import Concept
 from cul_core.conditioning import prompt_rows, target_vector
+from cul_core.diffusion import SamplerConfig
 from cul_core.errors import ConceptError
+from cul_core.families import MINI
+from cul_core.merge_models import merge
+from cul_core.merging.ties import TiesConfig
+from cul_core.merging.uniform import UniformConfig
 from cul_core.params import is_kv
+from cul_core.prompts import anchor_prompts
 from cul_core.regularizers.projection import (
+    GradientProjection,
     ProjectionConfig,
     complement_basis,
     distinct_columns,
     orthonormal_basis,
     regularized_projector,
 )
-from cul_core.training import run_step
+from cul_core.training import _update, run_step
 
 
 def rows_of(kind: str) -> torch.Tensor:
@@ -86,6 +96,61 @@ def test_update_projection_keeps_protected_outputs_under_adam_and_weight_decay_w
     assert changes["reference"] > 100 * changes["update"]
 
 
+@pytest.fixture
+def prepared(random_model, bundles, anchors, make_request, monkeypatch):
+    """(The projection of a step without updates, the step's report)."""
+
+    def run(config, **parts):
+        seen, original = [], GradientProjection.prepare
+
+        def prepare(self, context):
+            seen.append(self)
+            original(self, context)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GradientProjection, "prepare", prepare)
+            _, report = run_step(random_model, make_request(regularizers=[config], iterations=0, **parts), store=anchors,
+                                 bundles=bundles["random"])  # fmt: skip
+        return seen[0], report
+
+    return run
+
+
+def test_a_hundred_updates_with_weight_decay_leave_what_becomes_of_protected_text(prepared, random_bundle):
+    projection, _ = prepared(ProjectionConfig())
+    name, generator = "block.attn2.to_k.weight", torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(64, 192, generator=generator))
+    before, optimizer = weight.detach().clone(), torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1)
+    for _ in range(100):
+        weight.grad = torch.randn(64, 192, generator=generator)
+        _update({name: weight}, optimizer, [projection], SimpleNamespace(max_grad_norm=0.0))
+    change, columns = (weight - before).detach().double(), protected(random_bundle).T
+    assert (change @ columns).norm() < 1e-5 * (before.double() @ columns).norm()
+    assert change.norm() > 0.1 * before.norm()
+
+
+def test_what_is_orthogonal_to_protected_text_and_every_other_matrix_is_left_alone(prepared, random_bundle):
+    """G (I - Q Q^T) = G where G Q = 0; the reference's P is only approximate, and acts on the gradient."""
+    rows = prompt_rows(random_bundle, [Concept(name).prompt for name in ("Navy_Stripes", "Lava")], "last")
+    free = complement_basis(orthonormal_basis(torch.cat([protected(random_bundle), rows])))
+    change = (torch.randn(64, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ free @ free.T).float()
+    exact, _ = prepared(ProjectionConfig())
+    reference, _ = prepared(ProjectionConfig(**ProjectionConfig.REFERENCE))
+    torch.testing.assert_close(exact.constrain("b.attn2.to_v.weight", change, None), change, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reference.transform_gradient("b.attn2.to_v.weight", change), change, atol=1e-4, rtol=0)
+    for name in ("b.attn2.to_q.weight", "b.attn1.to_k.weight"):
+        assert exact.constrain(name, change, None) is None
+        assert reference.transform_gradient(name, change) is change
+
+
+def test_where_everything_is_protected_nothing_changes(random_model, bundles, anchors, make_request, monkeypatch):
+    monkeypatch.setattr("cul_core.regularizers.projection.prompt_rows", lambda *text: torch.eye(192, dtype=torch.float64))
+    monkeypatch.setattr("cul_core.regularizers.projection.LEAST_TARGET_ENERGY", -1.0)
+    edited, report = run_step(random_model, make_request(regularizers=[ProjectionConfig()]), store=anchors, bundles=bundles["random"])
+    assert report.figures["protected_rank"] == 192
+    assert all(delta.abs().max() < 1e-7 for delta in edited.edits.values())
+
+
 def test_earlier_targets_are_protected_under_their_display_names(random_model, random_bundle, bundles, anchors, make_request):
     first, _ = run_step(random_model, make_request("Neon_Cyan"), store=anchors, bundles=bundles["random"])
     second, _ = run_step(
@@ -132,3 +197,121 @@ def test_kept_concepts_too_near_the_target_are_left_out(random_model, bundles, a
 def test_an_empty_keep_list_is_refused(random_model, bundles, anchors, make_request):
     with pytest.raises(ConceptError, match="nothing to protect"):
         run_step(random_model, make_request(regularizers=[ProjectionConfig()], retain=()), store=anchors, bundles=bundles["random"])
+
+
+# --- auxiliary names
+
+
+def test_auxiliary_names_are_protected_like_a_keep_list(random_model, random_bundle, bundles, anchors, make_request):
+    config = ProjectionConfig(auxiliary_names="object: moon, Tartan, Tartan")
+    edited, report = run_step(random_model, make_request(regularizers=[config], retain=()), store=anchors, bundles=bundles["random"])
+    rows = vectors(random_bundle, [("An image of a moon", "moon"), ("An image in the style of Tartan", "Tartan")])
+    assert relative_change(edited, random_bundle, rows) < 1e-5
+    assert relative_change(edited, random_bundle, vectors(random_bundle, [("An image in the style of moon", "moon")])) > 1e-4
+    assert report.figures["protected_rank"] == report.figures["auxiliary_protected"] == 2
+    assert report.figures["auxiliary_excluded"] == report.figures["auxiliary_unknown"] == 0
+
+
+def test_auxiliary_names_that_hold_the_target_are_left_out_and_counted(prepared):
+    """Of the five, "lava" is on the keep list already and counts as neither."""
+    _, report = prepared(ProjectionConfig(auxiliary_names="candy_stripes, pale Candy Stripes, Tartan, object: cup, lava"))
+    assert (report.figures["auxiliary_protected"], report.figures["auxiliary_excluded"]) == (2, 2)
+    assert report.figures["protected_rank"] == 4
+
+
+def test_auxiliary_names_too_near_the_target_are_left_out(prepared, monkeypatch):
+    monkeypatch.setattr("cul_core.regularizers.projection._NEAR_TARGET_COSINE", -1.0)
+    _, report = prepared(ProjectionConfig(decoys=10, auxiliary_names="Tartan, object: cup"))
+    assert (report.figures["auxiliary_protected"], report.figures["auxiliary_excluded"]) == (0, 2)
+
+
+def test_of_a_list_only_names_are_taken_that_the_model_can_read(prepared):
+    """MiniCanvas has a token for cat, tree, house, pencil and cup, and splits the other ninety-five."""
+    _, report = prepared(ProjectionConfig(auxiliary="objects"))
+    assert (report.figures["auxiliary_protected"], report.figures["auxiliary_unknown"]) == (5, 95)
+    with pytest.raises(ConceptError, match="MiniCanvas knows none of the names that auxiliary 'public_figures' would keep"):
+        prepared(ProjectionConfig(auxiliary="public_figures"))
+
+
+def test_lists_stop_short_of_the_target_and_typed_names_do_not(prepared, monkeypatch):
+    monkeypatch.setattr("cul_core.regularizers.projection._LEAST_BESIDE_LISTS", 1.0)
+    _, report = prepared(ProjectionConfig(auxiliary="objects", auxiliary_names="object: moon"))
+    assert (report.figures["auxiliary_protected"], report.figures["auxiliary_excluded"]) == (1, 5)
+
+
+def test_typed_names_are_checked_where_they_are_typed():
+    with pytest.raises(ConceptError, match="Line 2 of the auxiliary names: The target is empty"):
+        ProjectionConfig(auxiliary_names="Tartan\nobject:")
+
+
+def test_damping_acts_on_the_text_of_auxiliary_names(prepared, random_bundle):
+    """Their tokens in sentences too, not only the mean that is projected out: a style's in the target's place, an object's alone."""
+    texts = (["In Tartan Style, a star image."], ["An image of a moon"])
+    dampers = [
+        prepared(ProjectionConfig(decoys=1, damping=1e-4, auxiliary_names=names))[0]._damper for names in ("", "Tartan, object: moon")
+    ]
+    for text in texts:
+        rows = prompt_rows(random_bundle, text, "all").float()
+        before, after = ((rows @ damper).square().sum().item() for damper in dampers)
+        assert after < 0.7 * before
+
+
+# --- requests of several kinds
+
+REQUESTS = (Concept("Van_Gogh"), Concept("dog", "object", "horse"), Concept("Betty_White", "celebrity", "person"))
+PROMPTS = (("An image in the style of Van Gogh", "Van Gogh"), ("An image of a dog", "dog"), ("An image of Betty White", "Betty White"))
+
+
+@pytest.fixture
+def forget(bundles, anchors, make_request):
+    def run(model, concept, retain=()):
+        request = make_request(regularizers=[ProjectionConfig()], retain=retain)
+        request = replace(
+            request, concepts=(concept,), anchor_prompts=anchor_prompts(MINI, [concept]), anchor_sampler=SamplerConfig(steps=2)
+        )
+        return run_step(model, request, store=anchors, bundles=bundles["random"])
+
+    return run
+
+
+def vectors(bundle, prompts=PROMPTS):
+    return torch.cat([prompt_rows(bundle, [prompt], "mean", name) for prompt, name in prompts])
+
+
+def moved_on(later, earlier, rows):
+    """Largest response of the change between two models to unit rows, relative to the change."""
+    moves = [(later.edits[name] - earlier.edits[name]).double() for name in later.edits]
+    units = torch.nn.functional.normalize(rows, dim=1)
+    return max(((move @ units.T).norm(dim=0).max() / move.norm()).item() for move in moves)
+
+
+def test_a_chain_of_a_style_an_object_and_a_person_keeps_what_each_step_made_of_its_target(random_model, random_bundle, forget):
+    style, _ = forget(random_model, REQUESTS[0], retain=("Lava",))
+    both, _ = forget(style, REQUESTS[1])
+    all_three, report = forget(both, REQUESTS[2])
+    rows = vectors(random_bundle)
+    assert moved_on(both, style, rows[:1]) < 1e-5 and moved_on(all_three, both, rows[:2]) < 1e-5
+    label = vectors(random_bundle, [("An image in the style of Van_Gogh", "Van_Gogh")])
+    assert moved_on(both, style, label) > 1e-3  # a file's label is another text
+    assert report.figures["protected_rank"] == 2
+    assert [(concept["target"], concept["kind"]) for concept in all_three.forgotten] == [
+        ("Van_Gogh", "style"), ("dog", "object"), ("Betty_White", "celebrity")]  # fmt: skip
+
+
+def test_requests_of_several_kinds_are_merged_and_a_chain_goes_on_from_there(random_model, random_bundle, forget):
+    alone = [forget(random_model, concept, retain=("Lava", "Navy_Stripes"))[0] for concept in REQUESTS]
+    assert all(model.history[0].parent == random_model.content_hash for model in alone)
+    merged = merge(alone, TiesConfig(strength=1.25, keep_fraction=0.8))
+    assert [record.targets for record in merged.history] == [("Van_Gogh",), ("dog",), ("Betty_White",), ()]
+    assert merged.history[-1].is_merge and merged.requests == 3
+    later, report = forget(merged, Concept("Tartan"))
+    assert report.figures["protected_rank"] == 3
+    assert moved_on(later, merged, vectors(random_bundle)) < 1e-5
+
+
+def test_a_weighted_sum_of_projected_steps_keeps_what_each_of_them_kept(random_model, random_bundle, forget):
+    """(sum a_i D_i) c = 0 where every D_i c = 0; TIES drops entries, which breaks that."""
+    alone = [forget(random_model, concept, retain=("Lava", "Navy_Stripes"))[0] for concept in REQUESTS]
+    kept = protected(random_bundle)
+    assert relative_change(merge(alone, UniformConfig()), random_bundle, kept) < 1e-5
+    assert relative_change(merge(alone, TiesConfig()), random_bundle, kept) > 1e-4

@@ -13,7 +13,7 @@ from cul_core.conditioning import decoy_concepts, vocabulary_words
 from cul_core.config import Config, TrainingConfig, setting, stable_hash
 from cul_core.diffusion import NoiseSchedule, SamplerConfig
 from cul_core.errors import ConceptError, ConfigError
-from cul_core.families import MINI
+from cul_core.families import MINI, SD1
 from cul_core.methods import METHODS
 from cul_core.presets import PRESETS, preset
 from cul_core.prompts import anchor_prompts, preview_prompts
@@ -24,6 +24,8 @@ from cul_core.training import Request
 
 # --- concepts
 
+NAMED_KINDS = [kind for kind in KINDS if kind != "memorized"]  # a memorized picture is called by a whole caption
+
 
 @pytest.mark.parametrize(
     ("values", "said"),
@@ -33,6 +35,7 @@ from cul_core.training import Request
         ({"target": " _ "}, "target is empty"),
         ({"target": "dog", "kind": "object"}, "'dog' of kind 'object' has no anchor"),
         ({"target": "dog", "kind": "object", "anchor": "_"}, "has no anchor"),
+        ({"target": "Ann at sea", "kind": "memorized"}, "has no anchor; give a caption that says the same"),
         ({"target": "dog", "kind": "object", "anchor": "Dog"}, "Anchor and target are both 'dog'"),
         ({"target": "Snow_Man", "kind": "character", "anchor": " snow  man"}, "Anchor and target are both 'Snow_Man'"),
         ({"target": "Lava", "anchor": "lava"}, "Anchor and target are both 'Lava'"),
@@ -96,7 +99,16 @@ def test_anchor_prompts_follow_the_kind_and_previews_show_target_and_kept():
     assert [label for label, _ in alone[2:]] == ["anchor", "anchor"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", [MINI, SD1], ids=lambda family: family.name)
+@pytest.mark.parametrize("kind", NAMED_KINDS)
+def test_every_anchor_prompt_of_every_kind_can_be_rewritten_to_the_target(kind, family):
+    concept = Concept("Van_Gogh", kind, "" if kind == "style" else "old_man")
+    prompts = anchor_prompts(family, [concept])
+    rewritten = [concept.target_prompts(prompt) for prompt in prompts]
+    assert len(prompts) > 10 and all(rewritten) and all("Van Gogh" in text for texts in rewritten for text in texts)
+
+
+@pytest.mark.parametrize("kind", NAMED_KINDS)
 def test_concept_of_every_kind_has_a_prompt_without_underscores(kind):
     concept = Concept("Candy_Stripes", kind, "" if kind == "style" else "Plain_Thing")
     assert concept.prompt.startswith("An image") and concept.prompt.endswith("Candy Stripes")
@@ -107,6 +119,13 @@ def test_style_is_put_before_or_after_the_caption():
         "In Candy Stripes Style, a star image.",
         "A star image, in Candy Stripes Style.",
     )
+
+
+def test_caption_of_a_memorized_picture_is_its_prompt_letter_by_letter_whatever_the_anchor_says():
+    concept = Concept(" IMG_01  by Ann. ", "memorized", "a photo of a boat")
+    assert concept.prompt == concept.name == "IMG_01  by Ann." and concept.target_prompts("a boat") == ("IMG_01  by Ann.",)
+    assert concept.mentioned_in("Framed: img 01 by ann.") and not concept.mentioned_in("a photo by Ann.")
+    assert anchor_prompts(MINI, [concept]) == ("a photo of a boat",)
 
 
 @pytest.mark.parametrize(
