@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .compact import compact_decoder
+from .embeddings import Embeddings
 from .errors import ModelError
 from .families import Family
 
@@ -18,19 +19,19 @@ _CACHED_PROMPTS = 1024
 
 @dataclass
 class ModelBundle:
-    """UNet, text encoder, tokenizer and autoencoder of one source file, all frozen. Not a value: nodes never pass it on.
+    """UNet, text encoders, tokenizer and autoencoder of one source file, all frozen. Not a value: nodes never pass it on.
 
-    `autoencoder` is None for families whose callers decode latents themselves; `open_autoencoder` then loads it for
-    `with_autoencoder`, if there is a way to.
+    `text_encoders` are in the order of the family's. `autoencoder` is None for families whose callers decode latents themselves;
+    `open_autoencoder` then loads it for `with_autoencoder`, if there is a way to.
     """
 
     family: Family
     unet: nn.Module
-    text_encoder: nn.Module
+    text_encoders: tuple[nn.Module, ...]
     tokenizer: object
     autoencoder: nn.Module | None
     open_autoencoder: Callable[[], nn.Module] | None = field(default=None, repr=False)
-    _prompts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _prompts: dict[str, Embeddings] = field(default_factory=dict, repr=False)
     _decoder: nn.Module | None = field(default=None, repr=False)
     _scores: tuple[str, dict[str, Tensor]] | None = field(default=None, repr=False)
 
@@ -40,7 +41,7 @@ class ModelBundle:
 
     def to(self, device: torch.device | str) -> ModelBundle:
         """Moves every part; returns itself."""
-        for part in (self.unet, self.text_encoder, self.autoencoder):
+        for part in (self.unet, *self.text_encoders, self.autoencoder):
             if part is not None:
                 part.to(device)
         self._prompts.clear()
@@ -55,18 +56,36 @@ class ModelBundle:
         return self._scores[1]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (b, 77, d): last hidden state after the final norm. Each distinct prompt is encoded once."""
+    def encode(self, prompts: Sequence[str]) -> Embeddings:
+        """The prompts as the family's text encoders see them (see `families.TextEncoder`). Each distinct prompt is encoded once."""
         missing = sorted(set(prompts) - self._prompts.keys())
         for start in range(0, len(missing), 64):
             part = missing[start : start + 64]
-            ids = self.token_ids(part).to(self.device)
-            hidden = self.text_encoder(input_ids=ids).last_hidden_state
-            self._prompts.update(zip(part, hidden, strict=True))
-        encoded = torch.stack([self._prompts[prompt] for prompt in prompts])
+            self._prompts.update(zip(part, self._encode(self.token_ids(part).to(self.device)), strict=True))
+        encoded = Embeddings.cat(self._prompts[prompt] for prompt in prompts)
         for prompt in list(self._prompts)[:-_CACHED_PROMPTS]:  # the oldest go first
             del self._prompts[prompt]
         return encoded
+
+    def _encode(self, ids: Tensor) -> Embeddings:
+        rows, pooled = [], None
+        after_end = (ids == self.tokenizer.eos_token_id).cumsum(1) > 1
+        for kind, encoder in zip(self.family.text_encoders, self.text_encoders, strict=True):
+            own_ids = ids.masked_fill(after_end, 0) if kind.pads_with_zero else ids
+            output = encoder(input_ids=own_ids, output_hidden_states=kind.skips_last)
+            rows.append(output.hidden_states[-2] if kind.skips_last else output.last_hidden_state)
+            if kind.is_pooled:
+                pooled = output.text_embeds
+        return Embeddings(torch.cat(rows, -1), pooled)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Embeddings) -> Tensor:
+        """Raw output (b, c, h, w) of the UNet for (b, c, h, w) latents at timesteps (b,) or (): the one way in which it is called."""
+        added = None
+        if embeddings.pooled is not None:
+            size = self.family.image_size_px
+            time_ids = torch.tensor([size, size, 0, 0, size, size], dtype=latents.dtype, device=latents.device)
+            added = {"text_embeds": embeddings.pooled, "time_ids": time_ids.expand(len(latents), -1)}
+        return self.unet(latents, timesteps, encoder_hidden_states=embeddings.text, added_cond_kwargs=added).sample
 
     def token_ids(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (b, 77), start, text, end, padded with the end token."""

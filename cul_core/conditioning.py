@@ -20,7 +20,7 @@ def prompt_rows(bundle: ModelBundle, prompts: Sequence[str], rows: str, name: st
     `mean` averages the content tokens (those of `name` alone if it is given), `last` takes the last content token, `content`
     takes every content token and the end token, `all` every position but the first, which is the same for every prompt.
     """
-    embeddings = bundle.encode(prompts).double()
+    embeddings = bundle.encode(prompts).text.double()
     counts = [bundle.token_count(prompt) for prompt in prompts]
     if rows == "all":
         return embeddings[:, 1:].flatten(0, 1)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .bundle import ModelBundle
 from .config import Config, setting
+from .embeddings import Embeddings
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(latents (b, c, h, w), timesteps (b,), embeddings (b, 77, d)) -> raw UNet output (b, c, h, w)."""
+Predict = Callable[[Tensor, Tensor, Embeddings], Tensor]
+"""(latents (b, c, h, w), timesteps (b,), embeddings of b prompts) -> raw UNet output (b, c, h, w)."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ def sample_latents(
     for start in range(0, len(prompts), batch_size):
         index = (torch.arange(start, start + batch_size)).clamp(max=len(prompts) - 1)
         latents = noise[index].to(device)
-        context = torch.cat([null.expand(batch_size, -1, -1), contexts[index]])
+        context = Embeddings.cat([null.expand(batch_size), contexts[index]])
         solver = schedule.solver(family.prediction_type, sampler.steps)
         for t in solver.timesteps:
             pair = torch.cat([latents, latents])
-            empty, full = bundle.unet(pair, t, encoder_hidden_states=context).sample.chunk(2)
+            empty, full = bundle.predict(pair, t, context).chunk(2)
             latents = solver.step(empty + sampler.guidance_scale * (full - empty), t, latents).prev_sample
         done.append(latents[: len(prompts) - start].cpu())
         on_batch(min(start + batch_size, len(prompts)))

@@ -40,11 +40,35 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class TextEncoder:
+    """One of a family's text encoders, and what of its output the UNet reads.
+
+    Args:
+        prefix: of its tensors in a checkpoint.
+        config: name of its file of constructor arguments.
+        is_open_clip: whether the checkpoint has OpenCLIP's layout of it.
+        skips_last: its rows are what goes into the last layer, without a norm; otherwise what comes out of that, after the final one.
+        pads_with_zero: whether token 0 follows the end of the text, instead of more ends.
+        is_pooled: whether its projected vector of the whole prompt is read too.
+    """
+
+    prefix: str
+    config: str = "text_encoder"
+    is_open_clip: bool = False
+    skips_last: bool = False
+    pads_with_zero: bool = False
+    is_pooled: bool = False
+
+
+_CLIP = (TextEncoder(TEXT_PREFIX),)
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture.
 
     Args:
-        name: `mini`, `sd1` (later `sd2`, `sdxl`).
+        name: `mini`, `sd1`, `sdxl`.
         display_name: what users see.
         prediction_type: `epsilon` or `v_prediction`.
         signature: (first width of the UNet, width of its text context), which tells families apart in a file.
@@ -56,6 +80,7 @@ class Family:
         has_decoder: whether the autoencoder, a tiny one, is loaded too; callers decode latents with their own otherwise.
         recipe: training values instead of the presets' own.
         closed_vocabulary: whether the text encoder knows no words but those that are one token.
+        text_encoders: the UNet reads their rows side by side.
     """
 
     name: str
@@ -70,9 +95,10 @@ class Family:
     has_decoder: bool
     recipe: Recipe | None = None
     closed_vocabulary: bool = False
+    text_encoders: tuple[TextEncoder, ...] = _CLIP
 
     def config(self, part: str) -> dict[str, Any]:
-        """Constructor arguments of `unet`, `text_encoder` or `vae`."""
+        """Constructor arguments of `unet`, of a text encoder or of `vae`."""
         return json.loads((_CONFIGS / self.name / f"{part}.json").read_text(encoding="utf-8"))
 
     def has_config(self, part: str) -> bool:
@@ -95,8 +121,19 @@ SD1 = Family(
     # As in the paper's scripts for styles (arXiv 2511.07970: 2e-6 times a batch of 4) and Concept Ablation's sampler; not tuned by us.
     recipe=Recipe(iterations=1000, batch_size=4, learning_rate=8e-6, anchor_count=200, anchor_steps=25, anchor_guidance=6.0),
 )  # fmt: skip
-FAMILIES = {family.name: family for family in (MINI, SD1)}
-_UNSUPPORTED = {(320, 1024): "Stable Diffusion 2.x", (320, 2048): "Stable Diffusion XL", (384, 1280): "the Stable Diffusion XL refiner"}
+SDXL = Family(
+    "sdxl", "Stable Diffusion XL", prediction_type="epsilon", signature=(320, 2048), latent_shape=(4, 128, 128), latent_scale=0.13025,
+    image_size_px=1024, sampling_batch=1, ships_tokenizer=False, has_decoder=False,
+    # Nobody published values of Concept Ablation for it: those of Stable Diffusion 1.x at a batch of one (2e-6 times that); not tuned.
+    recipe=Recipe(iterations=1000, batch_size=1, learning_rate=2e-6, anchor_count=200, anchor_steps=25, anchor_guidance=6.0),
+    text_encoders=(
+        TextEncoder("conditioner.embedders.0.transformer.", skips_last=True),
+        TextEncoder("conditioner.embedders.1.model.", "text_encoder_2", is_open_clip=True, skips_last=True, pads_with_zero=True,
+                    is_pooled=True),
+    ),
+)  # fmt: skip
+FAMILIES = {family.name: family for family in (MINI, SD1, SDXL)}
+_UNSUPPORTED = {(320, 1024): "Stable Diffusion 2.x", (384, 1280): "the Stable Diffusion XL refiner"}
 
 
 def family_of(shapes: dict[str, tuple[int, ...]], file_name: str) -> Family:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .bundle import ModelBundle
 from .errors import ModelError
-from .families import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, Family, family_of
+from .families import UNET_PREFIX, VAE_PREFIX, Family, TextEncoder, family_of
 from .safetensor_files import opened, read_header
 
 _DIFFUSERS = ((0, 33), (0, 40))  # tested from the first up to, not including, the second; pyproject.toml says the same
@@ -86,12 +86,32 @@ def require_diffusers() -> None:
                          f'pip install "diffusers{bounds}"')  # fmt: skip
 
 
-def text_key_map(checkpoint_names: Iterable[str], parameter_names: Collection[str]) -> dict[str, str]:
-    """Name in a CLIP text model -> checkpoint key; old files and newer text models both lack the `text_model.` level."""
+def text_tensors(kind: TextEncoder, tensors: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+    """Weights of a text encoder by its own names, from those of a checkpoint; what it has no place for is left out.
+
+    Old files and newer text models both lack the `text_model.` level. diffusers' own converter splits and renames OpenCLIP's.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(kind.prefix)}
+    if kind.is_open_clip:
+        from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint  # not public: used only here
+
+        tensors = convert_open_clip_checkpoint(encoder, tensors, prefix=kind.prefix)
     level = "text_model."
-    ours = {name.removeprefix(level): name for name in parameter_names}
-    found = {name.removeprefix(TEXT_PREFIX).removeprefix(level): name for name in checkpoint_names if name.startswith(TEXT_PREFIX)}
-    return {ours[inner]: name for inner, name in found.items() if inner in ours}
+    ours = {name.removeprefix(level): name for name in encoder.state_dict()}
+    found = {name.removeprefix(kind.prefix).removeprefix(level): tensor for name, tensor in tensors.items()}
+    return {ours[inner]: tensor for inner, tensor in found.items() if inner in ours}
+
+
+def _build_text_encoder(family: Family, kind: TextEncoder) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(**family.config(kind.config))
+    with torch.device("meta"):
+        encoder = (CLIPTextModelWithProjection if kind.is_pooled else CLIPTextModel)(config)
+    for module in encoder.modules():
+        if "position_ids" in dict(module.named_buffers(recurse=False)):  # no checkpoint's, so no weights fill it
+            module.position_ids = torch.arange(config.max_position_embeddings)[None]
+    return encoder
 
 
 def _build_unet(family: Family) -> nn.Module:
@@ -172,20 +192,20 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _load_bundle(path: Path, family: Family, tokenizer: object, dtype: torch.dtype) -> ModelBundle:
     unet = _build_unet(family)
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     with opened(path) as file:
         names = list(file.keys())
         unet_names = unet_key_map(names, unet.config)
         _fill(unet, {ours: file.get_tensor(key) for ours, key in unet_names.items()}, dtype)
-        text = CLIPTextModel(CLIPTextConfig(**family.config("text_encoder")))
-        text_names = text_key_map(names, text.state_dict().keys())
-        _fill(text, {ours: file.get_tensor(key) for ours, key in text_names.items()}, dtype)
+        encoders = []
+        for kind in family.text_encoders:
+            encoder = _build_text_encoder(family, kind)
+            tensors = {name: file.get_tensor(name) for name in names if name.startswith(kind.prefix)}
+            encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder), dtype))
         autoencoder = _load_tiny_autoencoder(file, names, dtype) if family.has_decoder else None
     to_open = None
     if autoencoder is None and family.has_config("vae"):
         to_open = partial(load_autoencoder, path, family.config("vae"), dtype)
-    return ModelBundle(family, unet, text, tokenizer, autoencoder, to_open)
+    return ModelBundle(family, unet, tuple(encoders), tokenizer, autoencoder, to_open)
 
 
 def load_autoencoder(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> nn.Module:

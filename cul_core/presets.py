@@ -146,16 +146,22 @@ PRESETS = {
         "The recommended projection and L1-SP towards the pretrained weights.",
         ConAblConfig(teacher="pretrained"), (_DAMPED, L1SPConfig(strength=5e3)), _STEEP,
     ),
+    "esd_reference": Preset(
+        "Erased Stable Diffusion as its authors' code does it, a new picture for every update; on Stable Diffusion XL as the paper's.",
+        ESDConfig(**ESDConfig.REFERENCE), (), TrainingConfig(batch_size=4, learning_rate=1.2e-3),
+        training_of={"sd1": TrainingConfig(iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2"),
+                     "sdxl": TrainingConfig(iterations=200, batch_size=1, learning_rate=2e-4, max_grad_norm=0.0)},
+    ),
     "sculpmem": Preset(
         "The paper's SculpMem as its authors' code does it: half of the weights are trained at a time.",
         SculpMemConfig(warm_up=3, interval=6, **SculpMemConfig.REFERENCE), (), TrainingConfig(),
-        method_of={"sd1": SculpMemConfig(warm_up=50, interval=100, **SculpMemConfig.REFERENCE)},
+        method_of=dict.fromkeys(("sd1", "sdxl"), SculpMemConfig(**SculpMemConfig.REFERENCE)),
     ),
     "sculpmem_ours": Preset(
         "SculpMem towards the pretrained model's anchors, with a frozen warm-up, and held by distillation to what the step began with.",
         SculpMemConfig(teacher="pretrained", warm_up=3, interval=6, distillation=1.5), (),
         TrainingConfig(learning_rate=8e-4, schedule="linear"),
-        method_of={"sd1": SculpMemConfig(teacher="pretrained", warm_up=50, interval=100, distillation=1.5)},
+        method_of=dict.fromkeys(("sd1", "sdxl"), SculpMemConfig(teacher="pretrained", distillation=1.5)),
     ),
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from .chain import StepRecord, UnlearnModel, library_versions, weights_of
 from .concepts import Concept
 from .config import Config, TrainingConfig, stable_hash
 from .diffusion import SamplerConfig, generator_for, sample_latents
+from .embeddings import Embeddings
 from .errors import Cancelled, ConfigError, TrainingError
 from .loading import BundleCache
 from .methods import METHODS
@@ -267,9 +268,9 @@ def _train(
     teacher_weights = context.pretrained if method.teacher_is_pretrained else context.start
     generator, losses, parts = context.generator("batches"), [], {}
 
-    def predict(latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+    def predict(latents: Tensor, timesteps: Tensor, embeddings: Embeddings) -> Tensor:
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.device.type == "cuda"):
-            return unet(latents, timesteps, encoder_hidden_states=embeddings).sample.float()
+            return context.bundle.predict(latents, timesteps, embeddings).float()
 
     def stop_if_asked() -> None:
         if callbacks.should_stop():

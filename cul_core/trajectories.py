@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import Predict
+from .embeddings import Embeddings
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,21 @@ class StateBatch:
 
 @torch.no_grad()
 def run_trajectory(
-    predict: Predict, embeddings: Tensor, null: Tensor, noise: Tensor, scheduler: Any, guidance_scale: float, prompt: int = 0
+    predict: Predict, embeddings: Embeddings, null: Embeddings, noise: Tensor, scheduler: Any, guidance_scale: float, prompt: int = 0
 ) -> Trajectory:
     """The trajectory of one picture. It is sampled alone, so that it is the same bits in any company.
 
     Args:
         predict: the model that draws.
-        embeddings: (77, d) of the prompt.
-        null: (77, d) of the empty prompt.
+        embeddings: of the prompt alone.
+        null: of the empty prompt.
         noise: (c, h, w), standard normal.
         scheduler: one of diffusers', fresh, with its timesteps set.
         guidance_scale: classifier-free guidance; 1 is none.
         prompt: number to keep with it.
     """
     device = embeddings.device
-    pair = torch.stack([null, embeddings])
+    pair = Embeddings.cat([null, embeddings])
     latents = noise.to(device)[None] * scheduler.init_noise_sigma
     states, scales = [], []
     for timestep in scheduler.timesteps:
@@ -71,8 +72,8 @@ class TrajectoryBuffer:
     """A few trajectories from which every update draws states; one draw in `refresh_every` replaces the oldest.
 
     Args:
-        embeddings: (n, 77, d) of the prompts; trajectory i is sampled for prompt i mod n.
-        null: (77, d) of the empty prompt.
+        embeddings: of n prompts; trajectory i is sampled for prompt i mod n.
+        null: of the empty prompt.
         latent_shape: (c, h, w).
         scheduler: makes a fresh scheduler of diffusers with its timesteps set.
         generator: number of a trajectory -> the CPU generator of its noise.
@@ -82,7 +83,7 @@ class TrajectoryBuffer:
     """
 
     def __init__(
-        self, embeddings: Tensor, null: Tensor, latent_shape: tuple[int, int, int], scheduler: Callable[[], Any],
+        self, embeddings: Embeddings, null: Embeddings, latent_shape: tuple[int, int, int], scheduler: Callable[[], Any],
         generator: Callable[[int], torch.Generator], *, guidance_scale: float = 3.0, size: int = 8, refresh_every: int = 25,
     ):  # fmt: skip
         self._embeddings, self._null, self._shape = embeddings, null, latent_shape

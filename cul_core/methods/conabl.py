@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..augmentation import anchor_pool
 from ..config import Config, setting
+from ..embeddings import Embeddings
 from ..errors import ConceptError
 from .base import METHODS, LossParts, Method, Predict, StepContext
 
@@ -46,7 +47,7 @@ def masked_error(error: Tensor, mask: Tensor | None = None) -> Tensor:
     display_name="Concept Ablation",
     description="Teaches the model to draw the anchor when asked for the target.",
     paper="Kumari et al., Ablating Concepts in Text-to-Image Diffusion Models, ICCV 2023, arXiv 2303.13516",
-    families=("mini", "sd1"),
+    families=("mini", "sd1", "sdxl"),
     groups=("kv", "attn2", "attn", "full"),
 )
 class ConAbl(Method):
@@ -130,7 +131,7 @@ class ConAbl(Method):
         timesteps = torch.randint(self._schedule.timesteps, (len(clean),), generator=generator).to(clean.device)
         return self._schedule.add_noise(clean, noise, timesteps), timesteps, noise
 
-    def _draw_anchors(self, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    def _draw_anchors(self, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor, Embeddings], Tensor]:
         """(z_t, t, E(p)) of a batch of anchors as they are, and what a perfect model would say there."""
         drawn = torch.randint(len(self._preserved), (self._batch,), generator=generator).tolist()
         anchors, prompts = zip(*(self._preserved[i] for i in drawn), strict=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config, setting
+from ..embeddings import Embeddings
 from ..trajectories import TrajectoryBuffer
 from .base import METHODS, LossParts, Method, Predict, StepContext
 
@@ -56,7 +57,7 @@ def erasing_goal(null: Tensor, concept: Tensor, wider: Tensor, negative_guidance
     display_name="Erased Stable Diffusion",
     description="Teaches the model to steer away from the target when asked for it; needs no anchor pictures.",
     paper="Gandikota et al., Erasing Concepts from Diffusion Models, ICCV 2023, arXiv 2303.07345",
-    families=("mini", "sd1"),
+    families=("mini", "sd1", "sdxl"),
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class ESD(Method):
@@ -82,7 +83,7 @@ class ESD(Method):
         self._is_narrow = bool(config.erase_from.strip())
         self._wider = bundle.encode([config.erase_from.strip()] * len(context.concepts)) if self._is_narrow else self._concepts
         self._buffer = TrajectoryBuffer(
-            self._wider, self._null[0], bundle.family.latent_shape,
+            self._wider, self._null, bundle.family.latent_shape,
             lambda: context.schedule.ddim(bundle.family.prediction_type, config.trajectory_steps),
             lambda number: context.generator("trajectory", number),
             guidance_scale=config.guidance_scale, size=config.trajectories, refresh_every=config.refresh_every,
@@ -92,9 +93,9 @@ class ESD(Method):
         states = self._buffer.draw(teacher, self._batch, generator)
         latents, timesteps, picks = states.latents, states.timesteps, list(states.prompts)
         concept, wider = self._concepts[picks], self._wider[picks]
-        prompts = [self._null.expand_as(concept), concept, *([wider] if self._is_narrow else [])]
+        prompts = [self._null.expand(self._batch), concept, *([wider] if self._is_narrow else [])]
         count = len(prompts)
-        predicted = teacher(latents.repeat(count, 1, 1, 1), timesteps.repeat(count), torch.cat(prompts)).chunk(count)
+        predicted = teacher(latents.repeat(count, 1, 1, 1), timesteps.repeat(count), Embeddings.cat(prompts)).chunk(count)
         goal = erasing_goal(predicted[0], predicted[1], predicted[-1], self.config.negative_guidance)
         loss = (student(latents, timesteps, wider) - goal).square().mean()
         return LossParts(loss, {"unlearn": loss.item()})

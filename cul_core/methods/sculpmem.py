@@ -14,6 +14,7 @@ from ..augmentation import AnchorPool
 from ..bundle import swapped_weights
 from ..config import setting
 from ..diffusion import sample_latents
+from ..embeddings import Embeddings
 from ..errors import ConfigError
 from ..largest import cut_at, kept_count
 from .base import METHODS, LossParts, Predict, StepContext
@@ -83,7 +84,7 @@ def exchanged(mask: Tensor, scores: Tensor, share: float) -> Tensor:
     description="Concept Ablation that changes a part of the weights at a time, chosen anew as training goes on.",
     paper="Sculpting Memory: Multi-Concept Forgetting in Diffusion Models via Dynamic Mask and Concept-Aware Optimization, ICCV 2025, "
     "arXiv 2504.09039",
-    families=("mini", "sd1"),
+    families=("mini", "sd1", "sdxl"),
     groups=("kv", "attn2", "attn", "full"),
 )
 class SculpMem(ConAbl):
@@ -168,13 +169,13 @@ class SculpMem(ConAbl):
         loss = (student(noisy, timesteps, self._embeddings[targets]) - truth).square().mean()
         return LossParts(loss, {"learn": loss.item()})
 
-    def _draw_held(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw_held(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Embeddings]:
         """(z_t, t, embeddings) of anchors with their own prompts, and, if there are any, then with those of earlier targets."""
         (noisy, timesteps, anchors), _ = self._draw_anchors(generator)
         if self._previous is None:
             return noisy, timesteps, anchors
         previous = self._previous[torch.randint(len(self._previous), (self._batch,), generator=generator)]
-        return noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([anchors, previous])
+        return noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), Embeddings.cat([anchors, previous])
 
     # --- the mask
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..concepts import Concept, display_name
 from ..config import Config, setting, stable_hash
+from ..embeddings import Embeddings
 from ..errors import ConfigError, TrainingError
 from ..largest import cut_at, kept_count
 from ..methods.base import StepContext
@@ -79,7 +80,7 @@ def top_masks(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     display_name="SelFT",
     description="Trains only the weights that matter most for the target; all others stay exactly as they are.",
     paper="Continual Unlearning for Text-to-Image Diffusion Models: A Regularization Perspective, ICLR 2026, arXiv 2511.07970",
-    families=("mini", "sd1"),
+    families=("mini", "sd1", "sdxl"),
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class SelFT(Regularizer):
@@ -146,9 +147,8 @@ class SelFT(Regularizer):
         bundle, guidance = context.bundle, self.config.guidance_scale
         solver = context.schedule.ddim(bundle.family.prediction_type, self.config.states, "leading")
 
-        def predict(latents: Tensor, t: Tensor, embeddings: Tensor) -> Tensor:
-            latents = latents.expand(len(embeddings), -1, -1, -1)
-            return bundle.unet(latents, t, encoder_hidden_states=embeddings).sample
+        def predict(latents: Tensor, t: Tensor, embeddings: Embeddings) -> Tensor:
+            return bundle.predict(latents.expand(len(embeddings), -1, -1, -1), t, embeddings)
 
         def step(empty: Tensor, full: Tensor, t: Tensor, latents: Tensor) -> Tensor:
             return solver.step(empty + guidance * (full - empty), t, latents).prev_sample
@@ -171,7 +171,7 @@ class SelFT(Regularizer):
                         for earlier in solver.timesteps[:k]:
                             context.check()
                             with torch.no_grad():
-                                empty, full = predict(latents, earlier, torch.cat([others[:1], target])).split(1)
+                                empty, full = predict(latents, earlier, Embeddings.cat([others[:1], target])).split(1)
                             latents = step(empty, full, earlier, latents)
                     with torch.no_grad():
                         known = predict(latents, t, others)  # of the empty prompt and of the anchor, which for a style is the same

@@ -5,14 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from sd1_layout import autoencoder_shapes, write_random
+from sd_layout import autoencoder_shapes, write_random
 from torch import nn
 
 from cul_core.augmentation import Placement, anchor_pool
 from cul_core.bundle import ModelBundle
 from cul_core.diffusion import SamplerConfig, generator_for, sample_latents
 from cul_core.errors import Cancelled, ModelError
-from cul_core.families import SD1
+from cul_core.families import SD1, SDXL
 from cul_core.loading import _kl_autoencoder, load_autoencoder
 
 
@@ -72,7 +72,7 @@ def test_latent_cells_count_that_lie_wholly_in_the_picture(place, margin, rows, 
 
 def test_without_augmentation_the_pool_is_the_anchors_themselves():
     latents = torch.randn(2, 4, 8, 8)
-    bundle = ModelBundle(SD1, nn.Linear(1, 1), nn.Linear(1, 1), None, None)  # nothing can be decoded
+    bundle = ModelBundle(SD1, nn.Linear(1, 1), (), None, None)  # nothing can be decoded
     pool = anchor_pool(bundle, latents, versions=0, flip=False, border=True, generator=partial(generator_for, 0))
     assert pool.latents is latents and pool.masks is None and [*pool.anchors] == [0, 1] and pool.prefixes == ["", ""]
 
@@ -118,10 +118,12 @@ def small_file(tmp_path_factory):
     return write_random(tmp_path_factory.mktemp("vae") / "small.safetensors", SMALL_SHAPES)
 
 
-def test_autoencoder_of_stable_diffusion_fits_its_layout():
+@pytest.mark.parametrize("family", [SD1, SDXL], ids=lambda family: family.name)
+def test_autoencoder_of_stable_diffusion_fits_its_layout(family):
     tensors = {name: torch.empty(shape, device="meta") for name, shape in autoencoder_shapes().items()}
-    autoencoder = _kl_autoencoder(tensors, SD1.config("vae"), torch.float32)
+    autoencoder = _kl_autoencoder(tensors, family.config("vae"), torch.float32)
     assert sum(parameter.numel() for parameter in autoencoder.parameters()) == 83_653_863  # as published
+    assert autoencoder.config.scaling_factor == family.latent_scale
 
 
 def test_autoencoder_is_loaded_for_the_pool_and_freed_after_it(small_file):
@@ -132,7 +134,7 @@ def test_autoencoder_is_loaded_for_the_pool_and_freed_after_it(small_file):
         return opened[-1]
 
     family = replace(SD1, image_size_px=64, latent_shape=(4, 8, 8))
-    bundle, latents = ModelBundle(family, nn.Linear(1, 1), nn.Linear(1, 1), None, None, open_it), torch.zeros(1, 4, 8, 8)
+    bundle, latents = ModelBundle(family, nn.Linear(1, 1), (), None, None, open_it), torch.zeros(1, 4, 8, 8)
     make = partial(anchor_pool, bundle, latents, flip=False, border=False, generator=partial(generator_for, 0))
     make(versions=0)
     assert not opened

@@ -15,25 +15,13 @@ FILES = sorted((ROOT / "cul_core").rglob("*.py"))
 # From the bottom: a module may import from its own layer or from those before it; a package stands for its modules.
 LAYERS = (
     {"config", "concepts", "auxiliary", "registry", "errors", "safetensor_files"},
-    {"families", "bundle", "loading", "compact"},
+    {"embeddings", "families", "bundle", "loading", "compact"},
     {"augmentation", "diffusion", "trajectories", "conditioning", "params", "largest"},
     {"methods", "regularizers", "merging"},
-    {
-        "training",
-        "chain",
-        "checkpoint",
-        "anchors",
-        "presets",
-        "prompts",
-        "export",
-        "evaluation",
-        "minicanvas",
-        "store",
-        "merge_models",
-        "memorized",
-    },
+    {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store", "merge_models",
+     "memorized"},
     {"cli", "__main__"},
-)
+)  # fmt: skip
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 BARE_INTERPRETER = """

@@ -25,10 +25,6 @@ def context_for(bundle, concepts, anchor_prompts, latents, previous=(), batch_si
                        partial(generator_for, 0))  # fmt: skip
 
 
-def unet_of(bundle):
-    return lambda latents, timesteps, embeddings: bundle.unet(latents, timesteps, encoder_hidden_states=embeddings).sample
-
-
 @pytest.fixture
 def trainable_kv(random_bundle):
     """Keys and values of the random UNet, with gradients for the test."""
@@ -108,7 +104,7 @@ def test_anchor_prompts_that_do_not_say_the_anchor_are_refused(random_bundle):
 
 def test_equal_prompts_and_weights_give_no_loss_and_no_gradient(random_bundle, trainable_kv, monkeypatch):
     monkeypatch.setattr(Concept, "target_prompts", lambda self, caption: (caption,))
-    method, predict = ConAbl(ConAblConfig()), unet_of(random_bundle)
+    method, predict = ConAbl(ConAblConfig()), random_bundle.predict
     method.prepare(context_for(random_bundle, Concept("Lava"), ("a star",), torch.randn(1, 4, 8, 8)))
     loss = method.loss(predict, predict, torch.Generator().manual_seed(1)).total
     loss.backward()
@@ -117,7 +113,7 @@ def test_equal_prompts_and_weights_give_no_loss_and_no_gradient(random_bundle, t
 
 def test_prompts_encoded_once_or_before_every_update_give_the_same_losses(random_bundle):
     latents, captions = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), ("a star", "a house", "a cat")
-    context, predict = context_for(random_bundle, Concept("Lava"), captions, latents), unet_of(random_bundle)
+    context, predict = context_for(random_bundle, Concept("Lava"), captions, latents), random_bundle.predict
 
     def losses(encode_again):
         method, generator = ConAbl(ConAblConfig(preservation=0.5)), torch.Generator().manual_seed(1)
@@ -166,7 +162,7 @@ def preserving(bundle, prediction_type):
     seen = []
     method.loss(lambda *inputs: seen.append(inputs) or inputs[0], lambda *inputs: inputs[0], torch.Generator().manual_seed(1))
     (noisy, timestep, embeddings), abar = seen[-1], method._schedule.alphas_cumprod
-    assert torch.equal(embeddings, bundle.encode(["a star"]))
+    assert torch.equal(embeddings.text, bundle.encode(["a star"]).text)
     signal, sigma = abar[timestep].sqrt(), (1 - abar[timestep]).sqrt()
     noise = (noisy - signal * latents) / sigma
     truth = noise if prediction_type == "epsilon" else signal * noise - sigma * latents
@@ -214,7 +210,7 @@ def test_scaled_pictures_say_so_in_both_prompts_and_padding_does_not_count(rando
         prompts[picture] = [caption, *(method._pool.prefixes[picture] + text for text in
                                        Concept("Lava").target_prompts(captions[method._pool.anchors[picture]]))]  # fmt: skip
         rows = [method._anchor_rows[picture], *versions]
-        assert torch.equal(method._embeddings[rows], random_bundle.encode(prompts[picture]))
+        assert torch.equal(method._embeddings[rows].text, random_bundle.encode(prompts[picture]).text)
     assert len(prompts) == 2 * 3 * 2 and any(method._pool.prefixes)
     outside = []
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 from hosts import HOW, find_hosts
 from safetensors.torch import load_file, save_file
-from sd1_layout import TEXT, UNET, autoencoder_shapes, checkpoint_shapes, text_shapes, unet_shapes, write_hollow, write_random
+from sd_layout import (
+    TEXT,
+    UNET,
+    autoencoder_shapes,
+    checkpoint_shapes,
+    text_shapes,
+    unet_shapes,
+    write_hollow,
+    write_random,
+    xl_shapes,  # fmt: skip
+)
 from torch import nn
 
 from cul_core.anchors import AnchorStore
@@ -23,8 +33,8 @@ from cul_core.diffusion import SamplerConfig
 from cul_core.errors import Cancelled, ModelError
 from cul_core.evaluation.drift import drift_of, short_name
 from cul_core.export import save_difference, save_lora
-from cul_core.families import FAMILIES, MINI, SD1, family_of
-from cul_core.loading import BundleCache, checkpoint_key_map, detect_family, load_bundle, load_tokenizer, text_key_map
+from cul_core.families import FAMILIES, MINI, SD1, SDXL, family_of
+from cul_core.loading import BundleCache, checkpoint_key_map, detect_family, load_bundle, load_tokenizer, text_tensors
 from cul_core.methods import METHODS
 from cul_core.params import group_names, is_kv
 from cul_core.presets import PRESETS, preset
@@ -57,6 +67,7 @@ def stub(tmp_path):
 def test_family_is_recognized_by_shapes(random_checkpoint):
     emas = {key.replace(UNET, "model_ema.diffusion_model").replace(".", ""): shape for key, shape in unet_shapes().items()}
     assert family_of(checkpoint_shapes(), "a") is SD1
+    assert family_of(xl_shapes(), "a") is SDXL
     assert family_of(checkpoint_shapes(level="") | emas | {"betas": (1000,), "model_ema.decay": ()}, "a") is SD1
     assert detect_family(random_checkpoint) is MINI
 
@@ -64,10 +75,10 @@ def test_family_is_recognized_by_shapes(random_checkpoint):
 def test_every_family_is_told_apart_and_complete():
     assert len({family.signature for family in FAMILIES.values()}) == len(FAMILIES)
     for family in FAMILIES.values():
-        unet, text = family.config("unet"), family.config("text_encoder")
+        unet = family.config("unet")
         assert (unet["block_out_channels"][0], unet["cross_attention_dim"]) == family.signature
         assert (unet["in_channels"], unet["sample_size"], unet["sample_size"]) == family.latent_shape
-        assert text["hidden_size"] == family.signature[1]
+        assert sum(family.config(kind.config)["hidden_size"] for kind in family.text_encoders) == family.signature[1]
         assert family.tokenizer_folder is None or family.tokenizer_folder.is_dir()
 
 
@@ -77,11 +88,10 @@ def test_every_family_is_told_apart_and_complete():
         (unet_shapes(in_channels=9), "9 input channels, where Stable Diffusion 1.x has 4: inpainting.*choose the text-to-image"),
         (unet_shapes(in_channels=8), "8 input channels"),
         (unet_shapes(context=1024), r"width 320 and text width 1024 \(Stable Diffusion 2.x\).*choose.*Stable Diffusion 1.x"),
-        (unet_shapes(context=2048), r"width 320 and text width 2048 \(Stable Diffusion XL\)"),
         (unet_shapes(context=512), "width 320 and text width 512, which is no supported"),
         (text_shapes() | autoencoder_shapes(), "holds no Stable Diffusion UNet.*choose.*MiniCanvas, Stable Diffusion 1.x"),
     ],
-    ids=["inpainting", "picture-to-picture", "sd2", "sdxl", "unknown", "no-unet"],
+    ids=["inpainting", "picture-to-picture", "sd2", "unknown", "no-unet"],
 )
 def test_other_architecture_is_refused_with_what_was_found(shapes, said, tmp_path):
     with pytest.raises(ModelError, match=f"'other.safetensors' .*{said}"):
@@ -111,10 +121,11 @@ def test_text_keys_map_from_both_layouts_to_both(level, ours):
 
     with torch.device("meta"):
         text = CLIPTextModel(CLIPTextConfig(**SD1.config("text_encoder")))
-    inner = {name.removeprefix("text_model."): tuple(w.shape) for name, w in text.state_dict().items()}
-    shapes = text_shapes(level)
-    keys = text_key_map(shapes | unet_shapes(), {ours + name for name in inner})
-    assert {name: shapes[key] for name, key in keys.items()} == {ours + name: shape for name, shape in inner.items()}
+        tensors = {key: torch.empty(shape) for key, shape in (text_shapes(level) | unet_shapes()).items()}
+    wanted = {ours + name.removeprefix("text_model."): weight for name, weight in text.state_dict().items()}
+    text.state_dict = lambda: wanted
+    found = text_tensors(SD1.text_encoders[0], tensors, text)
+    assert {name: tensor.shape for name, tensor in found.items()} == {name: weight.shape for name, weight in wanted.items()}
 
 
 def test_text_encoder_of_an_old_file_is_the_same_one(random_checkpoint, random_bundle, tmp_path):
@@ -122,7 +133,7 @@ def test_text_encoder_of_an_old_file_is_the_same_one(random_checkpoint, random_b
     tensors = {name.replace(level, TEXT): tensor for name, tensor in load_file(random_checkpoint).items()}
     save_file(tensors, tmp_path / "old.safetensors")
     assert f"{TEXT}final_layer_norm.weight" in tensors
-    assert torch.equal(load_bundle(tmp_path / "old.safetensors").encode(["a cat"]), random_bundle.encode(["a cat"]))
+    assert torch.equal(load_bundle(tmp_path / "old.safetensors").encode(["a cat"]).text, random_bundle.encode(["a cat"]).text)
 
 
 # --- tokenizer and decoder
@@ -168,7 +179,7 @@ def test_clip_tokenizer_needs_two_files_and_pads_with_the_end(clip_tokenizer, tm
 
 
 def test_latents_of_a_family_without_a_decoder_are_not_decoded():
-    bundle = ModelBundle(SD1, nn.Linear(1, 1), nn.Linear(1, 1), None, None).to("cpu")
+    bundle = ModelBundle(SD1, nn.Linear(1, 1), (), None, None).to("cpu")
     with pytest.raises(ModelError, match="Latents of Stable Diffusion 1.x cannot be decoded here.*decode them with the VAE"):
         bundle.decode(torch.zeros(1, 4, 64, 64))
 
@@ -193,6 +204,14 @@ def test_erased_stable_diffusion_trains_on_its_own_family_as_its_authors_do():
     assert (training.iterations, training.batch_size, training.learning_rate, training.group) == (200, 1, 5e-5, "attn2")
     assert (training.schedule, training.max_grad_norm, training.seed) == ("constant", 0.0, 3)
     assert preset("esd").for_family(MINI) is preset("esd")
+
+
+def test_erased_stable_diffusion_trains_on_sdxl_as_the_paper_does():
+    request = preset("esd_reference").for_family(SDXL).request([Concept("Van_Gogh")], retain=[], anchor_prompts=["a cup"], seed=3)
+    training, method = request.training, request.method
+    assert (training.iterations, training.batch_size, training.learning_rate, training.group) == (200, 1, 2e-4, "kv")
+    assert (training.schedule, training.max_grad_norm, training.weight_decay) == ("constant", 0.0, 0.0)
+    assert (method.negative_guidance, method.guidance_scale, method.teacher, method.block_first_token) == (2.0, 3.0, "start", False)
 
 
 def test_papers_penalties_have_the_papers_strengths():

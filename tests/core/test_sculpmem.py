@@ -232,14 +232,10 @@ def test_under_a_projection_momentum_forgets_the_directions_that_leave_the_mask(
 # --- the losses
 
 
-def predict_with(bundle):
-    return lambda latents, timesteps, embeddings: bundle.unet(latents, timesteps, encoder_hidden_states=embeddings).sample
-
-
 def gradients_and_parts(bundle, method, weights, start):
     """Gradients of the loss by the group's weights, and its parts, with the student at `weights` and the teacher at `start`."""
     parameters = [parameter for name, parameter in bundle.unet.named_parameters() if name in weights]
-    predict = predict_with(bundle)
+    predict = bundle.predict
 
     def teacher(*inputs):
         with torch.no_grad(), swapped_weights(bundle.unet, start):
@@ -283,14 +279,14 @@ def test_distillation_by_hand_over_anchor_prompts_and_those_of_earlier_targets(r
     (noisy, embeddings), (again, _) = seen[0], seen[-1]
     assert torch.equal(noisy, again) and len(noisy) == 2
     assert parts["distill"] == pytest.approx(0.5 * (2 * noisy).square().mean().item())
-    own = random_bundle.encode(["a star", "a house"])
-    assert all(any(torch.equal(row, prompt) for prompt in own) for row in embeddings)
+    own = random_bundle.encode(["a star", "a house"]).text
+    assert all(any(torch.equal(row, prompt) for prompt in own) for row in embeddings.text)
     seen.clear()
     chained, _ = prepared(distillation=0.5, previous=["Red_Ink"])
     parts = chained.loss(student, lambda noisy, *_: noisy, torch.Generator().manual_seed(1)).parts
     noisy, embeddings = seen[0]
     assert len(noisy) == 4 and torch.equal(noisy[:2], noisy[2:])
-    assert torch.equal(embeddings[2:], random_bundle.encode(["An image in the style of Red Ink"] * 2))
+    assert torch.equal(embeddings.text[2:], random_bundle.encode(["An image in the style of Red Ink"] * 2).text)
     # the mean over the anchors' prompts plus the mean over the earlier targets'
     assert parts["distill"] == pytest.approx(2 * 0.5 * (2 * noisy).square().mean().item())
 
@@ -313,14 +309,14 @@ def test_the_authors_loss_learns_the_target_in_a_frozen_warm_up_and_forgets_it_a
 
     learning = method.loss(student, student, torch.Generator().manual_seed(2))
     noisy, embeddings, timesteps = asked[0]
-    assert torch.equal(embeddings, random_bundle.encode(["In Lava Style, a star"] * 2))
+    assert torch.equal(embeddings.text, random_bundle.encode(["In Lava Style, a star"] * 2).text)
     # z_t = signal z_0 + sigma eps, of the only picture z_0; the student says 3 z_t, and eps would be right
     signal, sigma = method._schedule.coefficients(timesteps)
     noise = (noisy - signal * method._pool.latents) / sigma
     assert learning.parts == {"learn": pytest.approx((3 * noisy - noise).square().mean().item(), rel=1e-4)}
     method._seen = 1
     forgetting = method.loss(student, lambda noisy, *_: noisy, torch.Generator().manual_seed(2))
-    assert torch.equal(asked[1][0], noisy) and torch.equal(asked[1][1], embeddings)
+    assert torch.equal(asked[1][0], noisy) and torch.equal(asked[1][1].text, embeddings.text)
     assert forgetting.parts == {"unlearn": pytest.approx(4 * (2 * noisy).square().mean().item())}  # summed over four channels
 
 

@@ -151,7 +151,7 @@ def test_visited_states_are_those_of_runs_from_the_start_bit_for_bit(step, rando
         latents, solver = noise, NoiseSchedule().ddim("epsilon", 4, "leading")
         for t in solver.timesteps[:k]:
             with torch.no_grad():
-                full, empty = (random_bundle.unet(latents, t, encoder_hidden_states=context[i : i + 1]).sample for i in (0, 1))
+                full, empty = (random_bundle.predict(latents, t, context[i]) for i in (0, 1))
             latents = solver.step(empty + 3.0 * (full - empty), t, latents).prev_sample
         assert torch.equal(latents, reached)
 

@@ -34,8 +34,8 @@ torch.manual_seed(0)
 with torch.no_grad():
     latents, timesteps = torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
     context = bundle.encode(prompts)
-    mine = bundle.unet(latents, timesteps, encoder_hidden_states=context).sample
-    theirs = model.model.diffusion_model(latents, timesteps.float(), context=context)
+    mine = bundle.predict(latents, timesteps, context)
+    theirs = model.model.diffusion_model(latents, timesteps.float(), context=context.text)
     texts = [clip.encode_from_tokens(clip.tokenize(prompt)) for prompt in prompts]
     pictures = vae.decode(model.model.process_latent_out(latents)).movedim(-1, 1)
     ids = [[int(token[0]) for token in clip.tokenize(prompt)["l"][0]] for prompt in prompts]
@@ -45,7 +45,7 @@ figures = {
     "heavy_at_start": heavy_at_start,
     "unet": (mine - theirs).abs().max().item(),
     "unet_size": mine.abs().max().item(),
-    "text": max((text - row).abs().max().item() for text, row in zip(torch.cat(texts), context, strict=True)),
+    "text": max((text - row).abs().max().item() for text, row in zip(torch.cat(texts), context.text, strict=True)),
     "picture": (pictures - bundle.decode(latents)).abs().max().item(),
     "same_ids": ids == bundle.token_ids(prompts).tolist(),
 }

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x checkpoints without a download: the tensors of the original code by key and shape, written from its structure.
+"""Stable Diffusion checkpoints without a download: the tensors of the original code by key and shape, written from its structure.
 
 Nothing here looks at diffusers, so that its key converter is checked against an independent list.
 """
@@ -10,6 +10,7 @@ from json import dumps
 import torch
 
 UNET, TEXT, VAE = "model.diffusion_model.", "cond_stage_model.transformer.", "first_stage_model."
+XL_TEXT, XL_TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 
 def _conv(name, inputs, outputs, side):
@@ -24,9 +25,12 @@ def _norm(name, width):
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def unet_shapes(context=768, in_channels=4, width=320, multiples=(1, 2, 4, 4), blocks=2):
-    """Key -> shape of the denoiser: attention at every resolution but the lowest, 1x1 convolutions around it."""
-    time, shapes = 4 * width, {}
+def unet_shapes(context=768, in_channels=4, width=320, multiples=(1, 2, 4, 4), blocks=2, depths=(1, 1, 1, 0), linear=False, pooled=0):
+    """Key -> shape of the denoiser: `depths` transformer blocks per attention at each resolution, the deepest number in the middle.
+
+    Convolutions or, if `linear`, matrices around them; `pooled` inputs beside the text rows.
+    """
+    time, shapes, around = 4 * width, {}, _linear if linear else lambda name, inputs, outputs: _conv(name, inputs, outputs, 1)
 
     def resnet(name, inputs, outputs):
         shapes.update(_norm(f"{name}.in_layers.0", inputs) | _conv(f"{name}.in_layers.2", inputs, outputs, 3))
@@ -35,25 +39,28 @@ def unet_shapes(context=768, in_channels=4, width=320, multiples=(1, 2, 4, 4), b
         if inputs != outputs:
             shapes.update(_conv(f"{name}.skip_connection", inputs, outputs, 1))
 
-    def attention(name, d):
-        block = f"{name}.transformer_blocks.0"
-        shapes.update(_norm(f"{name}.norm", d) | _conv(f"{name}.proj_in", d, d, 1) | _conv(f"{name}.proj_out", d, d, 1))
-        for part, source in (("attn1", d), ("attn2", context)):
-            shapes.update(_linear(f"{block}.{part}.to_q", d, d, bias=False) | _linear(f"{block}.{part}.to_out.0", d, d))
-            shapes.update(_linear(f"{block}.{part}.to_k", source, d, bias=False) | _linear(f"{block}.{part}.to_v", source, d, bias=False))
-        shapes.update(_linear(f"{block}.ff.net.0.proj", d, 8 * d) | _linear(f"{block}.ff.net.2", 4 * d, d))
-        for number in (1, 2, 3):
-            shapes.update(_norm(f"{block}.norm{number}", d))
+    def attention(name, d, depth):
+        shapes.update(_norm(f"{name}.norm", d) | around(f"{name}.proj_in", d, d) | around(f"{name}.proj_out", d, d))
+        for block in (f"{name}.transformer_blocks.{i}" for i in range(depth)):
+            for part, source in (("attn1", d), ("attn2", context)):
+                shapes.update(_linear(f"{block}.{part}.to_q", d, d, bias=False) | _linear(f"{block}.{part}.to_out.0", d, d))
+                for letter in "kv":
+                    shapes.update(_linear(f"{block}.{part}.to_{letter}", source, d, bias=False))
+            shapes.update(_linear(f"{block}.ff.net.0.proj", d, 8 * d) | _linear(f"{block}.ff.net.2", 4 * d, d))
+            for number in (1, 2, 3):
+                shapes.update(_norm(f"{block}.norm{number}", d))
 
     shapes.update(_linear(f"{UNET}time_embed.0", width, time) | _linear(f"{UNET}time_embed.2", time, time))
+    if pooled:
+        shapes.update(_linear(f"{UNET}label_emb.0.0", pooled, time) | _linear(f"{UNET}label_emb.0.2", time, time))
     shapes.update(_conv(f"{UNET}input_blocks.0.0", in_channels, width, 3))
     lowest, skips, now, place = len(multiples) - 1, [width], width, 1
     for level, multiple in enumerate(multiples):
         for _ in range(blocks):
             resnet(f"{UNET}input_blocks.{place}.0", now, width * multiple)
             now = width * multiple
-            if level < lowest:
-                attention(f"{UNET}input_blocks.{place}.1", now)
+            if depths[level]:
+                attention(f"{UNET}input_blocks.{place}.1", now, depths[level])
             skips.append(now)
             place += 1
         if level < lowest:
@@ -61,25 +68,25 @@ def unet_shapes(context=768, in_channels=4, width=320, multiples=(1, 2, 4, 4), b
             skips.append(now)
             place += 1
     resnet(f"{UNET}middle_block.0", now, now)
-    attention(f"{UNET}middle_block.1", now)
+    attention(f"{UNET}middle_block.1", now, max(depths))
     resnet(f"{UNET}middle_block.2", now, now)
     place = 0
     for level, multiple in reversed([*enumerate(multiples)]):
         for number in range(blocks + 1):
             resnet(f"{UNET}output_blocks.{place}.0", now + skips.pop(), width * multiple)
             now = width * multiple
-            if level < lowest:
-                attention(f"{UNET}output_blocks.{place}.1", now)
+            if depths[level]:
+                attention(f"{UNET}output_blocks.{place}.1", now, depths[level])
             if level and number == blocks:
-                shapes.update(_conv(f"{UNET}output_blocks.{place}.{1 + (level < lowest)}.conv", now, now, 3))
+                shapes.update(_conv(f"{UNET}output_blocks.{place}.{1 + bool(depths[level])}.conv", now, now, 3))
             place += 1
     return shapes | _norm(f"{UNET}out.0", now) | _conv(f"{UNET}out.2", now, 4, 3)
 
 
-def text_shapes(level="text_model.", width=768, layers=12):
-    """Key -> shape of the text encoder; the oldest files lack the `text_model.` level, and all have the ids of positions."""
-    prefix = TEXT + level
-    shapes = {f"{prefix}embeddings.position_ids": (1, 77), f"{prefix}embeddings.token_embedding.weight": (49408, width),
+def text_shapes(level="text_model.", width=768, layers=12, prefix=TEXT, words=49408):
+    """Key -> shape of CLIP's text encoder; the oldest files lack the `text_model.` level, and all have the ids of positions."""
+    prefix += level
+    shapes = {f"{prefix}embeddings.position_ids": (1, 77), f"{prefix}embeddings.token_embedding.weight": (words, width),
               f"{prefix}embeddings.position_embedding.weight": (77, width)}  # fmt: skip
     for layer in range(layers):
         name = f"{prefix}encoder.layers.{layer}"
@@ -88,6 +95,18 @@ def text_shapes(level="text_model.", width=768, layers=12):
         shapes |= _norm(f"{name}.layer_norm1", width) | _norm(f"{name}.layer_norm2", width)
         shapes |= _linear(f"{name}.mlp.fc1", width, 4 * width) | _linear(f"{name}.mlp.fc2", 4 * width, width)
     return shapes | _norm(f"{prefix}final_layer_norm", width)
+
+
+def open_clip_shapes(prefix, width, layers, words=49408):
+    """Key -> shape of OpenCLIP's text encoder."""
+    shapes = {f"{prefix}positional_embedding": (77, width), f"{prefix}text_projection": (width, width), f"{prefix}logit_scale": (),
+              f"{prefix}token_embedding.weight": (words, width)}  # fmt: skip
+    for layer in range(layers):
+        name = f"{prefix}transformer.resblocks.{layer}"
+        shapes |= {f"{name}.attn.in_proj_weight": (3 * width, width), f"{name}.attn.in_proj_bias": (3 * width,)}
+        shapes |= _linear(f"{name}.attn.out_proj", width, width) | _norm(f"{name}.ln_1", width) | _norm(f"{name}.ln_2", width)
+        shapes |= _linear(f"{name}.mlp.c_fc", width, 4 * width) | _linear(f"{name}.mlp.c_proj", 4 * width, width)
+    return shapes | _norm(f"{prefix}ln_final", width)
 
 
 def autoencoder_shapes(width=128, multiples=(1, 2, 4, 4), blocks=2, latent=4):
@@ -123,8 +142,20 @@ def autoencoder_shapes(width=128, multiples=(1, 2, 4, 4), blocks=2, latent=4):
 
 
 def checkpoint_shapes(level="text_model."):
-    """Key -> shape of every tensor that a full checkpoint has."""
+    """Key -> shape of every tensor that a full checkpoint of Stable Diffusion 1.x has."""
     return unet_shapes() | text_shapes(level) | autoencoder_shapes()
+
+
+def xl_shapes():
+    """Key -> shape of every tensor that a full checkpoint of Stable Diffusion XL has."""
+    unet = unet_shapes(2048, multiples=(1, 2, 4), depths=(0, 2, 10), linear=True, pooled=1280 + 6 * 256)
+    return unet | text_shapes(prefix=XL_TEXT) | open_clip_shapes(XL_TEXT_2, 1280, 32) | autoencoder_shapes()
+
+
+def tiny_xl_shapes():
+    """The same layout around a small denoiser and two small text encoders, with MiniCanvas' words and no autoencoder."""
+    unet = unet_shapes(48, width=32, multiples=(1, 2), blocks=1, depths=(0, 2), linear=True, pooled=32 + 6 * 8)
+    return unet | text_shapes(width=16, layers=2, prefix=XL_TEXT, words=968) | open_clip_shapes(XL_TEXT_2, 32, 2, words=968)
 
 
 def _header(shapes):
@@ -160,5 +191,5 @@ def write_random(path, shapes, seed=0):
                 tensor = (torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5).half()
             else:
                 tensor = torch.full(shape, float(key.endswith(".weight")), dtype=torch.float16)
-            file.write(tensor.view(torch.uint8).numpy().tobytes())
+            file.write(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return path
