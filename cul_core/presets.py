@@ -13,6 +13,7 @@ from .errors import ConfigError
 from .families import Family
 from .methods.conabl import ConAblConfig
 from .methods.esd import ESDConfig
+from .methods.sculpmem import SculpMemConfig
 from .regularizers.distillation import DistillationConfig
 from .regularizers.projection import ProjectionConfig
 from .regularizers.selft import SelFTConfig
@@ -33,6 +34,7 @@ class Preset:
         anchor_sampler: how they are sampled.
         regularizers_of: family name -> regularizers that take the place of `regularizers` there.
         training_of: family name -> training that takes the place of the family's own there.
+        method_of: family name -> method that takes the place of `method` there.
     """
 
     description: str
@@ -43,6 +45,7 @@ class Preset:
     anchor_sampler: SamplerConfig = SamplerConfig()
     regularizers_of: Mapping[str, tuple[Config, ...]] = field(default_factory=dict)
     training_of: Mapping[str, TrainingConfig] = field(default_factory=dict)
+    method_of: Mapping[str, Config] = field(default_factory=dict)
 
     def for_family(self, family: Family) -> Preset:
         """This preset with the family's own values; whoever has other wishes replaces parts of the result.
@@ -56,7 +59,7 @@ class Preset:
         return replace(
             self, regularizers=self.regularizers_of.get(family.name, self.regularizers), anchor_count=recipe.anchor_count,
             anchor_sampler=SamplerConfig(steps=recipe.anchor_steps, guidance_scale=recipe.anchor_guidance),
-            training=self.training_of.get(family.name, usual),
+            training=self.training_of.get(family.name, usual), method=self.method_of.get(family.name, self.method),
         )  # fmt: skip
 
     def with_settings(self, values: Mapping[str, Any]) -> Preset:
@@ -159,6 +162,17 @@ PRESETS = {
         "Distillation beside Concept Ablation towards the pretrained model's anchors: stronger, from more states of pictures that take "
         "less time to draw.",
         ConAblConfig(teacher="pretrained"), (DistillationConfig(keep_weight=4.0, batch_size=4, trajectory_steps=20),), _STEEP,
+    ),
+    "sculpmem": Preset(
+        "The paper's SculpMem as its authors' code does it: half of the weights are trained at a time.",
+        SculpMemConfig(warm_up=3, interval=6, **SculpMemConfig.REFERENCE), (), TrainingConfig(),
+        method_of=dict.fromkeys(("sd1", "sdxl"), SculpMemConfig(**SculpMemConfig.REFERENCE)),
+    ),
+    "sculpmem_ours": Preset(
+        "SculpMem towards the pretrained model's anchors, with a frozen warm-up, and held by distillation to what the step began with.",
+        SculpMemConfig(teacher="pretrained", warm_up=3, interval=6, distillation=1.5), (),
+        TrainingConfig(learning_rate=8e-4, schedule="linear"),
+        method_of=dict.fromkeys(("sd1", "sdxl"), SculpMemConfig(teacher="pretrained", distillation=1.5)),
     ),
 }  # fmt: skip
 
