@@ -38,7 +38,7 @@ def trials() -> dict[str, dict[str, tuple[Preset, dict]]]:
         "projection": {f"damping {d:g}": trial(ProjectionConfig(decoys=300, damping=d)) for d in (1e-5, 3e-5)},
         "projection_selft": {f"tau {tau}": trial(SelFTConfig(kept_fraction=tau), DAMPED) for tau in (0.3, 0.5)},
         "projection_l1sp": {f"strength {s:g}": trial(DAMPED, L1SPConfig(strength=s)) for s in (1e3, 5e3)},
-        "plain": {"3e-4": trial(training=TrainingConfig()), "6e-4 falling": trial()},
+        "plain": {"4e-4": trial(training=TrainingConfig()), "6e-4 falling": trial()},
         "l1sp": {"strength 3e4": trial(L1SPConfig(strength=3e4)), "penalty 200": trial(L1SPConfig(strength=200, form="penalty")),
                  "strength 1e4": trial(L1SPConfig(strength=1e4))},
         "l2sp": {"strength 3e5": trial(L2SPConfig(strength=3e5)), "penalty 3e4": trial(L2SPConfig(strength=3e4, form="penalty"))},

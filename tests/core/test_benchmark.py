@@ -60,8 +60,8 @@ def test_a_chain_forgets_one_target_a_request_and_simultaneous_all_so_far_with_t
     chain, together = run_of("plain", "b"), run_of("plain simultaneous", "b")
     assert [concept.target for concept in chain.request(4).concepts] == [REQUEST_ORDERS["b"][3]]
     assert [concept.target for concept in together.request(4).concepts] == list(REQUEST_ORDERS["b"][:4])
-    assert together.request(4).training.iterations == 4 * chain.request(4).training.iterations == 200
-    assert (together.request(4).training.evaluate_every, together.request(4).training.patience) == (25, 50)
+    assert together.request(4).training.iterations == 4 * chain.request(4).training.iterations == 240
+    assert (together.request(4).training.evaluate_every, together.request(4).training.patience) == (25, 60)
 
 
 def test_a_measurement_on_the_way_asks_in_every_other_name_and_the_last_in_all():
