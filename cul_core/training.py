@@ -204,6 +204,7 @@ def run_step(
         anchor_latents=latents.to(bundle.device), pretrained=pretrained, start=start, training=request.training,
         generator=partial(generator_for, request.training.seed),
         origin=stable_hash([model.content_hash, request.method.to_json()]), check=partial(_check_going_on, callbacks),
+        anchor_sampler=request.anchor_sampler,
     )  # fmt: skip
     with swapped_weights(bundle.unet, {name: parameters[name].data + delta.to(bundle.device) for name, delta in outside.items()}):
         for part in (method, *regularizers):
@@ -302,8 +303,8 @@ def _train(
     student = {name: weight.clone() for name, weight in context.start.items()}
     with swapped_weights(unet, student), _trainable(parameters):
         with _first_token_blocked(blocked):
-            for regularizer in regularizers:
-                regularizer.prepare_mask(context, partial(_coordinates, regularizers))
+            for part in (method, *regularizers):
+                part.prepare_mask(context, partial(_coordinates, regularizers))
         optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
         begun = time.monotonic()
         callbacks.preview(context.bundle, 0, training.iterations)
@@ -319,7 +320,10 @@ def _train(
                                         f"learning rate ({training.learning_rate:g}) or the regularizers' strengths.")  # fmt: skip
                 term.backward()
                 parts |= named
-            _update(parameters, optimizer, regularizers, training)
+            if method.observe(iteration, parameters, optimizer):
+                _update(parameters, optimizer, method, regularizers, training)
+            else:
+                optimizer.zero_grad()
             losses.append(total)
             callbacks.on_progress(Progress(iteration, training.iterations, losses[-1], parts, time.monotonic() - begun))
             is_last = stopping.is_time(iteration, context.bundle, parameters, stop_if_asked)
@@ -332,12 +336,13 @@ def _train(
 
 @torch.no_grad()
 def _update(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, regularizers: list[Regularizer], training: TrainingConfig
-) -> None:
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, method: Method, regularizers: list[Regularizer],
+    training: TrainingConfig,
+) -> None:  # fmt: skip
     """One constrained optimizer update. The order is a contract: gradients, clipping, optimizer, proximal, then hard constraints."""
     for name, parameter in parameters.items():
-        for regularizer in regularizers:
-            parameter.grad = regularizer.transform_gradient(name, parameter.grad)
+        for part in (method, *regularizers):
+            parameter.grad = part.transform_gradient(name, parameter.grad)
     if training.max_grad_norm:
         nn.utils.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -347,7 +352,7 @@ def _update(
         weight = parameter.data
         for regularizer in regularizers:
             weight = regularizer.proximal(name, weight, optimizer.param_groups[0]["lr"])
-        masks = [mask for regularizer in regularizers if (mask := regularizer.mask(name, weight)) is not None]
+        masks = [mask for part in (method, *regularizers) if (mask := part.mask(name, weight)) is not None]
         mask = math.prod(masks[1:], start=masks[0]) if masks else None
         change = weight - before[name]
         constrained = None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..augmentation import anchor_pool
 from ..config import Config, setting
+from ..embeddings import Embeddings
 from ..errors import ConceptError
 from .base import METHODS, LossParts, Method, Predict, StepContext
 
@@ -103,8 +104,9 @@ class ConAbl(Method):
         earlier = context.previous if config.replay else ()
         again = [{i: prompts for i in usable if (prompts := concept.target_prompts(captions[i]))} for concept in earlier]
         self._earlier = [pairs(prompts) for prompts in again if prompts]
-        self._preserved = [(i, row(captions[i])) for i in usable] if config.preservation else []
-        self._embeddings = bundle.encode(list(rows))
+        self._preserved = [(i, row(captions[i])) for i in usable]
+        self._prompts = list(rows)
+        self._embeddings = bundle.encode(self._prompts)
 
     def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
         pictures, targets = self._draw(generator)
@@ -141,11 +143,16 @@ class ConAbl(Method):
         timesteps = torch.randint(self._schedule.timesteps, (len(clean),), generator=generator).to(clean.device)
         return self._schedule.add_noise(clean, noise, timesteps), timesteps, noise
 
-    def _preservation(self, student: Predict, generator: torch.Generator) -> Tensor:
-        """Mean squared error of what the student says of anchors as they are, from their own prompts."""
+    def _draw_anchors(self, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor, Embeddings], Tensor]:
+        """(z_t, t, E(p)) of a batch of anchors as they are, and what a perfect model would say there."""
         drawn = torch.randint(len(self._preserved), (self._batch,), generator=generator).tolist()
         anchors, prompts = zip(*(self._preserved[i] for i in drawn), strict=True)
         clean = self._latents[list(anchors)]
         noisy, timesteps, noise = self._noised(clean, generator)
         truth = self._schedule.target(self._prediction_type, clean, noise, timesteps)
-        return (student(noisy, timesteps, self._embeddings[list(prompts)]) - truth).square().mean()
+        return (noisy, timesteps, self._embeddings[list(prompts)]), truth
+
+    def _preservation(self, student: Predict, generator: torch.Generator) -> Tensor:
+        """Mean squared error of what the student says of anchors as they are, from their own prompts."""
+        inputs, truth = self._draw_anchors(generator)
+        return (student(*inputs) - truth).square().mean()

@@ -195,7 +195,7 @@ def test_preset_takes_the_values_of_its_family(name):
     training = request.training
     assert (training.iterations, training.batch_size, training.learning_rate, training.seed) == (1000, 4, 8e-6, 3)
     assert (request.anchor_count, request.anchor_sampler) == (200, SamplerConfig(steps=25, guidance_scale=6.0))
-    assert (request.method, training.schedule) == (chosen.method, chosen.training.schedule)
+    assert (request.method, training.schedule) == (chosen.method_of.get("sd1", chosen.method), chosen.training.schedule)
 
 
 def test_erased_stable_diffusion_trains_on_its_own_family_as_its_authors_do():

@@ -33,7 +33,10 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-SHORT = dict.fromkeys(("esd", "distillation"), {"trajectories": 1, "trajectory_steps": 2}) | {"selft": {"states": 4}}
+SHORT = dict.fromkeys(("esd", "distillation"), {"trajectories": 1, "trajectory_steps": 2}) | {
+    "selft": {"states": 4},
+    "sculpmem": {"warm_up": 1},
+}
 """Settings that make the mechanics of a method or regularizer fast: name -> values."""
 
 
@@ -233,13 +236,13 @@ def test_hard_constraints_act_last_on_the_actual_change_whatever_the_optimizer_d
     recorder, plain_mask = Recorder(), Recorder()
     optimizer = torch.optim.SGD([weight], lr=0.5)
     training = type("T", (), {"max_grad_norm": 0.0, "learning_rate": 0.5})
-    _update({"w": weight}, optimizer, [recorder], training)
+    _update({"w": weight}, optimizer, Method(None), [recorder], training)
     assert recorder.calls == ["gradient", "proximal", "mask", "constrain"]
     # only entry (1, 1) may change: 4 - 0.5 (SGD) + 1 (proximal)
     assert weight.tolist() == [[1.0, 2.0], [3.0, 4.5]]
     weight.grad = torch.ones(2, 2)
     plain_mask.constrain = lambda name, change, mask: None
-    _update({"w": weight}, optimizer, [plain_mask], training)
+    _update({"w": weight}, optimizer, Method(None), [plain_mask], training)
     assert weight.tolist() == [[1.0, 2.5], [3.0, 5.0]]
 
 
