@@ -95,6 +95,7 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     from .anchors import AnchorStore
     from .checkpoint import open_model, save_checkpoint
     from .concepts import Concept, parse_concept
+    from .families import MINI
     from .loading import BundleCache, detect_family
     from .memorized import MEMORIZED, memorized_request, pixel_correlation, read_paraphrases, read_picture
     from .presets import preset
@@ -107,7 +108,8 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     if is_picture != (arguments.paraphrases is not None) or (is_picture and len(arguments.target) != 1):
         raise ConfigError("A memorized picture needs its caption as the only target, --picture and --paraphrases; give all three.")
     chosen = (MEMORIZED if is_picture else preset(arguments.preset)).for_family(detect_family(arguments.model))
-    overrides = {name: value for name in ("iterations", "learning_rate") if (value := getattr(arguments, name)) is not None}
+    given = {name: getattr(arguments, name) for name in ("iterations", "learning_rate", "evaluate_every")}
+    overrides = {name: value for name, value in given.items() if value is not None}
     chosen = replace(chosen, training=replace(chosen.training, **overrides))
     if arguments.auxiliary is not None:
         if not any(isinstance(part, ProjectionConfig) for part in chosen.regularizers):
@@ -139,7 +141,12 @@ def _unlearn(arguments: argparse.Namespace) -> None:
         prompts = anchor_prompts(model.family, concepts)
         request = chosen.request(concepts, retain=keep, anchor_prompts=prompts, seed=arguments.seed)
     watch = Callbacks(on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left))
-    edited, report = run_step(model, request, device=device, store=AnchorStore(), bundles=bundles, callbacks=watch)
+    measure = None
+    if request.training.evaluate_every and model.family == MINI:
+        from .minicanvas.judge import measure_for
+
+        measure = measure_for(request)
+    edited, report = run_step(model, request, device=device, store=AnchorStore(), bundles=bundles, callbacks=watch, measure=measure)
     path = save_checkpoint(edited, out)
     _say(f"forgot {', '.join(c.name for c in request.concepts)} in {report.record.seconds:.1f} s")
     for name, value in report.figures.items():
@@ -290,6 +297,8 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--iterations", type=int, help="instead of the preset's")
     unlearn.add_argument("--learning-rate", type=float, help="instead of the preset's")
     unlearn.add_argument("--seed", type=int, default=0, help="seed of the step")
+    unlearn.add_argument("--evaluate-every", type=int, metavar="N", help="measure every N updates, stop when the target is gone, and keep "
+                         "the best weights; MiniCanvas only")  # fmt: skip
     unlearn.add_argument("--out", type=Path, help="file to write; an existing one is never overwritten")
 
     merge = command("merge", _merge, "Merge edited checkpoints of one file into one that has forgotten what each of them has.")

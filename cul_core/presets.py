@@ -14,6 +14,7 @@ from .families import Family
 from .methods.conabl import ConAblConfig
 from .methods.esd import ESDConfig
 from .methods.sculpmem import SculpMemConfig
+from .regularizers.distillation import DistillationConfig
 from .regularizers.projection import ProjectionConfig
 from .regularizers.selft import SelFTConfig
 from .regularizers.weight_anchor import L1SPConfig, L2SPConfig
@@ -151,6 +152,16 @@ PRESETS = {
         ESDConfig(**ESDConfig.REFERENCE), (), TrainingConfig(batch_size=4, learning_rate=1.2e-3),
         training_of={"sd1": TrainingConfig(iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2"),
                      "sdxl": TrainingConfig(iterations=200, batch_size=1, learning_rate=2e-4, max_grad_norm=0.0)},
+    ),
+    "distillation": Preset(
+        "Concept Ablation as its authors' code does it, beside distillation: the model draws pictures of what is to be kept and learns to "
+        "go on predicting there what the pretrained one does.",
+        ConAblConfig(**ConAblConfig.REFERENCE), (DistillationConfig(),), TrainingConfig(),
+    ),
+    "distillation_ours": Preset(
+        "Distillation beside Concept Ablation towards the pretrained model's anchors: stronger, from more states of pictures that take "
+        "less time to draw.",
+        ConAblConfig(teacher="pretrained"), (DistillationConfig(keep_weight=4.0, batch_size=4, trajectory_steps=20),), _STEEP,
     ),
     "sculpmem": Preset(
         "The paper's SculpMem as its authors' code does it: half of the weights are trained at a time.",

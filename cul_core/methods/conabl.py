@@ -32,6 +32,8 @@ class ConAblConfig(Config):
     augmentations: int = setting(0, "Versions of every anchor picture that are trained on in its place, smaller or larger and elsewhere, "
                                  "with prompts that say so ('A far away'). 0: the picture itself.", minimum=0)  # fmt: skip
     flip: bool = setting(False, "Mirror half of the anchor pictures.")
+    replay: float = setting(0.0, "Share of every batch that goes over targets of earlier steps again, so that they stay what they became.",
+                            minimum=0.0, maximum=0.9)  # fmt: skip
     REFERENCE: ClassVar[dict] = {"teacher": "student", "border_mask": True}
 
 
@@ -56,7 +58,8 @@ class ConAbl(Method):
 
     Channels are summed, not averaged, as in the reference, whose penalty weights are calibrated to that. The mask m leaves out the
     padding of scaled pictures. The second term is over anchors (z', p') as they are; a model of velocities is asked for the velocity.
-    Several targets of a request are drawn equally often, whatever the number of anchors that each has.
+    Several targets of a request are drawn equally often, whatever the number of anchors that each has. With `replay`, a share of the
+    batch does the same for targets of earlier steps: later steps otherwise move what the model makes of them.
 
     Raises:
         ConceptError: no anchor prompt can be rewritten for one of the targets.
@@ -93,8 +96,14 @@ class ConAbl(Method):
 
         shown = [*enumerate(zip(pool.anchors, pool.prefixes, strict=True))]
         self._anchor_rows = [row(prefix + captions[i]) for _, (i, prefix) in shown]
-        self._pairs = [[(picture, [row(prefix + prompt) for prompt in prompts[i]]) for picture, (i, prefix) in shown if i in prompts]
-                       for prompts in rewritten]  # fmt: skip
+
+        def pairs(prompts: dict[int, tuple[str, ...]]) -> list[tuple[int, list[int]]]:
+            return [(picture, [row(prefix + prompt) for prompt in prompts[i]]) for picture, (i, prefix) in shown if i in prompts]
+
+        self._pairs = [pairs(prompts) for prompts in rewritten]
+        earlier = context.previous if config.replay else ()
+        again = [{i: prompts for i in usable if (prompts := concept.target_prompts(captions[i]))} for concept in earlier]
+        self._earlier = [pairs(prompts) for prompts in again if prompts]
         self._preserved = [(i, row(captions[i])) for i in usable]
         self._prompts = list(rows)
         self._embeddings = bundle.encode(self._prompts)
@@ -115,14 +124,17 @@ class ConAbl(Method):
 
     def _draw(self, generator: torch.Generator) -> tuple[list[int], list[int]]:
         """Numbers of a batch of pictures, and of the target prompts that take the place of their own."""
-        most, pictures, targets = max(map(len, self._pairs)), [], []
-        for number in torch.randint(len(self._pairs) * most, (self._batch,), generator=generator).tolist():
-            pairs, i = self._pairs[number // most], number % most
-            if i >= len(pairs):  # of a target with fewer anchors than another: all of its own are equally likely
-                i = int(torch.randint(len(pairs), (), generator=generator))
-            picture, versions = pairs[i]
-            pictures.append(picture)
-            targets.append(versions[int(torch.randint(len(versions), (), generator=generator))])
+        again = min(round(self.config.replay * self._batch), self._batch - 1) if self._earlier else 0
+        pictures, targets = [], []
+        for groups, count in ((self._pairs, self._batch - again), (self._earlier, again)):
+            most = max(map(len, groups), default=0)
+            for number in torch.randint(len(groups) * most, (count,), generator=generator).tolist() if count else ():
+                pairs, i = groups[number // most], number % most
+                if i >= len(pairs):  # of a target with fewer anchors than another: all of its own are equally likely
+                    i = int(torch.randint(len(pairs), (), generator=generator))
+                picture, versions = pairs[i]
+                pictures.append(picture)
+                targets.append(versions[int(torch.randint(len(versions), (), generator=generator))])
         return pictures, targets
 
     def _noised(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

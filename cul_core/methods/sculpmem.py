@@ -125,9 +125,9 @@ class SculpMem(ConAbl):
             self._draw_targets(context)
 
     def _draw_targets(self, context: StepContext) -> None:
-        """Pictures of the target for one of its prompts each, in the place of those of the anchors."""
+        """Pictures of the targets for one of their prompts each, in the place of those of the anchors."""
         rows, anchor_rows = [], []
-        for pairs in self._pairs:
+        for pairs in (*self._pairs, *self._earlier):
             for i, (picture, versions) in enumerate(pairs):
                 rows.append(versions[i % len(versions)])
                 anchor_rows.append(self._anchor_rows[picture])

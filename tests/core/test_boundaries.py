@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "cul_core").rglob("*.py"))
 LAYERS = (
     {"config", "concepts", "auxiliary", "registry", "errors", "safetensor_files"},
     {"embeddings", "families", "bundle", "loading", "compact"},
-    {"augmentation", "diffusion", "trajectories", "conditioning", "params", "largest"},
+    {"augmentation", "diffusion", "trajectories", "conditioning", "params", "largest", "stopping"},
     {"methods", "regularizers", "merging"},
     {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store", "merge_models",
      "memorized"},

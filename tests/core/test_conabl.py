@@ -199,6 +199,21 @@ def test_targets_of_a_request_are_drawn_equally_often_whatever_anchors_they_have
     assert all(abs(Counter(pictures)[i] - (2400 if i == 2 else 400)) < 160 for i in range(5))
 
 
+def test_replay_gives_earlier_targets_their_share_of_every_batch_and_nothing_changes_without_any(random_bundle):
+    captions, earlier = ("a star", "a house"), (Concept("Denim"), Concept("tulip", "object", "star"), Concept("rose", "object", "cup"))
+
+    def drawn(replay, previous):
+        method = ConAbl(ConAblConfig(replay=replay))
+        method.prepare(context_for(random_bundle, Concept("Lava"), captions, torch.zeros(2, 4, 8, 8), previous, batch_size=8))
+        return method, method._draw(torch.Generator().manual_seed(0))
+
+    method, (pictures, prompts) = drawn(0.25, earlier)
+    assert [len(pairs) for pairs in method._earlier] == [2, 1]  # no caption shows a cup, so the rose is left out
+    known = [{row for _, rows in group for row in rows} for group in (method._pairs[0], method._earlier[0] + method._earlier[1])]
+    assert all(row in known[0] for row in prompts[:6]) and all(row in known[1] for row in prompts[6:])  # 8 x 0.25 = 2 of 8
+    assert drawn(0.25, ())[1] == drawn(0.0, ())[1] == drawn(0.0, earlier)[1]
+
+
 def test_scaled_pictures_say_so_in_both_prompts_and_padding_does_not_count(random_bundle):
     method = ConAbl(ConAblConfig(augmentations=3, flip=True))
     captions = ("a star", "a house")

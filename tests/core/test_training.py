@@ -33,18 +33,21 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-SHORT = {"esd": {"trajectories": 1, "trajectory_steps": 2}, "sculpmem": {"warm_up": 1}}
-"""Settings that make the mechanics of a method fast: name -> values."""
+SHORT = dict.fromkeys(("esd", "distillation"), {"trajectories": 1, "trajectory_steps": 2})
+SHORT |= {"selft": {"states": 4}, "sculpmem": {"warm_up": 1}}
+"""Settings that make the mechanics of a method or regularizer fast: name -> values."""
 
 
-@pytest.mark.parametrize("regularizer", [None, *(entry.config for entry in REGULARIZERS)])
-@pytest.mark.parametrize(
-    "method", [entry.config(**SHORT.get(entry.name, {})) for entry in METHODS], ids=lambda config: config.registry_name
-)
+def short_configs(registry):
+    return [pytest.param(entry.config(**SHORT.get(entry.name, {})), id=entry.name) for entry in registry]
+
+
+@pytest.mark.parametrize("regularizer", [None, *short_configs(REGULARIZERS)])
+@pytest.mark.parametrize("method", short_configs(METHODS))
 def test_every_method_with_every_regularizer_repeats_bit_for_bit_and_changes_only_its_group(
     method, regularizer, step, random_bundle, make_request
 ):
-    request = make_request(method=method, regularizers=[regularizer()] if regularizer else [])
+    request = make_request(method=method, regularizers=[regularizer] if regularizer else [])
     before = unet_state(random_bundle)
     (first, report), (second, _) = step(request), step(request)
     assert first.content_hash == second.content_hash
@@ -141,6 +144,64 @@ def test_a_closed_form_method_runs_in_the_same_step(step, make_request, monkeypa
     config = methods.get("double").config()
     edited, report = step(make_request(method=config, regularizers=[entry.config() for entry in REGULARIZERS]))
     assert len(edited.edits) == 14 and report.losses == ()
+
+
+class Pull(Regularizer):
+    """Its terms are multiples of the sum of one matrix; notes what happens to that matrix."""
+
+    factors, events, gradients = {}, [], []
+
+    def prepare(self, context):
+        self.name = min(context.start)
+        self.weight = context.bundle.unet.get_parameter(self.name)
+
+    def prepare_mask(self, context, coordinates):
+        self.hook = self.weight.register_post_accumulate_grad_hook(lambda weight: self.events.append("backward"))
+
+    def loss_terms(self, student, pretrained, start):
+        self.events.append("terms")
+        return {name: factor * self.weight.sum() for name, factor in self.factors.items()}
+
+    def transform_gradient(self, name, gradient):
+        if name == self.name:
+            self.gradients.append(gradient.clone())
+            self.hook.remove()
+        return gradient
+
+
+@pytest.fixture
+def pull(monkeypatch):
+    """Makes a config of a `Pull` with these factors, the only regularizer there is."""
+    registry = Registry("regularizer")
+    registry.register("pull", config=type("PullConfig", (ConAblConfig,), {}), display_name="Pull", description="d", paper="p",
+                      families=("mini",), groups=("kv",))(Pull)  # fmt: skip
+    monkeypatch.setattr("cul_core.training.REGULARIZERS", registry)
+
+    def config(**factors):
+        monkeypatch.setattr(Pull, "factors", factors)
+        monkeypatch.setattr(Pull, "events", [])
+        monkeypatch.setattr(Pull, "gradients", [])
+        return registry.get("pull").config()
+
+    return config
+
+
+def test_terms_of_a_regularizer_have_a_backward_of_their_own_after_the_methods_and_all_gradients_add_up(step, make_request, pull):
+    step(make_request(regularizers=[pull()], iterations=1))
+    assert Pull.events == ["backward", "terms"]
+    (alone,) = Pull.gradients
+    _, report = step(make_request(regularizers=[pull(twice=2.0, thrice=3.0)], iterations=1))
+    assert Pull.events == ["backward", "terms", "backward"]
+    torch.testing.assert_close(Pull.gradients[0], alone + 2 + 3)
+    assert report.record.losses.keys() == {"unlearn", "twice", "thrice"}
+    assert report.losses[0] == pytest.approx(sum(report.record.losses.values()), rel=1e-5)
+
+
+def test_a_term_that_is_not_finite_stops_the_step_as_the_methods_loss_does(step, random_bundle, make_request, pull):
+    before = unet_state(random_bundle)
+    with pytest.raises(TrainingError, match=r"became nan at iteration 1 of 3; lower the learning rate .* or the regularizers' strengths"):
+        step(make_request(regularizers=[pull(twice=2.0, broken=float("nan"))]))
+    assert same(unet_state(random_bundle), before) and not any(p.requires_grad for p in random_bundle.unet.parameters())
 
 
 class Recorder(Regularizer):

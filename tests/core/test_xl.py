@@ -16,7 +16,7 @@ from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.selft import SelFTConfig
 from cul_core.training import Callbacks, run_step
 
-SHORT = {"esd": {"trajectories": 2, "trajectory_steps": 4}, "selft": {"states": 3}}
+SHORT = dict.fromkeys(("esd", "distillation"), {"trajectories": 2, "trajectory_steps": 4}) | {"selft": {"states": 3}}
 ESD = ESDConfig(**SHORT["esd"])
 
 
