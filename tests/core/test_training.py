@@ -33,8 +33,10 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-SHORT = dict.fromkeys(("esd", "distillation"), {"trajectories": 1, "trajectory_steps": 2})
-SHORT |= {"selft": {"states": 4}, "sculpmem": {"warm_up": 1}}
+SHORT = dict.fromkeys(("esd", "distillation"), {"trajectories": 1, "trajectory_steps": 2}) | {
+    "selft": {"states": 4},
+    "sculpmem": {"warm_up": 1},
+}
 """Settings that make the mechanics of a method or regularizer fast: name -> values."""
 
 
