@@ -132,7 +132,7 @@ class SculpMem(ConAbl):
                 rows.append(versions[i % len(versions)])
                 anchor_rows.append(self._anchor_rows[picture])
                 pairs[i] = (len(rows) - 1, rows[-1:])
-        self._anchor_rows, self._earlier = anchor_rows, []  # there are no pictures of earlier targets to replay
+        self._anchor_rows = anchor_rows
         generators = [context.generator("target picture", i) for i in range(len(rows))]
         latents = sample_latents(context.bundle, [self._prompts[row] for row in rows], generators, context.anchor_sampler,
                                  lambda done: context.check())  # fmt: skip
