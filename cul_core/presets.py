@@ -139,7 +139,7 @@ PRESETS = {
     ),
     "selft_ours": Preset(
         "SelFT whose mask holds on what the optimizer does, scored along one picture.",
-        ConAblConfig(teacher="pretrained"), (SelFTConfig(kept_fraction=0.3),), _STEEP,
+        ConAblConfig(teacher="pretrained"), (SelFTConfig(kept_fraction=0.2),), _STEEP,
     ),
     "projection_ours": Preset(
         "Update projection in more strongly damped coordinates than the recommended ones.",
