@@ -125,14 +125,14 @@ class SculpMem(ConAbl):
             self._draw_targets(context)
 
     def _draw_targets(self, context: StepContext) -> None:
-        """Pictures of the target for one of its prompts each, in the place of those of the anchors."""
+        """Pictures of the targets for one of their prompts each, in the place of those of the anchors."""
         rows, anchor_rows = [], []
-        for pairs in self._pairs:
+        for pairs in (*self._pairs, *self._earlier):
             for i, (picture, versions) in enumerate(pairs):
                 rows.append(versions[i % len(versions)])
                 anchor_rows.append(self._anchor_rows[picture])
                 pairs[i] = (len(rows) - 1, rows[-1:])
-        self._anchor_rows, self._earlier = anchor_rows, []  # there are no pictures of earlier targets to replay
+        self._anchor_rows = anchor_rows
         generators = [context.generator("target picture", i) for i in range(len(rows))]
         latents = sample_latents(context.bundle, [self._prompts[row] for row in rows], generators, context.anchor_sampler,
                                  lambda done: context.check())  # fmt: skip

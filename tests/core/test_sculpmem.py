@@ -297,6 +297,11 @@ def test_the_authors_loss_is_taken_at_one_picture_of_the_target_for_every_anchor
     said = [method._prompts[rows[0]] for pairs in method._pairs for _, rows in pairs]
     assert said == ["In Lava Style, a star", "a house, in Lava Style.", "In Frost Style, a star", "a house, in Frost Style."]
     assert [method._prompts[row] for row in method._anchor_rows] == ["a star", "a house", "a star", "a house"]
+    again, _ = prepared(previous=["Denim"], loss="sm", replay=0.5)
+    said = [again._prompts[rows[0]] for pairs in again._earlier for _, rows in pairs]
+    assert said == ["In Denim Style, a star", "a house, in Denim Style."] and len(again._pool.latents) == 4
+    pictures, _ = again._draw(torch.Generator().manual_seed(0))
+    assert pictures[0] < 2 <= pictures[1]  # one of the target's own, one of the earlier target's
 
 
 def test_the_authors_loss_learns_the_target_in_a_frozen_warm_up_and_forgets_it_afterwards(random_bundle, prepared):
