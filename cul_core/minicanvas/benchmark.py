@@ -94,7 +94,7 @@ class Cell:
 
 
 _OWN = {
-    "plain_ours simultaneous": {"iterations": 50},
+    "plain_ours simultaneous": {"iterations": 25},
     "plain_ours ties": {"merger": TiesConfig(strength=2.25, keep_fraction=0.4)},
 }
 """Cells of ours whose setting has values of its own, by name."""
