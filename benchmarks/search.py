@@ -27,12 +27,15 @@ STEEP = TrainingConfig(learning_rate=6e-4, schedule="linear")
 DAMPED = ProjectionConfig(decoys=300, damping=3e-5)
 
 
-def trial(*regularizers, teacher: str = "pretrained", training: TrainingConfig = STEEP, **setting) -> tuple[Preset, dict]:
-    return Preset("", ConAblConfig(teacher=teacher), regularizers, training), setting
+def trial(*regularizers, replay: float = 0.0, training: TrainingConfig = STEEP, **setting) -> tuple[Preset, dict]:
+    return Preset("", ConAblConfig(teacher="pretrained", replay=replay), regularizers, training), setting
 
 
 def trials() -> dict[str, dict[str, tuple[Preset, dict]]]:
-    """Row -> what varies -> (preset, further arguments of the cell). Two trials a row, and a third where neither forgot 95 %."""
+    """Row -> what varies -> (preset, further arguments of the cell).
+
+    Two trials a row, a third where neither forgot 95 %, and five for the preset beyond the paper.
+    """
     mergers = {f"{strength:g} of 0.4": TiesConfig(strength=strength, keep_fraction=0.4) for strength in (2.25, 2.75)}
     return {
         "projection": {f"damping {d:g}": trial(ProjectionConfig(decoys=300, damping=d)) for d in (1e-5, 3e-5)},
@@ -46,6 +49,9 @@ def trials() -> dict[str, dict[str, tuple[Preset, dict]]]:
         "ties": {name: trial(setting="ties", merger=merger) for name, merger in mergers.items()},
         "simultaneous": {f"{n} iterations a target": trial(training=replace(STEEP, iterations=n), setting="simultaneous")
                          for n in (12, 25)},
+        "thorough": {f"batch {b}, {rate:g}, damping {d:g}": trial(
+            ProjectionConfig(decoys=300, damping=d), replay=0.25, training=replace(STEEP, batch_size=b, learning_rate=rate)
+        ) for b, rate, d in ((16, 6e-4, 1e-5), (12, 1e-3, 1e-5), (16, 8e-4, 1e-5), (16, 9e-4, 1e-5), (16, 7e-4, 3e-5))},
     }  # fmt: skip
 
 

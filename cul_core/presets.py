@@ -181,7 +181,7 @@ PRESETS = {
         method_of=dict.fromkeys(("sd1", "sdxl"), SculpMemConfig(teacher="pretrained", distillation=1.5)),
     ),
     "thorough": Preset(
-        "The recommended way with twice the pictures per update and earlier targets trained again: forgets more cleanly, in twice the time.",
+        "The recommended way with twice the pictures per update and earlier targets trained again: cleaner forgetting, in twice the time.",
         ConAblConfig(teacher="pretrained", replay=0.25), (_DAMPED,),
         TrainingConfig(batch_size=16, learning_rate=7e-4, schedule="linear"),
     ),

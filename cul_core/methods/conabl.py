@@ -26,14 +26,15 @@ class ConAblConfig(Config):
                            "student itself as in the reference.", choices=("start", "pretrained", "student"))  # fmt: skip
     block_first_token: bool = setting(True, "Stop gradients through the keys and values of the start token, which all prompts share.")
     preservation: float = setting(0.0, "Weight of a second loss, by which the anchor prompts go on drawing their own pictures; 0 turns it "
-                                  "off. The references double the learning rate with it.", minimum=0.0)  # fmt: skip
+                                  "off. The references double the learning rate with it.", minimum=0.0, added_later=True)  # fmt: skip
     border_mask: bool = setting(False, "Leave the rim of the pictures out of the loss, one latent pixel of 64 on every side, as in the "
-                                "reference. None of a MiniCanvas picture, which has 8.")  # fmt: skip
+                                "reference. None of a MiniCanvas picture, which has 8.", added_later=True)  # fmt: skip
     augmentations: int = setting(0, "Versions of every anchor picture that are trained on in its place, smaller or larger and elsewhere, "
-                                 "with prompts that say so ('A far away'). 0: the picture itself.", minimum=0)  # fmt: skip
-    flip: bool = setting(False, "Mirror half of the anchor pictures.")
+                                 "with prompts that say so ('A far away'). 0: the picture itself.", minimum=0,
+                                 added_later=True)  # fmt: skip
+    flip: bool = setting(False, "Mirror half of the anchor pictures.", added_later=True)
     replay: float = setting(0.0, "Share of every batch that goes over targets of earlier steps again, so that they stay what they became.",
-                            minimum=0.0, maximum=0.9)  # fmt: skip
+                            minimum=0.0, maximum=0.9, added_later=True)  # fmt: skip
     REFERENCE: ClassVar[dict] = {"teacher": "student", "border_mask": True}
 
 
