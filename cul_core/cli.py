@@ -1,4 +1,4 @@
-"""The command line: `python -m cul_core demo | unlearn | merge | evaluate | inspect`."""
+"""The command line: `python -m cul_core demo | unlearn | merge | evaluate | benchmark | inspect`."""
 
 from __future__ import annotations
 
