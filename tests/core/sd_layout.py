@@ -166,16 +166,17 @@ def tiny_shapes(name, words=968):
     if name == "sd2":
         return extra | unet_shapes(64, depths=(1, 0), **small) | open_clip_shapes(SD2_TEXT, 64, 3, words)
     unet = unet_shapes(128, depths=(0, 2), pooled=64 + 6 * 256, **small)
-    return extra | unet | text_shapes(width=64, layers=2, prefix=XL_TEXT, words=words) | open_clip_shapes(XL_TEXT_2, 64, 2, words)
+    return extra | unet | text_shapes(width=64, layers=3, prefix=XL_TEXT, words=words) | open_clip_shapes(XL_TEXT_2, 64, 3, words)
 
 
 def shrunken(family, words=None):
     """`family` as `tiny_shapes` has it; `words` are other values of `vocab_size`, `bos_token_id` and `eos_token_id`."""
-    text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 1, "projection_dim": 64}
+    text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 1, "projection_dim": 64}
     context = 64 * len(family.text_encoders)
     unet = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": [32, 64], "cross_attention_dim": context,
             "attention_head_dim": [2, 4]}  # fmt: skip
     if family.name == "sd2":
+        text["num_hidden_layers"] = 2  # the file's last one is not used
         unet |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
     else:
         unet |= {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],

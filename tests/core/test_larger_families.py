@@ -104,7 +104,7 @@ def test_a_prompt_is_the_first_encoders_rows_beside_the_seconds(tiny_bundle):
     with torch.no_grad():
         one, other = first(ids, output_hidden_states=True), second(padded, output_hidden_states=True)
     encoded = tiny_bundle.encode(["a cat", ""])
-    rows = torch.cat([one.hidden_states[1], other.hidden_states[1]], -1)  # of two layers, after the first
+    rows = torch.cat([one.hidden_states[2], other.hidden_states[2]], -1)  # of three layers, after the second
     torch.testing.assert_close(encoded.text, rows)
     torch.testing.assert_close(encoded.pooled, other.text_embeds)
     assert encoded.text.shape == (2, 77, 128) and encoded[0].text.shape == (1, 77, 128)
