@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -17,6 +18,11 @@ from .loading import Source
 from .safetensor_files import opened, write_atomically
 
 logger = logging.getLogger(__name__)
+
+
+def anchor_generator(seed: int, number: int) -> torch.Generator:
+    """Where the noise of a request's anchor picture comes from."""
+    return generator_for(seed, "anchor", number)
 
 
 class AnchorStore:
@@ -47,7 +53,7 @@ class AnchorStore:
                         raise Cancelled(f"Cancelled after {done} of {count} anchor pictures; the input model is unchanged.")
 
                 repeated = [prompts[i % len(prompts)] for i in range(count)]
-                generators = [generator_for(seed, "anchor", i) for i in range(count)]
+                generators = [anchor_generator(seed, i) for i in range(count)]
                 kept = sample_latents(bundle, repeated, generators, sampler, check)
                 if path is not None:
                     _write(path, kept)

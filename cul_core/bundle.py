@@ -21,7 +21,8 @@ _CACHED_PROMPTS = 1024
 class ModelBundle:
     """UNet, text encoders, tokenizer and autoencoder of one source file, all frozen. Not a value: nodes never pass it on.
 
-    `text_encoders` are in the order of the family's. `autoencoder` is None for families whose callers decode latents themselves.
+    `text_encoders` are in the order of the family's. `autoencoder` is None for families whose callers decode latents themselves;
+    `open_autoencoder` then loads it for `with_autoencoder`, if there is a way to.
     """
 
     family: Family
@@ -29,6 +30,7 @@ class ModelBundle:
     text_encoders: tuple[nn.Module, ...]
     tokenizer: object
     autoencoder: nn.Module | None
+    open_autoencoder: Callable[[], nn.Module] | None = field(default=None, repr=False)
     _prompts: dict[str, Embeddings] = field(default_factory=dict, repr=False)
     _decoder: nn.Module | None = field(default=None, repr=False)
     _scores: tuple[str, dict[str, Tensor]] | None = field(default=None, repr=False)
@@ -93,16 +95,44 @@ class ModelBundle:
         """Number of content tokens: without start, end and padding."""
         return len(self.tokenizer(prompt, max_length=77, truncation=True).input_ids) - 2
 
+    @contextmanager
+    def with_autoencoder(self) -> Iterator[None]:
+        """Within the block latents can be decoded and pictures encoded. An autoencoder that is loaded for that is freed at the end.
+
+        Raises:
+            ModelError: there is none to load, or its file does not hold it.
+        """
+        if self.autoencoder is not None:
+            yield
+            return
+        if self.open_autoencoder is None:
+            raise ModelError(f"{self.family.display_name} is loaded here without an autoencoder, so that no picture can be decoded or "
+                             "encoded; turn off what works on pictures, such as augmentations and flip.")  # fmt: skip
+        self.autoencoder = self.open_autoencoder().to(self.device)
+        try:
+            yield
+        finally:
+            self.autoencoder = None
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
+        """Model-space latents (b, c, h, w) of pictures (b, 3, h, w) in [0, 1]; a sample of the posterior where the encoder gives one."""
+        encoded = self.autoencoder.encode(pictures * 2 - 1)
+        latents = encoded.latents if self.family.has_decoder else encoded.latent_dist.sample(generator)
+        return latents * self.family.latent_scale
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (b, 3, h, w) in [0, 1] of model-space latents (b, c, h, w).
 
         Raises:
-            ModelError: the family is loaded without its autoencoder.
+            ModelError: the family is loaded without its autoencoder, and this is not within `with_autoencoder`.
         """
         if self.autoencoder is None:
             raise ModelError(f"Latents of {self.family.display_name} cannot be decoded here, because its autoencoder is not loaded; "
                              "decode them with the VAE of the program that shows the pictures.")  # fmt: skip
+        if not self.family.has_decoder:
+            return self.autoencoder.decode(latents / self.family.latent_scale).sample.div(2).add(0.5).clamp(0, 1)
         if self._decoder is None:
             self._decoder = compact_decoder(self.autoencoder.decoder.layers).to(memory_format=torch.channels_last)
         clamped = 3 * (latents / self.family.latent_scale / 3).tanh()

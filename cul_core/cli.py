@@ -95,15 +95,21 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     from .anchors import AnchorStore
     from .checkpoint import open_model, save_checkpoint
     from .concepts import Concept, parse_concept
+    from .families import MINI
     from .loading import BundleCache, detect_family
+    from .memorized import MEMORIZED, memorized_request, pixel_correlation, read_paraphrases, read_picture
     from .presets import preset
     from .prompts import anchor_prompts
     from .regularizers.projection import ProjectionConfig
     from .safetensor_files import check_writable
     from .training import Callbacks, run_step
 
-    chosen = preset(arguments.preset).for_family(detect_family(arguments.model))
-    overrides = {name: value for name in ("iterations", "learning_rate") if (value := getattr(arguments, name)) is not None}
+    is_picture = arguments.picture is not None
+    if is_picture != (arguments.paraphrases is not None) or (is_picture and len(arguments.target) != 1):
+        raise ConfigError("A memorized picture needs its caption as the only target, --picture and --paraphrases; give all three.")
+    chosen = (MEMORIZED if is_picture else preset(arguments.preset)).for_family(detect_family(arguments.model))
+    given = {name: getattr(arguments, name) for name in ("iterations", "learning_rate", "evaluate_every")}
+    overrides = {name: value for name, value in given.items() if value is not None}
     chosen = replace(chosen, training=replace(chosen.training, **overrides))
     if arguments.auxiliary is not None:
         if not any(isinstance(part, ProjectionConfig) for part in chosen.regularizers):
@@ -112,22 +118,37 @@ def _unlearn(arguments: argparse.Namespace) -> None:
         chosen = replace(chosen, regularizers=tuple(
             replace(part, auxiliary=arguments.auxiliary) if isinstance(part, ProjectionConfig) else part for part in chosen.regularizers
         ))  # fmt: skip
-    concepts = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
+    if is_picture:
+        concepts = [Concept(arguments.target[0], "memorized")]
+        similarity, paraphrases = pixel_correlation(read_picture(arguments.picture)), read_paraphrases(arguments.paraphrases)
+    else:
+        concepts = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
     kept = [parse_concept(name, arguments.kind) for name in arguments.keep]
     keep = [Concept(concept.target, concept.kind) for concept in kept]
-    names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))
+    names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))[:100]
     out = arguments.out or Path(f"{arguments.model.stem}-without-{names}.safetensors")
     check_writable(out.parent)
     device = _usable_device(arguments.device)
     model = open_model(arguments.model, arguments.pretrained)
     show = _ProgressLine()
-    prompts = anchor_prompts(model.family, concepts)
-    request = chosen.request(concepts, retain=keep, anchor_prompts=prompts, seed=arguments.seed)
-    watch = Callbacks(on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left))
     bundles = BundleCache(arguments.tokenizer)
-    edited, report = run_step(model, request, device=device, store=AnchorStore(), bundles=bundles, callbacks=watch)
+    if is_picture:
+        request, rates = memorized_request(bundles.get(model.source, device), concepts[0].name, paraphrases, similarity,
+                                           retain=keep, seed=arguments.seed, chosen=chosen)  # fmt: skip
+        for prompt, rate in rates.items():
+            _say(f"{rate:4.0%} copies: {prompt}")
+    else:
+        prompts = anchor_prompts(model.family, concepts)
+        request = chosen.request(concepts, retain=keep, anchor_prompts=prompts, seed=arguments.seed)
+    watch = Callbacks(on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left))
+    measure = None
+    if request.training.evaluate_every and model.family == MINI:
+        from .minicanvas.judge import measure_for
+
+        measure = measure_for(request)
+    edited, report = run_step(model, request, device=device, store=AnchorStore(), bundles=bundles, callbacks=watch, measure=measure)
     path = save_checkpoint(edited, out)
-    _say(f"forgot {', '.join(c.name for c in concepts)} in {report.record.seconds:.1f} s")
+    _say(f"forgot {', '.join(c.name for c in request.concepts)} in {report.record.seconds:.1f} s")
     for name, value in report.figures.items():
         _say(f"{name.replace('_', ' ')}: {value:.3g}")
     _say(f"checkpoint: {path.resolve()}")
@@ -262,10 +283,13 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("target", nargs="+", help='what to forget, such as "Candy Stripes"')
     unlearn.add_argument("--model", type=Path, default=CHECKPOINT_PATH, help="checkpoint to start from; an edited one goes on")
     unlearn.add_argument("--pretrained", type=Path, help="the file an edited checkpoint was made from, to measure drift from there")
-    unlearn.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of CLIP, for Stable Diffusion 1.x")
+    unlearn.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of CLIP, for Stable Diffusion")
     unlearn.add_argument("--device", default="cpu", help="where to train, as PyTorch names it: cpu, cuda, cuda:1, mps")
-    unlearn.add_argument("--kind", default="style", help="style, object, celebrity or character")
-    unlearn.add_argument("--anchor", default="", help="word that takes an object's place")
+    unlearn.add_argument("--kind", default="style", help="style, object, celebrity, character or memorized")
+    unlearn.add_argument("--anchor", default="", help="word that takes an object's place; another caption for a memorized picture")
+    unlearn.add_argument("--picture", type=Path, metavar="FILE", help="the memorized picture that the target is the caption of")
+    unlearn.add_argument("--paraphrases", type=Path, metavar="FILE", help="other captions for it, one a line: those that draw it too are "
+                         "forgotten, the others become the anchors; a recipe of its own takes the preset's place")  # fmt: skip
     unlearn.add_argument("--keep", nargs="*", default=[], metavar="CONCEPT", help="what is declared as to be kept")
     unlearn.add_argument("--auxiliary", metavar="LIST", help="shipped names to keep too: styles, objects, public_figures or scenes, or "
                          "auto, all that suit the target")  # fmt: skip
@@ -273,6 +297,8 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--iterations", type=int, help="instead of the preset's")
     unlearn.add_argument("--learning-rate", type=float, help="instead of the preset's")
     unlearn.add_argument("--seed", type=int, default=0, help="seed of the step")
+    unlearn.add_argument("--evaluate-every", type=int, metavar="N", help="measure every N updates, stop when the target is gone, and keep "
+                         "the best weights; MiniCanvas only")  # fmt: skip
     unlearn.add_argument("--out", type=Path, help="file to write; an existing one is never overwritten")
 
     merge = command("merge", _merge, "Merge edited checkpoints of one file into one that has forgotten what each of them has.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .config import Config
 from .errors import ConceptError
 
-KINDS = ("style", "object", "celebrity", "character")
+KINDS = ("style", "object", "celebrity", "character", "memorized")
 SUGGESTED_ANCHORS = {"celebrity": "person", "character": "person"}
 """What a target of each kind becomes when nobody says so. A style needs no anchor word; an object has none that suits all."""
 
@@ -18,8 +18,9 @@ TARGET_TEMPLATES = {
     "object": "An image of a {name}",
     "celebrity": "An image of {name}",
     "character": "An image of {name}",
+    "memorized": "{name}",
 }
-"""Prompt by which a concept of each kind is named alone (CUIG, auxiliary prompts)."""
+"""Prompt by which a concept of each kind is named alone (CUIG, auxiliary prompts); a memorized picture's name is its caption."""
 
 
 def display_name(name: str) -> str:
@@ -33,8 +34,9 @@ class Concept(Config):
 
     Args:
         target: name of what is forgotten.
-        kind: `style`, `object`, `celebrity` or `character`.
-        anchor: word that takes the target's place (`dog` -> `animal`); for a style, and for a concept to be kept, empty.
+        kind: `style`, `object`, `celebrity`, `character`, or `memorized`: a picture, called by its caption.
+        anchor: word that takes the target's place (`dog` -> `animal`), for a memorized picture another caption; for a style, and for
+            a concept to be kept, empty.
 
     Raises:
         ConceptError: unknown kind, empty target, or an anchor equal to the target.
@@ -54,7 +56,7 @@ class Concept(Config):
 
     @property
     def name(self) -> str:
-        return display_name(self.target)
+        return self.target.strip() if self.kind == "memorized" else display_name(self.target)  # a caption is left as it is
 
     @property
     def prompt(self) -> str:
@@ -64,18 +66,23 @@ class Concept(Config):
     def check_forgettable(self) -> None:
         """Raises ConceptError when this can be kept but not forgotten: only a style goes without an anchor."""
         if self.kind != "style" and not display_name(self.anchor):
-            raise ConceptError(f"Concept {self.target!r} of kind {self.kind!r} has no anchor; give the word it should become, "
-                               "such as 'horse' for 'dog'.")  # fmt: skip
+            becomes = {"memorized": "a caption that says the same and does not draw that picture"}
+            mend = becomes.get(self.kind, "the word it should become, such as 'horse' for 'dog'")
+            raise ConceptError(f"Concept {self.target!r} of kind {self.kind!r} has no anchor; give {mend}.")
 
     def mentioned_in(self, prompt: str) -> bool:
         """Whether `prompt` contains the target as whole words, also in the plural."""
-        return re.search(rf"(?<!\w){re.escape(self.name)}(s|es)?(?!\w)", display_name(prompt), re.IGNORECASE) is not None
+        name = re.escape(display_name(self.target))
+        return re.search(rf"(?<!\w){name}(s|es)?(?!\w)", display_name(prompt), re.IGNORECASE) is not None
 
     def target_prompts(self, anchor_prompt: str) -> tuple[str, ...]:
         """The target versions of an anchor prompt; empty when it cannot be rewritten (ConAbl's rules, Kumari et al., ICCV 2023).
 
-        A style is put before or after the caption. For other kinds the anchor is replaced as a whole word, with its plural.
+        A style is put before or after the caption. A memorized picture has its own caption, whatever the anchor's is. For other kinds
+        the anchor is replaced as a whole word, with its plural.
         """
+        if self.kind == "memorized":
+            return (self.name,)
         if self.kind == "style":
             body = anchor_prompt.replace(".", "").strip()
             return (f"In {self.name} Style, {anchor_prompt[:1].lower()}{anchor_prompt[1:]}", f"{body}, in {self.name} Style.")

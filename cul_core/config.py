@@ -26,7 +26,8 @@ def stable_hash(value: Any) -> str:
 class Config:
     """Base of all settings: JSON round trip, and checks of choices and ranges at construction.
 
-    A field's metadata may hold `choices` (tuple), `minimum`, `maximum` and `help`; nodes and the command line read them too.
+    A field's metadata may hold `choices` (tuple), `minimum`, `maximum` and `help`; nodes and the command line read them too. With
+    `added_later` the field is left out of the JSON at its default, so that what was hashed before it was there keeps its hash.
 
     Raises:
         ConfigError: a value is not among its choices or outside its range, or a JSON key is unknown.
@@ -48,7 +49,8 @@ class Config:
                 raise ConfigError(f"{field.name} is {value!r}; give a number {limits}.")
 
     def to_json(self) -> dict[str, Any]:
-        values = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        values = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
+                  if not (field.metadata.get("added_later") and getattr(self, field.name) == field.default)}  # fmt: skip
         return {"name": self.registry_name, **values} if self.registry_name else values
 
     @classmethod
@@ -67,9 +69,9 @@ def _plain(value: Any) -> Any:
 
 
 def setting(default: Any, help: str, *, choices: tuple | None = None, minimum: float | None = None,
-            maximum: float | None = None) -> Any:  # fmt: skip
-    """A dataclass field with a default, a help text for tooltips, and its allowed values."""
-    rules = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
+            maximum: float | None = None, added_later: bool | None = None) -> Any:  # fmt: skip
+    """A dataclass field with a default, a help text for tooltips, and its allowed values; the default of one `added_later` must stay."""
+    rules = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "added_later": added_later}
     return dataclasses.field(default=default, metadata={k: v for k, v in rules.items() if v is not None})
 
 
@@ -86,3 +88,9 @@ class TrainingConfig(Config):
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", minimum=0.0)
     group: str = setting("kv", "Which weights are trained.", choices=("kv", "attn2", "attn", "non-attn2", "full"))
     seed: int = setting(0, "Everything random derives from it.", minimum=0)
+    evaluate_every: int = setting(0, "Updates between measurements of what is forgotten and what is left; the best weights are the "
+                                  "result. 0 measures nothing, and the last are.", minimum=0, added_later=True)  # fmt: skip
+    patience: int = setting(1000, "Training stops when the measured UA has not risen for so many updates.", minimum=1,
+                            added_later=True)  # fmt: skip
+    stop_at_ua: float = setting(99.0, "Training stops when the measured UA, in percent, is this or more.", minimum=0.0, maximum=100.0,
+                                added_later=True)  # fmt: skip

@@ -48,6 +48,13 @@ class NoiseSchedule:
         signal, sigma = self.coefficients(timesteps)
         return signal * latents + sigma * noise
 
+    def target(self, prediction_type: str, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a perfect UNet says at z_t of `add_noise`: the noise, or the velocity sqrt(abar_t) eps - sqrt(1 - abar_t) z0."""
+        if prediction_type == "epsilon":
+            return noise
+        signal, sigma = self.coefficients(timesteps)
+        return signal * noise - sigma * latents
+
     def solver(self, prediction_type: str, steps: int):
         """diffusers' DPM-Solver++ (2M; Lu et al., arXiv 2211.01095) over `steps` steps of this schedule."""
         from diffusers import DPMSolverMultistepScheduler

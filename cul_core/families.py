@@ -77,7 +77,7 @@ class Family:
         image_size_px: side of the decoded picture.
         sampling_batch: pictures per call of the UNet when sampling; guidance doubles it. Part of what fixes a picture's last bits.
         ships_tokenizer: whether the package holds the tokenizer; the caller gives its folder otherwise.
-        has_decoder: whether the autoencoder is loaded too; callers decode latents with their own otherwise.
+        has_decoder: whether the autoencoder, a tiny one, is loaded too; callers decode latents with their own otherwise.
         recipe: training values instead of the presets' own.
         closed_vocabulary: whether the text encoder knows no words but those that are one token.
         text_encoders: the UNet reads their rows side by side.
@@ -100,8 +100,12 @@ class Family:
     ends_in_noise: bool = False
 
     def config(self, part: str) -> dict[str, Any]:
-        """Constructor arguments of `unet` or of a text encoder."""
+        """Constructor arguments of `unet`, of a text encoder or of `vae`."""
         return json.loads((_CONFIGS / self.name / f"{part}.json").read_text(encoding="utf-8"))
+
+    def has_config(self, part: str) -> bool:
+        """Whether the package knows these arguments."""
+        return (_CONFIGS / self.name / f"{part}.json").is_file()
 
     @property
     def tokenizer_folder(self) -> Path | None:

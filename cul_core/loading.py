@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -193,8 +194,15 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder
     family = detect_family(path)
     require_diffusers()
     tokenizer = load_tokenizer(family, tokenizer_folder)
-    try:
+    with _naming(path):
         return _load_bundle(path, family, tokenizer, dtype)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What is wrong with the contents of a file is said with its name."""
+    try:
+        yield
     except ModelError as error:
         if path.name in str(error):
             raise
@@ -213,7 +221,35 @@ def _load_bundle(path: Path, family: Family, tokenizer: object, dtype: torch.dty
             tensors = {name: file.get_tensor(name) for name in names if name.startswith(kind.prefix)}
             encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder), dtype))
         autoencoder = _load_tiny_autoencoder(file, names, dtype) if family.has_decoder else None
-    return ModelBundle(family, unet, tuple(encoders), tokenizer, autoencoder)
+    to_open = None
+    if autoencoder is None and family.has_config("vae"):
+        to_open = partial(load_autoencoder, path, family.config("vae"), dtype)
+    return ModelBundle(family, unet, tuple(encoders), tokenizer, autoencoder, to_open)
+
+
+def load_autoencoder(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Stable Diffusion's autoencoder from a checkpoint, by diffusers' own key conversion.
+
+    Args:
+        path: the checkpoint.
+        config: constructor arguments of `AutoencoderKL`.
+        dtype: of the weights in memory, whatever the file's is.
+
+    Raises:
+        ModelError: unreadable file, or tensors that are missing or of another shape.
+    """
+    with _naming(path), opened(path) as file:
+        return _kl_autoencoder({name: file.get_tensor(name) for name in file.keys() if name.startswith(VAE_PREFIX)}, config, dtype)
+
+
+def _kl_autoencoder(tensors: dict[str, Tensor], config: dict, dtype: torch.dtype) -> nn.Module:
+    require_diffusers()
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint  # not public: used only here
+
+    with torch.device("meta"):
+        autoencoder = AutoencoderKL.from_config(config)
+    return _fill(autoencoder, convert_ldm_vae_checkpoint(tensors, config), dtype)
 
 
 def tiny_autoencoder_key(name: str) -> str:

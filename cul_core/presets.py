@@ -13,6 +13,8 @@ from .errors import ConfigError
 from .families import Family
 from .methods.conabl import ConAblConfig
 from .methods.esd import ESDConfig
+from .methods.sculpmem import SculpMemConfig
+from .regularizers.distillation import DistillationConfig
 from .regularizers.projection import ProjectionConfig
 from .regularizers.selft import SelFTConfig
 from .regularizers.weight_anchor import L1SPConfig, L2SPConfig
@@ -32,6 +34,7 @@ class Preset:
         anchor_sampler: how they are sampled.
         regularizers_of: family name -> regularizers that take the place of `regularizers` there.
         training_of: family name -> training that takes the place of the family's own there.
+        method_of: family name -> method that takes the place of `method` there.
     """
 
     description: str
@@ -42,6 +45,7 @@ class Preset:
     anchor_sampler: SamplerConfig = SamplerConfig()
     regularizers_of: Mapping[str, tuple[Config, ...]] = field(default_factory=dict)
     training_of: Mapping[str, TrainingConfig] = field(default_factory=dict)
+    method_of: Mapping[str, Config] = field(default_factory=dict)
 
     def for_family(self, family: Family) -> Preset:
         """This preset with the family's own values; whoever has other wishes replaces parts of the result.
@@ -55,7 +59,7 @@ class Preset:
         return replace(
             self, regularizers=self.regularizers_of.get(family.name, self.regularizers), anchor_count=recipe.anchor_count,
             anchor_sampler=SamplerConfig(steps=recipe.anchor_steps, guidance_scale=recipe.anchor_guidance),
-            training=self.training_of.get(family.name, usual),
+            training=self.training_of.get(family.name, usual), method=self.method_of.get(family.name, self.method),
         )  # fmt: skip
 
     def with_settings(self, values: Mapping[str, Any]) -> Preset:
@@ -76,6 +80,7 @@ class Preset:
 
 _STEEP = TrainingConfig(learning_rate=6e-4, schedule="linear")
 _DAMPED = ProjectionConfig(decoys=300, damping=3e-5)
+_STRONGER = ProjectionConfig(decoys=300, damping=1e-5)
 
 PRESETS = {
     "plain": Preset(
@@ -104,8 +109,9 @@ PRESETS = {
         training_of={"sd1": TrainingConfig(iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2")},
     ),
     "selft": Preset(
-        "The paper's SelFT as its authors' code does it: one weight in twenty is trained.",
-        ConAblConfig(**ConAblConfig.REFERENCE), (SelFTConfig(kept_fraction=0.05, **SelFTConfig.REFERENCE),), TrainingConfig(),
+        "The paper's SelFT as its authors' code does it: only the weights that matter most for the target are trained.",
+        ConAblConfig(**ConAblConfig.REFERENCE), (SelFTConfig(kept_fraction=0.2, **SelFTConfig.REFERENCE),), TrainingConfig(),
+        regularizers_of=dict.fromkeys(("sd1", "sdxl"), (SelFTConfig(kept_fraction=0.05, **SelFTConfig.REFERENCE),)),
     ),
     "projection_selft": Preset(
         "The paper's hybrid for styles as its authors' code does it: gradients are masked, then projected.",
@@ -125,19 +131,23 @@ PRESETS = {
     ),
     "l1sp_ours": Preset(
         "L1-SP as a proximal step towards the pretrained weights, so that the whole chain's drift is bounded.",
-        ConAblConfig(teacher="pretrained"), (L1SPConfig(),), _STEEP,
+        ConAblConfig(teacher="pretrained"), (L1SPConfig(strength=3e4),), _STEEP,
     ),
     "l2sp_ours": Preset(
         "L2-SP as a proximal step towards the pretrained weights, so that the whole chain's drift is bounded.",
-        ConAblConfig(teacher="pretrained"), (L2SPConfig(),), _STEEP,
+        ConAblConfig(teacher="pretrained"), (L2SPConfig(strength=3e5),), _STEEP,
     ),
     "selft_ours": Preset(
         "SelFT whose mask holds on what the optimizer does, scored along one picture.",
-        ConAblConfig(teacher="pretrained"), (SelFTConfig(kept_fraction=0.3),), _STEEP,
+        ConAblConfig(teacher="pretrained"), (SelFTConfig(kept_fraction=0.2),), _STEEP,
+    ),
+    "projection_ours": Preset(
+        "Update projection in more strongly damped coordinates than the recommended ones.",
+        ConAblConfig(teacher="pretrained"), (_STRONGER,), _STEEP,
     ),
     "projection_selft_ours": Preset(
         "The recommended projection and SelFT, exactly sparse in the directions that projection leaves.",
-        ConAblConfig(teacher="pretrained"), (SelFTConfig(kept_fraction=0.3), _DAMPED), _STEEP,
+        ConAblConfig(teacher="pretrained"), (SelFTConfig(kept_fraction=0.5), _DAMPED), _STEEP,
     ),
     "projection_l1sp_ours": Preset(
         "The recommended projection and L1-SP towards the pretrained weights.",
@@ -148,6 +158,32 @@ PRESETS = {
         ESDConfig(**ESDConfig.REFERENCE), (), TrainingConfig(batch_size=4, learning_rate=1.2e-3),
         training_of={"sd1": TrainingConfig(iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2"),
                      "sdxl": TrainingConfig(iterations=200, batch_size=1, learning_rate=2e-4, max_grad_norm=0.0)},
+    ),
+    "distillation": Preset(
+        "Concept Ablation as its authors' code does it, beside distillation: the model draws pictures of what is to be kept and learns to "
+        "go on predicting there what the pretrained one does.",
+        ConAblConfig(**ConAblConfig.REFERENCE), (DistillationConfig(),), TrainingConfig(),
+    ),
+    "distillation_ours": Preset(
+        "Distillation beside Concept Ablation towards the pretrained model's anchors: stronger, from more states of pictures that take "
+        "less time to draw.",
+        ConAblConfig(teacher="pretrained"), (DistillationConfig(keep_weight=4.0, batch_size=4, trajectory_steps=20),), _STEEP,
+    ),
+    "sculpmem": Preset(
+        "The paper's SculpMem as its authors' code does it: half of the weights are trained at a time.",
+        SculpMemConfig(warm_up=3, interval=6, **SculpMemConfig.REFERENCE), (), TrainingConfig(),
+        method_of=dict.fromkeys(("sd1", "sdxl"), SculpMemConfig(**SculpMemConfig.REFERENCE)),
+    ),
+    "sculpmem_ours": Preset(
+        "SculpMem towards the pretrained model's anchors, with a frozen warm-up, and held by distillation to what the step began with.",
+        SculpMemConfig(teacher="pretrained", warm_up=3, interval=6, distillation=1.5), (),
+        TrainingConfig(learning_rate=8e-4, schedule="linear"),
+        method_of=dict.fromkeys(("sd1", "sdxl"), SculpMemConfig(teacher="pretrained", distillation=1.5)),
+    ),
+    "thorough": Preset(
+        "The recommended way with twice the pictures per update and earlier targets trained again: cleaner forgetting, in twice the time.",
+        ConAblConfig(teacher="pretrained", replay=0.25), (_DAMPED,),
+        TrainingConfig(batch_size=16, learning_rate=7e-4, schedule="linear"),
     ),
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ _SUBJECT_TEMPLATES = (
 
 
 def anchor_prompts(family: Family, concepts: Sequence[Concept]) -> tuple[str, ...]:
-    """Captions for one request: for styles, varied pictures in no style; for other kinds, pictures of the anchor word."""
+    """Captions for one request: for styles, varied pictures in no style; for a memorized picture, its anchor; else of the anchor word."""
     if family == MINI:
         from .minicanvas.world import NAMED_TEMPLATES, OBJECTS, PLAIN_TEMPLATES, STYLE_BY_NAME, styles_in
 
@@ -43,6 +43,8 @@ def anchor_prompts(family: Family, concepts: Sequence[Concept]) -> tuple[str, ..
     for concept in concepts:
         if concept.kind == "style":
             prompts += [template.format(subject=name, object=name) for template in styled for name in subjects]
+        elif concept.kind == "memorized":
+            prompts.append(concept.anchor)
         else:
             anchor = display_name(concept.anchor)
             prompts += [template.format(anchor=anchor, object=anchor) for template in pictured]

@@ -29,6 +29,7 @@ from .methods.base import Method, StepContext
 from .params import group_names, is_kv
 from .regularizers import REGULARIZERS
 from .regularizers.base import Regularizer
+from .stopping import EarlyStopping, Measure
 
 logger = logging.getLogger(__name__)
 _PREVIEW_SAMPLER = SamplerConfig(steps=8)
@@ -158,7 +159,7 @@ class StepReport:
 
 def run_step(
     model: UnlearnModel, request: Request, *, device: torch.device | str = "cpu", callbacks: Callbacks | None = None,
-    store: AnchorStore | None = None, bundles: BundleCache | None = None,
+    store: AnchorStore | None = None, bundles: BundleCache | None = None, measure: Measure | None = None,
 ) -> tuple[UnlearnModel, StepReport]:  # fmt: skip
     """Forget `request.concepts`: (the edited model, a report). Same seed, device and versions give the same bits on a CPU.
 
@@ -169,16 +170,18 @@ def run_step(
         callbacks: progress and cancelling.
         store: anchor latents shared between steps; made here if not given.
         bundles: loaded models shared between steps.
+        measure: how early stopping measures, if the request asks for it.
 
     Raises:
         ConceptError: a target cannot be forgotten as described.
         ConfigError: settings that do not fit this model.
-        TrainingError: a loss or weight became NaN or infinite.
+        TrainingError: a loss or weight became NaN or infinite, or early stopping measured nothing.
         Cancelled: `callbacks.should_stop` said so.
     """
     callbacks, store, bundles = callbacks or Callbacks(), store or AnchorStore(), bundles or BundleCache()
     begun = time.monotonic()
     _check_supported(model, request)
+    stopping = EarlyStopping(request.training, measure)
     bundle = bundles.get(model.source, device)
     names = group_names(bundle.unet, request.training.group)
     parameters = dict(bundle.unet.named_parameters())
@@ -202,6 +205,7 @@ def run_step(
         generator=partial(generator_for, request.training.seed),
         schedule=NoiseSchedule(ends_in_noise=bundle.family.ends_in_noise),
         origin=stable_hash([model.content_hash, request.method.to_json()]), check=partial(_check_going_on, callbacks),
+        anchor_sampler=request.anchor_sampler,
     )  # fmt: skip
     with swapped_weights(bundle.unet, {name: parameters[name].data + delta.to(bundle.device) for name, delta in outside.items()}):
         for part in (method, *regularizers):
@@ -209,8 +213,8 @@ def run_step(
         if method.is_closed_form:
             weights, losses, parts = method.edit(context), [], {}
         else:
-            weights, losses, parts = _train(context, method, regularizers, callbacks)
-    figures = {name: value for regularizer in regularizers for name, value in regularizer.report().items()}
+            weights, losses, parts = _train(context, method, regularizers, callbacks, stopping)
+    figures = {name: value for regularizer in regularizers for name, value in regularizer.report().items()} | stopping.figures
 
     edits, drift = dict(outside), {}
     for name in names:
@@ -260,12 +264,11 @@ def _coordinates(regularizers: list[Regularizer], name: str) -> Tensor | None:
 
 
 def _train(
-    context: StepContext, method: Method, regularizers: list[Regularizer], callbacks: Callbacks
+    context: StepContext, method: Method, regularizers: list[Regularizer], callbacks: Callbacks, stopping: EarlyStopping
 ) -> tuple[dict[str, Tensor], list[float], dict[str, float]]:
-    """(new weights, loss of every update, last value of each part of the loss)."""
+    """(new weights, the best if they were measured; loss of every update; last value of each part of the loss)."""
     training, unet = context.training, context.bundle.unet
     parameters = {name: parameter for name, parameter in unet.named_parameters() if name in context.start}
-    teacher_weights = context.pretrained if method.teacher_is_pretrained else context.start
     generator, losses, parts = context.generator("batches"), [], {}
 
     def predict(latents: Tensor, timesteps: Tensor, embeddings: Embeddings) -> Tensor:
@@ -276,20 +279,33 @@ def _train(
         if callbacks.should_stop():
             raise Cancelled(f"Cancelled at iteration {iteration} of {training.iterations}; the input model is unchanged.")
 
-    def teacher(*inputs: Tensor) -> Tensor:
-        stop_if_asked()  # a method may sample whole pictures by the teacher within one update
-        with torch.no_grad(), swapped_weights(unet, teacher_weights):
+    def teacher(weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
+        stop_if_asked()  # whole pictures may be sampled by a teacher within one update
+        with torch.no_grad(), swapped_weights(unet, weights):
             return predict(*inputs)
 
-    student = {name: weight.clone() for name, weight in context.start.items()}
-    blocked = [module for name, module in unet.named_modules() if is_kv(f"{name}.weight")]
-    with (
-        swapped_weights(unet, student),
-        _trainable(parameters),
-        _first_token_blocked(blocked if method.blocks_first_token else []),
-    ):
+    blocked = [module for name, module in unet.named_modules() if method.blocks_first_token and is_kv(f"{name}.weight")]
+    pretrained, start = partial(teacher, context.pretrained), partial(teacher, context.start)
+
+    def terms() -> Iterator[tuple[Tensor, Mapping[str, float]]]:
+        """(what to minimize, its named parts), one after the other: each is made after the backward of the one before, so that no
+        teacher is called in between and one graph at a time is in memory."""
+        with _first_token_blocked(blocked):
+            loss = method.loss(predict, pretrained if method.teacher_is_pretrained else start, generator)
+        total = loss.total
         for regularizer in regularizers:
-            regularizer.prepare_mask(context, partial(_coordinates, regularizers))
+            if (penalty := regularizer.penalty(parameters)) is not None:
+                total = total + penalty
+        yield total, loss.parts
+        for regularizer in regularizers:
+            if named := regularizer.loss_terms(predict, pretrained, start):
+                yield sum(named.values()), {name: term.item() for name, term in named.items()}
+
+    student = {name: weight.clone() for name, weight in context.start.items()}
+    with swapped_weights(unet, student), _trainable(parameters):
+        with _first_token_blocked(blocked):
+            for part in (method, *regularizers):
+                part.prepare_mask(context, partial(_coordinates, regularizers))
         optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
         begun = time.monotonic()
         callbacks.preview(context.bundle, 0, training.iterations)
@@ -297,31 +313,37 @@ def _train(
             stop_if_asked()
             if training.schedule == "linear":
                 optimizer.param_groups[0]["lr"] = training.learning_rate * (1 - (iteration - 1) / training.iterations)
-            loss = method.loss(predict, teacher, generator)
-            total = loss.total
-            for regularizer in regularizers:
-                if (penalty := regularizer.penalty(parameters)) is not None:
-                    total = total + penalty
-            if not torch.isfinite(total):
-                raise TrainingError(f"The loss became {total.item()} at iteration {iteration} of {training.iterations}; lower the "
-                                    f"learning rate ({training.learning_rate:g}) or the regularizers' strengths.")  # fmt: skip
-            total.backward()
-            _update(parameters, optimizer, regularizers, training)
-            losses.append(total.item())
-            parts = loss.parts
+            total, parts = 0.0, {}
+            for term, named in terms():
+                total += term.item()
+                if not math.isfinite(total):
+                    raise TrainingError(f"The loss became {total} at iteration {iteration} of {training.iterations}; lower the "
+                                        f"learning rate ({training.learning_rate:g}) or the regularizers' strengths.")  # fmt: skip
+                term.backward()
+                parts |= named
+            if method.observe(iteration, parameters, optimizer):
+                _update(parameters, optimizer, method, regularizers, training)
+            else:
+                optimizer.zero_grad()
+            losses.append(total)
             callbacks.on_progress(Progress(iteration, training.iterations, losses[-1], parts, time.monotonic() - begun))
-            callbacks.preview(context.bundle, iteration, training.iterations)
-        return {name: parameter.detach().clone() for name, parameter in parameters.items()}, losses, parts
+            is_last = stopping.is_time(iteration, context.bundle, parameters, stop_if_asked)
+            callbacks.preview(context.bundle, iteration, iteration if is_last else training.iterations)
+            if is_last:
+                break
+        weights = stopping.weights or {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        return weights, losses, parts
 
 
 @torch.no_grad()
 def _update(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, regularizers: list[Regularizer], training: TrainingConfig
-) -> None:
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, method: Method, regularizers: list[Regularizer],
+    training: TrainingConfig,
+) -> None:  # fmt: skip
     """One constrained optimizer update. The order is a contract: gradients, clipping, optimizer, proximal, then hard constraints."""
     for name, parameter in parameters.items():
-        for regularizer in regularizers:
-            parameter.grad = regularizer.transform_gradient(name, parameter.grad)
+        for part in (method, *regularizers):
+            parameter.grad = part.transform_gradient(name, parameter.grad)
     if training.max_grad_norm:
         nn.utils.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -331,7 +353,7 @@ def _update(
         weight = parameter.data
         for regularizer in regularizers:
             weight = regularizer.proximal(name, weight, optimizer.param_groups[0]["lr"])
-        masks = [mask for regularizer in regularizers if (mask := regularizer.mask(name, weight)) is not None]
+        masks = [mask for part in (method, *regularizers) if (mask := part.mask(name, weight)) is not None]
         mask = math.prod(masks[1:], start=masks[0]) if masks else None
         change = weight - before[name]
         constrained = None

@@ -9,9 +9,10 @@ from ._node import UnlearningNode
 from ._types import Concepts
 
 KIND_TIP = ("What it is. style: the picture stays, drawn without the style. object: another object takes its place. celebrity and "
-            "character: a person takes its place.")  # fmt: skip
+            "character: a person takes its place. memorized: one picture, called by the caption that draws it.")  # fmt: skip
 ANCHOR_TIP = ("What the target becomes. Empty for a style (the same picture without it); empty for a celebrity or character means 'person'. "
-              "An object needs one: a common word of the same sort, such as 'horse' for 'dog'.")  # fmt: skip
+              "An object needs one: a common word of the same sort, such as 'horse' for 'dog'. A memorized picture needs one: a caption "
+              "in other words that does not draw it.")  # fmt: skip
 KEEP_TIP = ("What must stay, separated by commas or line breaks: the relatives of the target that matter most to you. They are of the "
             "target's kind unless a line says otherwise ('object: cat'). The rest is protected too, a little less surely.")  # fmt: skip
 

@@ -17,6 +17,7 @@ SUITABLE = {
     "object": ("objects", "styles"),
     "celebrity": ("public_figures", "styles", "objects"),
     "character": ("public_figures", "styles", "objects"),
+    "memorized": ("scenes", "objects", "styles"),
 }
 """Kind of a target -> lists that suit it, its own domain first.
 

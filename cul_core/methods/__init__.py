@@ -2,4 +2,5 @@
 
 from . import conabl as conabl
 from . import esd as esd
+from . import sculpmem as sculpmem
 from .base import METHODS as METHODS

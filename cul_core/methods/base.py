@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bundle import ModelBundle
 from ..concepts import Concept
 from ..config import Config, TrainingConfig
-from ..diffusion import NoiseSchedule, Predict
+from ..diffusion import NoiseSchedule, Predict, SamplerConfig
 from ..registry import Registry
 
 
@@ -33,6 +33,7 @@ class StepContext:
         schedule: the model's noise schedule.
         origin: identifies the model that the step begins from together with the method, for caches of what depends on both.
         check: raises Cancelled when the caller wants to stop; long preparations call it in between.
+        anchor_sampler: how pictures to train on are sampled.
     """
 
     bundle: ModelBundle
@@ -48,6 +49,7 @@ class StepContext:
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
     origin: str = ""
     check: Callable[[], None] = lambda: None
+    anchor_sampler: SamplerConfig = SamplerConfig()
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Method:
 
     The loop also asks `teacher_is_pretrained` (the teacher is W0, not the step's start), `blocks_first_token` (no gradient
     through the keys and values of the start token) and `needs_anchor_latents` (pictures by W0; they cost time to sample).
+
+    One that chooses which weights change has hooks as regularizers have them, which act before theirs: `prepare_mask`,
+    `transform_gradient` and `mask`.
     """
 
     is_closed_form = False
@@ -79,6 +84,23 @@ class Method:
     def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
         """One training loss. `teacher` calls come before `student` calls (weights are exchanged in place)."""
         raise NotImplementedError
+
+    def prepare_mask(self, context: StepContext, coordinates: Callable[[str], Tensor | None]) -> None:
+        """See `Regularizer.prepare_mask`."""
+
+    def observe(self, iteration: int, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
+        """Called after every backward, iterations from 1, while the gradients are as they came; False: no weight changes this time.
+
+        What leaves a mask here must leave the optimizer's memory too, or it would move on from there when it comes back.
+        """
+        return True
+
+    def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
+        return gradient
+
+    def mask(self, name: str, weight: Tensor) -> Tensor | None:
+        """See `Regularizer.mask`."""
+        return None
 
     def edit(self, context: StepContext) -> dict[str, Tensor]:
         """New weights by name, for closed-form methods."""

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from ..augmentation import anchor_pool
 from ..config import Config, setting
 from ..embeddings import Embeddings
 from ..errors import ConceptError
@@ -15,12 +17,31 @@ from .base import METHODS, LossParts, Method, Predict, StepContext
 
 @dataclass(frozen=True)
 class ConAblConfig(Config):
-    """`reference` is what the authors' code does; the defaults are ours."""
+    """`reference` is what the authors' code does; the defaults are ours.
+
+    The paper's scripts (arXiv 2511.07970) also mirror half of the pictures: `flip`, which needs an autoencoder, is not part of it.
+    """
 
     teacher: str = setting("start", "Whose anchor prediction is the goal: the step's start, the pretrained model, or the "
                            "student itself as in the reference.", choices=("start", "pretrained", "student"))  # fmt: skip
     block_first_token: bool = setting(True, "Stop gradients through the keys and values of the start token, which all prompts share.")
-    REFERENCE: ClassVar[dict] = {"teacher": "student"}
+    preservation: float = setting(0.0, "Weight of a second loss, by which the anchor prompts go on drawing their own pictures; 0 turns it "
+                                  "off. The references double the learning rate with it.", minimum=0.0, added_later=True)  # fmt: skip
+    border_mask: bool = setting(False, "Leave the rim of the pictures out of the loss, one latent pixel of 64 on every side, as in the "
+                                "reference. None of a MiniCanvas picture, which has 8.", added_later=True)  # fmt: skip
+    augmentations: int = setting(0, "Versions of every anchor picture that are trained on in its place, smaller or larger and elsewhere, "
+                                 "with prompts that say so ('A far away'). 0: the picture itself.", minimum=0,
+                                 added_later=True)  # fmt: skip
+    flip: bool = setting(False, "Mirror half of the anchor pictures.", added_later=True)
+    replay: float = setting(0.0, "Share of every batch that goes over targets of earlier steps again, so that they stay what they became.",
+                            minimum=0.0, maximum=0.9, added_later=True)  # fmt: skip
+    REFERENCE: ClassVar[dict] = {"teacher": "student", "border_mask": True}
+
+
+def masked_error(error: Tensor, mask: Tensor | None = None) -> Tensor:
+    """mean_b of sum_{c,y,x} m e^2 / sum_{y,x} m, for errors e (b, c, h, w) and masks m (b, h, w) of 0 and 1; no mask: all 1."""
+    squares = error.square().sum(1)
+    return squares.mean() if mask is None else ((squares * mask).sum((1, 2)) / mask.sum((1, 2))).mean()
 
 
 @METHODS.register(
@@ -33,12 +54,17 @@ class ConAblConfig(Config):
     groups=("kv", "attn2", "attn", "full"),
 )
 class ConAbl(Method):
-    """L = mean_b sum_c mean_{y,x} (f_W(z_t, t, E(p*)) - sg[f_teacher(z_t, t, E(p))])^2, (Kumari et al., eq. 3).
+    """L = mean_b sum_{c,y,x} m (f_W(z_t, t, E(p*)) - sg[f_teacher(z_t, t, E(p))])^2 / sum_{y,x} m (Kumari et al., eq. 3)
+    + w_pres mean (f_W(z'_t', t', E(p')) - eps')^2.
 
-    Channels are summed, not averaged, as in the reference, whose penalty weights are calibrated to that.
+    Channels are summed, not averaged, as in the reference, whose penalty weights are calibrated to that. The mask m leaves out the
+    padding of scaled pictures. The second term is over anchors (z', p') as they are; a model of velocities is asked for the velocity.
+    Several targets of a request are drawn equally often, whatever the number of anchors that each has. With `replay`, a share of the
+    batch does the same for targets of earlier steps: later steps otherwise move what the model makes of them.
 
     Raises:
         ConceptError: no anchor prompt can be rewritten for one of the targets.
+        ModelError: pictures are to be scaled or mirrored, and there is no autoencoder for that.
     """
 
     config: ConAblConfig
@@ -50,32 +76,84 @@ class ConAbl(Method):
 
     def prepare(self, context: StepContext) -> None:
         self._schedule, self._latents, self._batch = context.schedule, context.anchor_latents, context.training.batch_size
+        bundle, config, captions = context.bundle, self.config, context.anchor_prompts
+        self._prediction_type = bundle.family.prediction_type
         named = (*context.concepts, *context.previous)
-        self._pairs: list[tuple[int, Embeddings]] = []
-        bundle = context.bundle
+        usable = [i for i, caption in enumerate(captions) if not any(other.mentioned_in(caption) for other in named)]
+        rewritten = []
         for concept in context.concepts:
-            rewritten = [(i, concept.target_prompts(prompt)) for i, prompt in enumerate(context.anchor_prompts)
-                         if not any(other.mentioned_in(prompt) for other in named)]  # fmt: skip
-            rewritten = [(i, prompts) for i, prompts in rewritten if prompts]
-            if not rewritten:
+            rewritten.append({i: prompts for i in usable if (prompts := concept.target_prompts(captions[i]))})
+            if not rewritten[-1]:
                 raise ConceptError(f"No anchor prompt can be turned into one for {concept.target!r}; add prompts that name its "
                                    f"anchor ({concept.anchor or 'any caption without a style'!r}) and not the target.")  # fmt: skip
-            self._pairs += [(i, bundle.encode(prompts)) for i, prompts in rewritten]
-        self._anchors = bundle.encode(context.anchor_prompts)
+        self._pool = pool = anchor_pool(
+            bundle, context.anchor_latents, versions=config.augmentations, flip=config.flip, border=config.border_mask,
+            generator=context.generator, check=context.check,
+        )  # fmt: skip
+        rows: dict[str, int] = {}
+
+        def row(prompt: str) -> int:
+            return rows.setdefault(prompt, len(rows))
+
+        shown = [*enumerate(zip(pool.anchors, pool.prefixes, strict=True))]
+        self._anchor_rows = [row(prefix + captions[i]) for _, (i, prefix) in shown]
+
+        def pairs(prompts: dict[int, tuple[str, ...]]) -> list[tuple[int, list[int]]]:
+            return [(picture, [row(prefix + prompt) for prompt in prompts[i]]) for picture, (i, prefix) in shown if i in prompts]
+
+        self._pairs = [pairs(prompts) for prompts in rewritten]
+        earlier = context.previous if config.replay else ()
+        again = [{i: prompts for i in usable if (prompts := concept.target_prompts(captions[i]))} for concept in earlier]
+        self._earlier = [pairs(prompts) for prompts in again if prompts]
+        self._preserved = [(i, row(captions[i])) for i in usable]
+        self._prompts = list(rows)
+        self._embeddings = bundle.encode(self._prompts)
 
     def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
-        picks = torch.randint(len(self._pairs), (self._batch,), generator=generator).tolist()
-        anchors = torch.tensor([self._pairs[i][0] for i in picks])
-        targets = []
-        for i in picks:
-            versions = self._pairs[i][1]
-            targets.append(versions[int(torch.randint(len(versions), (), generator=generator))])
-        clean = self._latents[anchors]
-        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        timesteps = torch.randint(self._schedule.timesteps, (self._batch,), generator=generator).to(clean.device)
-        noisy = self._schedule.add_noise(clean, noise, timesteps)
+        pictures, targets = self._draw(generator)
+        noisy, timesteps, _ = self._noised(self._pool.latents[pictures], generator)
+        anchors = self._embeddings[[self._anchor_rows[picture] for picture in pictures]]
         with torch.no_grad():
-            goal = (student if self.config.teacher == "student" else teacher)(noisy, timesteps, self._anchors[anchors])
-        predicted = student(noisy, timesteps, Embeddings.cat(targets))
-        loss = (predicted - goal).square().sum(1).mean()
-        return LossParts(loss, {"unlearn": loss.item()})
+            goal = (student if self.config.teacher == "student" else teacher)(noisy, timesteps, anchors)
+        predicted = student(noisy, timesteps, self._embeddings[targets])
+        loss = masked_error(predicted - goal, None if self._pool.masks is None else self._pool.masks[pictures])
+        parts = {"unlearn": loss.item()}
+        if self.config.preservation:
+            kept = self.config.preservation * self._preservation(student, generator)
+            loss, parts = loss + kept, {**parts, "preserve": kept.item()}
+        return LossParts(loss, parts)
+
+    def _draw(self, generator: torch.Generator) -> tuple[list[int], list[int]]:
+        """Numbers of a batch of pictures, and of the target prompts that take the place of their own."""
+        again = min(round(self.config.replay * self._batch), self._batch - 1) if self._earlier else 0
+        pictures, targets = [], []
+        for groups, count in ((self._pairs, self._batch - again), (self._earlier, again)):
+            most = max(map(len, groups), default=0)
+            for number in torch.randint(len(groups) * most, (count,), generator=generator).tolist() if count else ():
+                pairs, i = groups[number // most], number % most
+                if i >= len(pairs):  # of a target with fewer anchors than another: all of its own are equally likely
+                    i = int(torch.randint(len(pairs), (), generator=generator))
+                picture, versions = pairs[i]
+                pictures.append(picture)
+                targets.append(versions[int(torch.randint(len(versions), (), generator=generator))])
+        return pictures, targets
+
+    def _noised(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(z_t, t, eps) of latents (b, c, h, w)."""
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        timesteps = torch.randint(self._schedule.timesteps, (len(clean),), generator=generator).to(clean.device)
+        return self._schedule.add_noise(clean, noise, timesteps), timesteps, noise
+
+    def _draw_anchors(self, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor, Embeddings], Tensor]:
+        """(z_t, t, E(p)) of a batch of anchors as they are, and what a perfect model would say there."""
+        drawn = torch.randint(len(self._preserved), (self._batch,), generator=generator).tolist()
+        anchors, prompts = zip(*(self._preserved[i] for i in drawn), strict=True)
+        clean = self._latents[list(anchors)]
+        noisy, timesteps, noise = self._noised(clean, generator)
+        truth = self._schedule.target(self._prediction_type, clean, noise, timesteps)
+        return (noisy, timesteps, self._embeddings[list(prompts)]), truth
+
+    def _preservation(self, student: Predict, generator: torch.Generator) -> Tensor:
+        """Mean squared error of what the student says of anchors as they are, from their own prompts."""
+        inputs, truth = self._draw_anchors(generator)
+        return (student(*inputs) - truth).square().mean()

@@ -31,7 +31,7 @@ from ..safetensor_files import free_path, write_atomically
 from ..store import StepStore
 from ..training import Request, run_step
 from . import models
-from .judge import Judge, evaluate
+from .judge import Judge, evaluate, measure_for
 from .suites import STYLE_SUITE, SUITES, Suite
 from .workers import prepare_worker
 
@@ -62,8 +62,8 @@ class Cell:
     """One way of forgetting: a preset in a setting.
 
     `sequential` trains request k from the model after request k-1. `simultaneous` trains all targets so far at once, from the
-    pretrained model, with as many iterations as the chain has had by then. `ties` trains every request from the pretrained model and
-    merges all results so far.
+    pretrained model, for at most as many iterations as the chain has had by then: it stops early at a UA of 99 and keeps the best.
+    `ties` trains every request from the pretrained model and merges all results so far.
 
     Args:
         name: what lines, tables and curves call it.
@@ -94,22 +94,26 @@ class Cell:
 
 
 _OWN = {
-    "plain_ours simultaneous": {"iterations": 50},
-    "plain_ours ties": {"merger": TiesConfig(strength=2.75, keep_fraction=0.4)},
+    "plain_ours simultaneous": {"iterations": 25},
+    "plain_ours ties": {"merger": TiesConfig(strength=2.25, keep_fraction=0.4)},
 }
 """Cells of ours whose setting has values of its own, by name."""
 
 GRID = {
     "plain": "plain_ours", "l1sp": "l1sp_ours", "l2sp": "l2sp_ours", "selft": "selft_ours",
-    "plain simultaneous": "plain_ours simultaneous", "plain ties": "plain_ours ties", "projection": "recommended",
+    "plain simultaneous": "plain_ours simultaneous", "plain ties": "plain_ours ties", "projection": "projection_ours",
     "projection_selft": "projection_selft_ours", "projection_l1sp": "projection_l1sp_ours",
 }  # fmt: skip
 """The paper's figure: cells as its authors' code has them, and as we do the same thing (settings from benchmarks/search.py)."""
 
 
+BEYOND = ("recommended", "thorough")
+"""Presets of ours without a counterpart in the paper."""
+
+
 def grid() -> list[Cell]:
-    """All cells of the paper's figure, the authors' first."""
-    return [Cell.parse(name) for name in (*GRID, *GRID.values())]
+    """All cells of the paper's figure, the authors' first, and those beyond it."""
+    return [Cell.parse(name) for name in (*GRID, *GRID.values(), *BEYOND)]
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,13 @@ class Run:
     def request(self, k: int) -> Request:
         """The k-th request of the chain, or the one that forgets the first k targets at once."""
         chosen, targets = self.cell.preset, self.suite.orders[self.order][:k]
-        factor = self.suite.iterations_factor
+        iterations, stopping = self.suite.iterations_factor * chosen.training.iterations, {}
         if self.cell.setting == "simultaneous":
-            factor *= k
+            iterations *= k
+            stopping = {"evaluate_every": 25, "patience": max(iterations // 4, 25)}  # a quarter, as in the paper's scripts
         else:
             targets = targets[-1:]
-        chosen = replace(chosen, training=replace(chosen.training, iterations=factor * chosen.training.iterations))
+        chosen = replace(chosen, training=replace(chosen.training, iterations=iterations, **stopping))
         return chosen.request(
             self.suite.concepts(targets), retain=self.suite.keep(), anchor_prompts=self.suite.captions(targets),
             seed=self.seed * 1000 + k, anchor_seed=self.seed,
@@ -169,7 +174,8 @@ def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
         begun, request = model if setting == "sequential" else pretrained, run.request(k)
         found = store.get(begun, request)
         if found is None:
-            found = run_step(begun, request, store=store.anchors, bundles=bundles)
+            measure = measure_for(request, judge) if request.training.evaluate_every else None
+            found = run_step(begun, request, store=store.anchors, bundles=bundles, measure=measure)
             store.put(begun, request, *found)
         model, report = found
         trained.append(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor
 from ..bundle import ModelBundle, swapped_weights
 from ..chain import UnlearnModel, weights_of
 from ..diffusion import SamplerConfig, generator_for, sample_latents
+from ..errors import ConceptError
 from ..evaluation.scores import Scores, Shot, Verdict, score
+from ..stopping import Measure
+from ..training import Request
 from . import models
-from .suites import STYLE_SUITE, Suite
+from .suites import STYLE_SUITE, Suite, suite_of
 from .world import OBJECTS, STYLE_LABELS
 
 
@@ -38,9 +42,13 @@ def take(
 ) -> Tensor:  # fmt: skip
     """Pictures (n, 3, 64, 64) in [0, 1] of the shots; each depends on its own shot and the seed alone."""
     pretrained = {name: p.data for name, p in bundle.unet.named_parameters() if name in model.edits}
-    generators = [generator_for(seed, "picture", shot.style, shot.object, shot.index) for shot in shots]
     with swapped_weights(bundle.unet, weights_of(model, pretrained)):
-        latents = sample_latents(bundle, [shot.prompt for shot in shots], generators, sampler or SamplerConfig(), on_batch)
+        return _draw(bundle, shots, seed, sampler or SamplerConfig(), on_batch)
+
+
+def _draw(bundle: ModelBundle, shots: Sequence[Shot], seed: int, sampler: SamplerConfig, on_batch: Callable[[int], None]) -> Tensor:
+    generators = [generator_for(seed, "picture", shot.style, shot.object, shot.index) for shot in shots]
+    latents = sample_latents(bundle, [shot.prompt for shot in shots], generators, sampler, on_batch)
     return torch.cat([bundle.decode(part) for part in latents.to(bundle.device).split(64)]).cpu()
 
 
@@ -51,3 +59,43 @@ def evaluate(
     """Scores of `model` after `targets` of a suite were forgotten, asked across these names (all of the suite's if not given)."""
     shots = suite.shots(targets, per_cell, across)
     return score(shots, judge(take(bundle, model, shots, seed, on_batch=on_batch)), suite.domain)
+
+
+_FEW = 10
+
+
+def measure_for(request: Request, judge: Judge | None = None) -> Measure:
+    """How early stopping measures a request of MiniCanvas: UA of its targets, RA of what it declares (of its suite's, if nothing).
+
+    First by few pictures, ten of targets and ten of what is kept. Only if these show a UA of `stop_at_ua` or more, by all that `evaluate`
+    asks for by these names. The seed is the request's, so that nothing but the request and the model matters.
+
+    Raises:
+        ConceptError: a target is not in the suite, so it would not be measured.
+    """
+    suite, targets = suite_of([concept.target for concept in request.concepts])
+    if len(targets) < len(request.concepts):
+        raise ConceptError(f"Of {', '.join(repr(concept.target) for concept in request.concepts)}, only {targets} can be measured; forget "
+                           "either styles or objects of MiniCanvas, or set evaluate_every to 0.")  # fmt: skip
+    kept = suite_of([concept.target for concept in request.retain if concept.kind == suite.domain])[1]
+    asked = replace(suite, declared=tuple(name for name in kept if name not in targets) or suite.declared, hidden=())
+    few, rest, across = [], [], len(suite.across)
+    for role in ("target", "declared"):
+        shots = [shot for shot in asked.shots(targets) if shot.role == role]
+        # a picture of each concept in turn, each of another object (or in another style)
+        picked = {i % (len(shots) // across) * across + i % across for i in range(_FEW if shots else 0)}
+        few += [shots[i] for i in sorted(picked)]
+        rest += [shot for i, shot in enumerate(shots) if i not in picked]
+    judge = judge or Judge()
+
+    def measure(bundle: ModelBundle, check: Callable[[], None]) -> tuple[float, float] | None:
+        def seen(shots: list[Shot]) -> list[Verdict]:
+            return judge(_draw(bundle, shots, request.training.seed, SamplerConfig(), lambda done: check())) if shots else []
+
+        verdicts = seen(few)
+        scores = score(few, verdicts, suite.domain)
+        if scores.ua >= request.training.stop_at_ua:
+            scores = score(few + rest, verdicts + seen(rest), suite.domain)
+        return None if scores.ira_declared is None else (scores.ua, scores.ira_declared)
+
+    return measure

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from ..config import Config
+from ..diffusion import Predict
 from ..methods.base import StepContext
 from ..registry import Registry
 
@@ -15,9 +16,9 @@ class Regularizer:
     """Base of all regularizers, with hooks that do nothing.
 
     Before the first update: `prepare` of all, then `prepare_mask` of all. Order of the hooks within one update: `penalty` joins the
-    loss; after backward, `transform_gradient`; clipping; the optimizer; then on the weights `proximal`; last, on the actual change
-    of the weights, `mask` and `constrain`, so that these hold exactly whatever the optimizer did. `needs_anchor_latents` asks the
-    loop for pictures by W0, which cost time to sample.
+    method's loss; after its backward, `loss_terms`, whose gradients add to it; `transform_gradient`; clipping; the optimizer; then on
+    the weights `proximal`; last, on the actual change of the weights, `mask` and `constrain`, so that these hold exactly whatever the
+    optimizer did. `needs_anchor_latents` asks the loop for pictures by W0, which cost time to sample.
     """
 
     needs_anchor_latents = False
@@ -45,6 +46,14 @@ class Regularizer:
     def penalty(self, weights: Mapping[str, Tensor]) -> Tensor | None:
         """Scalar to add to the loss."""
         return None
+
+    def loss_terms(self, student: Predict, pretrained: Predict, start: Predict) -> dict[str, Tensor]:
+        """Terms of the loss by name, scalars that need the model's predictions.
+
+        `pretrained` and `start` are the teachers W0 and W_{k-1}; their calls come before those of `student` (weights are exchanged
+        in place).
+        """
+        return {}
 
     def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
         return gradient

@@ -41,9 +41,9 @@ class ProjectionConfig(Config):
                              "more.", minimum=1e-12)  # fmt: skip
     auxiliary: str = setting("none", "Names to keep that need no typing: a list of a hundred styles, objects, public figures or scenes, "
                              "or auto, all that suit the target. What would leave too little of it to forget is left out.",
-                             choices=("none", "auto", *LISTS))  # fmt: skip
+                             choices=("none", "auto", *LISTS), added_later=True)  # fmt: skip
     auxiliary_names: str = setting("", "Further names to keep, separated by commas or line breaks; one of another kind than the target "
-                                   "says so, such as object: cat.")  # fmt: skip
+                                   "says so, such as object: cat.", added_later=True)  # fmt: skip
     REFERENCE: ClassVar[dict] = {"form": "reference", "rows": "last"}
 
     def __post_init__(self):

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from hosts import HOW, find_hosts
 from sd_layout import shrunken, tiny_shapes, write_random
 
 from cul_core.anchors import AnchorStore
@@ -68,6 +69,15 @@ def shipped_model():
 @pytest.fixture(scope="session")
 def shipped_bundle(shipped_model, bundles):
     return bundles["shipped"].get(shipped_model.source)
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer():
+    """The folder of CLIP's tokenizer in a ComfyUI checkout."""
+    for place in find_hosts():
+        if (place / "comfy/sd1_tokenizer/vocab.json").is_file():
+            return place / "comfy/sd1_tokenizer"
+    pytest.skip(HOW)
 
 
 @pytest.fixture(scope="session")

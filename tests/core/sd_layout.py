@@ -183,7 +183,7 @@ def shrunken(family, words=None):
                  "transformer_layers_per_block": [1, 2], "projection_class_embeddings_input_dim": 64 + 6 * 256}  # fmt: skip
 
     def config(self, part):
-        return family.config(part) | (unet if part == "unet" else text | (words or {}))
+        return family.config(part) | {"unet": unet, "vae": {}}.get(part, text | (words or {}))
 
     changes = {"signature": (32, context), "latent_shape": (4, 8, 8), "recipe": None}
     values = {field.name: getattr(family, field.name) for field in fields(family)}

@@ -38,7 +38,7 @@ def line(cell="plain", k=12, seed=1, order="a", **scores):
 
 def test_the_grid_has_every_cell_of_the_paper_as_it_is_there_and_as_we_do_it():
     names = [cell.name for cell in grid()]
-    assert len(names) == len(set(names)) == 18
+    assert len(names) == len(set(names)) == 20
     for suite in SUITES:
         assert set(PAPER[suite]) <= set(GRID)
     assert [Cell.parse(name).setting for name in ("plain", "plain ties", "plain_ours simultaneous")] == [
@@ -60,7 +60,8 @@ def test_a_chain_forgets_one_target_a_request_and_simultaneous_all_so_far_with_t
     chain, together = run_of("plain", "b"), run_of("plain simultaneous", "b")
     assert [concept.target for concept in chain.request(4).concepts] == [REQUEST_ORDERS["b"][3]]
     assert [concept.target for concept in together.request(4).concepts] == list(REQUEST_ORDERS["b"][:4])
-    assert together.request(4).training.iterations == 4 * chain.request(4).training.iterations
+    assert together.request(4).training.iterations == 4 * chain.request(4).training.iterations == 240
+    assert (together.request(4).training.evaluate_every, together.request(4).training.patience) == (25, 60)
 
 
 def test_a_measurement_on_the_way_asks_in_every_other_name_and_the_last_in_all():

@@ -16,11 +16,12 @@ FILES = sorted((ROOT / "cul_core").rglob("*.py"))
 LAYERS = (
     {"config", "concepts", "auxiliary", "registry", "errors", "safetensor_files"},
     {"embeddings", "families", "bundle", "loading", "compact"},
-    {"diffusion", "trajectories", "conditioning", "params", "largest"},
+    {"augmentation", "diffusion", "trajectories", "conditioning", "params", "largest", "stopping"},
     {"methods", "regularizers", "merging"},
-    {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store", "merge_models"},
+    {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store", "merge_models",
+     "memorized"},
     {"cli", "__main__"},
-)
+)  # fmt: skip
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 BARE_INTERPRETER = """

@@ -76,6 +76,14 @@ def test_unlearn_goes_on_from_an_edited_checkpoint(unlearn, random_checkpoint, t
     assert [record.targets for record in read_history(second)[0]] == [("Lava",), ("Frost",)]
 
 
+def test_unlearn_stops_early_where_minicanvas_is_measured(unlearn, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cul_core.minicanvas.judge.measure_for", lambda request: lambda bundle, check: (99.0, 12.5))
+    assert unlearn("Lava", "--evaluate-every", "1", "--json", tmp_path / "figures.json") == 0
+    assert "best ra: 12.5" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["last_iteration"] == len(figures["losses"]) == 1
+
+
 def test_unlearn_does_not_overwrite(unlearn, tmp_path, capsys):
     (tmp_path / "out.safetensors").write_text("precious")
     assert unlearn("Lava") == 0

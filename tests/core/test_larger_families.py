@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sd_layout import UNET
+from sd_layout import UNET, sd2_shapes, write_hollow, xl_shapes
 
 from cul_core.anchors import AnchorStore
 from cul_core.checkpoint import difference, open_model, save_checkpoint
@@ -20,7 +21,7 @@ from cul_core.loading import checkpoint_key_map, detect_family, load_bundle
 from cul_core.methods import METHODS
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.esd import ESDConfig
-from cul_core.params import group_names
+from cul_core.params import group_names, is_kv
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.selft import SelFTConfig
@@ -28,7 +29,7 @@ from cul_core.safetensor_files import read_header
 from cul_core.training import Callbacks, run_step
 from cul_core.trajectories import run_trajectory
 
-SHORT = {"esd": {"trajectories": 2, "trajectory_steps": 4}, "selft": {"states": 3}}
+SHORT = dict.fromkeys(("esd", "distillation"), {"trajectories": 2, "trajectory_steps": 4}) | {"selft": {"states": 3}}
 ESD = ESDConfig(**SHORT["esd"])
 only_xl = pytest.mark.parametrize("tiny_model", ["sdxl"], indirect=True)
 
@@ -163,6 +164,23 @@ def test_edits_are_exported_in_the_hosts_names(tiny_model, edited, tmp_path):
     leaves = ("lora_up.weight", "lora_down.weight", "alpha")
     assert load_file(path).keys() == {f"{module}.{leaf}" for module in modules for leaf in leaves}
     assert energy == pytest.approx(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shapes", "width", "pooled"), [(sd2_shapes, 1024, None), (xl_shapes, 2048, (2, 1280))], ids=["sd2", "sdxl"])
+def test_full_size_file_is_loaded_and_written_with_one_matrix_changed(shapes, width, pooled, clip_tokenizer, tmp_path):
+    """7 GB on the disk and of memory for XL, in bf16; every weight is 0."""
+    path = write_hollow(tmp_path / "full.safetensors", shapes())
+    encoded = load_bundle(path, torch.bfloat16, clip_tokenizer).encode(["a cat", ""])
+    assert encoded.text.shape == (2, 77, width) and (encoded.pooled is None if pooled is None else encoded.pooled.shape == pooled)
+    model = open_model(path)
+    name, key = min(item for item in checkpoint_key_map(path).items() if is_kv(item[0]))
+    edit = torch.full(shapes()[key], 0.5)
+    with safe_open(save_checkpoint(replace(model, edits={name: edit}), tmp_path / "edited.safetensors"), "pt") as file:
+        assert {k for k in file.keys() if file.get_tensor(k).any()} == {key}
+        assert torch.equal(file.get_tensor(key), edit.half())
+    for written in tmp_path.iterdir():
+        written.unlink()  # pytest would keep the gigabytes of three runs
 
 
 # --- what the network predicts

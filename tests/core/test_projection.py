@@ -14,6 +14,7 @@ from cul_core.families import MINI
 from cul_core.merge_models import merge
 from cul_core.merging.ties import TiesConfig
 from cul_core.merging.uniform import UniformConfig
+from cul_core.methods.base import Method
 from cul_core.params import is_kv
 from cul_core.prompts import anchor_prompts
 from cul_core.regularizers.projection import (
@@ -123,7 +124,7 @@ def test_a_hundred_updates_with_weight_decay_leave_what_becomes_of_protected_tex
     before, optimizer = weight.detach().clone(), torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1)
     for _ in range(100):
         weight.grad = torch.randn(64, 192, generator=generator)
-        _update({name: weight}, optimizer, [projection], SimpleNamespace(max_grad_norm=0.0))
+        _update({name: weight}, optimizer, Method(None), [projection], SimpleNamespace(max_grad_norm=0.0))
     change, columns = (weight - before).detach().double(), protected(random_bundle).T
     assert (change @ columns).norm() < 1e-5 * (before.double() @ columns).norm()
     assert change.norm() > 0.1 * before.norm()

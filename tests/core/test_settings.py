@@ -24,6 +24,8 @@ from cul_core.training import Request
 
 # --- concepts
 
+NAMED_KINDS = [kind for kind in KINDS if kind != "memorized"]  # a memorized picture is called by a whole caption
+
 
 @pytest.mark.parametrize(
     ("values", "said"),
@@ -33,6 +35,7 @@ from cul_core.training import Request
         ({"target": " _ "}, "target is empty"),
         ({"target": "dog", "kind": "object"}, "'dog' of kind 'object' has no anchor"),
         ({"target": "dog", "kind": "object", "anchor": "_"}, "has no anchor"),
+        ({"target": "Ann at sea", "kind": "memorized"}, "has no anchor; give a caption that says the same"),
         ({"target": "dog", "kind": "object", "anchor": "Dog"}, "Anchor and target are both 'dog'"),
         ({"target": "Snow_Man", "kind": "character", "anchor": " snow  man"}, "Anchor and target are both 'Snow_Man'"),
         ({"target": "Lava", "anchor": "lava"}, "Anchor and target are both 'Lava'"),
@@ -97,7 +100,7 @@ def test_anchor_prompts_follow_the_kind_and_previews_show_target_and_kept():
 
 
 @pytest.mark.parametrize("family", [MINI, SD1], ids=lambda family: family.name)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMED_KINDS)
 def test_every_anchor_prompt_of_every_kind_can_be_rewritten_to_the_target(kind, family):
     concept = Concept("Van_Gogh", kind, "" if kind == "style" else "old_man")
     prompts = anchor_prompts(family, [concept])
@@ -105,7 +108,7 @@ def test_every_anchor_prompt_of_every_kind_can_be_rewritten_to_the_target(kind, 
     assert len(prompts) > 10 and all(rewritten) and all("Van Gogh" in text for texts in rewritten for text in texts)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMED_KINDS)
 def test_concept_of_every_kind_has_a_prompt_without_underscores(kind):
     concept = Concept("Candy_Stripes", kind, "" if kind == "style" else "Plain_Thing")
     assert concept.prompt.startswith("An image") and concept.prompt.endswith("Candy Stripes")
@@ -116,6 +119,13 @@ def test_style_is_put_before_or_after_the_caption():
         "In Candy Stripes Style, a star image.",
         "A star image, in Candy Stripes Style.",
     )
+
+
+def test_caption_of_a_memorized_picture_is_its_prompt_letter_by_letter_whatever_the_anchor_says():
+    concept = Concept(" IMG_01  by Ann. ", "memorized", "a photo of a boat")
+    assert concept.prompt == concept.name == "IMG_01  by Ann." and concept.target_prompts("a boat") == ("IMG_01  by Ann.",)
+    assert concept.mentioned_in("Framed: img 01 by ann.") and not concept.mentioned_in("a photo by Ann.")
+    assert anchor_prompts(MINI, [concept]) == ("a photo of a boat",)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +261,7 @@ def test_request_hash_depends_on_every_part(full_request):
         ({"concepts": ()}, "names no concept"),
         ({"anchor_prompts": ()}, "no anchor prompts"),
         ({"method": TrainingConfig()}, "no method ''; choose one of conabl"),
-        ({"regularizers": (TrainingConfig(),)}, "no regularizer ''; choose one of projection"),
+        ({"regularizers": (TrainingConfig(),)}, "no regularizer ''; choose one of .*projection"),
     ],
 )
 def test_request_that_lacks_something_is_refused(make_request, change, said):

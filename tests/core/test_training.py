@@ -33,18 +33,23 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-SHORT = {"esd": {"trajectories": 1, "trajectory_steps": 2}}
-"""Settings that make the mechanics of a method fast: name -> values."""
+SHORT = dict.fromkeys(("esd", "distillation"), {"trajectories": 1, "trajectory_steps": 2}) | {
+    "selft": {"states": 4},
+    "sculpmem": {"warm_up": 1},
+}
+"""Settings that make the mechanics of a method or regularizer fast: name -> values."""
 
 
-@pytest.mark.parametrize("regularizer", [None, *(entry.config for entry in REGULARIZERS)])
-@pytest.mark.parametrize(
-    "method", [entry.config(**SHORT.get(entry.name, {})) for entry in METHODS], ids=lambda config: config.registry_name
-)
+def short_configs(registry):
+    return [pytest.param(entry.config(**SHORT.get(entry.name, {})), id=entry.name) for entry in registry]
+
+
+@pytest.mark.parametrize("regularizer", [None, *short_configs(REGULARIZERS)])
+@pytest.mark.parametrize("method", short_configs(METHODS))
 def test_every_method_with_every_regularizer_repeats_bit_for_bit_and_changes_only_its_group(
     method, regularizer, step, random_bundle, make_request
 ):
-    request = make_request(method=method, regularizers=[regularizer()] if regularizer else [])
+    request = make_request(method=method, regularizers=[regularizer] if regularizer else [])
     before = unet_state(random_bundle)
     (first, report), (second, _) = step(request), step(request)
     assert first.content_hash == second.content_hash
@@ -143,6 +148,64 @@ def test_a_closed_form_method_runs_in_the_same_step(step, make_request, monkeypa
     assert len(edited.edits) == 14 and report.losses == ()
 
 
+class Pull(Regularizer):
+    """Its terms are multiples of the sum of one matrix; notes what happens to that matrix."""
+
+    factors, events, gradients = {}, [], []
+
+    def prepare(self, context):
+        self.name = min(context.start)
+        self.weight = context.bundle.unet.get_parameter(self.name)
+
+    def prepare_mask(self, context, coordinates):
+        self.hook = self.weight.register_post_accumulate_grad_hook(lambda weight: self.events.append("backward"))
+
+    def loss_terms(self, student, pretrained, start):
+        self.events.append("terms")
+        return {name: factor * self.weight.sum() for name, factor in self.factors.items()}
+
+    def transform_gradient(self, name, gradient):
+        if name == self.name:
+            self.gradients.append(gradient.clone())
+            self.hook.remove()
+        return gradient
+
+
+@pytest.fixture
+def pull(monkeypatch):
+    """Makes a config of a `Pull` with these factors, the only regularizer there is."""
+    registry = Registry("regularizer")
+    registry.register("pull", config=type("PullConfig", (ConAblConfig,), {}), display_name="Pull", description="d", paper="p",
+                      families=("mini",), groups=("kv",))(Pull)  # fmt: skip
+    monkeypatch.setattr("cul_core.training.REGULARIZERS", registry)
+
+    def config(**factors):
+        monkeypatch.setattr(Pull, "factors", factors)
+        monkeypatch.setattr(Pull, "events", [])
+        monkeypatch.setattr(Pull, "gradients", [])
+        return registry.get("pull").config()
+
+    return config
+
+
+def test_terms_of_a_regularizer_have_a_backward_of_their_own_after_the_methods_and_all_gradients_add_up(step, make_request, pull):
+    step(make_request(regularizers=[pull()], iterations=1))
+    assert Pull.events == ["backward", "terms"]
+    (alone,) = Pull.gradients
+    _, report = step(make_request(regularizers=[pull(twice=2.0, thrice=3.0)], iterations=1))
+    assert Pull.events == ["backward", "terms", "backward"]
+    torch.testing.assert_close(Pull.gradients[0], alone + 2 + 3)
+    assert report.record.losses.keys() == {"unlearn", "twice", "thrice"}
+    assert report.losses[0] == pytest.approx(sum(report.record.losses.values()), rel=1e-5)
+
+
+def test_a_term_that_is_not_finite_stops_the_step_as_the_methods_loss_does(step, random_bundle, make_request, pull):
+    before = unet_state(random_bundle)
+    with pytest.raises(TrainingError, match=r"became nan at iteration 1 of 3; lower the learning rate .* or the regularizers' strengths"):
+        step(make_request(regularizers=[pull(twice=2.0, broken=float("nan"))]))
+    assert same(unet_state(random_bundle), before) and not any(p.requires_grad for p in random_bundle.unet.parameters())
+
+
 class Recorder(Regularizer):
     """Notes the order of its hooks; masks column 0 and forbids row 0."""
 
@@ -173,13 +236,13 @@ def test_hard_constraints_act_last_on_the_actual_change_whatever_the_optimizer_d
     recorder, plain_mask = Recorder(), Recorder()
     optimizer = torch.optim.SGD([weight], lr=0.5)
     training = type("T", (), {"max_grad_norm": 0.0, "learning_rate": 0.5})
-    _update({"w": weight}, optimizer, [recorder], training)
+    _update({"w": weight}, optimizer, Method(None), [recorder], training)
     assert recorder.calls == ["gradient", "proximal", "mask", "constrain"]
     # only entry (1, 1) may change: 4 - 0.5 (SGD) + 1 (proximal)
     assert weight.tolist() == [[1.0, 2.0], [3.0, 4.5]]
     weight.grad = torch.ones(2, 2)
     plain_mask.constrain = lambda name, change, mask: None
-    _update({"w": weight}, optimizer, [plain_mask], training)
+    _update({"w": weight}, optimizer, Method(None), [plain_mask], training)
     assert weight.tolist() == [[1.0, 2.5], [3.0, 5.0]]
 
 

@@ -12,6 +12,7 @@ from graphs import CLIP, CUL, FORGOTTEN, KEPT, MODEL, REPORT, SAMPLING, VAE, Gra
 from PIL import Image
 
 from cul_core.chain import read_history
+from cul_core.methods import METHODS
 from cul_core.minicanvas.models import CHECKPOINT_PATH
 
 
@@ -318,7 +319,8 @@ def test_methods_plug_in(host):
         graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix=f"checkpoints/{name}")
         host.run(graph)
         (path,) = host.saved(f"checkpoints/{name}_*")
-        assert read_history(path)[0][0].request["method"] == values | {"name": name.removeprefix("CUL_Method_")}
+        config = METHODS.get(name.removeprefix("CUL_Method_")).config
+        assert config.from_json(read_history(path)[0][0].request["method"]) == config(**values)
 
 
 def test_regularizers_plug_in(host):
