@@ -283,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("target", nargs="+", help='what to forget, such as "Candy Stripes"')
     unlearn.add_argument("--model", type=Path, default=CHECKPOINT_PATH, help="checkpoint to start from; an edited one goes on")
     unlearn.add_argument("--pretrained", type=Path, help="the file an edited checkpoint was made from, to measure drift from there")
-    unlearn.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of CLIP, for Stable Diffusion 1.x")
+    unlearn.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of CLIP, for Stable Diffusion")
     unlearn.add_argument("--device", default="cpu", help="where to train, as PyTorch names it: cpu, cuda, cuda:1, mps")
     unlearn.add_argument("--kind", default="style", help="style, object, celebrity, character or memorized")
     unlearn.add_argument("--anchor", default="", help="word that takes an object's place; another caption for a memorized picture")

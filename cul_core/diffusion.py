@@ -19,16 +19,24 @@ Predict = Callable[[Tensor, Tensor, Embeddings], Tensor]
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Stable Diffusion's scaled-linear schedule; `alphas_cumprod` is (1000,) fp32 on the CPU (Ho et al., arXiv 2006.11239)."""
+    """Stable Diffusion's scaled-linear schedule; `alphas_cumprod` is (1000,) fp32 on the CPU (Ho et al., arXiv 2006.11239).
+
+    With `ends_in_noise`, it is shifted and scaled so that no signal is left at the end (Lin et al., arXiv 2305.08891, algorithm 1).
+    """
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
     timesteps: int = 1000
+    ends_in_noise: bool = False
     alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, dtype=torch.float64) ** 2
-        object.__setattr__(self, "alphas_cumprod", torch.cumprod(1 - betas, 0).float())
+        abar = torch.cumprod(1 - betas, 0)
+        if self.ends_in_noise:
+            signal = abar.sqrt()
+            abar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])).square()
+        object.__setattr__(self, "alphas_cumprod", abar.float())
 
     def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), each (b, 1, 1, 1)."""
@@ -54,6 +62,7 @@ class NoiseSchedule:
         scheduler = DPMSolverMultistepScheduler(
             num_train_timesteps=self.timesteps, beta_start=self.beta_start, beta_end=self.beta_end, beta_schedule="scaled_linear",
             prediction_type=prediction_type, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing",
+            rescale_betas_zero_snr=self.ends_in_noise,
         )  # fmt: skip
         scheduler.set_timesteps(steps)
         return scheduler
@@ -65,6 +74,7 @@ class NoiseSchedule:
         scheduler = DDIMScheduler(
             num_train_timesteps=self.timesteps, beta_start=self.beta_start, beta_end=self.beta_end, beta_schedule="scaled_linear",
             prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=False, timestep_spacing=timestep_spacing,
+            rescale_betas_zero_snr=self.ends_in_noise,
         )  # fmt: skip
         scheduler.set_timesteps(steps)
         return scheduler
@@ -95,7 +105,8 @@ def sample_latents(
     `batch_size` is not given.
     `on_batch(done)` runs after each and may raise to stop.
     """
-    schedule, device, family = NoiseSchedule(), bundle.device, bundle.family
+    device, family = bundle.device, bundle.family
+    schedule = NoiseSchedule(ends_in_noise=family.ends_in_noise)
     batch_size = batch_size or family.sampling_batch
     noise = torch.stack([torch.randn(family.latent_shape, generator=generator) for generator in generators])
     contexts, null = bundle.encode(prompts), bundle.encode([""])

@@ -6,7 +6,7 @@ The configs of a family are small JSON files in `configs/<name>/`, so that loadi
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Family:
     """One architecture.
 
     Args:
-        name: `mini`, `sd1`, `sdxl`.
+        name: `mini`, `sd1`, `sd2`, `sdxl`.
         display_name: what users see.
         prediction_type: `epsilon` or `v_prediction`.
         signature: (first width of the UNet, width of its text context), which tells families apart in a file.
@@ -81,6 +81,7 @@ class Family:
         recipe: training values instead of the presets' own.
         closed_vocabulary: whether the text encoder knows no words but those that are one token.
         text_encoders: the UNet reads their rows side by side.
+        ends_in_noise: whether the last timestep holds no picture at all (zero terminal SNR).
     """
 
     name: str
@@ -96,6 +97,7 @@ class Family:
     recipe: Recipe | None = None
     closed_vocabulary: bool = False
     text_encoders: tuple[TextEncoder, ...] = _CLIP
+    ends_in_noise: bool = False
 
     def config(self, part: str) -> dict[str, Any]:
         """Constructor arguments of `unet`, of a text encoder or of `vae`."""
@@ -121,6 +123,11 @@ SD1 = Family(
     # As in the paper's scripts for styles (arXiv 2511.07970: 2e-6 times a batch of 4) and Concept Ablation's sampler; not tuned by us.
     recipe=Recipe(iterations=1000, batch_size=4, learning_rate=8e-6, anchor_count=200, anchor_steps=25, anchor_guidance=6.0),
 )  # fmt: skip
+SD2 = Family(
+    "sd2", "Stable Diffusion 2.x", prediction_type="epsilon", signature=(320, 1024), latent_shape=(4, 64, 64), latent_scale=0.18215,
+    image_size_px=512, sampling_batch=4, ships_tokenizer=False, has_decoder=False, recipe=SD1.recipe,  # nobody published other values
+    text_encoders=(TextEncoder("cond_stage_model.model.", is_open_clip=True, pads_with_zero=True),),
+)  # fmt: skip
 SDXL = Family(
     "sdxl", "Stable Diffusion XL", prediction_type="epsilon", signature=(320, 2048), latent_shape=(4, 128, 128), latent_scale=0.13025,
     image_size_px=1024, sampling_batch=1, ships_tokenizer=False, has_decoder=False,
@@ -132,16 +139,22 @@ SDXL = Family(
                     is_pooled=True),
     ),
 )  # fmt: skip
-FAMILIES = {family.name: family for family in (MINI, SD1, SDXL)}
-_UNSUPPORTED = {(320, 1024): "Stable Diffusion 2.x", (384, 1280): "the Stable Diffusion XL refiner"}
+FAMILIES = {family.name: family for family in (MINI, SD1, SD2, SDXL)}
+V_PREDICTION = {
+    "sd2": replace(SD2, display_name="Stable Diffusion 2.x (v-prediction)", prediction_type="v_prediction", latent_shape=(4, 96, 96),
+                   image_size_px=768),
+    "sdxl": replace(SDXL, display_name="Stable Diffusion XL (v-prediction)", prediction_type="v_prediction"),
+}  # fmt: skip
+"""Of these families, what their networks that predict the velocity are like."""
+_UNSUPPORTED = {(384, 1280): "the Stable Diffusion XL refiner"}
 
 
 def family_of(shapes: dict[str, tuple[int, ...]], file_name: str) -> Family:
     """The family of a checkpoint, from the shapes of two of its tensors.
 
     Raises:
-        ModelError: not a Stable Diffusion checkpoint layout, an architecture without an entry here, or a UNet that takes more than
-            latents (inpainting).
+        ModelError: not a Stable Diffusion checkpoint layout, an architecture or noise schedule without an entry here, or a UNet that
+            takes more than latents and text (inpainting, unCLIP).
     """
     supported = ", ".join(family.display_name for family in FAMILIES.values())
     first = shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
@@ -157,6 +170,12 @@ def family_of(shapes: dict[str, tuple[int, ...]], file_name: str) -> Family:
                 raise ModelError(f"{file_name!r} has a UNet with {first[1]} input channels, where {family.display_name} has "
                                  f"{family.latent_shape[0]}: inpainting and other models that also take a picture cannot be edited; "
                                  "choose the text-to-image checkpoint.")  # fmt: skip
+            if f"{UNET_PREFIX}label_emb.0.0.weight" in shapes and not any(kind.is_pooled for kind in family.text_encoders):
+                raise ModelError(f"{file_name!r} is an unCLIP checkpoint, whose UNet also takes a picture's embedding and cannot be "
+                                 "edited; choose the text-to-image checkpoint.")  # fmt: skip
+            if any(name.startswith("edm_") for name in shapes):
+                raise ModelError(f"{file_name!r} is trained with the noise schedule of EDM, which is not supported; choose a checkpoint "
+                                 f"with the schedule of {family.display_name}.")  # fmt: skip
             return family
     known = f" ({_UNSUPPORTED[found]})" if found in _UNSUPPORTED else ""
     raise ModelError(f"{file_name!r} has UNet width {found[0]} and text width {found[1]}{known}, which is no supported "

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from .bundle import ModelBundle
 from .errors import ModelError
-from .families import UNET_PREFIX, VAE_PREFIX, Family, TextEncoder, family_of
+from .families import UNET_PREFIX, V_PREDICTION, VAE_PREFIX, Family, TextEncoder, family_of
 from .safetensor_files import opened, read_header
 
+_SPREAD = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _DIFFUSERS = ((0, 33), (0, 40))  # tested from the first up to, not including, the second; pyproject.toml says the same
 
 
@@ -50,9 +51,27 @@ def _sha256(path: Path, size: int, modified: int) -> str:
 
 
 def detect_family(path: Path) -> Family:
-    """The family of a checkpoint file (see `families.family_of`)."""
+    """The family of a checkpoint file (see `families.family_of`), and what its network predicts.
+
+    Shapes do not tell the latter. It is told as ComfyUI tells it: for Stable Diffusion XL by empty tensors named `v_pred` and `ztsnr`,
+    for 2.x by how far the values of one tensor are spread.
+
+    Raises:
+        ModelError: see `families.family_of`; or the UNet is stored in 8 bits.
+    """
     header, _, _ = read_header(path)
-    return family_of({name: tuple(entry["shape"]) for name, entry in header.items()}, path.name)
+    family = family_of({name: tuple(entry["shape"]) for name, entry in header.items()}, path.name)
+    dtypes = {entry["dtype"] for name, entry in header.items() if name.startswith(UNET_PREFIX)}
+    if coarse := sorted(dtype for dtype in dtypes if dtype.startswith("F8")):
+        raise ModelError(f"{path.name!r} stores its UNet in 8 bits ({coarse[0]}), which cannot hold what a step changes; choose the fp16, "
+                         "bf16 or fp32 checkpoint.")  # fmt: skip
+    if family.name == "sdxl" and "v_pred" in header:
+        return replace(V_PREDICTION["sdxl"], ends_in_noise="ztsnr" in header)
+    if family.name == "sd2" and _SPREAD in header:
+        with opened(path) as file:
+            if file.get_tensor(_SPREAD).float().std(correction=0) > 0.09:
+                return V_PREDICTION["sd2"]
+    return family
 
 
 def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, str]:

@@ -20,7 +20,7 @@ from .bundle import ModelBundle, swapped_weights
 from .chain import StepRecord, UnlearnModel, library_versions, weights_of
 from .concepts import Concept
 from .config import Config, TrainingConfig, stable_hash
-from .diffusion import SamplerConfig, generator_for, sample_latents
+from .diffusion import NoiseSchedule, SamplerConfig, generator_for, sample_latents
 from .embeddings import Embeddings
 from .errors import Cancelled, ConfigError, TrainingError
 from .loading import BundleCache
@@ -203,6 +203,7 @@ def run_step(
         anchor_prompts=tuple(request.anchor_prompts[i % len(request.anchor_prompts)] for i in range(request.anchor_count)),
         anchor_latents=latents.to(bundle.device), pretrained=pretrained, start=start, training=request.training,
         generator=partial(generator_for, request.training.seed),
+        schedule=NoiseSchedule(ends_in_noise=bundle.family.ends_in_noise),
         origin=stable_hash([model.content_hash, request.method.to_json()]), check=partial(_check_going_on, callbacks),
         anchor_sampler=request.anchor_sampler,
     )  # fmt: skip

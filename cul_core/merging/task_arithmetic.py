@@ -22,7 +22,7 @@ class TaskArithmeticConfig(WeightedConfig):
     display_name="Task Arithmetic",
     description="The sum of the models' changes: nothing is diluted, but damage to the rest adds up too.",
     paper="Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023, arXiv 2212.04089",
-    families=("mini", "sd1", "sdxl"),
+    families=("mini", "sd1", "sd2", "sdxl"),
     groups=tuple(GROUPS),
 )
 class TaskArithmetic(Merger):

@@ -41,7 +41,7 @@ class TiesConfig(WeightedConfig):
     display_name="TIES",
     description="Keeps the largest changes of each model, elects a sign per weight, and averages the changes that have it.",
     paper="Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708",
-    families=("mini", "sd1", "sdxl"),
+    families=("mini", "sd1", "sd2", "sdxl"),
     groups=tuple(GROUPS),
 )
 class Ties(Merger):

@@ -23,7 +23,7 @@ class UniformConfig(Config):
     display_name="Uniform",
     description="The mean of the models: every request is diluted by the number of models.",
     paper="Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482",
-    families=("mini", "sd1", "sdxl"),
+    families=("mini", "sd1", "sd2", "sdxl"),
     groups=tuple(GROUPS),
 )
 class Uniform(Merger):

@@ -50,7 +50,7 @@ def masked_error(error: Tensor, mask: Tensor | None = None) -> Tensor:
     display_name="Concept Ablation",
     description="Teaches the model to draw the anchor when asked for the target.",
     paper="Kumari et al., Ablating Concepts in Text-to-Image Diffusion Models, ICCV 2023, arXiv 2303.13516",
-    families=("mini", "sd1", "sdxl"),
+    families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "full"),
 )
 class ConAbl(Method):

@@ -57,7 +57,7 @@ def erasing_goal(null: Tensor, concept: Tensor, wider: Tensor, negative_guidance
     display_name="Erased Stable Diffusion",
     description="Teaches the model to steer away from the target when asked for it; needs no anchor pictures.",
     paper="Gandikota et al., Erasing Concepts from Diffusion Models, ICCV 2023, arXiv 2303.07345",
-    families=("mini", "sd1", "sdxl"),
+    families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class ESD(Method):

@@ -84,7 +84,7 @@ def exchanged(mask: Tensor, scores: Tensor, share: float) -> Tensor:
     description="Concept Ablation that changes a part of the weights at a time, chosen anew as training goes on.",
     paper="Sculpting Memory: Multi-Concept Forgetting in Diffusion Models via Dynamic Mask and Concept-Aware Optimization, ICCV 2025, "
     "arXiv 2504.09039",
-    families=("mini", "sd1", "sdxl"),
+    families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "full"),
 )
 class SculpMem(ConAbl):

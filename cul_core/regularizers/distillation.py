@@ -95,7 +95,7 @@ class _Held:
     description="Has the model go on predicting what the pretrained one does where it draws what is to be kept, and what it did before the "
     "step where it draws what earlier steps forgot.",
     paper="In the spirit of Song et al., Towards Lifelong Few-Shot Customization of Text-to-Image Diffusion, 2024, arXiv 2411.05544",
-    families=("mini", "sd1", "sdxl"),
+    families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class Distillation(Regularizer):

@@ -94,7 +94,7 @@ def regularized_projector(rows: Tensor) -> Tensor:
     display_name="Gradient Projection",
     description="Keeps what the model makes of the concepts to be kept, by forbidding changes that act on their text.",
     paper="Continual Unlearning for Text-to-Image Diffusion Models: A Regularization Perspective, ICLR 2026, arXiv 2511.07970",
-    families=("mini", "sd1", "sdxl"),
+    families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "full"),
 )
 class GradientProjection(Regularizer):

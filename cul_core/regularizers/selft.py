@@ -80,7 +80,7 @@ def top_masks(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     display_name="SelFT",
     description="Trains only the weights that matter most for the target; all others stay exactly as they are.",
     paper="Continual Unlearning for Text-to-Image Diffusion Models: A Regularization Perspective, ICLR 2026, arXiv 2511.07970",
-    families=("mini", "sd1", "sdxl"),
+    families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class SelFT(Regularizer):

@@ -70,7 +70,7 @@ class _WeightAnchor(Regularizer):
     display_name="L1-SP",
     description="Pulls every changed weight back by a constant amount, so that few weights stay changed.",
     paper="Li et al., ICML 2018, arXiv 1802.01483; Continual Unlearning, ICLR 2026, arXiv 2511.07970",
-    families=("mini", "sd1", "sdxl"),
+    families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class L1SP(_WeightAnchor):
@@ -89,7 +89,7 @@ class L1SP(_WeightAnchor):
     display_name="L2-SP",
     description="Pulls changed weights back in proportion to their change, so that the whole drift stays small.",
     paper="Li et al., ICML 2018, arXiv 1802.01483; Continual Unlearning, ICLR 2026, arXiv 2511.07970",
-    families=("mini", "sd1", "sdxl"),
+    families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class L2SP(_WeightAnchor):

@@ -1,21 +1,20 @@
-"""Fixtures: MiniCanvas' architecture and a small SDXL with random weights (for mechanics), and the shipped one (for what it does)."""
+"""Fixtures: MiniCanvas' architecture and small larger ones with random weights (for mechanics), and the shipped one (for what it does)."""
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from dataclasses import fields
-
 import pytest
 import torch
-from sd_layout import tiny_xl_shapes, write_random
+from hosts import HOW, find_hosts
+from sd_layout import shrunken, tiny_shapes, write_random
 
 from cul_core.anchors import AnchorStore
 from cul_core.checkpoint import open_model
 from cul_core.concepts import Concept
 from cul_core.config import TrainingConfig
-from cul_core.families import FAMILIES, MINI, SDXL, Family
-from cul_core.loading import BundleCache
+from cul_core.families import FAMILIES, MINI, V_PREDICTION
+from cul_core.loading import BundleCache, load_tokenizer
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas import models
 from cul_core.minicanvas.pack import checkpoint_tensors, write_weights
@@ -72,48 +71,45 @@ def shipped_bundle(shipped_model, bundles):
     return bundles["shipped"].get(shipped_model.source)
 
 
-class TinyXL(Family):
-    """Stable Diffusion XL's architecture with small numbers and MiniCanvas' tokenizer."""
-
-    tokenizer_folder = MINI.tokenizer_folder
-
-    def config(self, part):
-        if part == "unet":
-            return SDXL.config(part) | {
-                "sample_size": 8, "layers_per_block": 1, "block_out_channels": [32, 64], "transformer_layers_per_block": [1, 2],
-                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-                "cross_attention_dim": 48, "attention_head_dim": [2, 4], "addition_time_embed_dim": 8,
-                "projection_class_embeddings_input_dim": 32 + 6 * 8,
-            }  # fmt: skip
-        width = {"text_encoder": 16, "text_encoder_2": 32}[part]
-        words = {name: MINI.config("text_encoder")[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
-        return SDXL.config(part) | words | {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2,
-                                            "num_attention_heads": 2, "projection_dim": width}  # fmt: skip
-
-
-TINY_XL = TinyXL(**{field.name: getattr(SDXL, field.name) for field in fields(Family)}
-                 | {"signature": (32, 48), "latent_shape": (4, 8, 8), "recipe": None})  # fmt: skip
+@pytest.fixture(scope="session")
+def clip_tokenizer():
+    """The folder of CLIP's tokenizer in a ComfyUI checkout."""
+    for place in find_hosts():
+        if (place / "comfy/sd1_tokenizer/vocab.json").is_file():
+            return place / "comfy/sd1_tokenizer"
+    pytest.skip(HOW)
 
 
 @pytest.fixture(scope="session")
-def xl_checkpoint(tmp_path_factory):
-    return write_random(tmp_path_factory.mktemp("xl") / "xl.safetensors", tiny_xl_shapes())
+def tiny_checkpoints(tmp_path_factory):
+    """Small checkpoints of the larger families, by name, in their own layout."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return {name: write_random(folder / f"{name}.safetensors", tiny_shapes(name)) for name in ("sd2", "sdxl")}
 
 
 @pytest.fixture(scope="session")
-def xl_bundles():
-    return BundleCache()
+def tiny_bundles():
+    return {name: BundleCache() for name in ("sd2", "sdxl")}
 
 
 @pytest.fixture
-def xl_model(xl_checkpoint, monkeypatch):
-    monkeypatch.setitem(FAMILIES, "tiny", TINY_XL)
-    return open_model(xl_checkpoint)
+def known_tiny(monkeypatch):
+    """Small models of the larger families are recognized, and speak MiniCanvas' words."""
+    words = {name: MINI.config("text_encoder")[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+    monkeypatch.setattr("cul_core.loading.load_tokenizer", lambda *_: load_tokenizer(MINI))
+    for table in (FAMILIES, V_PREDICTION):
+        for name in ("sd2", "sdxl"):
+            monkeypatch.setitem(table, name, shrunken(table[name], words))
+
+
+@pytest.fixture(params=["sd2", "sdxl"])
+def tiny_model(request, tiny_checkpoints, known_tiny):
+    return open_model(tiny_checkpoints[request.param])
 
 
 @pytest.fixture
-def xl_bundle(xl_model, xl_bundles):
-    return xl_bundles.get(xl_model.source)
+def tiny_bundle(tiny_model, tiny_bundles):
+    return tiny_bundles[tiny_model.family.name].get(tiny_model.source)
 
 
 @pytest.fixture

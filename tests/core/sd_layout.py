@@ -5,11 +5,13 @@ Nothing here looks at diffusers, so that its key converter is checked against an
 
 import math
 import struct
+from dataclasses import fields
 from json import dumps
 
 import torch
 
 UNET, TEXT, VAE = "model.diffusion_model.", "cond_stage_model.transformer.", "first_stage_model."
+SD2_TEXT = "cond_stage_model.model."
 XL_TEXT, XL_TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 
@@ -146,16 +148,46 @@ def checkpoint_shapes(level="text_model."):
     return unet_shapes() | text_shapes(level) | autoencoder_shapes()
 
 
+def sd2_shapes():
+    """Key -> shape of every tensor that a full checkpoint of Stable Diffusion 2.x has."""
+    return unet_shapes(1024, linear=True) | open_clip_shapes(SD2_TEXT, 1024, 24) | autoencoder_shapes()
+
+
 def xl_shapes():
     """Key -> shape of every tensor that a full checkpoint of Stable Diffusion XL has."""
     unet = unet_shapes(2048, multiples=(1, 2, 4), depths=(0, 2, 10), linear=True, pooled=1280 + 6 * 256)
     return unet | text_shapes(prefix=XL_TEXT) | open_clip_shapes(XL_TEXT_2, 1280, 32) | autoencoder_shapes()
 
 
-def tiny_xl_shapes():
-    """The same layout around a small denoiser and two small text encoders, with MiniCanvas' words and no autoencoder."""
-    unet = unet_shapes(48, width=32, multiples=(1, 2), blocks=1, depths=(0, 2), linear=True, pooled=32 + 6 * 8)
-    return unet | text_shapes(width=16, layers=2, prefix=XL_TEXT, words=968) | open_clip_shapes(XL_TEXT_2, 32, 2, words=968)
+def tiny_shapes(name, words=968):
+    """The layout of `sd2` or `sdxl` around a small denoiser and small text encoders, with what fine-tuned files have beside it."""
+    small = {"width": 32, "multiples": (1, 2), "blocks": 1, "linear": True}
+    extra = {"model_ema.decay": (), "model_ema.diffusion_modelout0weight": (32,), "betas": (1000,)}
+    if name == "sd2":
+        return extra | unet_shapes(64, depths=(1, 0), **small) | open_clip_shapes(SD2_TEXT, 64, 3, words)
+    unet = unet_shapes(128, depths=(0, 2), pooled=64 + 6 * 256, **small)
+    return extra | unet | text_shapes(width=64, layers=3, prefix=XL_TEXT, words=words) | open_clip_shapes(XL_TEXT_2, 64, 3, words)
+
+
+def shrunken(family, words=None):
+    """`family` as `tiny_shapes` has it; `words` are other values of `vocab_size`, `bos_token_id` and `eos_token_id`."""
+    text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 1, "projection_dim": 64}
+    context = 64 * len(family.text_encoders)
+    unet = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": [32, 64], "cross_attention_dim": context,
+            "attention_head_dim": [2, 4]}  # fmt: skip
+    if family.name == "sd2":
+        text["num_hidden_layers"] = 2  # the file's last one is not used
+        unet |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+    else:
+        unet |= {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+                 "transformer_layers_per_block": [1, 2], "projection_class_embeddings_input_dim": 64 + 6 * 256}  # fmt: skip
+
+    def config(self, part):
+        return family.config(part) | {"unet": unet, "vae": {}}.get(part, text | (words or {}))
+
+    changes = {"signature": (32, context), "latent_shape": (4, 8, 8), "recipe": None}
+    values = {field.name: getattr(family, field.name) for field in fields(family)}
+    return type("Shrunken", (type(family),), {"config": config})(**values | changes)
 
 
 def _header(shapes):

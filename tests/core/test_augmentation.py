@@ -12,7 +12,7 @@ from cul_core.augmentation import Placement, anchor_pool
 from cul_core.bundle import ModelBundle
 from cul_core.diffusion import SamplerConfig, generator_for, sample_latents
 from cul_core.errors import Cancelled, ModelError
-from cul_core.families import SD1, SDXL
+from cul_core.families import SD1, SD2, SDXL
 from cul_core.loading import _kl_autoencoder, load_autoencoder
 
 
@@ -118,7 +118,7 @@ def small_file(tmp_path_factory):
     return write_random(tmp_path_factory.mktemp("vae") / "small.safetensors", SMALL_SHAPES)
 
 
-@pytest.mark.parametrize("family", [SD1, SDXL], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [SD1, SD2, SDXL], ids=lambda family: family.name)
 def test_autoencoder_of_stable_diffusion_fits_its_layout(family):
     tensors = {name: torch.empty(shape, device="meta") for name, shape in autoencoder_shapes().items()}
     autoencoder = _kl_autoencoder(tensors, family.config("vae"), torch.float32)

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hosts import HOW, find_hosts
 from safetensors.torch import load_file, save_file
 from sd_layout import (
+    SD2_TEXT,
     TEXT,
     UNET,
     autoencoder_shapes,
     checkpoint_shapes,
+    open_clip_shapes,
+    sd2_shapes,
     text_shapes,
     unet_shapes,
     write_hollow,
@@ -33,8 +35,8 @@ from cul_core.diffusion import SamplerConfig
 from cul_core.errors import Cancelled, ModelError
 from cul_core.evaluation.drift import drift_of, short_name
 from cul_core.export import save_difference, save_lora
-from cul_core.families import FAMILIES, MINI, SD1, SDXL, family_of
-from cul_core.loading import BundleCache, checkpoint_key_map, detect_family, load_bundle, load_tokenizer, text_tensors
+from cul_core.families import FAMILIES, MINI, SD1, SD2, SDXL, family_of
+from cul_core.loading import BundleCache, _build_text_encoder, checkpoint_key_map, detect_family, load_bundle, load_tokenizer, text_tensors
 from cul_core.methods import METHODS
 from cul_core.params import group_names, is_kv
 from cul_core.presets import PRESETS, preset
@@ -43,15 +45,6 @@ from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.weight_anchor import L1SPConfig, L2SPConfig
 from cul_core.safetensor_files import read_header
 from cul_core.training import Request, run_step
-
-
-@pytest.fixture(scope="session")
-def clip_tokenizer():
-    """The folder of CLIP's tokenizer in a ComfyUI checkout."""
-    for place in find_hosts():
-        if (place / "comfy/sd1_tokenizer/vocab.json").is_file():
-            return place / "comfy/sd1_tokenizer"
-    pytest.skip(HOW)
 
 
 @pytest.fixture
@@ -67,6 +60,7 @@ def stub(tmp_path):
 def test_family_is_recognized_by_shapes(random_checkpoint):
     emas = {key.replace(UNET, "model_ema.diffusion_model").replace(".", ""): shape for key, shape in unet_shapes().items()}
     assert family_of(checkpoint_shapes(), "a") is SD1
+    assert family_of(sd2_shapes(), "a") is SD2
     assert family_of(xl_shapes(), "a") is SDXL
     assert family_of(checkpoint_shapes(level="") | emas | {"betas": (1000,), "model_ema.decay": ()}, "a") is SD1
     assert detect_family(random_checkpoint) is MINI
@@ -87,11 +81,13 @@ def test_every_family_is_told_apart_and_complete():
     [
         (unet_shapes(in_channels=9), "9 input channels, where Stable Diffusion 1.x has 4: inpainting.*choose the text-to-image"),
         (unet_shapes(in_channels=8), "8 input channels"),
-        (unet_shapes(context=1024), r"width 320 and text width 1024 \(Stable Diffusion 2.x\).*choose.*Stable Diffusion 1.x"),
+        (unet_shapes(1024, in_channels=5), "5 input channels, where Stable Diffusion 2.x has 4"),
+        (unet_shapes(1024, linear=True, pooled=2048), "is an unCLIP checkpoint.*choose the text-to-image"),
+        (unet_shapes(1280, width=384), r"width 384 and text width 1280 \(the Stable Diffusion XL refiner\).*choose.*Stable Diffusion XL"),
         (unet_shapes(context=512), "width 320 and text width 512, which is no supported"),
         (text_shapes() | autoencoder_shapes(), "holds no Stable Diffusion UNet.*choose.*MiniCanvas, Stable Diffusion 1.x"),
     ],
-    ids=["inpainting", "picture-to-picture", "sd2", "unknown", "no-unet"],
+    ids=["inpainting", "picture-to-picture", "depth", "unclip", "refiner", "unknown", "no-unet"],
 )
 def test_other_architecture_is_refused_with_what_was_found(shapes, said, tmp_path):
     with pytest.raises(ModelError, match=f"'other.safetensors' .*{said}"):
@@ -101,17 +97,23 @@ def test_other_architecture_is_refused_with_what_was_found(shapes, said, tmp_pat
 # --- key maps
 
 
-def test_unet_keys_of_stable_diffusion_map_one_to_one(tmp_path):
+@pytest.mark.parametrize(
+    ("family", "file", "tensors", "matrices", "values"),
+    [(SD1, checkpoint_shapes, 686, 32, 19_169_280), (SD2, sd2_shapes, 686, 32, 25_559_040), (SDXL, xl_shapes, 1680, 140, 340_787_200)],
+    ids=["sd1", "sd2", "sdxl"],
+)
+def test_unet_keys_of_stable_diffusion_map_one_to_one(family, file, tensors, matrices, values, tmp_path):
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(SD1.config("unet"))
-    shapes = unet_shapes()
-    keys = checkpoint_key_map(write_hollow(tmp_path / "a.safetensors", checkpoint_shapes()))
-    assert len(keys) == 686 and set(keys.values()) == set(shapes)
+        unet = UNet2DConditionModel.from_config(family.config("unet"))
+    emas = {key.replace(UNET, "model_ema.diffusion_model").replace(".", ""): (1,) for key in file() if key.startswith(UNET)}
+    shapes = {key: shape for key, shape in file().items() if key.startswith(UNET)}
+    keys = checkpoint_key_map(write_hollow(tmp_path / "a.safetensors", file() | emas))
+    assert len(keys) == tensors and set(keys.values()) == set(shapes)
     assert {name: shapes[key] for name, key in keys.items()} == {name: tuple(w.shape) for name, w in unet.state_dict().items()}
     kv = group_names(unet, "kv")
-    assert len(kv) == 32 and sum(math.prod(shapes[keys[name]]) for name in kv) == 19_169_280
+    assert len(kv) == matrices and sum(math.prod(shapes[keys[name]]) for name in kv) == values
 
 
 @pytest.mark.parametrize("level", ["text_model.", ""], ids=["new-file", "old-file"])
@@ -126,6 +128,38 @@ def test_text_keys_map_from_both_layouts_to_both(level, ours):
     text.state_dict = lambda: wanted
     found = text_tensors(SD1.text_encoders[0], tensors, text)
     assert {name: tensor.shape for name, tensor in found.items()} == {name: weight.shape for name, weight in wanted.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "left_out"),
+    [
+        # the layer after the rows that are read, and the projection of a vector that is not
+        (SD2, sd2_shapes, {key for key in open_clip_shapes(SD2_TEXT, 1024, 24) if ".23." in key} | {SD2_TEXT + "text_projection"}),
+        (SDXL, xl_shapes, set()),
+    ],
+    ids=["sd2", "sdxl"],
+)
+def test_text_encoders_take_every_value_of_theirs_and_no_other(family, file, left_out):
+    with torch.device("meta"):
+        tensors = {key: torch.empty(shape) for key, shape in file().items()}
+    assert left_out <= tensors.keys()
+    for kind in family.text_encoders:
+        encoder = _build_text_encoder(family, kind)
+        found = text_tensors(kind, tensors, encoder)
+        assert {name: tensor.shape for name, tensor in found.items()} == {name: w.shape for name, w in encoder.state_dict().items()}
+        theirs = [tensor.numel() for key, tensor in tensors.items() if key.startswith(kind.prefix) and key not in left_out
+                  and not key.endswith(("position_ids", "logit_scale"))]  # fmt: skip
+        assert sum(tensor.numel() for tensor in found.values()) == sum(theirs)
+
+
+def test_open_clips_joined_matrices_are_query_key_and_value_and_its_projection_is_turned(known_tiny, tiny_checkpoints):
+    file, bundle = load_file(tiny_checkpoints["sdxl"]), load_bundle(tiny_checkpoints["sdxl"])
+    ours = dict(bundle.text_encoders[1].named_parameters())
+    joined = file["conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight"].float()
+    for i, letter in enumerate("qkv"):
+        (weight,) = (w for name, w in ours.items() if name.endswith(f"layers.1.self_attn.{letter}_proj.weight"))
+        assert torch.equal(weight, joined[64 * i : 64 * (i + 1)])
+    assert torch.equal(ours["text_projection.weight"], file["conditioner.embedders.1.model.text_projection"].float().T)
 
 
 def test_text_encoder_of_an_old_file_is_the_same_one(random_checkpoint, random_bundle, tmp_path):

@@ -321,6 +321,11 @@ def test_noise_schedule_is_diffusers_scaled_linear_one():
 
     theirs = DDPMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     torch.testing.assert_close(NoiseSchedule().alphas_cumprod, theirs.alphas_cumprod, atol=1e-6, rtol=0)
+    with_noise = DDPMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                               rescale_betas_zero_snr=True)  # fmt: skip
+    noisy = NoiseSchedule(ends_in_noise=True).alphas_cumprod
+    torch.testing.assert_close(noisy, with_noise.alphas_cumprod, atol=1e-6, rtol=0)
+    assert noisy[-1] == 0 and noisy[0] == pytest.approx(1 - 0.00085, abs=1e-6)
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([0, 500, 999])
     torch.testing.assert_close(NoiseSchedule().add_noise(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps))

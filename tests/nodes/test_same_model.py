@@ -1,6 +1,7 @@
-"""MiniCanvas is one model in both places, and what the pack does to a host that lacks something."""
+"""A model is the same one in both places, and what the pack does to a host that lacks something."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -15,13 +16,19 @@ def checkout(request):
     return request.param
 
 
-@pytest.fixture(scope="module")
-def compared(checkout):
-    command = [python_of(checkout), str(PACK / "tests/nodes/in_host.py"), str(checkout), str(PACK)]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=300)
+def result_of(script, checkout, *arguments):
+    """What a script beside this file prints when the host's Python runs it."""
+    command = [python_of(checkout), str(PACK / "tests/nodes" / script), str(checkout), str(PACK), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=300, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.fixture(scope="module")
+def compared(checkout):
+    return result_of("in_host.py", checkout)
 
 
 def test_host_and_core_compute_the_same(compared):
@@ -30,6 +37,16 @@ def test_host_and_core_compute_the_same(compared):
     assert compared["text"] < 2e-5
     assert compared["picture"] < 1e-5
     assert compared["same_ids"]
+
+
+def test_host_and_core_compute_the_larger_families_the_same_also_patched_with_what_is_exported(checkout, tmp_path):
+    found = result_of("larger_in_host.py", checkout, str(tmp_path))
+    assert {name: figures.pop("predicts") for name, figures in found.items()} == {
+        "sd2": "epsilon", "sdxl": "epsilon", "sdxl, velocity": "v_prediction"
+    }  # fmt: skip
+    for figures in found.values():
+        assert figures.pop("without the edit") > 0.1  # relative to the largest value, like the others
+        assert len(figures) >= 4 and max(figures.values()) < 5e-6
 
 
 def test_loading_the_pack_imports_nothing_heavy(compared):

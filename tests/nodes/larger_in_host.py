@@ -1,0 +1,104 @@
+"""Run by the host's own Python: prints, as JSON, how host and pack compute small models with the layout of Stable Diffusion 2.x and XL.
+
+The host is told of their numbers alone; everything else is its own code for these families.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+host, pack, folder = map(Path, sys.argv[1:4])
+sys.argv = ["main.py", "--cpu", "--fp32-text-enc", "--fp32-unet"]
+sys.path[:0] = [str(host), str(pack / "tests/core")]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import utils.extra_config  # noqa: E402, F401, I001  (before a dependency claims the name `utils`)
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+from comfy import supported_models  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from sd_layout import shrunken, tiny_shapes, write_random  # noqa: E402
+
+sys.path.append(str(pack))
+families, loading, export, chain, diffusion, params = (
+    importlib.import_module(f"cul_core.{name}") for name in ("families", "loading", "export", "chain", "diffusion", "params")
+)
+
+TEXT = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1, "num_hidden_layers": 3}
+OF_HOST = {
+    "sd2": (supported_models.SD20, {"context_dim": 64, "adm_in_channels": None}, {"clip_h_model_config": TEXT}),
+    "sdxl": (supported_models.SDXL, {"context_dim": 128, "adm_in_channels": 64 + 6 * 256},
+             {f"clip_{letter}_model_config": TEXT for letter in "lg"}),
+}  # fmt: skip
+PROMPTS = ["", "A cat in the style of Van Gogh", "two words! " * 20]
+
+
+class Small:
+    """Mixed into the host's class for a family."""
+
+    unet_extra_config = {"num_heads": -1, "num_head_channels": 16}
+
+
+def distance(mine, theirs):
+    return (mine - theirs).abs().max().item() / theirs.abs().max().item()
+
+
+@torch.no_grad()
+def compare(path, name):
+    """Relative distances of text, pooled text, and of the picture that is seen in a noisy one, before and after an edit."""
+    bundle = loading.load_bundle(path, tokenizer_folder=host / "comfy/sd1_tokenizer")
+    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, te_model_options=OF_HOST[name][2])
+    tokens = [clip.tokenize(prompt) for prompt in PROMPTS]
+    rows, pooled = (torch.cat(parts) for parts in zip(*(clip.encode_from_tokens(one, return_pooled=True) for one in tokens), strict=True))
+    mine = bundle.encode(PROMPTS)
+    figures = {"text": distance(mine.text, rows)}
+    y = {}
+    if name == "sdxl":
+        figures["pooled"] = distance(mine.pooled, pooled)
+        y = {"y": torch.cat([model.model.encode_adm(pooled_output=one[None], width=1024, height=1024) for one in pooled])}
+
+    family, timesteps = bundle.family, torch.tensor([30, 400, 900])
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    signal, spread = diffusion.NoiseSchedule(ends_in_noise=family.ends_in_noise).coefficients(timesteps)
+    sigmas = model.model.model_sampling.sigma(timesteps.float())
+
+    def pictures(patched):
+        out = bundle.predict(latents, timesteps, mine)
+        ours = (latents - spread * out) / signal if family.prediction_type == "epsilon" else signal * latents - spread * out
+        patched.patch_model()
+        scale = (sigmas**2 + 1).sqrt().view(-1, 1, 1, 1)
+        theirs = patched.model.apply_model(latents * scale, sigmas, c_crossattn=rows, **y)
+        patched.unpatch_model()
+        return distance(ours, theirs)
+
+    figures |= {"predicts": family.prediction_type, "picture": pictures(model)}
+    parameters = dict(bundle.unet.named_parameters())
+    generator = torch.Generator().manual_seed(1)
+    edits = {key: torch.randn(parameters[key].shape, generator=generator) / 8 for key in params.group_names(bundle.unet, "kv")}
+    edited = chain.UnlearnModel(loading.source_of(path), family, edits)
+    for key, delta in edits.items():
+        parameters[key].data += delta
+    files = {"difference": export.save_difference(edited, folder / "d.safetensors"),
+             "lora": export.save_lora(edited, folder / "l.safetensors", rank=64)[0]}  # fmt: skip
+    figures["without the edit"] = pictures(model)
+    for kind, file in files.items():
+        patched, _ = comfy.sd.load_lora_for_models(model, None, load_file(file), 1.0, 0.0)
+        figures[kind] = pictures(patched)
+    return figures
+
+
+for name, (kind, numbers, _) in OF_HOST.items():
+    usual = {key: value for key, value in kind.unet_config.items() if key != "transformer_depth"}
+    small = type(f"Small{name}", (Small, kind), {"unet_config": usual | numbers | {"model_channels": 32}})
+    supported_models.models.append(small)
+    for table in (families.FAMILIES, families.V_PREDICTION):
+        table[name] = shrunken(table[name])
+    write_random(folder / f"{name}.safetensors", tiny_shapes(name, words=49408))
+
+figures = {name: compare(folder / f"{name}.safetensors", name) for name in OF_HOST}
+save_file(load_file(folder / "sdxl.safetensors") | dict.fromkeys(("v_pred", "ztsnr"), torch.empty(0)), folder / "v.safetensors")
+figures["sdxl, velocity"] = compare(folder / "v.safetensors", "sdxl")
+sys.stdout.write(f"RESULT {json.dumps(figures)}\n")
