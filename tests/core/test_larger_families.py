@@ -29,7 +29,10 @@ from cul_core.safetensor_files import read_header
 from cul_core.training import Callbacks, run_step
 from cul_core.trajectories import run_trajectory
 
-SHORT = dict.fromkeys(("esd", "distillation"), {"trajectories": 2, "trajectory_steps": 4}) | {"selft": {"states": 3}}
+SHORT = dict.fromkeys(("esd", "distillation"), {"trajectories": 2, "trajectory_steps": 4}) | {
+    "selft": {"states": 3},
+    "sculpmem": {"warm_up": 1},
+}
 ESD = ESDConfig(**SHORT["esd"])
 only_xl = pytest.mark.parametrize("tiny_model", ["sdxl"], indirect=True)
 
@@ -127,10 +130,9 @@ def test_methods_and_regularizers_train_it_and_change_only_their_group(method, r
 
 @only_xl
 def test_erasing_lowers_the_loss_and_changes_only_its_group(step, tiny_bundle, make_request):
-    method = ESDConfig(**SHORT["esd"], erase_from="a house")
-    edited, report = step(make_request("Denim", method=method, iterations=20, batch_size=4, learning_rate=3e-3, group="attn2"))
-    losses = torch.tensor(report.losses)
-    assert losses[-5:].mean() < 0.7 * losses[:5].mean()
+    method = ESDConfig(trajectories=1, trajectory_steps=1, erase_from="a house")  # every update has the same state
+    edited, report = step(make_request("Denim", method=method, iterations=15, learning_rate=2e-3, group="attn2"))
+    assert report.losses[-1] < 0.5 * report.losses[0]
     assert edited.edits and set(edited.edits) <= set(group_names(tiny_bundle.unet, "attn2"))
 
 
