@@ -1,4 +1,4 @@
-"""The command line: `python -m cul_core demo | unlearn | merge | evaluate | inspect`."""
+"""The command line: `python -m cul_core demo | unlearn | merge | evaluate | benchmark | inspect`."""
 
 from __future__ import annotations
 
@@ -323,7 +323,8 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--cells", nargs="*", metavar="CELL",
                            help="presets, such as plain, or 'plain ties', 'plain simultaneous'; the paper's if not given")  # fmt: skip
     benchmark.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="seeds of training and evaluation")
-    benchmark.add_argument("--orders", nargs="+", choices=("a", "b"), default=["a", "b"], help="fixed orders of the requests")
+    benchmark.add_argument("--orders", nargs="+", choices=("a", "b"), default=["a", "b"],
+                           help="fixed orders of the requests; the seeds take them in turn")  # fmt: skip
     benchmark.add_argument("--requests", type=int, help="how many requests; all of the suite if not given")
     benchmark.add_argument("--pictures", type=int, default=1, help="pictures per style and object")
     benchmark.add_argument("--compare", choices=("paper",), help="print the paper's figures beside")

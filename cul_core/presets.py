@@ -78,6 +78,8 @@ class Preset:
         )  # fmt: skip
 
 
+_LARGE = ("sd1", "sd2", "sdxl")
+_ESD_PAPER = TrainingConfig(iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2")
 _STEEP = TrainingConfig(learning_rate=6e-4, schedule="linear")
 _DAMPED = ProjectionConfig(decoys=300, damping=3e-5)
 _STRONGER = ProjectionConfig(decoys=300, damping=1e-5)
@@ -98,20 +100,20 @@ PRESETS = {
     ),
     "l1sp": Preset("The paper's L1-SP, as a term of the loss.", ConAblConfig(**ConAblConfig.REFERENCE),
                    (L1SPConfig(strength=5.0, anchor="start", form="penalty"),), TrainingConfig(),
-                   regularizers_of={"sd1": (L1SPConfig(strength=50.0, anchor="start", form="penalty"),)}),
+                   regularizers_of=dict.fromkeys(_LARGE, (L1SPConfig(strength=50.0, anchor="start", form="penalty"),))),
     "l2sp": Preset("The paper's L2-SP, as a term of the loss.", ConAblConfig(**ConAblConfig.REFERENCE),
                    (L2SPConfig(strength=300.0, anchor="start", form="penalty"),), TrainingConfig(),
-                   regularizers_of={"sd1": (L2SPConfig(strength=25000.0, anchor="start", form="penalty"),)}),
+                   regularizers_of=dict.fromkeys(_LARGE, (L2SPConfig(strength=25000.0, anchor="start", form="penalty"),))),
     "esd": Preset(
         "Erased Stable Diffusion, with nothing to hold the rest: steers away from the target instead of towards an anchor, and draws "
         "no anchor pictures.",
         ESDConfig(), (), TrainingConfig(batch_size=4, learning_rate=1.2e-3, schedule="linear"),
-        training_of={"sd1": TrainingConfig(iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2")},
+        training_of=dict.fromkeys(_LARGE, _ESD_PAPER),
     ),
     "selft": Preset(
         "The paper's SelFT as its authors' code does it: only the weights that matter most for the target are trained.",
         ConAblConfig(**ConAblConfig.REFERENCE), (SelFTConfig(kept_fraction=0.2, **SelFTConfig.REFERENCE),), TrainingConfig(),
-        regularizers_of=dict.fromkeys(("sd1", "sdxl"), (SelFTConfig(kept_fraction=0.05, **SelFTConfig.REFERENCE),)),
+        regularizers_of=dict.fromkeys(_LARGE, (SelFTConfig(kept_fraction=0.05, **SelFTConfig.REFERENCE),)),
     ),
     "projection_selft": Preset(
         "The paper's hybrid for styles as its authors' code does it: gradients are masked, then projected.",
@@ -122,8 +124,8 @@ PRESETS = {
         "The paper's hybrid for objects as its authors' code does it: a far weaker L1-SP beside projection.",
         ConAblConfig(**ConAblConfig.REFERENCE),
         (ProjectionConfig(**ProjectionConfig.REFERENCE), L1SPConfig(strength=0.075, anchor="start", form="penalty")), TrainingConfig(),
-        regularizers_of={"sd1": (ProjectionConfig(**ProjectionConfig.REFERENCE),
-                                 L1SPConfig(strength=0.75, anchor="start", form="penalty"))},
+        regularizers_of=dict.fromkeys(_LARGE, (
+            ProjectionConfig(**ProjectionConfig.REFERENCE), L1SPConfig(strength=0.75, anchor="start", form="penalty"))),
     ),
     "plain_ours": Preset(
         "Concept Ablation towards the pretrained model's anchors, with nothing to hold the rest.",
@@ -156,7 +158,7 @@ PRESETS = {
     "esd_reference": Preset(
         "Erased Stable Diffusion as its authors' code does it, a new picture for every update; on Stable Diffusion XL as the paper's.",
         ESDConfig(**ESDConfig.REFERENCE), (), TrainingConfig(batch_size=4, learning_rate=1.2e-3),
-        training_of={"sd1": TrainingConfig(iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2"),
+        training_of={"sd1": _ESD_PAPER, "sd2": _ESD_PAPER,
                      "sdxl": TrainingConfig(iterations=200, batch_size=1, learning_rate=2e-4, max_grad_norm=0.0)},
     ),
     "distillation": Preset(
@@ -172,13 +174,13 @@ PRESETS = {
     "sculpmem": Preset(
         "The paper's SculpMem as its authors' code does it: half of the weights are trained at a time.",
         SculpMemConfig(warm_up=3, interval=6, **SculpMemConfig.REFERENCE), (), TrainingConfig(),
-        method_of=dict.fromkeys(("sd1", "sdxl"), SculpMemConfig(**SculpMemConfig.REFERENCE)),
+        method_of=dict.fromkeys(_LARGE, SculpMemConfig(**SculpMemConfig.REFERENCE)),
     ),
     "sculpmem_ours": Preset(
         "SculpMem towards the pretrained model's anchors, with a frozen warm-up, and held by distillation to what the step began with.",
         SculpMemConfig(teacher="pretrained", warm_up=3, interval=6, distillation=1.5), (),
         TrainingConfig(learning_rate=8e-4, schedule="linear"),
-        method_of=dict.fromkeys(("sd1", "sdxl"), SculpMemConfig(teacher="pretrained", distillation=1.5)),
+        method_of=dict.fromkeys(_LARGE, SculpMemConfig(teacher="pretrained", distillation=1.5)),
     ),
     "thorough": Preset(
         "The recommended way with twice the pictures per update and earlier targets trained again: cleaner forgetting, in twice the time.",

@@ -23,7 +23,7 @@ _RECOMMENDED = PRESETS["recommended"]
 
 def _widget(field: dataclasses.Field, default: Any) -> io.Input:
     rules = field.metadata
-    details = {"default": default, "tooltip": rules["help"]}
+    details = {"default": default, "tooltip": rules["help"], "optional": bool(rules.get("added_later"))}
     if "choices" in rules:
         return io.Combo.Input(field.name, options=list(rules["choices"]), **details)
     if isinstance(default, bool):
@@ -38,8 +38,10 @@ def _widget(field: dataclasses.Field, default: Any) -> io.Input:
                           round=step / 1000, **details)  # fmt: skip
 
 
-def _widgets(config: Config) -> list[io.Input]:
-    return [_widget(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
+def _widgets(config: Config, later: bool = False) -> list[io.Input]:
+    """Those that were there from the start, or those that came later: optional and last, so that graphs saved before still run."""
+    return [_widget(field, getattr(config, field.name)) for field in dataclasses.fields(config)
+            if bool(field.metadata.get("added_later")) == later]  # fmt: skip
 
 
 def _defaults(config: type[Config]) -> Config:
@@ -58,7 +60,7 @@ def _method_node(entry: Entry) -> type[io.ComfyNode]:
         def define_schema(cls):
             return io.Schema(
                 node_id=f"CUL_Method_{entry.name}", display_name=f"Method: {entry.display_name}", category="unlearning/methods",
-                description=_described(entry), inputs=_widgets(_defaults(entry.config)),
+                description=_described(entry), inputs=[*_widgets(_defaults(entry.config)), *_widgets(_defaults(entry.config), later=True)],
                 outputs=[Method.Output(display_name="method", tooltip="How to forget; takes the place of the preset's method.")],
             )  # fmt: skip
 
@@ -77,7 +79,8 @@ def _regularizer_node(entry: Entry) -> type[io.ComfyNode]:
                 node_id=f"CUL_Regularizer_{entry.name}", display_name=f"Regularizer: {entry.display_name}",
                 category="unlearning/regularizers", description=_described(entry),
                 inputs=[*_widgets(_defaults(entry.config)),
-                        Regularizers.Input("regularizers", optional=True, tooltip="Regularizers that act before this one.")],
+                        Regularizers.Input("regularizers", optional=True, tooltip="Regularizers that act before this one."),
+                        *_widgets(_defaults(entry.config), later=True)],
                 outputs=[Regularizers.Output(display_name="regularizers", tooltip="What holds the rest in place; takes the place of the "
                                              "preset's regularizers. Chain several of these nodes.")],
             )  # fmt: skip

@@ -220,7 +220,8 @@ def run_benchmark(
 ) -> list[dict]:  # fmt: skip
     """Measure what is not yet in `out`/results.jsonl, a process of one thread per core; returns the lines of all that was asked for.
 
-    `marks` are the requests after which to measure, the suite's if not given. `on_progress(runs done, runs to do, name of the last)`
+    The seeds take the orders in turn: 1, 2 with a, b are the two pairs 1 a and 2 b, and 1, 1, 2, 2 are all four. `marks` are the
+    requests after which to measure, the suite's if not given. `on_progress(runs done, runs to do, name of the last)`
     is called as runs finish.
 
     Raises:
@@ -231,7 +232,8 @@ def run_benchmark(
     known = {_key(line): line for line in read_results(path)}
     requests = requests or suite.longest
     marks = tuple(k for k in marks or suite.marks if k <= requests) or (requests,)
-    runs = [Run(suite, cell, order, seed, requests, pictures, marks) for seed in seeds for order in orders for cell in cells]
+    pairs = dict.fromkeys((seed, orders[i % len(orders)]) for i, seed in enumerate(seeds))
+    runs = [Run(suite, cell, order, seed, requests, pictures, marks) for seed, order in pairs for cell in cells]
     missing = [(run, due) for run in runs if (due := [k for k in marks if _key(run.identity(k)) not in known])]
     on_progress(0, len(missing), "")
     if missing:

@@ -123,6 +123,16 @@ def test_a_run_is_measured_once_and_an_unfinished_last_line_again(tmp_path, monk
         run_benchmark(tmp_path, **asked)
 
 
+def test_seeds_take_the_orders_in_turn(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(Run, "identity", lambda run, k: runs.append((run.seed, run.order)) or line(k=k, seed=run.seed, order=run.order))
+    monkeypatch.setattr(benchmark, "read_results", lambda path: [line(k=1, seed=seed, order=order) for seed in (1, 2) for order in "ab"])
+    for seeds, pairs in (([1, 2], [(1, "a"), (2, "b")]), ([1, 1, 2, 2], [(1, "a"), (1, "b"), (2, "a"), (2, "b")])):
+        runs.clear()
+        run_benchmark(tmp_path, cells=[Cell.parse("plain")], seeds=seeds, requests=1)
+        assert list(dict.fromkeys(runs)) == pairs
+
+
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(line()) + "\n{damaged\n" + json.dumps(line(k=8)) + "\n")

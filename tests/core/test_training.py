@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from short import SHORT
 
 from cul_core.concepts import Concept
 from cul_core.errors import Cancelled, ConceptError, ConfigError, TrainingError
@@ -31,13 +32,6 @@ def unet_state(bundle):
 
 def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
-
-
-SHORT = dict.fromkeys(("esd", "distillation"), {"trajectories": 1, "trajectory_steps": 2}) | {
-    "selft": {"states": 4},
-    "sculpmem": {"warm_up": 1},
-}
-"""Settings that make the mechanics of a method or regularizer fast: name -> values."""
 
 
 def short_configs(registry):

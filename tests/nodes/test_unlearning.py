@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from graphs import CLIP, CUL, FORGOTTEN, KEPT, MODEL, REPORT, SAMPLING, VAE, Graph
 from PIL import Image
+from short import SHORT
 
 from cul_core.chain import read_history
 from cul_core.methods import METHODS
@@ -315,6 +316,7 @@ def test_methods_plug_in(host):
     for name in [name for name in schemas if name.startswith("CUL_Method_")]:
         graph = Graph()
         values = {key: spec[1]["default"] for key, spec in schemas[name]["input"]["required"].items()}
+        values |= SHORT.get(name.removeprefix("CUL_Method_"), {})
         step = graph.step(graph.load(), method=(graph.add(name, **values), 0))
         graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix=f"checkpoints/{name}")
         host.run(graph)
@@ -328,6 +330,7 @@ def test_regularizers_plug_in(host):
     for name in [name for name in schemas if name.startswith("CUL_Regularizer_")]:
         graph = Graph()
         values = {key: spec[1]["default"] for key, spec in schemas[name]["input"]["required"].items()}
+        values |= SHORT.get(name.removeprefix("CUL_Regularizer_"), {})
         regularizer = graph.add(name, **values)
         again = graph.add(name, **values, regularizers=(regularizer, 0))
         method = graph.add("CUL_Method_conabl", teacher="pretrained", block_first_token=True)

@@ -1,0 +1,5 @@
+"""Settings that make the mechanics of a method or regularizer fast: name -> values."""
+
+SHORT = {"selft": {"states": 4}, "sculpmem": {"warm_up": 1}} | dict.fromkeys(
+    ("esd", "distillation"), {"trajectories": 1, "trajectory_steps": 2}
+)
