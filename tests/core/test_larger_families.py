@@ -127,10 +127,9 @@ def test_methods_and_regularizers_train_it_and_change_only_their_group(method, r
 
 @only_xl
 def test_erasing_lowers_the_loss_and_changes_only_its_group(step, tiny_bundle, make_request):
-    method = ESDConfig(trajectories=2, trajectory_steps=4, erase_from="a house")
-    edited, report = step(make_request("Denim", method=method, iterations=40, batch_size=8, learning_rate=1e-2, group="attn2"))
-    losses = torch.tensor(report.losses)
-    assert losses[-10:].mean() < 0.7 * losses[:10].mean()
+    method = ESDConfig(trajectories=1, trajectory_steps=1, erase_from="a house")  # every update has the same state
+    edited, report = step(make_request("Denim", method=method, iterations=15, learning_rate=2e-3, group="attn2"))
+    assert report.losses[-1] < 0.5 * report.losses[0]
     assert edited.edits and set(edited.edits) <= set(group_names(tiny_bundle.unet, "attn2"))
 
 
