@@ -69,6 +69,8 @@ def api_of(workflow: dict, schemas: dict) -> dict:
         for name, spec in declared.items():
             kind, details = spec[0], (spec[1] if len(spec) > 1 else {})
             if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                if not values and name in schema["input"].get("optional", {}):
+                    continue  # it came after the file was saved, and keeps its default
                 inputs[name] = values.pop(0)
                 if kind == "INT" and (details.get("control_after_generate") or name in ("seed", "noise_seed")):
                     values.pop(0)
