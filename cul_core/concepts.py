@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .config import Config
 from .errors import ConceptError
@@ -69,6 +69,10 @@ class Concept(Config):
             becomes = {"memorized": "a caption that says the same and does not draw that picture"}
             mend = becomes.get(self.kind, "the word it should become, such as 'horse' for 'dog'")
             raise ConceptError(f"Concept {self.target!r} of kind {self.kind!r} has no anchor; give {mend}.")
+
+    def in_the_place_of(self, anchor: str) -> Concept:
+        """This concept where a target with that anchor stands in a prompt; itself if it has an anchor, or is what that says."""
+        return self if self.anchor or self.name.lower() == anchor.lower() else replace(self, anchor=anchor)
 
     def mentioned_in(self, prompt: str) -> bool:
         """Whether `prompt` contains the target as whole words, also in the plural."""

@@ -106,7 +106,6 @@ GRID = {
 }  # fmt: skip
 """The paper's figure: cells as its authors' code has them, and as we do the same thing (settings from benchmarks/search.py)."""
 
-
 BEYOND = ("recommended", "thorough")
 """Presets of ours without a counterpart in the paper."""
 
@@ -124,7 +123,6 @@ class Run:
     cell: Cell
     order: str
     seed: int
-    requests: int
     pictures: int
     marks: tuple[int, ...]
 
@@ -233,7 +231,7 @@ def run_benchmark(
     requests = requests or suite.longest
     marks = tuple(k for k in marks or suite.marks if k <= requests) or (requests,)
     pairs = dict.fromkeys((seed, orders[i % len(orders)]) for i, seed in enumerate(seeds))
-    runs = [Run(suite, cell, order, seed, requests, pictures, marks) for seed, order in pairs for cell in cells]
+    runs = [Run(suite, cell, order, seed, pictures, marks) for seed, order in pairs for cell in cells]
     missing = [(run, due) for run in runs if (due := [k for k in marks if _key(run.identity(k)) not in known])]
     on_progress(0, len(missing), "")
     if missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle, islice
 
 import torch
@@ -57,9 +57,8 @@ def held_prompts(context: StepContext, config: DistillationConfig, generator: to
 
     def sentences(concepts: Sequence[Concept]) -> Iterator[str]:
         for concept in cycle(shuffled(concepts)):
-            if not concept.anchor and concept.name.lower() != anchor.lower():
-                concept = replace(concept, anchor=anchor)  # it takes the place that the target has
-            yield picked((captions and concept.target_prompts(picked(captions))) or [concept.prompt])
+            placed = concept.in_the_place_of(anchor)
+            yield picked((captions and placed.target_prompts(picked(captions))) or [placed.prompt])
 
     captions = allowed(context.anchor_prompts)
     own = allowed(filter(None, map(str.strip, re.split(r"[;\n]", config.prompts))))

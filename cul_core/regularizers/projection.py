@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -214,10 +214,9 @@ class GradientProjection(Regularizer):
         def sentences(concepts: Sequence[Concept], count: int) -> list[str]:
             prompts = []
             for concept in concepts:
-                if not concept.anchor and concept.name.lower() != anchor.lower():
-                    concept = replace(concept, anchor=anchor)  # a kept concept takes the place that the target has
                 anchors = torch.randint(len(context.anchor_prompts), (count,), generator=generator).tolist()
-                prompts += [prompt for i in anchors for prompt in concept.target_prompts(context.anchor_prompts[i])]
+                placed = concept.in_the_place_of(anchor)
+                prompts += [prompt for i in anchors for prompt in placed.target_prompts(context.anchor_prompts[i])]
             return prompts
 
         previous = [concept for concept in kept if concept in context.previous]

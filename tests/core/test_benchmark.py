@@ -26,9 +26,8 @@ from cul_core.minicanvas.suites import OBJECT_SUITE, STYLE_SUITE, SUITES, suite_
 from cul_core.minicanvas.world import OBJECTS, REQUEST_ORDERS
 
 
-def run_of(name, order="a", requests=12, suite=STYLE_SUITE):
-    marks = tuple(k for k in suite.marks if k <= requests)
-    return Run(suite, Cell.parse(name), order, 1, requests, 1, marks)
+def run_of(name, order="a", suite=STYLE_SUITE):
+    return Run(suite, Cell.parse(name), order, 1, 1, suite.marks)
 
 
 def line(cell="plain", k=12, seed=1, order="a", **scores):
@@ -88,7 +87,7 @@ def test_a_measurement_of_other_settings_is_another_measurement():
 
 
 def test_objects_are_asked_in_styles_and_kept_objects_that_are_no_anchor_are_told_to_nobody():
-    run = run_of("plain", "b", 6, OBJECT_SUITE)
+    run = run_of("plain", "b", OBJECT_SUITE)
     request = run.request(2)
     assert [(concept.target, concept.kind, concept.anchor) for concept in request.concepts] == [("cat", "object", "flower")]
     assert request.training.iterations == 2 * run_of("plain").request(2).training.iterations
