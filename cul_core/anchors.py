@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from .bundle import ModelBundle
@@ -15,7 +16,8 @@ from .config import stable_hash
 from .diffusion import SamplerConfig, generator_for, sample_latents
 from .errors import Cancelled, CheckpointError, ModelError
 from .loading import Source
-from .safetensor_files import opened, write_atomically
+from .locks import lock_of, locked
+from .safetensor_files import leftovers, read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +28,20 @@ def anchor_generator(seed: int, number: int) -> torch.Generator:
 
 
 class AnchorStore:
-    """Content-addressed anchor latents, in memory and, when a folder is given, on disk. Safe to delete at any time."""
+    """Content-addressed anchor latents, in memory and, when a folder is given, on disk. Safe to delete at any time.
 
-    def __init__(self, folder: Path | str | None = None):
-        self._folder = Path(folder) if folder is not None else None
+    A file holds the pictures made so far: whoever is stopped goes on there.
+
+    Args:
+        folder: made when first written to.
+        locks: folder of lock files, by which of several processes that need the same pictures only one draws them.
+        every_seconds: time between writings of unfinished ones.
+    """
+
+    def __init__(self, folder: Path | str | None = None, locks: Path | None = None, every_seconds: float = 10.0):
+        self._folder, self._locks, self._every = Path(folder) if folder is not None else None, locks, every_seconds
         self._memory: dict[str, Tensor] = {}
+        self.used: set[Path] = set()
 
     def anchor_latents(
         self, source: Source, bundle: ModelBundle, prompts: Sequence[str], count: int, sampler: SamplerConfig, seed: int,
@@ -41,42 +52,73 @@ class AnchorStore:
         `bundle` must hold those weights. `on_batch(done, count)` runs after each batch that is sampled. Raises Cancelled when
         `should_stop` says so.
         """
-        key = stable_hash([source.sha256, list(prompts), count, sampler.to_json(), seed, "anchors-1"])
+        key = stable_hash([source.sha256, list(prompts), count, sampler.to_json(), seed, "anchors-2"])
         if key not in self._memory:
-            path = self._folder / f"anchors-{key[:32]}.safetensors" if self._folder else None
-            kept = _read(path) if path is not None else None
-            if kept is None:
+            file = _AnchorFile(self._folder / f"anchors-{key[:32]}.safetensors", self._every) if self._folder else None
 
-                def check(done: int) -> None:
-                    on_batch(done, count)
-                    if should_stop():
-                        raise Cancelled(f"Cancelled after {done} of {count} anchor pictures; the input model is unchanged.")
+            def check(done: int) -> None:
+                on_batch(done, count)
+                if file is not None:
+                    file.offer(batches)
+                if should_stop():
+                    raise Cancelled(f"Cancelled after {done} of {count} anchor pictures; the input model is unchanged.")
 
-                repeated = [prompts[i % len(prompts)] for i in range(count)]
-                generators = [anchor_generator(seed, i) for i in range(count)]
-                kept = sample_latents(bundle, repeated, generators, sampler, check)
-                if path is not None:
-                    _write(path, kept)
-            self._memory[key] = kept
+            def wait() -> None:
+                if should_stop():
+                    raise Cancelled("Cancelled while another process draws the anchor pictures; the input model is unchanged.")
+
+            with locked(lock_of(self._locks, file.path), wait) if file and self._locks else nullcontext():
+                batches = file.read(count) if file is not None else []
+                if sum(map(len, batches)) < count:
+                    repeated = [prompts[i % len(prompts)] for i in range(count)]
+                    generators = [anchor_generator(seed, i) for i in range(count)]
+                    try:
+                        sample_latents(bundle, repeated, generators, sampler, check, batches=batches)
+                    finally:
+                        if file is not None:
+                            file.write(batches)
+            self._memory[key] = torch.cat(batches)
+            if file is not None:
+                self.used.add(file.path)
         return self._memory[key]
 
 
-def _read(path: Path) -> Tensor | None:
-    """The latents in a file; None if there is none, or if it is damaged (it is removed then)."""
-    if not path.is_file():
-        return None
-    try:
-        with opened(path) as file:
-            return file.get_tensor("latents")
-    except ModelError as error:
-        logger.warning("stored anchor pictures are damaged and are drawn again: %s", error)
-        path.unlink(missing_ok=True)
-        return None
+class _AnchorFile:
+    """Pictures made so far, on disk. They can be drawn again: what goes wrong here fails no step."""
 
+    def __init__(self, path: Path, every_seconds: float):
+        self.path, self._every = path, every_seconds
+        self._written, self._due = 0, time.monotonic() + every_seconds
 
-def _write(path: Path, latents: Tensor) -> None:
-    data = save({"latents": latents})
-    try:
-        write_atomically(path, lambda file: file.write(data))
-    except CheckpointError as error:  # they can be drawn again; the step must not fail for that
-        logger.warning("anchor pictures are not kept for later steps: %s", error)
+    def read(self, count: int) -> list[Tensor]:
+        """The pictures in the file, as one batch; none if it is not there, or damaged (it is removed then)."""
+        with suppress(OSError):
+            for path in leftovers(self.path.parent, self.path.stem):
+                path.unlink()
+        if not self.path.is_file():
+            return []
+        try:
+            latents = read_sealed(self.path)[0]["latents"]
+        except (ModelError, CheckpointError, KeyError) as error:
+            logger.warning("stored anchor pictures are damaged and are drawn again: %s", error)
+            with suppress(OSError):
+                self.path.unlink()
+            return []
+        self._written = len(latents)
+        if self._written < count:
+            logger.info("went on after %d of %d anchor pictures", self._written, count)
+        return [latents]
+
+    def offer(self, batches: Sequence[Tensor]) -> None:
+        if time.monotonic() >= self._due:
+            self.write(batches)
+            self._due = time.monotonic() + self._every
+
+    def write(self, batches: Sequence[Tensor]) -> None:
+        if (made := sum(map(len, batches))) == self._written:
+            return
+        try:
+            write_sealed(self.path, {"latents": torch.cat(list(batches))}, {})
+            self._written = made
+        except CheckpointError as error:
+            logger.warning("anchor pictures are not kept for later steps: %s", error)

@@ -19,6 +19,7 @@ from .safetensor_files import free_path, opened, read_header, write_atomically
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _CHUNK = 8 << 20
+_SHORTER = "The source checkpoint became shorter while it was being copied; leave it in place and save again."
 
 
 def save_checkpoint(
@@ -35,8 +36,7 @@ def save_checkpoint(
         TrainingError: an edit is not finite, or too large for the source's dtype.
     """
     path = free_path(Path(path))
-    if source_of(model.source.path).sha256 != model.source.sha256:
-        raise ModelError(f"{model.source.path.name!r} has changed since the model was opened; put the old file back or start again.")
+    _check_source(model.source)
     header, inherited, start = read_header(model.source.path)
     keys = checkpoint_key_map(model.source.path) if model.edits else {}
     replaced = sorted((tuple(header[keys[name]]["data_offsets"]), name) for name in model.edits)
@@ -51,14 +51,17 @@ def save_checkpoint(
 
     def write(out: BinaryIO) -> None:
         out.write(struct.pack("<Q", len(text)) + text)
-        with model.source.path.open("rb") as source:
+        with _opened_source(model.source) as source:
             position = 0
             for (begin, end), name in replaced:
                 _copy(source, out, start + position, begin - position, on_chunk)
                 source.seek(start + begin)
                 dtype = _DTYPES[header[keys[name]]["dtype"]]
                 delta = model.edits[name]
-                base = torch.frombuffer(bytearray(source.read(end - begin)), dtype=dtype).view(delta.shape)
+                data = bytearray(source.read(end - begin))
+                if len(data) < end - begin:
+                    raise ModelError(_SHORTER)
+                base = torch.frombuffer(data, dtype=dtype).view(delta.shape)
                 edited = (base.float() + delta).to(dtype)
                 if not torch.isfinite(edited).all():
                     raise TrainingError(f"The edit of {name!r} is too large for {header[keys[name]]['dtype']}, so values are not finite; "
@@ -66,9 +69,22 @@ def save_checkpoint(
                 out.write(edited.view(torch.uint8).numpy().tobytes())
                 position = end
             _copy(source, out, start + position, model.source.size - start - position, on_chunk)
+        _check_source(model.source)  # it may have changed while it was copied
 
     write_atomically(path, write)
     return path
+
+
+def _check_source(source: Source) -> None:
+    if source_of(source.path).sha256 != source.sha256:
+        raise ModelError(f"{source.path.name!r} has changed since the model was opened; put the old file back or start again.")
+
+
+def _opened_source(source: Source) -> BinaryIO:
+    try:
+        return source.path.open("rb")
+    except OSError as error:
+        raise ModelError(f"{source.path.name!r} can no longer be read ({error.strerror}); put it back and save again.") from error
 
 
 def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Callable[[], None]) -> None:
@@ -77,7 +93,7 @@ def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Ca
         on_chunk()
         block = source.read(min(_CHUNK, length))
         if not block:
-            raise ModelError("The source checkpoint became shorter while it was being copied; leave it in place and save again.")
+            raise ModelError(_SHORTER)
         out.write(block)
         length -= len(block)
 

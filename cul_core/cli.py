@@ -1,4 +1,4 @@
-"""The command line: `python -m cul_core demo | unlearn | merge | evaluate | benchmark | inspect`."""
+"""The command line: `python -m cul_core demo | unlearn | merge | evaluate | benchmark | inspect | store`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,7 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     from .prompts import anchor_prompts
     from .regularizers.projection import ProjectionConfig
     from .safetensor_files import check_writable
+    from .store import StepStore
     from .training import Callbacks, run_step
 
     is_picture = arguments.picture is not None
@@ -128,6 +130,8 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))[:100]
     out = arguments.out or Path(f"{arguments.model.stem}-without-{names}.safetensors")
     check_writable(out.parent)
+    if arguments.store is not None:
+        check_writable(arguments.store)
     device = _usable_device(arguments.device)
     model = open_model(arguments.model, arguments.pretrained)
     show = _ProgressLine()
@@ -146,9 +150,16 @@ def _unlearn(arguments: argparse.Namespace) -> None:
         from .minicanvas.judge import measure_for
 
         measure = measure_for(request)
-    edited, report = run_step(model, request, device=device, store=AnchorStore(), bundles=bundles, callbacks=watch, measure=measure)
+    train = partial(run_step, model, request, device=device, bundles=bundles, callbacks=watch, measure=measure)
+    note = ""
+    if arguments.store is None:
+        edited, report = train(store=AnchorStore())
+    else:
+        store = StepStore(arguments.store)
+        outcome = store.get_or_train(model, request, lambda keeper: train(store=store.anchors, keeper=keeper))
+        edited, report, note = outcome.model, outcome.report, outcome.note
     path = save_checkpoint(edited, out)
-    _say(f"forgot {', '.join(c.name for c in request.concepts)} in {report.record.seconds:.1f} s")
+    _say(f"forgot {', '.join(c.name for c in request.concepts)} in {report.record.seconds:.1f} s{note}")
     for name, value in report.figures.items():
         _say(f"{name.replace('_', ' ')}: {value:.3g}")
     _say(f"checkpoint: {path.resolve()}")
@@ -250,6 +261,18 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     _write_json(arguments.json, {"lines": lines})
 
 
+def _store(arguments: argparse.Namespace) -> None:
+    from .store import PARTS, StepStore
+
+    if not arguments.folder.is_dir():
+        raise ConfigError(f"There is no folder {str(arguments.folder)!r}; give the one that unlearn --store or a benchmark has made.")
+    store = StepStore(arguments.folder)
+    if arguments.clear:
+        _say(store.clear(*(PARTS if arguments.clear == "all" else [arguments.clear])))
+    _say(store.describe())
+    _write_json(arguments.json, {part: {path.name: size for _, size, path in store.files(part)} for part in PARTS})
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from .chain import read_history
     from .evaluation.report import history_text
@@ -301,6 +324,9 @@ def _parser() -> argparse.ArgumentParser:
                          "the best weights; MiniCanvas only")  # fmt: skip
     unlearn.add_argument("--out", type=Path, help="file to write; an existing one is never overwritten")
 
+    unlearn.add_argument("--store", type=Path, metavar="FOLDER", help="keep the finished step there, and the state of an unfinished one: "
+                         "the same command then goes on where it was stopped")  # fmt: skip
+
     merge = command("merge", _merge, "Merge edited checkpoints of one file into one that has forgotten what each of them has.")
     merge.add_argument("file", nargs="+", type=Path, help="edited checkpoints to merge")
     merge.add_argument("--pretrained", type=Path, default=CHECKPOINT_PATH, help="the file that all of them were made from")
@@ -330,6 +356,11 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--compare", choices=("paper",), help="print the paper's figures beside")
     benchmark.add_argument("--workers", type=int, help="processes, of one thread each; one per core if not given")
     benchmark.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for results, figure and finished steps")
+
+    store = command("store", _store, "Show what a store of finished and unfinished steps holds, or clear it.")
+    store.add_argument("--folder", type=Path, default=Path("store"), help="the store")
+    store.add_argument("--clear", nargs="?", const="all", choices=("steps", "anchors", "states", "all"), help="what to remove from it; "
+                       "what a process is working on stays")  # fmt: skip
 
     inspect = command("inspect", _inspect, "Print what was forgotten in a file, when, how, and from which parent.")
     inspect.add_argument("file", type=Path, help="any file this package wrote")

@@ -97,21 +97,22 @@ def generator_for(seed: int, *purpose: object) -> torch.Generator:
 @torch.no_grad()
 def sample_latents(
     bundle: ModelBundle, prompts: Sequence[str], generators: Sequence[torch.Generator], sampler: SamplerConfig,
-    on_batch: Callable[[int], None] = lambda done: None, batch_size: int | None = None,
+    on_batch: Callable[[int], None] = lambda done: None, batch_size: int | None = None, batches: list[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Latents (n, c, h, w) on the CPU for n prompts, each from its own generator.
 
     Every batch has the same size (the last is filled up and cut), so that a picture is the same in any company; the family's if
     `batch_size` is not given.
-    `on_batch(done)` runs after each and may raise to stop.
+    `on_batch(done)` runs after each and may raise to stop. `batches` are the latents that an earlier call has sampled, in whole batches
+    of this size; those sampled now are appended.
     """
     device, family = bundle.device, bundle.family
     schedule = NoiseSchedule(ends_in_noise=family.ends_in_noise)
     batch_size = batch_size or family.sampling_batch
     noise = torch.stack([torch.randn(family.latent_shape, generator=generator) for generator in generators])
     contexts, null = bundle.encode(prompts), bundle.encode([""])
-    done = []
-    for start in range(0, len(prompts), batch_size):
+    done = [] if batches is None else batches
+    for start in range(sum(map(len, done)), len(prompts), batch_size):
         index = (torch.arange(start, start + batch_size)).clamp(max=len(prompts) - 1)
         latents = noise[index].to(device)
         context = Embeddings.cat([null.expand(batch_size), contexts[index]])

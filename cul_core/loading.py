@@ -40,8 +40,11 @@ def source_of(path: Path) -> Source:
         ModelError: the file is missing, cut short or no safetensors file.
     """
     read_header(path)
-    status = path.stat()
-    return Source(path, status.st_size, _sha256(path.resolve(), status.st_size, status.st_mtime_ns))
+    try:
+        status = path.stat()
+        return Source(path, status.st_size, _sha256(path.resolve(), status.st_size, status.st_mtime_ns))
+    except OSError as error:
+        raise ModelError(f"{path.name!r} can no longer be read ({error.strerror}); put it back.") from error
 
 
 @lru_cache(maxsize=64)
@@ -142,9 +145,12 @@ def _build_unet(family: Family) -> nn.Module:
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """Give a module built on the meta device its weights, in `dtype`; every name must be there and no other."""
+    """Give a module built on the meta device its weights, in `dtype`; every name must be there and no other.
+
+    They are copied out of the file, which may change or vanish afterwards.
+    """
     try:
-        module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
+        module.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}, strict=True, assign=True)
     except RuntimeError as error:
         raise ModelError(f"the {type(module).__name__} weights are incomplete or of another shape") from error
     return module.eval().requires_grad_(False)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from .errors import CheckpointError, ModelError
 
 _LARGEST_HEADER = 100_000_000
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_SEAL = "sha256"
+_LEFTOVER, _OLD_SECONDS = ".cul-part", 86400
 
 
 def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
@@ -97,7 +108,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
+        _remove_old_leftovers(path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=_LEFTOVER, dir=path.parent)
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -113,4 +125,86 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
                               "space there or choose another folder.") from error  # fmt: skip
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def leftovers(folder: Path, stem: str = "*") -> Iterator[Path]:
+    """What a process that was killed while it wrote has left in a folder; `stem` is that of its file."""
+    return folder.glob(f".{stem}.*{_LEFTOVER}")
+
+
+def _remove_old_leftovers(folder: Path) -> None:
+    """No write takes a day: what is older was left by a process that was killed."""
+    for path in leftovers(folder):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _OLD_SECONDS:
+                path.unlink()
+
+
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file whose last entry is the SHA-256 of all before it; one tensor at a time is copied from its device.
+
+    Raises:
+        CheckpointError: the folder cannot be written or is full; nothing is left behind then.
+    """
+    codes, header, end = {dtype: code for code, dtype in _DTYPES.items()}, {"__metadata__": dict(metadata)}, 0
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each is aligned to its own size
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": codes[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    header[_SEAL] = {"dtype": "U8", "shape": [32], "data_offsets": [end, end + 32]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(file: BinaryIO) -> None:
+        digest = hashlib.sha256()
+        for part in (struct.pack("<Q", len(text)), text, *(_bytes_of(tensors[name]) for name in names)):
+            digest.update(part)
+            file.write(part)
+        file.write(digest.digest())
+
+    write_atomically(path, write)
+
+
+def read_sealed(path: Path, unsealed: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file by `write_sealed`, in memory of their own, so that nothing happens to them when the file changes.
+
+    Args:
+        path: the file.
+        unsealed: whether a file without a seal, by an older version, is read too.
+
+    Raises:
+        ModelError: there is no such file, or it is no safetensors file.
+        CheckpointError: its contents are not what was written.
+    """
+    header, metadata, start = read_header(path)
+    damaged = CheckpointError(f"{path.name!r} is damaged: its contents are not those that were written; remove it.")
+    if _SEAL not in header and not unsealed:
+        raise damaged
+    tensors, digest = {}, hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            digest.update(file.read(start))
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                (begin, end), dtype = entry["data_offsets"], _DTYPES[entry["dtype"]]
+                if file.tell() != start + begin or math.prod(entry["shape"]) * dtype.itemsize != end - begin:
+                    raise damaged
+                tensor = torch.empty(entry["shape"], dtype=dtype)
+                data = _bytes_of(tensor)
+                if file.readinto(data) != len(data):
+                    raise damaged
+                if name == _SEAL:
+                    if bytes(data) != digest.digest():
+                        raise damaged
+                else:
+                    tensors[name] = tensor
+                    digest.update(data)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise damaged from error
+    return tensors, metadata
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor: its own memory if it is contiguous and on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

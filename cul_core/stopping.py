@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .bundle import ModelBundle
@@ -41,6 +43,16 @@ class EarlyStopping:
         self._highest, self._rose_at, self._rank = -math.inf, 0, (-math.inf, -math.inf)
         self.weights: dict[str, Tensor] | None = None
         self.figures: dict[str, float] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What measurements have changed, for `restore`."""
+        return {"highest": self._highest, "rose_at": self._rose_at, "rank": list(self._rank), "weights": self.weights,
+                "figures": dict(self.figures)}  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._highest, self._rose_at, self._rank = state["highest"], state["rose_at"], tuple(state["rank"])
+        self.weights = state["weights"] and {name: weight.to(device) for name, weight in state["weights"].items()}
+        self.figures = state["figures"]
 
     def is_time(self, iteration: int, bundle: ModelBundle, parameters: Mapping[str, Tensor], check: Callable[[], None]) -> bool:
         """Whether to stop after this update, once it is measured if it is due.

@@ -29,6 +29,7 @@ from .methods.base import Method, StepContext
 from .params import group_names, is_kv
 from .regularizers import REGULARIZERS
 from .regularizers.base import Regularizer
+from .resume import Loop, StateKeeper
 from .stopping import EarlyStopping, Measure
 
 logger = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ class StepReport:
 def run_step(
     model: UnlearnModel, request: Request, *, device: torch.device | str = "cpu", callbacks: Callbacks | None = None,
     store: AnchorStore | None = None, bundles: BundleCache | None = None, measure: Measure | None = None,
+    keeper: StateKeeper | None = None,
 ) -> tuple[UnlearnModel, StepReport]:  # fmt: skip
     """Forget `request.concepts`: (the edited model, a report). Same seed, device and versions give the same bits on a CPU.
 
@@ -171,6 +173,7 @@ def run_step(
         store: anchor latents shared between steps; made here if not given.
         bundles: loaded models shared between steps.
         measure: how early stopping measures, if the request asks for it.
+        keeper: where the state stays of which a step that is stopped goes on, to the same bits as one that is not.
 
     Raises:
         ConceptError: a target cannot be forgotten as described.
@@ -211,9 +214,9 @@ def run_step(
         for part in (method, *regularizers):
             part.prepare(context)
         if method.is_closed_form:
-            weights, losses, parts = method.edit(context), [], {}
+            weights, losses, parts, earlier = method.edit(context), [], {}, 0.0
         else:
-            weights, losses, parts = _train(context, method, regularizers, callbacks, stopping)
+            weights, losses, parts, earlier = _train(context, method, regularizers, callbacks, stopping, keeper)
     figures = {name: value for regularizer in regularizers for name, value in regularizer.report().items()} | stopping.figures
 
     edits, drift = dict(outside), {}
@@ -228,7 +231,8 @@ def run_step(
     result = UnlearnModel(model.source, model.family, edits)
     record = StepRecord(
         request=request.to_json(), losses=parts, drift=drift, parent=model.content_hash, result=result.content_hash,
-        seconds=round(time.monotonic() - begun, 3), finished=datetime.now(UTC).isoformat(timespec="seconds"), versions=library_versions(),
+        seconds=round(earlier + time.monotonic() - begun, 3), finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=library_versions(),
     )  # fmt: skip
     logger.info("forgot %d concept(s) in %.1f s", len(request.concepts), record.seconds)
     return model.with_step(edits, record), StepReport(record, tuple(losses), figures)
@@ -264,12 +268,15 @@ def _coordinates(regularizers: list[Regularizer], name: str) -> Tensor | None:
 
 
 def _train(
-    context: StepContext, method: Method, regularizers: list[Regularizer], callbacks: Callbacks, stopping: EarlyStopping
-) -> tuple[dict[str, Tensor], list[float], dict[str, float]]:
-    """(new weights, the best if they were measured; loss of every update; last value of each part of the loss)."""
+    context: StepContext, method: Method, regularizers: list[Regularizer], callbacks: Callbacks, stopping: EarlyStopping,
+    keeper: StateKeeper | None = None,
+) -> tuple[dict[str, Tensor], list[float], dict[str, float], float]:  # fmt: skip
+    """(new weights, the best if they were measured; loss of every update; last value of each part of the loss; seconds of training that
+    earlier runs have spent on it).
+    """
     training, unet = context.training, context.bundle.unet
     parameters = {name: parameter for name, parameter in unet.named_parameters() if name in context.start}
-    generator, losses, parts = context.generator("batches"), [], {}
+    generator = context.generator("batches")
 
     def predict(latents: Tensor, timesteps: Tensor, embeddings: Embeddings) -> Tensor:
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.device.type == "cuda"):
@@ -307,32 +314,41 @@ def _train(
             for part in (method, *regularizers):
                 part.prepare_mask(context, partial(_coordinates, regularizers))
         optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
-        begun = time.monotonic()
+        loop = Loop(parameters, optimizer, generator, (method, *regularizers, stopping), keeper)
+
+        def is_over() -> bool:
+            """Measures and shows what the last update made, if it is time to; whether it was the last of all."""
+            if not loop.iteration:
+                return not training.iterations
+            is_last = stopping.is_time(loop.iteration, context.bundle, parameters, stop_if_asked) or loop.iteration == training.iterations
+            callbacks.preview(context.bundle, loop.iteration, loop.iteration if is_last else training.iterations)
+            return is_last
+
         callbacks.preview(context.bundle, 0, training.iterations)
-        for iteration in range(1, training.iterations + 1):
-            stop_if_asked()
-            if training.schedule == "linear":
-                optimizer.param_groups[0]["lr"] = training.learning_rate * (1 - (iteration - 1) / training.iterations)
-            total, parts = 0.0, {}
-            for term, named in terms():
-                total += term.item()
-                if not math.isfinite(total):
-                    raise TrainingError(f"The loss became {total} at iteration {iteration} of {training.iterations}; lower the "
-                                        f"learning rate ({training.learning_rate:g}) or the regularizers' strengths.")  # fmt: skip
-                term.backward()
-                parts |= named
-            if method.observe(iteration, parameters, optimizer):
-                _update(parameters, optimizer, method, regularizers, training)
-            else:
-                optimizer.zero_grad()
-            losses.append(total)
-            callbacks.on_progress(Progress(iteration, training.iterations, losses[-1], parts, time.monotonic() - begun))
-            is_last = stopping.is_time(iteration, context.bundle, parameters, stop_if_asked)
-            callbacks.preview(context.bundle, iteration, iteration if is_last else training.iterations)
-            if is_last:
-                break
+        with loop.kept(training.iterations):
+            iteration = loop.iteration
+            while not is_over():
+                iteration = loop.iteration + 1
+                stop_if_asked()
+                if training.schedule == "linear":
+                    optimizer.param_groups[0]["lr"] = training.learning_rate * (1 - (iteration - 1) / training.iterations)
+                total, parts = 0.0, {}
+                for term, named in terms():
+                    total += term.item()
+                    if not math.isfinite(total):
+                        raise TrainingError(f"The loss became {total} at iteration {iteration} of {training.iterations}; lower the "
+                                            f"learning rate ({training.learning_rate:g}) or the regularizers' strengths.")  # fmt: skip
+                    term.backward()
+                    parts |= named
+                loop.change()
+                if method.observe(iteration, parameters, optimizer):
+                    _update(parameters, optimizer, method, regularizers, training)
+                else:
+                    optimizer.zero_grad()
+                loop.advance(total, parts)
+                callbacks.on_progress(Progress(iteration, training.iterations, total, parts, loop.seconds))
         weights = stopping.weights or {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        return weights, losses, parts
+        return weights, loop.losses, loop.terms, loop.earlier_seconds
 
 
 @torch.no_grad()

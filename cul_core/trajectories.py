@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,14 @@ class TrajectoryBuffer:
     def trajectories(self) -> tuple[Trajectory, ...]:
         """Those it holds now, the oldest first."""
         return tuple(self._kept)
+
+    def state(self) -> dict[str, Any]:
+        """What draws have changed, for `restore`."""
+        return {"made": self._made, "draws": self._draws, "kept": [vars(trajectory) for trajectory in self._kept]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._made, self._draws = state["made"], state["draws"]
+        self._kept.extend(Trajectory(**values) for values in state["kept"])
 
     def draw(self, teacher: Predict, count: int, generator: torch.Generator) -> StateBatch:
         """`count` states, trajectory and step uniformly at random; samples with `teacher` what is missing or due first."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from ..safetensor_files import write_atomically
 
 _INK, _FAINT, _PAPER = (34, 34, 40), (214, 214, 220), (255, 255, 255)
 COLOURS = ((208, 64, 56), (34, 112, 190), (60, 140, 70), (150, 86, 170), (214, 140, 30), (90, 90, 96),
@@ -169,3 +172,12 @@ def loss_curve(title: str, losses: Sequence[float], size: tuple[int, int] = (560
         if len(spots) > 1:
             draw.line(spots, fill=colour, width=thickness, joint="curve")
     return canvas
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG.
+
+    Raises:
+        CheckpointError: the folder cannot be written or is full; nothing is left behind then.
+    """
+    write_atomically(path, lambda file: picture.save(file, format="PNG"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,15 @@ class Method:
     def mask(self, name: str, weight: Tensor) -> Tensor | None:
         """See `Regularizer.mask`."""
         return None
+
+    def state(self) -> dict[str, Any]:
+        """What updates have changed since everything was prepared: dicts and lists of tensors and JSON values, for a step that is stopped
+        and goes on. Tensors may be its own.
+        """
+        return {}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Called after all preparations of a step that goes on: be as when `state` gave this; its tensors, on the CPU, are yours."""
 
     def edit(self, context: StepContext) -> dict[str, Tensor]:
         """New weights by name, for closed-form methods."""

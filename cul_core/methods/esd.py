@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -88,6 +88,12 @@ class ESD(Method):
             lambda number: context.generator("trajectory", number),
             guidance_scale=config.guidance_scale, size=config.trajectories, refresh_every=config.refresh_every,
         )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        return self._buffer.state()
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        self._buffer.restore(state)
 
     def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
         states = self._buffer.draw(teacher, self._batch, generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,13 @@ class SculpMem(ConAbl):
         names = [name for name, weight in context.start.items() if weight.ndim > 1]
         self._bases = {name: basis for name in names if in_update and (basis := coordinates(name)) is not None}
         self._scores = {name: torch.zeros_like(self._in_coordinates(name, context.start[name])) for name in names}
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": self._seen, "masks": dict(self._masks), "scores": self._scores}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        self._seen = state["seen"]
+        self._masks, self._scores = ({name: tensor.to(device) for name, tensor in state[part].items()} for part in ("masks", "scores"))
 
     # --- the loss
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,9 +22,10 @@ from typing import Any
 from ..checkpoint import open_model
 from ..config import stable_hash
 from ..errors import CheckpointError, ConfigError
-from ..evaluation.pictures import PAPER_PANELS, metric_chart, stacked
+from ..evaluation.pictures import PAPER_PANELS, metric_chart, save_picture, stacked
 from ..evaluation.scores import LABELS, METRICS
 from ..loading import BundleCache
+from ..locks import try_locked
 from ..merge_models import merge
 from ..merging.ties import TiesConfig
 from ..presets import Preset, preset
@@ -170,12 +172,10 @@ def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
         if setting == "simultaneous" and k not in marks:
             continue
         begun, request = model if setting == "sequential" else pretrained, run.request(k)
-        found = store.get(begun, request)
-        if found is None:
-            measure = measure_for(request, judge) if request.training.evaluate_every else None
-            found = run_step(begun, request, store=store.anchors, bundles=bundles, measure=measure)
-            store.put(begun, request, *found)
-        model, report = found
+        measure = measure_for(request, judge) if request.training.evaluate_every else None
+        train = partial(run_step, begun, request, store=store.anchors, bundles=bundles, measure=measure)
+        outcome = store.get_or_train(begun, request, lambda keeper, train=train: train(keeper=keeper))
+        model, report = outcome.model, outcome.report
         trained.append(model)
         if setting == "ties" and k in marks:
             model = merge(trained, run.merger(k))
@@ -223,18 +223,23 @@ def run_benchmark(
     is called as runs finish.
 
     Raises:
-        CheckpointError: `out` cannot be written.
+        CheckpointError: `out` cannot be written, or another benchmark is running there.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     path = out / "results.jsonl"
-    known = {_key(line): line for line in read_results(path)}
+    known = _known(path)
     requests = requests or suite.longest
     marks = tuple(k for k in marks or suite.marks if k <= requests) or (requests,)
     pairs = dict.fromkeys((seed, orders[i % len(orders)]) for i, seed in enumerate(seeds))
     runs = [Run(suite, cell, order, seed, pictures, marks) for seed, order in pairs for cell in cells]
     missing = [(run, due) for run in runs if (due := [k for k in marks if _key(run.identity(k)) not in known])]
     on_progress(0, len(missing), "")
-    if missing:
+    if not missing:
+        return [known[_key(run.identity(k))] for run in runs for k in run.marks]
+    with try_locked(out / "results.lock") as is_ours:
+        if not is_ours:
+            raise CheckpointError(f"Another benchmark is running in {str(out)!r}; wait for its end or give another folder.")
+        known |= _known(path)  # another benchmark may have ended meanwhile
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers or min(os.cpu_count() or 1, 8), mp_context=context, initializer=prepare_worker) as pool:
             try:
@@ -248,6 +253,10 @@ def run_benchmark(
                 pool.shutdown(cancel_futures=True)
                 raise
     return [known[_key(run.identity(k))] for run in runs for k in run.marks]
+
+
+def _known(path: Path) -> dict[tuple, dict]:
+    return {_key(line): line for line in read_results(path)}
 
 
 def _key(line: Mapping[str, Any]) -> tuple:
@@ -312,5 +321,5 @@ def write_figure(lines: Sequence[Mapping], out: Path) -> Path:
     charts = [metric_chart(title.format(what), {cell: runs[cell] for cell in cells}, PAPER_PANELS, reported)
               for what, cells in groups.items() if cells]  # fmt: skip
     path = free_path(out / f"benchmark-{suite.name}.png")
-    stacked(charts).save(path)
+    save_picture(stacked(charts), path)
     return path

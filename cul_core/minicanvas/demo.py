@@ -24,7 +24,7 @@ from ..anchors import AnchorStore
 from ..chain import UnlearnModel
 from ..checkpoint import load_edits, open_model, save_checkpoint, save_edits
 from ..diffusion import SamplerConfig
-from ..evaluation.pictures import labelled_grid, metric_chart, to_image
+from ..evaluation.pictures import labelled_grid, metric_chart, save_picture, to_image
 from ..evaluation.scores import METRICS, Shot
 from ..loading import BundleCache, source_of
 from ..presets import preset
@@ -242,7 +242,7 @@ def _write_results(plan: Plan, out: Path, runs: dict, rows: Sequence[tuple[str, 
     points = {run: [(int(k), figures) for k, figures in runs[run]["after"].items()] for run in RUNS}
     curves = metric_chart(f"{last} request(s) one after another", points)
     written = {"pictures": free_path(out / "before-after.png"), "chart": free_path(out / "chart.png")}
-    grid.save(written["pictures"])
-    curves.save(written["chart"])
+    save_picture(grid, written["pictures"])
+    save_picture(curves, written["chart"])
     written["checkpoint"] = save_checkpoint(_model_after(plan, "recommended", last), out / f"minicanvas-forgot-{last}.safetensors")
     return written

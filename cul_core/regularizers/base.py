@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import Config
@@ -69,6 +71,13 @@ class Regularizer:
     def constrain(self, name: str, change: Tensor, mask: Tensor | None) -> Tensor | None:
         """The allowed part of a change under the masks of all regularizers; None leaves it to the next regularizer."""
         return None
+
+    def state(self) -> dict[str, Any]:
+        """See `Method.state`."""
+        return {}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """See `Method.restore`."""
 
     def report(self) -> dict[str, float]:
         """Figures of `prepare` worth showing, such as the rank of a protected subspace."""

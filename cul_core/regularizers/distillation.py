@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,12 @@ class _Held:
             guidance_scale=config.guidance_scale, size=config.trajectories, refresh_every=config.refresh_every,
         )  # fmt: skip
 
+    def state(self) -> dict[str, Any]:
+        return self._buffer.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._buffer.restore(state)
+
     def draw(self, teacher: Predict, generator: torch.Generator) -> tuple[Tensor, Tensor, Embeddings, Tensor]:
         """(latents, timesteps, encoded prompts, what the teacher predicts there) of some states."""
         states = self._buffer.draw(teacher, self._count, generator)
@@ -117,6 +124,14 @@ class Distillation(Regularizer):
         weights = {"keep": self.config.keep_weight, "previous": self.config.previous_weight}
         self._held = {name: _Held(name, weight, prompts[name], context, self.config)
                       for name, weight in weights.items() if weight and prompts[name]}  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        return {"generator": self._generator.get_state(), "held": {name: held.state() for name, held in self._held.items()}}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        self._generator.set_state(state["generator"])
+        for name, held in self._held.items():
+            held.restore(state["held"][name])
 
     def loss_terms(self, student: Predict, pretrained: Predict, start: Predict) -> dict[str, Tensor]:
         teachers = {"keep": pretrained, "previous": start}

@@ -1,0 +1,158 @@
+"""Going on where a step was stopped: all that its next update depends on, as one tree of tensors and JSON values."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .chain import library_versions
+from .errors import TrainingError
+
+logger = logging.getLogger(__name__)
+State = dict[str, Any]
+"""Nested dicts (with text as keys) and lists of tensors and JSON values."""
+
+
+class StateKeeper(Protocol):
+    """Where the state of a step stays while it trains. A state that cannot be kept never fails the step."""
+
+    def load(self, origin: Mapping[str, Any]) -> State | None:
+        """The state that an earlier run of this step left, if its `origin` is this one: another would give other bits."""
+
+    def offer(self, state: Callable[[], State]) -> None:
+        """Keep the state if it is time to."""
+
+    def save(self, state: State) -> None:
+        """Keep it now."""
+
+
+class Resumable(Protocol):
+    """A part of a step: a method, a regularizer, early stopping."""
+
+    def state(self) -> State:
+        """What updates have changed in it; tensors may be its own."""
+
+    def restore(self, state: State, device: torch.device) -> None:
+        """Go on from a state; it owns the tensors from here on, which are on the CPU. The step trains on `device`."""
+
+
+class Loop:
+    """How far a step is, and how it goes on from where it was stopped, to the same bits.
+
+    A step may be stopped within an update, while a teacher draws, or while it is measured after one: weights are whole then, but the
+    parts may have moved on. So these are noted between updates (`mark`), and a step that goes on does the rest once more. From
+    `change` to the next mark nothing is whole; a step that is stopped there keeps what it last wrote.
+
+    Args:
+        parameters: what is trained, by name.
+        optimizer: of these parameters, in this order.
+        generator: the one that updates draw from.
+        parts: whatever else updates change.
+        keeper: where the state stays, if anywhere.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, generator: torch.Generator,
+        parts: Sequence[Resumable], keeper: StateKeeper | None,
+    ):  # fmt: skip
+        self._parameters, self._optimizer, self._generator, self._parts, self._keeper = parameters, optimizer, generator, parts, keeper
+        self.iteration, self.losses, self.terms = 0, [], {}
+        self.earlier_seconds, self._begun = 0.0, time.monotonic()
+        self._marked: State | None = None
+        self._device = next(iter(parameters.values())).device
+        self._origin = {"device": self._device.type, "versions": library_versions()}
+
+    @property
+    def seconds(self) -> float:
+        """Time that its updates have taken, in earlier runs too."""
+        return self.earlier_seconds + time.monotonic() - self._begun
+
+    def change(self) -> None:
+        self._marked = None
+
+    def advance(self, loss: float, terms: dict[str, float]) -> None:
+        """An update is done."""
+        self.iteration += 1
+        self.losses.append(loss)
+        self.terms = terms
+        self._mark()
+        if self._keeper is not None:
+            self._keeper.offer(self._state)
+
+    @contextmanager
+    def kept(self, iterations: int) -> Iterator[None]:
+        """Begins where an earlier run was stopped, and keeps the state if the block is.
+
+        Raises:
+            TrainingError: the state is not one of this step.
+        """
+        if self._keeper is not None and (state := self._keeper.load(self._origin)) is not None:
+            self._restore(state)
+            logger.info("resumed at iteration %d of %d", self.iteration, iterations)
+        self._mark()
+        try:
+            yield
+        except TrainingError:
+            raise
+        except BaseException:
+            if self._keeper is not None and self._marked is not None and self.iteration:
+                self._keeper.save(self._state())
+            raise
+
+    def _mark(self) -> None:
+        self._marked = {"generator": self._generator.get_state(), "parts": [part.state() for part in self._parts]}
+
+    def _state(self) -> State:
+        moments = self._optimizer.state
+        return {
+            "iteration": self.iteration, "losses": self.losses, "terms": self.terms, "seconds": self.seconds, **self._marked,
+            "origin": self._origin,
+            "weights": {name: parameter.detach() for name, parameter in self._parameters.items()},
+            "moments": [dict(moments[parameter]) if parameter in moments else {} for parameter in self._parameters.values()],
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def _restore(self, state: State) -> None:
+        try:
+            self.iteration, self.losses, self.terms = state["iteration"], state["losses"], state["terms"]
+            self.earlier_seconds = state["seconds"]
+            for name, parameter in self._parameters.items():
+                parameter.copy_(state["weights"][name])
+            moments = {number: values for number, values in enumerate(state["moments"]) if values}
+            self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
+            self._generator.set_state(state["generator"])
+            for part, values in zip(self._parts, state["parts"], strict=True):
+                part.restore(values, self._device)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise TrainingError(f"The state that an earlier run of this step left does not fit it ({error!r}); it is thrown away, so "
+                                "run the step again.") from error  # fmt: skip
+
+
+def split(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """(the tree as JSON, in which tensors are `{"tensor": name}`; the tensors by name)."""
+    if isinstance(tree, Tensor):
+        return {"tensor": path}, {path: tree}
+    if not isinstance(tree, dict | list | tuple):
+        return tree, {}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    parts = {key: split(value, f"{path}/{key}") for key, value in items}
+    tensors = {name: tensor for _, found in parts.values() for name, tensor in found.items()}
+    plain = {key: value for key, (value, _) in parts.items()}
+    return (plain if isinstance(tree, dict) else list(plain.values())), tensors
+
+
+def joined(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The tree that `split` took apart."""
+    if isinstance(plain, list):
+        return [joined(value, tensors) for value in plain]
+    if not isinstance(plain, dict):
+        return plain
+    if plain.keys() == {"tensor"}:
+        return tensors[plain["tensor"]]
+    return {key: joined(value, tensors) for key, value in plain.items()}

@@ -1,0 +1,202 @@
+"""A step that is stopped, at whatever moment, goes on to the same bits as one that is not; a state that does not fit is never used."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from short import SHORT
+
+from cul_core.errors import Cancelled, TrainingError
+from cul_core.methods import METHODS
+from cul_core.methods.conabl import ConAbl
+from cul_core.presets import PRESETS
+from cul_core.regularizers import REGULARIZERS
+from cul_core.resume import joined, split
+from cul_core.store import StepState
+from cul_core.training import Callbacks, run_step
+
+SHORTER = {"esd": {"refresh_every": 2}, "distillation": {"refresh_every": 2}, "sculpmem": {"warm_up": 2, "interval": 1}}
+
+
+def short(config):
+    """A config whose mechanics are all seen within five iterations."""
+    name = config.registry_name
+    values = SHORT.get(name, {}) | SHORTER.get(name, {})
+    return replace(config, **values)
+
+
+def rows():
+    yield from (pytest.param(entry.config(), (), {}, id=entry.name) for entry in METHODS)
+    yield from (pytest.param(METHODS.get("conabl").config(), (entry.config(),), {}, id=entry.name) for entry in REGULARIZERS)
+    both = tuple(REGULARIZERS.get(name).config() for name in ("selft", "projection", "distillation"))
+    sculpmem = METHODS.get("sculpmem").config
+    yield pytest.param(sculpmem(distillation=1.0, warm_up_form="train"), both[1:2], {"schedule": "linear"}, id="sculpmem-projection")
+    yield pytest.param(sculpmem(loss="sm", importance="abs", form="reference"), (), {"group": "attn2"}, id="sculpmem-sm")
+    yield pytest.param(METHODS.get("esd").config(), both, {"weight_decay": 0.01}, id="esd-all")
+    yield pytest.param(METHODS.get("conabl").config(replay=0.3, preservation=1.0, augmentations=1, flip=True), (), {"evaluate_every": 2},
+                       id="measured")  # fmt: skip
+
+
+@pytest.fixture
+def runner(random_model, random_bundle, bundles, anchors):
+    """Runs a request on the random model; `asks` are the questions whether to stop that are answered with no, and then with yes."""
+
+    def run(request, keeper=None, asks=None, model=None):
+        count = 0
+
+        def should_stop():
+            nonlocal count
+            count += 1
+            return asks is not None and count > asks
+
+        def measure(bundle, check):
+            check()
+            weight = bundle.unet.get_parameter("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
+            return 50 + 10 * torch.tanh(weight.mean()).item(), 50.0
+
+        random_bundle._scores = None  # as in a program that starts
+        callbacks = Callbacks(should_stop=should_stop)
+        edited, report = run_step(model or random_model, request, callbacks=callbacks, store=anchors, bundles=bundles["random"],
+                                  measure=measure if request.training.evaluate_every else None, keeper=keeper)  # fmt: skip
+        return edited, report, count
+
+    return run
+
+
+def stopped_again_and_again(runner, request, path, model, asks, seed=0):
+    """(edited model, report, how often it was stopped): each time at a random question of the second half of its training's `asks`."""
+    *_, before = runner(replace(request, training=replace(request.training, iterations=0, evaluate_every=0)), model=model)
+    chosen, stops = random.Random(seed), 0
+    while stops < 20:
+        try:
+            edited, report, _ = runner(request, StepState(path, request, 1e9), chosen.randint((before + asks) // 2, asks - 1), model)
+            return edited, report, stops
+        except Cancelled:
+            stops += 1
+    pytest.fail("no progress")
+
+
+@pytest.mark.parametrize(("method", "regularizers", "settings"), list(rows()))
+def test_every_method_and_regularizer_goes_on_to_the_same_bits(method, regularizers, settings, runner, make_request, tmp_path):
+    request = make_request(method=short(method), regularizers=map(short, regularizers), **({"iterations": 5} | settings))
+    first, *_ = runner(make_request("Lava", iterations=1))
+    whole, report, asks = runner(request, model=first)
+    resumed, again, stops = stopped_again_and_again(runner, request, tmp_path / "state.safetensors", first, asks)
+    assert stops >= 1 and resumed.content_hash == whole.content_hash
+    assert again.losses == report.losses and again.figures == report.figures and again.record.losses == report.record.losses
+
+
+def test_every_preset_is_made_of_what_the_table_has():
+    for entry in PRESETS.values():
+        assert METHODS.of(entry.method) and all(REGULARIZERS.of(config) for config in entry.regularizers)
+
+
+def kept(runner, request, path, after=3):
+    """Stops a step at its `after`-th update, which leaves its state in a file."""
+    seen = []
+
+    class Stopped(Exception):
+        pass
+
+    class Keeper(StepState):
+        def offer(self, state):
+            seen.append(1)
+            if len(seen) == after:
+                self.save(state())
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        runner(request, Keeper(path, request, 1e9))
+    return path
+
+
+def test_a_step_that_is_killed_after_its_last_update_is_measured_and_finished(runner, make_request, tmp_path):
+    request = make_request(evaluate_every=3)
+    whole, report, _ = runner(request)
+    keeper = StepState(kept(runner, request, tmp_path / "s.safetensors"), request, 1e9)
+    resumed, again, _ = runner(request, keeper)
+    assert keeper.resumed_at == 3 and resumed.content_hash == whole.content_hash and again.figures == report.figures
+
+
+def test_the_time_of_earlier_runs_counts(runner, make_request, tmp_path):
+    request = make_request()
+    path = kept(runner, request, tmp_path / "s.safetensors", after=2)
+
+    class Late(StepState):
+        def load(self, origin):
+            return super().load(origin) | {"seconds": 1000.0}
+
+    _, report, _ = runner(request, Late(path, request, 1e9))
+    assert 1000 < report.record.seconds < 1600
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])
+def test_a_damaged_state_is_removed_and_the_step_begins_anew(runner, make_request, tmp_path, damage, caplog):
+    request = make_request()
+    whole, *_ = runner(request)
+    path = kept(runner, request, tmp_path / "s.safetensors", after=2)
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        data = data[: len(data) // 2]
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 4
+    else:
+        data = b"not a state"
+    path.write_bytes(data)
+    keeper = StepState(path, request, 1e9)
+    assert runner(request, keeper)[0].content_hash == whole.content_hash
+    assert keeper.resumed_at == 0 and not path.exists() and "damaged" in caplog.text
+
+
+def test_a_state_of_other_versions_or_another_device_is_not_used(runner, make_request, tmp_path, monkeypatch, caplog):
+    request = make_request()
+    whole, *_ = runner(request)
+    path = kept(runner, request, tmp_path / "s.safetensors", after=2)
+    monkeypatch.setattr("cul_core.resume.library_versions", lambda: {"torch": "0.1"})
+    keeper = StepState(path, request, 1e9)
+    assert runner(request, keeper)[0].content_hash == whole.content_hash
+    assert keeper.resumed_at == 0 and "other versions" in caplog.text
+
+
+def test_a_state_that_does_not_fit_is_refused_in_words(runner, make_request, tmp_path):
+    path = kept(runner, make_request(), tmp_path / "s.safetensors", after=2)
+    request = make_request(group="attn2")
+    with pytest.raises(TrainingError, match="does not fit it .*run the step again"):
+        runner(request, StepState(path, request, 1e9))
+
+
+def test_a_step_that_is_stopped_while_weights_change_keeps_what_it_last_wrote(runner, make_request, tmp_path, monkeypatch):
+    request = make_request(iterations=4)
+    whole, *_ = runner(request)
+    original, path = ConAbl.mask, tmp_path / "s.safetensors"
+    calls = []
+
+    def interrupted(self, name, weight):
+        calls.append(name)
+        if len(calls) == 14 * 2 + 5:  # in the midst of the third update
+            raise KeyboardInterrupt
+        return original(self, name, weight)
+
+    monkeypatch.setattr(ConAbl, "mask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner(request, StepState(path, request, 0))
+    keeper = StepState(path, request, 1e9)
+    assert runner(request, keeper)[0].content_hash == whole.content_hash and keeper.resumed_at == 2
+
+
+def test_a_tree_is_the_same_after_it_was_taken_apart():
+    tree = {"a": [torch.ones(2), {"b": torch.zeros(1), "c": None}], "d": -float("inf"), "e": [], "f": {}}
+    plain, tensors = split(tree)
+    assert sorted(tensors) == ["/a/0", "/a/1/b"] and "tensor" in plain["a"][0]
+    again = joined(plain, tensors)
+    assert (
+        torch.equal(again["a"][0], tree["a"][0])
+        and again["a"][1]["c"] is None
+        and (again["d"], again["e"], again["f"])
+        == (
+            -float("inf"),
+            [],
+            {},
+        )
+    )
