@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,20 +9,18 @@ from comfy_api.v0_0_2 import io
 
 from ..cul_core.chain import UnlearnModel
 from ..cul_core.concepts import KINDS, ConceptList, parse_keep, parse_requests
-from ..cul_core.errors import CheckpointError
 from ..cul_core.evaluation.pictures import labelled_grid, loss_curve
 from ..cul_core.evaluation.report import brief_text, step_text
 from ..cul_core.loading import BundleCache, require_diffusers
 from ..cul_core.presets import PRESETS, preset
 from ..cul_core.prompts import anchor_prompts, preview_prompts
+from ..cul_core.resume import StateKeeper
 from ..cul_core.store import StepStore
 from ..cul_core.training import Callbacks, Request, StepReport, run_step
 from . import _folders, _host
 from ._node import UnlearningNode
 from ._types import Concepts, CulModel, LoadedModel, Method, Regularizers, Training, model_outputs
 from .concepts import ANCHOR_TIP, KEEP_TIP, KIND_TIP
-
-logger = logging.getLogger(__name__)
 
 
 def _how_to_train() -> list[io.Input]:
@@ -65,6 +62,10 @@ class _Watch:
         self._progress = _host.Progress(sum(max(request.training.iterations, 1) for request in requests))
         self._done, self._before, self._lines = 0, [], []
 
+    def waiting(self) -> None:
+        self._progress.say("Another ComfyUI trains this step; waiting for its result.", now=False)
+        _host.raise_if_cancelled()
+
     def finished(self, request: Request, report: StepReport, note: str) -> None:
         self._done += max(request.training.iterations, 1)
         self._progress.update(self._done)
@@ -94,31 +95,22 @@ class _Watch:
         return Callbacks(on_progress, _host.should_stop, on_anchors, on_preview, tuple(prompt for _, prompt in shown), self._every)
 
 
-def _keep(store: StepStore, model: UnlearnModel, request: Request, edited: UnlearnModel, report: StepReport) -> str:
-    """Put a finished step into the store; a store that cannot be written costs the next run its time, not this one its result."""
-    try:
-        store.put(model, request, edited, report)
-    except CheckpointError as error:
-        logger.warning("the finished step is not kept for later runs: %s", error)
-        return f". Not kept for later runs: {error}"
-    return ""
-
-
 def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int) -> io.NodeOutput:
     require_diffusers()
     store, bundles, value, reports = StepStore(_folders.store_folder()), BundleCache(_host.clip_tokenizer()), loaded.value, []
     watch = _Watch(loaded, requests, preview_every)
     with _host.normal_tensors():
         for request in requests:
-            found, note = store.get(value, request), ", kept from an earlier run"
-            if found is None:
+
+            def train(keeper: StateKeeper, model: UnlearnModel = value, request: Request = request) -> tuple[UnlearnModel, StepReport]:
                 with _host.training_device(bundles.free) as device:
-                    found = run_step(value, request, device=device, callbacks=watch.callbacks(request), store=store.anchors,
-                                     bundles=bundles)  # fmt: skip
-                note = _keep(store, value, request, *found)
-            value, report = found
-            reports.append(report)
-            watch.finished(request, report, note)
+                    return run_step(model, request, device=device, callbacks=watch.callbacks(request), store=store.anchors,
+                                    bundles=bundles, keeper=keeper)  # fmt: skip
+
+            outcome = store.get_or_train(value, request, train, watch.waiting)
+            value = outcome.model
+            reports.append(outcome.report)
+            watch.finished(request, outcome.report, outcome.note)
         plot = loss_curve("Loss", [loss for report in reports for loss in report.losses])
     result = loaded.with_value(value)
     text = "\n\n".join(map(step_text, reports))

@@ -71,6 +71,7 @@ def gallery(schemas: dict, saved: str) -> Graph:
     graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/forgot-candy-stripes")
     graph.add("CUL_SaveLora", model=(step, CUL), filename_prefix="loras/forgot-candy-stripes", format="lora", rank=16)
     graph.add("CUL_History", file=saved)
+    graph.add("CUL_Store", clear="nothing")
     return graph
 
 
@@ -86,7 +87,7 @@ def picture_of_nodes(page: Page, schemas: dict, host: Host) -> None:
         let y = 0;
         for (const node of app.graph._nodes) {
             const tall = {CUL_UnlearnStep: 560, CUL_UnlearnSequence: 800, CUL_Compare: 720, CUL_Evaluate: 520, CUL_DriftMap: 460,
-                          CUL_LoadModel: 190, CUL_Merge: 380, CUL_SaveCheckpoint: 130, CUL_SaveLora: 210, CUL_History: 200}[node.type] || node.computeSize()[1];
+                          CUL_LoadModel: 190, CUL_Merge: 380, CUL_SaveCheckpoint: 130, CUL_SaveLora: 210, CUL_History: 200, CUL_Store: 220}[node.type] || node.computeSize()[1];
             node.setSize([node.type === "CUL_Evaluate" ? 620 : 380, tall]);
             node.pos = [0, y];
             y += tall + 120;

@@ -26,6 +26,10 @@ def steps_trained(host):
     return host.log.read_text(errors="replace").count("forgot 1 concept(s)")
 
 
+def files_in_store(host, part):
+    return sorted(path.name for path in (host.folder / "models/unlearning_chains" / part).glob("*.safetensors"))
+
+
 def test_the_stock_graph_runs_on_the_checkpoint_that_comes_with_the_pack(host):
     graph = Graph()
     stock = graph.add("CheckpointLoaderSimple", ckpt_name="minicanvas.safetensors")
@@ -127,14 +131,17 @@ def test_cancel_ends_the_step_at_once_and_leaves_nothing_behind(host):
     graph = Graph()
     step = graph.step(graph.load(), training=graph.training(iterations=5000), train_seed=99)
     graph.add("CUL_DriftMap", model=(step, CUL))
-    trained, stored = steps_trained(host), len(list((host.folder / "models/unlearning_chains").rglob("*.safetensors")))
+    trained, stored = steps_trained(host), files_in_store(host, "steps")
     prompt = host.queue(graph)
     time.sleep(6)
     host.post("/interrupt", {})
     entry = host.wait(prompt, 60)  # its iterations would take far longer
     assert entry["status"]["messages"][-1][0] == "execution_interrupted"
     assert steps_trained(host) == trained
-    assert len(list((host.folder / "models/unlearning_chains").rglob("*.safetensors"))) == stored
+    assert files_in_store(host, "steps") == stored and len(files_in_store(host, "states")) == 1  # from where it can go on
+    cleared = Graph()
+    shown = cleared.add("PreviewAny", source=(cleared.add("CUL_Store", clear="unfinished"), 0))
+    assert "removed 1 files" in json.dumps(host.run(cleared)["outputs"][shown]) and files_in_store(host, "states") == []
     plain = Graph()
     stock = plain.add("CheckpointLoaderSimple", ckpt_name="minicanvas.safetensors")
     reference = plain.sample((stock, 0), (stock, 1), (stock, 2))

@@ -1,0 +1,187 @@
+"""A disk that is full, read-only or broken, at every single write: files are whole or absent, and a step still gives its result."""
+
+import errno
+import logging
+import os
+import subprocess
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from crash import Trouble
+from PIL import Image
+
+from cul_core.anchors import _AnchorFile
+from cul_core.chain import StepRecord, UnlearnModel
+from cul_core.checkpoint import open_model, save_checkpoint, save_edits
+from cul_core.cli import _write_json
+from cul_core.concepts import Concept
+from cul_core.errors import CheckpointError, TrainingError
+from cul_core.evaluation.pictures import save_picture
+from cul_core.export import save_difference, save_lora
+from cul_core.loading import checkpoint_key_map
+from cul_core.methods.conabl import ConAblConfig
+from cul_core.minicanvas.models import CHECKPOINT_PATH
+from cul_core.safetensor_files import read_header, read_sealed
+from cul_core.store import StepState, StepStore
+from cul_core.training import Request, StepReport
+
+NAME = "mid_block.attentions.0.transformer_blocks.0.attn2.to_{}.weight"
+ERRORS = (errno.ENOSPC, errno.EROFS, errno.EIO)
+
+
+@pytest.fixture(scope="module")
+def original():
+    return open_model(CHECKPOINT_PATH)
+
+
+@pytest.fixture(scope="module")
+def request_():
+    return Request((Concept("Lava"),), ConAblConfig(), anchor_prompts=("A star image.",))
+
+
+@pytest.fixture(scope="module")
+def step(original, request_):
+    """(edited model, its report), as a training would give them."""
+    keys, (header, _, _) = checkpoint_key_map(original.source.path), read_header(original.source.path)
+    edits = {name: torch.full(header[keys[name]]["shape"], 1e-3) for name in map(NAME.format, "kv")}
+    result = UnlearnModel(original.source, original.family, edits)
+    record = StepRecord(request_.to_json(), {"unlearn": 0.5}, {}, original.content_hash, result.content_hash, 1.0, "2026-01-01", {})
+    return original.with_step(edits, record), StepReport(record, (1.0, 0.5), {"protected_rank": 3.0})
+
+
+STATE = {"iteration": 2, "losses": [1.0, 0.5], "weights": {"w": torch.ones(64, 64)}, "origin": {}}
+
+
+@pytest.fixture
+def writers(step, original, request_):
+    """Name -> (a call that writes into a folder, whether it says so when that fails)."""
+    edited, report = step
+
+    def get_or_train(folder):
+        def train(keeper):
+            keeper.load({})
+            keeper.save(STATE)
+            return step
+
+        outcome = StepStore(folder, every_seconds=0).get_or_train(original, request_, train)
+        assert outcome.model.content_hash == edited.content_hash and outcome.report == report
+
+    return {
+        "checkpoint": (lambda folder: save_checkpoint(edited, folder / "a.safetensors"), True),
+        "edits": (lambda folder: save_edits(edited, folder / "a.safetensors"), True),
+        "diff": (lambda folder: save_difference(edited, folder / "a.safetensors"), True),
+        "lora": (lambda folder: save_lora(edited, folder / "a.safetensors", 2), True),
+        "picture": (lambda folder: save_picture(Image.new("RGB", (300, 300)), folder / "a.png"), True),
+        "json": (lambda folder: _write_json(folder / "a.json", {"a": [1] * 5000}), True),
+        "finished step": (lambda folder: StepStore(folder).put(original, request_, edited, report), True),
+        "state": (lambda folder: StepState(folder / "states/a.safetensors", request_, 0).save(STATE), False),
+        "anchors": (lambda folder: _AnchorFile(folder / "a.safetensors", 0).write([torch.ones(2, 4, 8, 8)]), False),
+        "step": (get_or_train, False),
+    }
+
+
+NAMES = ("checkpoint", "edits", "diff", "lora", "picture", "json", "finished step", "state", "anchors", "step")
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("code", ERRORS, ids=[errno.errorcode[code] for code in ERRORS])
+def test_a_write_that_fails_leaves_a_whole_file_or_none(name, code, writers, tmp_path, monkeypatch, count, caplog):
+    caplog.set_level(logging.CRITICAL)
+    write, says_so = writers[name]
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    write(clean)
+    whole = {path: data for path, data in contents(clean).items()}
+    for number in range(1000):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        trouble = Trouble(bytearray(1), fail_at=number, error=OSError(code, os.strerror(code)))
+        with monkeypatch.context() as patched:
+            trouble.install(patched.setattr)
+            try:
+                write(folder)
+                failed = False
+            except CheckpointError as error:
+                failed = True
+                assert "could not be written" in str(error) and os.strerror(code) in str(error)
+        if trouble.writes <= number:
+            break
+        for path, data in contents(folder).items():
+            if code == errno.ENOSPC or path.suffix != ".cul-part":  # where nothing can be removed, this stays for the next run
+                assert data == whole.get(path, data) and path.suffix != ".cul-part", (number, path)
+        assert failed or not says_so or whole.keys() <= contents(folder).keys(), number
+        write(folder)
+        assert whole.keys() <= contents(folder).keys()
+        count("failed write")
+    assert number > 5
+
+
+def test_a_state_that_cannot_be_replaced_stays(request_, tmp_path, monkeypatch, count):
+    path = tmp_path / "states/a.safetensors"
+    StepState(path, request_, 0).save(STATE)
+    before = path.read_bytes()
+    for number in range(6):
+        with monkeypatch.context() as patched:
+            Trouble(bytearray(1), fail_at=number, error=OSError(errno.ENOSPC, "full")).install(patched.setattr)
+            StepState(path, request_, 0).save({**STATE, "iteration": 3})
+        assert path.read_bytes() == before and StepState(path, request_, 0).load({})["iteration"] == 2
+        count("failed write")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with little room."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = partial(subprocess.run, capture_output=True)
+    if not hasattr(os, "geteuid") or mount(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    mount(["umount", str(folder)])
+
+
+def test_a_full_disk_costs_no_result_and_is_not_filled_with_leftovers(small_disk, step, original, request_, count):
+    edited, report = step
+    store = StepStore(small_disk / "store")
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(edited, small_disk / "a.safetensors")
+    assert list(small_disk.iterdir()) == []
+    (small_disk / "big").write_bytes(bytes(200 << 10))
+
+    def train(keeper):
+        keeper.save({**STATE, "weights": {"w": torch.ones(200, 200)}})
+        return step
+
+    outcome = store.get_or_train(original, request_, train)
+    assert outcome.model is edited and "Not kept for later runs" in outcome.note and "No space left" in outcome.note
+    assert not list(small_disk.rglob("*.safetensors")) and not list(small_disk.rglob("*.cul-part"))
+    (small_disk / "big").unlink()
+    assert store.get_or_train(original, request_, lambda keeper: step).note == ""
+    assert not subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], capture_output=True).returncode
+    read_only = StepStore(small_disk / "store")
+    assert read_only.get_or_train(original, request_, None).note == ", kept from an earlier run"
+    other = replace(request_, anchor_seed=1)
+    assert "Read-only" in read_only.get_or_train(original, other, lambda keeper: step).note
+    assert "1 are in use or cannot be removed" in read_only.clear("steps")
+    count("full or read-only disk", 4)
+
+
+def test_a_step_that_became_nan_leaves_no_state_to_go_on_from(original, request_, step, tmp_path, count):
+    def broken(keeper):
+        keeper.save(STATE)
+        raise TrainingError("The loss became nan")
+
+    store = StepStore(tmp_path)
+    with pytest.raises(TrainingError):
+        store.get_or_train(original, request_, broken)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert store.get_or_train(original, request_, lambda keeper: (keeper.load({}), step)[1]).note == ""
+    for path in tmp_path.rglob("*.safetensors"):
+        read_sealed(path)
+    count("step that became NaN")
