@@ -116,7 +116,7 @@ class UnlearnFromModel(UnlearningNode):
                              f"{value.family.prediction_type!r}; choose another model.")  # fmt: skip
         loaded = LoadedModel(value, model, clip, vae)
         progress.update(1)
-        progress.say(f"{_described(value)}\nkept as {source.path.name[:12]}... in {source.path.parent}")
+        progress.say(f"{_described(value)}\nkept in {'/'.join(source.path.parts[-3:-1])} as {source.path.name[:12]}...")
         return io.NodeOutput(loaded, *_host.native(loaded))
 
 
