@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -56,17 +57,17 @@ def save_checkpoint(
             for (begin, end), name in replaced:
                 _copy(source, out, start + position, begin - position, on_chunk)
                 source.seek(start + begin)
-                dtype = _DTYPES[header[keys[name]]["dtype"]]
-                delta = model.edits[name]
-                data = bytearray(source.read(end - begin))
-                if len(data) < end - begin:
-                    raise ModelError(_SHORTER)
-                base = torch.frombuffer(data, dtype=dtype).view(delta.shape)
-                edited = (base.float() + delta).to(dtype)
-                if not torch.isfinite(edited).all():
-                    raise TrainingError(f"The edit of {name!r} is too large for {header[keys[name]]['dtype']}, so values are not finite; "
-                                        "repeat the step with a lower learning rate.")  # fmt: skip
-                out.write(edited.view(torch.uint8).numpy().tobytes())
+                stored = header[keys[name]]["dtype"]
+                dtype = _DTYPES[stored]
+                for delta in model.edits[name].flatten().split(_CHUNK // 4):
+                    data = bytearray(source.read(delta.numel() * dtype.itemsize))
+                    if len(data) < delta.numel() * dtype.itemsize:
+                        raise ModelError(_SHORTER)
+                    edited = (torch.frombuffer(data, dtype=dtype).float() + delta).to(dtype)
+                    if not torch.isfinite(edited).all():
+                        raise TrainingError(f"The edit of {name!r} is too large for {stored}, so values are not finite; repeat the "
+                                            "step with a lower learning rate.")  # fmt: skip
+                    out.write(edited.view(torch.uint8).numpy())
                 position = end
             _copy(source, out, start + position, model.source.size - start - position, on_chunk)
         _check_source(model.source)  # it may have changed while it was copied
@@ -88,14 +89,25 @@ def _opened_source(source: Source) -> BinaryIO:
 
 
 def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Callable[[], None]) -> None:
-    source.seek(begin)
+    """Append a range of one file to another: inside the kernel where the system can, otherwise through a buffer."""
+    out.flush()
+    buffer = None
     while length > 0:
         on_chunk()
-        block = source.read(min(_CHUNK, length))
-        if not block:
+        moved = 0
+        if buffer is None:
+            try:
+                moved = os.copy_file_range(source.fileno(), out.fileno(), min(_CHUNK, length), begin)
+            except (AttributeError, OSError):  # not on this system, or not between these files; a full disk says so again below
+                pass
+        if not moved:
+            buffer = memoryview(bytearray(_CHUNK)) if buffer is None else buffer
+            source.seek(begin)
+            moved = source.readinto(buffer[:length])
+            out.write(buffer[:moved])
+        if not moved:
             raise ModelError(_SHORTER)
-        out.write(block)
-        length -= len(block)
+        begin, length = begin + moved, length - moved
 
 
 def save_edits(model: UnlearnModel, path: Path | str) -> Path:

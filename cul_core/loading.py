@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -91,7 +92,20 @@ def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, st
 def checkpoint_key_map(path: Path) -> dict[str, str]:
     """`unet_key_map` of a checkpoint file."""
     header, _, _ = read_header(path)
-    return unet_key_map(list(header), _build_unet(detect_family(path)).config)
+    return unet_key_map(list(header), _unet_config(detect_family(path)))
+
+
+@lru_cache(maxsize=8)
+def _unet_config(family: Family) -> Mapping[str, Any]:
+    """All constructor arguments of the UNet, also those that the package leaves at their defaults."""
+    return _build_unet(family).config
+
+
+def unet_dtypes(path: Path) -> str:
+    """In what precision a checkpoint's UNet is stored, such as "fp16" or "fp16 and fp32"."""
+    header, _, _ = read_header(path)
+    found = {entry["dtype"] for name, entry in header.items() if name.startswith(UNET_PREFIX)}
+    return " and ".join(sorted({"F16": "fp16", "BF16": "bf16", "F32": "fp32"}.get(dtype, dtype) for dtype in found))
 
 
 def require_diffusers() -> None:

@@ -145,7 +145,8 @@ class Callbacks:
         """Sample and hand over a preview if it is time for one."""
         if self.preview_every and self.preview_prompts and (iteration % self.preview_every == 0 or iteration == iterations):
             generators = [generator_for(0, "preview", i) for i in range(len(self.preview_prompts))]
-            latents = sample_latents(bundle, self.preview_prompts, generators, _PREVIEW_SAMPLER, batch_size=len(generators))
+            batch_size = min(len(generators), bundle.family.sampling_batch)
+            latents = sample_latents(bundle, self.preview_prompts, generators, _PREVIEW_SAMPLER, batch_size=batch_size)
             self.on_preview(iteration, latents)
 
 

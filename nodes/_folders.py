@@ -27,6 +27,11 @@ def store_folder() -> Path:
     return Path(folder_paths.get_folder_paths(_STORE)[0])
 
 
+def kept_weights() -> Path:
+    """Where the weights of native models lie that have no file (see `kept_weights.keep_weights`)."""
+    return store_folder() / "sources"
+
+
 def model_files(*kinds: str) -> list[str]:
     """Names of .safetensors files in the host's lists `checkpoints`, `loras`, each once."""
     names = (name for kind in kinds for name in folder_paths.get_filename_list(kind))

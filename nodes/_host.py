@@ -49,6 +49,57 @@ def native(loaded: LoadedModel) -> tuple[Any, Any, Any]:
     return patched, loaded.clip, loaded.vae
 
 
+def require_weights_only(model: Any, clip: Any) -> None:
+    """Refuse what neither training would see nor a checkpoint could hold; behind the node that asks, all of it works as ever.
+
+    Raises:
+        ModelError: the MODEL or the CLIP carries more than weights and patches of weights.
+    """
+    found = [*_beside_weights(model), *_beside_weights(clip.patcher)]
+    if clip.layer_idx is not None:
+        found.append("CLIP Set Last Layer")
+    if found:
+        raise ModelError(f"The MODEL or CLIP carries more than weights and LoRAs ({', '.join(dict.fromkeys(found))}), which training cannot "
+                         "see; connect this node in front of the nodes that add it, and those behind its outputs.")  # fmt: skip
+
+
+def _beside_weights(patcher: Any) -> Iterator[str]:
+    options = dict(patcher.model_options)
+    yield from options.pop("transformer_options", {})
+    yield from options
+    yield from (name for name in patcher.object_patches if name != "manual_cast_dtype")  # the loader's own
+    for kind in ("weight_wrapper_patches", "injections", "additional_models", "hook_patches", "forced_hooks"):
+        if getattr(patcher, kind, None):
+            yield kind
+    yield from (str(kind) for kind, keyed in getattr(patcher, "wrappers", {}).items() if any(keyed.values()))
+
+
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by checkpoint key of a MODEL's network, whatever it is."""
+    return {f"model.{name}": tuple(tensor.shape) for name, tensor in model.model.state_dict().items()}
+
+
+def weights_of(model: Any, clip: Any, vae: Any | None) -> dict[str, torch.Tensor]:
+    """All weights, LoRAs applied, under the keys and in the precision in which the host's own node would save them.
+
+    Recent hosts apply a LoRA when the tensor is moved to the CPU; older ones have done so on the device.
+    """
+    is_lazy = hasattr(model, "state_dict_for_saving")
+    memory.load_models_gpu([model, clip.load_model()], **({} if is_lazy else {"force_patch_weights": True}))
+    text = clip.state_dict_for_saving() if hasattr(clip, "state_dict_for_saving") else clip.get_sd()
+    save = model.state_dict_for_saving if is_lazy else model.model.state_dict_for_saving
+    weights = save(text, None if vae is None else vae.get_sd())
+    if "v_pred" in weights and getattr(model.get_model_object("model_sampling"), "zsnr", False):
+        weights["ztsnr"] = torch.tensor([])  # the host's save node adds it, not its model
+    return weights
+
+
+def prediction_type(model: Any) -> str:
+    """What a MODEL predicts, as `families.Family` calls it; the host's own word if it is another thing."""
+    name = model.model.model_type.name
+    return {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}.get(name, name)
+
+
 @contextmanager
 def normal_tensors() -> Iterator[None]:
     """The executor runs nodes in inference mode, whose tensors can never be trained on; within this block it is off."""
@@ -109,9 +160,32 @@ def to_pictures(images: torch.Tensor) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def decode(loaded: LoadedModel, latents: torch.Tensor) -> list[Image.Image]:
-    """Model-space latents (b, c, h, w) as pictures, by the host's VAE."""
-    return to_pictures(loaded.vae.decode(loaded.model.model.process_latent_out(latents)))
+def preview(loaded: LoadedModel, latents: torch.Tensor) -> list[Image.Image] | str:
+    """Pictures of model-space latents (b, c, h, w) by the host's VAE beside a model in training, or why there are none.
+
+    One at a time, in tiles when memory does not suffice; the VAE leaves the device again.
+    """
+    if loaded.vae is None:
+        return "no VAE is connected"
+    try:
+        decoded = [_decode(loaded.vae, latent) for latent in loaded.model.model.process_latent_out(latents).split(1)]
+        return to_pictures(torch.cat(decoded))
+    except memory.InterruptProcessingException:
+        raise
+    except Exception as error:  # whatever a VAE cannot do, it must not cost the training
+        return f"the VAE failed ({type(error).__name__})"
+    finally:
+        memory.free_memory(1e30, memory.get_torch_device())
+        memory.soft_empty_cache()
+
+
+def _decode(vae: Any, latent: torch.Tensor) -> torch.Tensor:
+    try:
+        return vae.decode(latent)
+    except memory.OOM_EXCEPTION:
+        pass  # the exception holds tensors: they go before the next attempt
+    memory.soft_empty_cache()
+    return vae.decode_tiled(latent, tile_x=32, tile_y=32, overlap=8)
 
 
 def sample(loaded: LoadedModel, prompts: Sequence[str], *, seed: int, steps: int, cfg: float, sampler: str, scheduler: str,
@@ -120,6 +194,8 @@ def sample(loaded: LoadedModel, prompts: Sequence[str], *, seed: int, steps: int
     import nodes as stock  # the host's module of that name, not this package
 
     model, clip, vae = native(loaded)
+    if vae is None:
+        raise ModelError("The model came without a VAE, so no picture can be drawn; connect one to Unlearn From MODEL.")
     side = loaded.value.family.image_size_px
     encode, empty = stock.CLIPTextEncode().encode, stock.EmptyLatentImage().generate
     (refused,) = encode(clip, negative)

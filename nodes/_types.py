@@ -19,7 +19,7 @@ Scores = io.Custom("CUL_SCORES")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a CUL_MODEL socket carries: the value, and the host's own objects of its source file, unpatched."""
+    """What a CUL_MODEL socket carries: the value, and the host's own objects of its source, without its edits; the VAE may be None."""
 
     value: UnlearnModel
     model: Any

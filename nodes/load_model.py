@@ -1,14 +1,30 @@
-"""Load Model for Unlearning."""
+"""Load Model for Unlearning, and Unlearn From MODEL for a model that is loaded already."""
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 from comfy_api.v0_0_2 import io
 
+from ..cul_core.chain import UnlearnModel
 from ..cul_core.checkpoint import open_continued
+from ..cul_core.errors import ModelError
 from ..cul_core.evaluation.report import model_text
+from ..cul_core.families import family_of
+from ..cul_core.kept_weights import keep_weights
+from ..cul_core.loading import detect_family, unet_dtypes
 from . import _folders, _host
 from ._node import UnlearningNode
 from ._types import LoadedModel, model_outputs
+
+_made: set[Path] = set()
+"""Files of kept weights that outputs in the host's cache may stand on."""
+
+
+def _described(value: UnlearnModel) -> str:
+    predicted = {"epsilon": "noise", "v_prediction": "velocity"}[value.family.prediction_type]
+    return f"{model_text(value)}\n{unet_dtypes(value.source.path)}, predicts {predicted}, {value.family.image_size_px} px"
 
 
 class LoadModel(UnlearningNode):
@@ -34,13 +50,74 @@ class LoadModel(UnlearningNode):
         return f"{status.st_size} {status.st_mtime_ns}"
 
     @classmethod
+    def validate_inputs(cls, checkpoint):
+        """Refuses, from the file's header alone, what cannot be trained before anything of the graph runs."""
+        try:
+            if checkpoint is not None:  # not a link
+                detect_family(_folders.model_path(checkpoint, "checkpoints"))
+        except ModelError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(cls, checkpoint):
         path = _folders.model_path(checkpoint, "checkpoints")
+        listed = (_folders.model_path(name, "checkpoints") for name in _folders.model_files("checkpoints"))
         with _host.normal_tensors():
-            value = open_continued(path, (_folders.model_path(name, "checkpoints") for name in _folders.model_files("checkpoints")))
+            value = open_continued(path, itertools.chain(listed, _folders.kept_weights().glob("*.safetensors")))
         loaded = LoadedModel(value, *_host.load_native(value.source.path))
-        _host.Progress(1).say(model_text(value))
+        _host.Progress(1).say(_described(value))
         return io.NodeOutput(loaded, *_host.native(loaded))
 
 
-NODES = (LoadModel,)
+class UnlearnFromModel(UnlearningNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CUL_FromModel",
+            display_name="Unlearn From MODEL",
+            category="unlearning",
+            description="Begins an unlearning graph with a model that other nodes have loaded, LoRAs included: what comes in counts as the "
+            "pretrained model. Its weights are kept as a file, once for each model.",
+            inputs=[
+                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model or MiniCanvas, with or without LoRAs and merges. Nodes "
+                               "that change sampling or attention go behind this one."),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to it, with the same LoRAs. CLIP Set Last Layer goes behind this node."),
+                io.Vae.Input("vae", optional=True, tooltip="Its VAE. Without one there are no previews and comparisons, and saved checkpoints "
+                             "have none either."),
+            ],
+            outputs=model_outputs(),
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, **_):
+        return sorted(path.name for path in _made if not path.is_file())  # deleted meanwhile: written anew
+
+    @classmethod
+    def execute(cls, model, clip, vae=None):
+        _host.require_weights_only(model, clip)
+        family = family_of(_host.shapes_of(model), "MODEL")
+        if vae is None and family.has_decoder:
+            raise ModelError(f"{family.display_name} cannot do without its VAE here; connect the one that came with the MODEL.")
+        progress = _host.Progress(1)
+
+        def on_tensor(done: int, count: int) -> None:
+            _host.raise_if_cancelled()
+            progress.say(f"keeping the weights: {100 * done // count} %", now=False)
+
+        weights = _host.weights_of(model, clip, vae)
+        if any(not any(name.startswith(encoder.prefix) for name in weights) for encoder in family.text_encoders):
+            raise ModelError(f"The CLIP is not one of {family.display_name}; connect the CLIP that came with the MODEL.")
+        source = keep_weights(_folders.kept_weights(), weights, on_tensor, _made)
+        _made.add(source.path)
+        value = UnlearnModel(source, detect_family(source.path))
+        if value.family.prediction_type != _host.prediction_type(model):
+            raise ModelError(f"The MODEL predicts {_host.prediction_type(model)!r}, where {value.family.display_name} predicts "
+                             f"{value.family.prediction_type!r}; choose another model.")  # fmt: skip
+        loaded = LoadedModel(value, model, clip, vae)
+        progress.update(1)
+        progress.say(f"{_described(value)}\nkept in {'/'.join(source.path.parts[-3:-1])} as {source.path.name[:12]}...")
+        return io.NodeOutput(loaded, *_host.native(loaded))
+
+
+NODES = (LoadModel, UnlearnFromModel)

@@ -75,6 +75,8 @@ class _Watch:
     def callbacks(self, request: Request) -> Callbacks:
         names = " + ".join(concept.name for concept in request.concepts)
         shown = preview_prompts(request)
+        if self._loaded.value.family.image_size_px > 768:
+            shown = shown[:: max(len(shown) - 1, 1)]  # the first and the last: each takes as long as many iterations
 
         def on_anchors(done: int, count: int) -> None:
             self._progress.say(f"{names}: anchor picture {done} of {count}", now=False)
@@ -85,10 +87,14 @@ class _Watch:
                                f"{progress.seconds_left:.0f} s left", now=False)  # fmt: skip
 
         def on_preview(iteration: int, latents) -> None:
-            pictures = _host.decode(self._loaded, latents)
+            pictures = _host.preview(self._loaded, latents)
             if iteration == 0:
-                self._before = pictures
-            rows = [("before", self._before)] + ([("now", pictures)] if iteration else [])
+                self._before = [] if isinstance(pictures, str) else pictures
+            if isinstance(pictures, str):
+                logger.warning("no preview of iteration %d: %s", iteration, pictures)
+                self._progress.say(f"{names}: no preview, {pictures}")
+                return
+            rows = [(label, row) for label, row in (("before", self._before), ("now", pictures if iteration else [])) if row]
             title = f"{names}: iteration {iteration} of {request.training.iterations}"
             self._progress.update(self._done + iteration, labelled_grid(title, [label for label, _ in shown], rows, cell=128))
 

@@ -15,7 +15,7 @@ FILES = sorted((ROOT / "cul_core").rglob("*.py"))
 # From the bottom: a module may import from its own layer or from those before it; a package stands for its modules.
 LAYERS = (
     {"config", "concepts", "auxiliary", "registry", "errors", "safetensor_files", "locks"},
-    {"embeddings", "families", "bundle", "loading", "compact"},
+    {"embeddings", "families", "bundle", "loading", "kept_weights", "compact"},
     {"augmentation", "diffusion", "trajectories", "conditioning", "params", "largest", "stopping"},
     {"methods", "regularizers", "merging"},
     {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store", "merge_models",

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import struct
 import tomllib
 from dataclasses import replace
@@ -116,6 +117,22 @@ def test_edit_too_large_for_the_dtype_of_the_file_is_refused(random_model, make_
     with pytest.raises((TrainingError, CheckpointError)):
         save_checkpoint(with_edits(random_model, make_request(), scale=1e6), tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+def test_systems_that_cannot_copy_inside_the_kernel_write_the_same_bytes(edited, tmp_path, monkeypatch, calls):
+    monkeypatch.setattr("cul_core.checkpoint._CHUNK", 1 << 16)
+    usual = save_checkpoint(edited, tmp_path / "usual.safetensors").read_bytes()
+    left, copy = [None] * calls, getattr(os, "copy_file_range", None)
+
+    def fail(*arguments):
+        if not left:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        left.pop()
+        return copy(*arguments)
+
+    monkeypatch.setattr("os.copy_file_range", fail, raising=False)
+    assert save_checkpoint(edited, tmp_path / "other.safetensors").read_bytes() == usual
 
 
 # --- writing that is interrupted

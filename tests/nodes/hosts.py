@@ -45,12 +45,13 @@ class Host:
     def __init__(self, checkout: Path, folder: Path, environment: dict[str, str] | None = None):
         self.checkout, self.folder, self.version = checkout, folder, version_of(checkout)
         self._environment = environment or {}
-        for name in ("models/checkpoints", "models/loras", "custom_nodes", "input", "output", "user/default", "temp"):
+        for name in ("elsewhere", "models/checkpoints", "models/loras", "custom_nodes", "input", "output", "user/default", "temp"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         link = folder / "custom_nodes" / "continual-unlearning"
         if not link.exists():
             link.symlink_to(PACK, target_is_directory=True)
         (folder / "user/default/comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}')
+        (folder / "elsewhere.yaml").write_text(f"elsewhere:\n  checkpoints: {folder / 'elsewhere'}\n")
         self.log = folder / "server.log"
         self.start()
 
@@ -62,6 +63,7 @@ class Host:
             "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(self.folder),
             "--database-url", f"sqlite:///{self.folder}/user/db.sqlite", "--disable-all-custom-nodes",
             "--whitelist-custom-nodes", "continual-unlearning", "--disable-api-nodes", "--disable-auto-launch", "--log-stdout",
+            "--extra-model-paths-config", str(self.folder / "elsewhere.yaml"),
         ]  # fmt: skip
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",

@@ -1,6 +1,7 @@
 """Run by the host's own Python: loads the pack as the host would and prints, as JSON, how both sides compute the same model."""
 
 import asyncio
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -14,7 +15,9 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 import utils.extra_config  # noqa: E402, F401, I001  (before a dependency claims the name `utils`)
+import comfy.model_management  # noqa: E402
 import comfy.sd  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("continual-unlearning", pack / "__init__.py", submodule_search_locations=[str(pack)])
@@ -40,7 +43,59 @@ with torch.no_grad():
     pictures = vae.decode(model.model.process_latent_out(latents)).movedim(-1, 1)
     ids = [[int(token[0]) for token in clip.tokenize(prompt)["l"][0]] for prompt in prompts]
 
+hosted, training, types, chain, concepts = (
+    importlib.import_module(f"continual-unlearning.{name}")
+    for name in ("nodes._host", "nodes.unlearn", "nodes._types", "cul_core.checkpoint", "cul_core.concepts")
+)
+
+
+class FullDevice:
+    """A VAE for which memory does not suffice, except in `tiles` if there are any."""
+
+    def __init__(self, tiles=None):
+        self.decode_tiled = tiles or self.decode
+
+    def decode(self, latents, **options):
+        raise torch.cuda.OutOfMemoryError("injected")
+
+
+class Recorder:
+    """Stands in for the bar on a node."""
+
+    def __init__(self):
+        self.pictures, self.texts = [], []
+
+    def update(self, done, picture=None):
+        self.pictures.append(picture)
+
+    def say(self, text, now=True):
+        self.texts.append(text)
+
+
+loaded = types.LoadedModel(chain.open_model(path), model, clip, vae)
+decoded, batches = vae.decode, []
+vae.decode = lambda latent: (batches.append(len(latent)), decoded(latent))[1]
+whole = hosted.preview(loaded, latents)
+left = len(comfy.model_management.current_loaded_models)
+tiled = hosted.preview(dataclasses.replace(loaded, vae=FullDevice(vae.decode_tiled)), latents)
+targets = concepts.ConceptList(concepts.parse_requests("Candy Stripes", "style", "")[0])
+watches = []
+for broken in (FullDevice(), None):
+    recorder, watched = Recorder(), dataclasses.replace(loaded, vae=broken)
+    request = training._preset_request(watched, targets, "plain", 0, None, None, None)
+    watch = training._Watch(watched, [request], 4)
+    watch._progress = recorder
+    on_preview = watch.callbacks(request).on_preview
+    on_preview(0, latents)
+    watch._loaded = loaded  # memory suffices again
+    on_preview(4, latents)
+    watches.append([recorder.texts, len(recorder.pictures)])
+
 figures = {
+    "batches": batches,
+    "left": left,
+    "tiled": max(abs(np.asarray(one).astype(int) - np.asarray(other)).max().item() for one, other in zip(whole, tiled, strict=True)),
+    "watches": watches,
     "nodes": len(nodes),
     "heavy_at_start": heavy_at_start,
     "unet": (mine - theirs).abs().max().item(),

@@ -4,6 +4,7 @@ The host is told of their numbers alone; everything else is its own code for the
 """
 
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -23,9 +24,13 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from sd_layout import shrunken, tiny_shapes, write_random  # noqa: E402
 
 sys.path.append(str(pack))
-families, loading, export, chain, diffusion, params = (
-    importlib.import_module(f"cul_core.{name}") for name in ("families", "loading", "export", "chain", "diffusion", "params")
+families, loading, export, chain, diffusion, params, kept_weights = (
+    importlib.import_module(f"cul_core.{name}")
+    for name in ("families", "loading", "export", "chain", "diffusion", "params", "kept_weights")
 )
+spec = importlib.util.spec_from_file_location("pack", pack / "__init__.py", submodule_search_locations=[str(pack)])
+sys.modules["pack"] = importlib.util.module_from_spec(spec)
+hosted = importlib.import_module("pack.nodes._host")
 
 TEXT = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1, "num_hidden_layers": 3}
 OF_HOST = {
@@ -65,7 +70,7 @@ def compare(path, name):
     signal, spread = diffusion.NoiseSchedule(ends_in_noise=family.ends_in_noise).coefficients(timesteps)
     sigmas = model.model.model_sampling.sigma(timesteps.float())
 
-    def pictures(patched):
+    def pictures(patched, bundle=bundle):
         out = bundle.predict(latents, timesteps, mine)
         ours = (latents - spread * out) / signal if family.prediction_type == "epsilon" else signal * latents - spread * out
         patched.patch_model()
@@ -87,6 +92,12 @@ def compare(path, name):
     for kind, file in files.items():
         patched, _ = comfy.sd.load_lora_for_models(model, None, load_file(file), 1.0, 0.0)
         figures[kind] = pictures(patched)
+        if kind == "difference":
+            hosted.require_weights_only(patched, clip)
+            source = kept_weights.keep_weights(folder / "kept", hosted.weights_of(patched, clip, None))
+            kept = loading.load_bundle(source.path, tokenizer_folder=host / "comfy/sd1_tokenizer")
+            figures["kept"], figures["kept text"] = pictures(patched, kept), distance(kept.encode(PROMPTS).text, rows)
+            assert kept.family == family and hosted.prediction_type(patched) == family.prediction_type
     return figures
 
 

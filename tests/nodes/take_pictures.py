@@ -63,6 +63,9 @@ def gallery(schemas: dict, saved: str) -> Graph:
         keep="Navy Stripes\nPop Dots", preset="recommended", train_seed=0, preview_every=20, regularizers=chained,
     )  # fmt: skip
     graph.add("CUL_DriftMap", model=(graph.merge(step, sequence), CUL))
+    stock = graph.add("CheckpointLoaderSimple", ckpt_name="minicanvas.safetensors")
+    native = graph.add("CUL_FromModel", model=(stock, 0), clip=(stock, 1), vae=(stock, 2))
+    graph.add("CUL_DriftMap", model=(native, CUL))
     prompts = "A cat image in Candy Stripes style.\nA house image in Navy Stripes style.\nA tree image."
     graph.add("CUL_Compare", before=(loaded, CUL), after=(step, CUL), prompts=prompts, row_labels="before, after", **SAMPLING)
     first = graph.add("CUL_Evaluate", model=(loaded, CUL), pictures=1, sampling_seed=0)
@@ -87,7 +90,7 @@ def picture_of_nodes(page: Page, schemas: dict, host: Host) -> None:
         let y = 0;
         for (const node of app.graph._nodes) {
             const tall = {CUL_UnlearnStep: 560, CUL_UnlearnSequence: 800, CUL_Compare: 720, CUL_Evaluate: 520, CUL_DriftMap: 460,
-                          CUL_LoadModel: 190, CUL_Merge: 380, CUL_SaveCheckpoint: 130, CUL_SaveLora: 210, CUL_History: 200, CUL_Store: 220}[node.type] || node.computeSize()[1];
+                          CUL_LoadModel: 190, CUL_FromModel: 190, CUL_Merge: 380, CUL_SaveCheckpoint: 130, CUL_SaveLora: 210, CUL_History: 200, CUL_Store: 220}[node.type] || node.computeSize()[1];
             node.setSize([node.type === "CUL_Evaluate" ? 620 : 380, tall]);
             node.pos = [0, y];
             y += tall + 120;

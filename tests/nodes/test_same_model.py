@@ -49,6 +49,13 @@ def test_host_and_core_compute_the_larger_families_the_same_also_patched_with_wh
         assert len(figures) >= 4 and max(figures.values()) < 5e-6
 
 
+def test_previews_take_one_latent_at_a_time_work_in_tiles_and_never_cost_the_training(compared):
+    assert compared["batches"][:3] == [1, 1, 1] and compared["left"] == 0  # the VAE has left the device
+    assert compared["tiled"] <= 1  # 8-bit steps
+    for (texts, pictures), reason in zip(compared["watches"], ("the VAE failed (OutOfMemoryError)", "no VAE is connected"), strict=True):
+        assert texts == [f"Candy Stripes: no preview, {reason}"] and pictures == 1
+
+
 def test_loading_the_pack_imports_nothing_heavy(compared):
     assert compared["nodes"] > 10 and compared["heavy_at_start"] == []
 

@@ -23,8 +23,8 @@ def inputs_of(node):
 
 
 def test_every_node_of_the_pack_is_there_and_only_once(ours):
-    plain = {"LoadModel", "Concept", "TrainingSettings", "UnlearnStep", "UnlearnSequence", "Merge", "Compare", "Evaluate", "DriftMap",
-             "SaveCheckpoint", "SaveLora", "History", "Store"}  # fmt: skip
+    plain = {"LoadModel", "FromModel", "Concept", "TrainingSettings", "UnlearnStep", "UnlearnSequence", "Merge", "Compare", "Evaluate",
+             "DriftMap", "SaveCheckpoint", "SaveLora", "History", "Store"}  # fmt: skip
     registered = {f"Method_{entry.name}" for entry in METHODS} | {f"Regularizer_{entry.name}" for entry in REGULARIZERS}
     assert {name.removeprefix("CUL_") for name in ours} == plain | registered
     assert len({node["display_name"] for node in ours.values()}) == len(ours)

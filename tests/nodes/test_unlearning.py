@@ -8,8 +8,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from graphs import CLIP, CUL, FORGOTTEN, KEPT, MODEL, REPORT, SAMPLING, VAE, Graph
 from PIL import Image
+from safetensors.torch import save_file
 from short import SHORT
 
 from cul_core.chain import read_history
@@ -110,6 +112,29 @@ def test_a_checkpoint_that_is_replaced_under_its_name_is_loaded_anew(host):
     assert loaded not in host.executed(host.run(graph))
     os.utime(copy, (1, 1))
     assert loaded in host.executed(host.run(graph))
+
+
+def test_checkpoints_in_subfolders_and_further_folders_are_listed_and_described(host):
+    (host.folder / "models/checkpoints/some").mkdir()
+    for path in (host.folder / "models/checkpoints/some/deep.safetensors", host.folder / "elsewhere/far.safetensors"):
+        path.write_bytes(CHECKPOINT_PATH.read_bytes())
+        name = path.name if path.parent.name == "elsewhere" else os.path.join("some", path.name)
+        assert name in json.dumps(host.get("/object_info/CUL_LoadModel")).replace("\\\\", "\\")
+        graph = Graph()
+        graph.add("CUL_DriftMap", model=(graph.load(name), CUL))
+        texts = b" ".join(data for data in progress_of(host, graph)[0] if int.from_bytes(data[:4], "big") == 3)
+        assert b"MiniCanvas, 15.9 MB" in texts and b"fp16, predicts noise, 64 px" in texts
+
+
+def test_an_unsupported_file_is_refused_before_anything_runs(host):
+    tensors = {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.zeros(8, 8)}
+    save_file(tensors, host.folder / "models/checkpoints/flux.safetensors")
+    graph = Graph()
+    step, unsupported = graph.step(graph.load()), graph.load("flux.safetensors")
+    graph.add("CUL_Compare", before=(step, CUL), after=(unsupported, CUL), prompts="A cat.", row_labels="a, b", **SAMPLING)
+    answer = json.loads(host.rejected(graph))
+    (reason,) = [error["details"] for error in answer["node_errors"][unsupported]["errors"]]
+    assert "'flux.safetensors' holds no Stable Diffusion UNet" in reason and "choose a full checkpoint of" in reason
 
 
 def test_two_steps_from_one_loader_do_not_disturb_each_other_or_the_loader(host):

@@ -1,0 +1,164 @@
+"""How fast an edited checkpoint is written: our streaming save against `cp` and against loading everything and saving it.
+
+    python benchmarks/save.py [--size-gb 6.9] [--rounds 5] [--folder DIR] [--out save.json]
+
+The source has the names, shapes and precision of Stable Diffusion XL and random values; smaller sizes leave out what is not the UNet.
+Every way writes into the same folder and, but for one, flushes to the disk; in turn, each in a process of its own.
+"First save" also hashes the source, which a process does once for a file; "later saves" do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/core")]
+WAYS = {
+    "cp": "cp, flushed to the disk",
+    "cp_unflushed": "cp, not flushed",
+    "first": "our streaming save, first of a process",
+    "later": "our streaming save, later ones",
+    "load_all": "load everything, save everything, flushed",
+}
+
+
+def make_source(path: Path, size_gb: float) -> None:
+    """Random fp16 values below 1 in the layout of SDXL, written from one block of 64 MiB at changing offsets."""
+    from sd_layout import UNET, _header, xl_shapes
+
+    shapes = xl_shapes()
+    for name in [name for name in sorted(shapes) if not name.startswith(UNET)]:  # text encoders and autoencoder go first
+        if sum(torch.Size(shape).numel() * 2 for shape in shapes.values()) > size_gb * 1e9:
+            del shapes[name]
+    head, size = _header(shapes)
+    block = (torch.randint(0, 1 << 16, (32 << 20,), dtype=torch.int32).to(torch.int16) & ~0x4000).view(torch.uint8).numpy().tobytes()
+    with path.open("wb") as file:
+        file.write(head)
+        while size > 0:
+            start = 2 * (size % 99_991)
+            size -= file.write(block[start : start + size])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def model_of(source: Path):
+    """The source with an edit on every key and value matrix of its cross-attentions."""
+    from cul_core.checkpoint import open_model
+    from cul_core.loading import checkpoint_key_map
+    from cul_core.params import is_kv
+    from cul_core.safetensor_files import read_header
+
+    header, _, _ = read_header(source)
+    keys = {name: key for name, key in checkpoint_key_map(source).items() if is_kv(name)}
+    model = open_model(source)
+    return type(model)(model.source, model.family, {name: torch.full(header[key]["shape"], 1e-3) for name, key in keys.items()})
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held at once since `reset_peak`, pages of mapped files included (Linux only)."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(fields["VmHWM"].split()[0])
+
+
+def reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def load_all(source: Path, target: Path, edits: dict) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(source)
+    for key, delta in edits.items():
+        tensors[key] = (tensors[key].float() + delta).half()
+    save_file(tensors, target)
+    flush(target)
+
+
+def measure(way: str, source: Path, target: Path) -> list[dict]:
+    """Seconds and extra memory of one way, in this process; "first" gives the later save too."""
+    if way.startswith("cp"):
+        begun = time.perf_counter()
+        subprocess.run(["cp", source, target], check=True) if shutil.which("cp") else shutil.copyfile(source, target)
+        if way == "cp":
+            flush(target)
+        return [{"way": way, "seconds": time.perf_counter() - begun, "extra_bytes": 0}]
+    from cul_core import loading
+    from cul_core.checkpoint import save_checkpoint
+
+    model, found = model_of(source), []
+    if way == "load_all":
+        keys = loading.checkpoint_key_map(source)
+        edits = {keys[name]: delta for name, delta in model.edits.items()}
+        before, begun = reset_peak(), time.perf_counter()
+        load_all(source, target, edits)
+        return [{"way": way, "seconds": time.perf_counter() - begun, "extra_bytes": peak_bytes() - before}]
+    loading._sha256.cache_clear()
+    for name in ("first", "later"):
+        target.unlink(missing_ok=True)
+        before, begun = reset_peak(), time.perf_counter()
+        save_checkpoint(model, target)
+        found.append({"way": name, "seconds": time.perf_counter() - begun, "extra_bytes": peak_bytes() - before})
+    return found
+
+
+def run(source: Path, rounds: int) -> list[dict]:
+    found, target = [], source.with_name("written.safetensors")
+    for _ in range(rounds):
+        for way in ("cp", "first", "cp_unflushed", "load_all"):
+            os.sync()
+            command = [sys.executable, __file__, "--measure", way, str(source), str(target)]
+            found += json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            target.unlink()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size-gb", type=float, default=6.9)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="on the disk to be measured; the system's temporary folder if not given")
+    parser.add_argument("--out", type=Path, default=Path("save.json"))
+    parser.add_argument("--measure", nargs=3, metavar=("WAY", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        way, source, target = arguments.measure
+        sys.stdout.write(json.dumps(measure(way, Path(source), Path(target))))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        source = Path(folder) / "source.safetensors"
+        make_source(source, arguments.size_gb)
+        size, lines = source.stat().st_size, run(source, arguments.rounds)
+    figures = {}
+    for way in WAYS:
+        seconds = [line["seconds"] for line in lines if line["way"] == way]
+        extra = max(line["extra_bytes"] for line in lines if line["way"] == way)
+        figures[way] = {"seconds": statistics.median(seconds), "all_seconds": seconds, "extra_bytes": extra}
+    for values in figures.values():
+        values["times_cp"] = values["seconds"] / figures["cp"]["seconds"]
+    arguments.out.write_text(json.dumps({"bytes": size, "ways": figures}, indent=1) + "\n")
+    sys.stdout.write(f"{size / 1e9:.2f} GB, median of {arguments.rounds}\n")
+    for way, text in WAYS.items():
+        values = figures[way]
+        sys.stdout.write(f"{text:<45} {values['seconds']:7.2f} s  {values['times_cp']:5.2f} x cp  "
+                         f"{values['extra_bytes'] / 1e6:7.0f} MB extra at most\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
