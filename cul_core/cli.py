@@ -51,6 +51,16 @@ def _write_json(path: Path | None, values: dict) -> None:
         write_atomically(path, lambda file: file.write(data))
 
 
+def _can_write(*files: Path | None) -> None:
+    """See `check_name` and `check_writable`; before hours of work depend on it."""
+    from .safetensor_files import check_name, check_writable
+
+    for file in files:
+        if file is not None:
+            check_name(file)
+            check_writable(file.parent)
+
+
 def _within(option: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ConfigError(f"{option} is {value}; give a number between {low} and {high}.")
@@ -76,8 +86,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     _within("--requests", arguments.requests, 1, 12)
     _within("--workers", 1 if arguments.workers is None else arguments.workers, 1, 64)
     check_writable(arguments.out)
-    if arguments.json is not None:
-        check_writable(arguments.json.parent)
+    _can_write(arguments.json)
     result = run_demo(arguments.out, requests=arguments.requests, seed=arguments.seed, order=arguments.order,
                       workers=arguments.workers, on_progress=_ProgressLine())  # fmt: skip
     runs = result["runs"]
@@ -101,7 +110,6 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     from .presets import preset
     from .prompts import anchor_prompts
     from .regularizers.projection import ProjectionConfig
-    from .safetensor_files import check_writable
     from .training import Callbacks, run_step
 
     is_picture = arguments.picture is not None
@@ -125,9 +133,10 @@ def _unlearn(arguments: argparse.Namespace) -> None:
         concepts = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
     kept = [parse_concept(name, arguments.kind) for name in arguments.keep]
     keep = [Concept(concept.target, concept.kind) for concept in kept]
-    names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))[:100]
-    out = arguments.out or Path(f"{arguments.model.stem}-without-{names}.safetensors")
-    check_writable(out.parent)
+    names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))
+    beginning = os.fsencode(f"{arguments.model.stem[:100]}-without-{names}")[:200].decode(errors="ignore")
+    out = arguments.out or Path(f"{beginning}.safetensors")
+    _can_write(out, arguments.json)
     device = _usable_device(arguments.device)
     model = open_model(arguments.model, arguments.pretrained)
     show = _ProgressLine()
@@ -165,7 +174,6 @@ def _merge(arguments: argparse.Namespace) -> None:
     from .loading import source_of
     from .merge_models import merge
     from .merging import MERGERS
-    from .safetensor_files import check_writable
 
     entry = MERGERS.get(arguments.how)
     given = {option: getattr(arguments, option) for option in ("strength", "weights", "keep_fraction", "trim", "function")}
@@ -174,9 +182,7 @@ def _merge(arguments: argparse.Namespace) -> None:
         if option not in {field.name for field in fields(entry.config)}:
             raise ConfigError(f"--{option.replace('_', '-')} is {values[option]!r}, which {entry.name} does not use; leave it out.")
     config = entry.config.from_json(values)
-    check_writable(arguments.out.parent)
-    if arguments.json is not None:
-        check_writable(arguments.json.parent)
+    _can_write(arguments.out, arguments.json)
     original = source_of(arguments.pretrained)
     for file in arguments.file:
         _, made_from = read_history(file)
@@ -341,6 +347,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names are shown on any terminal
     try:
         arguments.run(arguments)
     except CulError as error:

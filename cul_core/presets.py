@@ -66,7 +66,7 @@ class Preset:
         """This preset with some training settings, `anchor_count` or `anchor_steps` replaced."""
         values = dict(values)
         count, steps = values.pop("anchor_count", self.anchor_count), values.pop("anchor_steps", self.anchor_sampler.steps)
-        return replace(self, training=replace(self.training, **values), anchor_count=count,
+        return replace(self, training=TrainingConfig.from_json(self.training.to_json() | values), anchor_count=count,
                        anchor_sampler=replace(self.anchor_sampler, steps=steps))  # fmt: skip
 
     def request(self, concepts: Sequence[Concept], *, retain: Sequence[Concept], anchor_prompts: Sequence[str], seed: int,
