@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .errors import Cancelled, ConfigError, CulError
+from .errors import Cancelled, ConfigError, CulError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ def _usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # unknown name, no such device, or PyTorch built without it
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(
-            f"--device is {name!r}, which PyTorch cannot use here ({reason}); give cpu, or a device of this machine."
+            f"--device is {shown(name)}, which PyTorch cannot use here ({shown(reason)}); give cpu, or a device of this machine."
         ) from error
 
 
@@ -121,8 +121,8 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     chosen = replace(chosen, training=replace(chosen.training, **overrides))
     if arguments.auxiliary is not None:
         if not any(isinstance(part, ProjectionConfig) for part in chosen.regularizers):
-            raise ConfigError(f"--auxiliary is {arguments.auxiliary!r}, which preset {arguments.preset!r} does not use; leave it out, or "
-                              "choose a preset with gradient projection.")  # fmt: skip
+            raise ConfigError(f"--auxiliary is {shown(arguments.auxiliary)}, which preset {arguments.preset!r} does not use; leave it out, "
+                              "or choose a preset with gradient projection.")  # fmt: skip
         chosen = replace(chosen, regularizers=tuple(
             replace(part, auxiliary=arguments.auxiliary) if isinstance(part, ProjectionConfig) else part for part in chosen.regularizers
         ))  # fmt: skip
@@ -134,7 +134,7 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     kept = [parse_concept(name, arguments.kind) for name in arguments.keep]
     keep = [Concept(concept.target, concept.kind) for concept in kept]
     names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))
-    beginning = os.fsencode(f"{arguments.model.stem[:100]}-without-{names}")[:200].decode(errors="ignore")
+    beginning = os.fsencode(f"{arguments.model.stem[:100]}-without-{names}")[:180].decode(errors="ignore")
     out = arguments.out or Path(f"{beginning}.safetensors")
     _can_write(out, arguments.json)
     device = _usable_device(arguments.device)
@@ -180,7 +180,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     values = {option: value for option, value in given.items() if value is not None}
     for option in values:
         if option not in {field.name for field in fields(entry.config)}:
-            raise ConfigError(f"--{option.replace('_', '-')} is {values[option]!r}, which {entry.name} does not use; leave it out.")
+            raise ConfigError(f"--{option.replace('_', '-')} is {shown(values[option])}, which {entry.name} does not use; leave it out.")
     config = entry.config.from_json(values)
     _can_write(arguments.out, arguments.json)
     original = source_of(arguments.pretrained)
@@ -189,8 +189,8 @@ def _merge(arguments: argparse.Namespace) -> None:
         if made_from is None:
             raise ModelError(f"{file.name!r} is no checkpoint that continual-unlearning has edited; merge only such files.")
         if made_from["sha256"] != original.sha256:
-            raise ModelError(f"{file.name!r} was made from {made_from['name']!r} and not from {original.path.name!r}; give the file that "
-                             "all of them were made from as --pretrained.")  # fmt: skip
+            raise ModelError(f"{file.name!r} was made from {shown(made_from['name'])} and not from {original.path.name!r}; give the file "
+                             "that all of them were made from as --pretrained.")  # fmt: skip
     merged = merge([open_model(file, original.path) for file in arguments.file], config)
     path = save_checkpoint(merged, arguments.out)
     record = merged.history[-1]
@@ -219,7 +219,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     unknown = [name for name in arguments.target or () if name not in [target.replace("_", " ") for target in targets] + targets]
     if unknown:
         known = ", ".join(OBJECTS if suite.domain == "object" else STYLE_BY_NAME)
-        raise ConceptError(f"MiniCanvas has no {suite.domain} {unknown[0]!r} to score; choose among {known}, of one kind at a time.")
+        raise ConceptError(f"MiniCanvas has no {suite.domain} {shown(unknown[0])} to score; choose among {known}, of one kind at a time.")
     show, total = _ProgressLine(), len(suite.shots(targets, arguments.pictures))
     scores = evaluate(BundleCache().get(model.source), model, Judge(), targets, seed=arguments.seed, suite=suite,
                       per_cell=arguments.pictures,

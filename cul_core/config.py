@@ -62,6 +62,8 @@ class Config:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> typing.Self:
         check_object(f"JSON of a {cls.__name__}", values)
+        if values.get("name", cls.registry_name) != cls.registry_name:
+            raise ConfigError(f"The JSON of a {cls.__name__} is that of {shown(values['name'])}; give its own.")
         values = {key: value for key, value in values.items() if key != "name"}
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := values.keys() - known:

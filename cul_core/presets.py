@@ -9,7 +9,7 @@ from typing import Any
 from .concepts import Concept
 from .config import Config, TrainingConfig
 from .diffusion import SamplerConfig
-from .errors import ConfigError
+from .errors import ConfigError, shown
 from .families import Family
 from .methods.conabl import ConAblConfig
 from .methods.esd import ESDConfig
@@ -196,6 +196,6 @@ def preset(name: str) -> Preset:
     Raises:
         ConfigError: there is none.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"There is no preset {shown(name)}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
