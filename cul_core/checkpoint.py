@@ -14,9 +14,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .chain import UnlearnModel, read_history
-from .errors import CheckpointError, ModelError, TrainingError
+from .errors import CheckpointError, ModelError, TrainingError, shown
 from .loading import Source, checkpoint_key_map, detect_family, source_of
-from .safetensor_files import free_path, opened, read_header, write_atomically
+from .safetensor_files import check_header, free_path, opened, read_header, write_atomically
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _CHUNK = 8 << 20
@@ -49,6 +49,11 @@ def save_checkpoint(
             raise TrainingError(f"The edit of {name!r} holds values that are not finite; repeat the step with a lower learning rate.")
     text = json.dumps({"__metadata__": {**inherited, **(metadata or {}), **model.metadata()}, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    try:
+        check_header(text)
+    except ValueError as error:
+        raise CheckpointError(f"The header of {path.name!r} would be too long to be read again; begin with a file that holds less "
+                              "metadata.") from error  # fmt: skip
 
     def write(out: BinaryIO) -> None:
         out.write(struct.pack("<Q", len(text)) + text)
@@ -122,23 +127,36 @@ def load_edits(path: Path | str, source: Source) -> UnlearnModel:
     """The model whose edits `path` holds, on top of its source file.
 
     Raises:
-        CheckpointError: the edits belong to another source.
+        CheckpointError: the edits belong to another source, or do not fit it.
     """
     path = Path(path)
     history, made_from = read_history(path)
     if made_from is None or made_from["sha256"] != source.sha256:
-        raise CheckpointError(f"The edits in {path.name!r} belong to {made_from['name'] if made_from else 'no model'!r}, "
+        raise CheckpointError(f"The edits in {path.name!r} belong to {shown(made_from['name'] if made_from else 'no model')}, "
                               f"not to {source.path.name!r}; open that file instead.")  # fmt: skip
+    (header, _, _), (entries, _, _) = read_header(source.path), read_header(path)
+    keys = checkpoint_key_map(source.path)
+    for name, entry in entries.items():
+        if name not in keys or entry["shape"] != header[keys[name]]["shape"] or entry["dtype"] != "F32":
+            raise CheckpointError(f"The edit {shown(name)} in {path.name!r} fits no weight of {source.path.name!r}; use the file it was "
+                                  "copied from.")  # fmt: skip
     with opened(path) as file:
         edits = {name: file.get_tensor(name) for name in file.keys()}
     return UnlearnModel(source, detect_family(source.path), edits, history)
 
 
 def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
-    """Edits by diffusers name between two checkpoints of one layout, in fp32; equal tensors are left out."""
-    edits = {}
+    """Edits by diffusers name between two checkpoints of one layout, in fp32; equal tensors are left out.
+
+    Raises:
+        ModelError: they are not of one layout.
+    """
+    edits, shapes = {}, [{name: entry["shape"] for name, entry in read_header(file)[0].items()} for file in (path, pretrained)]
     with opened(path) as edited, opened(pretrained) as base:
         for name, key in checkpoint_key_map(pretrained).items():
+            if shapes[0].get(key) != shapes[1][key]:
+                raise ModelError(f"{path.name!r} lacks {key!r} as {pretrained.name!r} has it, so it was not made from that file; choose "
+                                 "an unmodified checkpoint.")  # fmt: skip
             delta = edited.get_tensor(key).float() - base.get_tensor(key).float()
             if delta.any():
                 edits[name] = delta
@@ -165,7 +183,7 @@ def open_model(path: Path | str, pretrained: Path | str | None = None) -> Unlear
         raise ModelError(f"{path.name!r} was not written by continual-unlearning, so {original.path.name!r} cannot be what it was made "
                          "from; leave the pretrained file out.")  # fmt: skip
     if original.sha256 != made_from["sha256"]:
-        raise ModelError(f"{original.path.name!r} is not the file that {path.name!r} was made from; choose {made_from['name']!r} "
+        raise ModelError(f"{original.path.name!r} is not the file that {path.name!r} was made from; choose {shown(made_from['name'])} "
                          "or leave the pretrained file out.")  # fmt: skip
     return UnlearnModel(original, family, difference(path, original.path), history)
 

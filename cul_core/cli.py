@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .errors import Cancelled, ConfigError, CulError
+from .errors import Cancelled, ConfigError, CulError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,16 @@ def _write_json(path: Path | None, values: dict) -> None:
         write_atomically(path, lambda file: file.write(data))
 
 
+def _can_write(*files: Path | None) -> None:
+    """See `check_name` and `check_writable`; before hours of work depend on it."""
+    from .safetensor_files import check_name, check_writable
+
+    for file in files:
+        if file is not None:
+            check_name(file)
+            check_writable(file.parent)
+
+
 def _within(option: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ConfigError(f"{option} is {value}; give a number between {low} and {high}.")
@@ -65,7 +75,7 @@ def _usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # unknown name, no such device, or PyTorch built without it
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(
-            f"--device is {name!r}, which PyTorch cannot use here ({reason}); give cpu, or a device of this machine."
+            f"--device is {shown(name)}, which PyTorch cannot use here ({shown(reason)}); give cpu, or a device of this machine."
         ) from error
 
 
@@ -77,8 +87,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     _within("--requests", arguments.requests, 1, 12)
     _within("--workers", 1 if arguments.workers is None else arguments.workers, 1, 64)
     check_writable(arguments.out)
-    if arguments.json is not None:
-        check_writable(arguments.json.parent)
+    _can_write(arguments.json)
     result = run_demo(arguments.out, requests=arguments.requests, seed=arguments.seed, order=arguments.order,
                       workers=arguments.workers, on_progress=_ProgressLine())  # fmt: skip
     runs = result["runs"]
@@ -115,8 +124,8 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     chosen = replace(chosen, training=replace(chosen.training, **overrides))
     if arguments.auxiliary is not None:
         if not any(isinstance(part, ProjectionConfig) for part in chosen.regularizers):
-            raise ConfigError(f"--auxiliary is {arguments.auxiliary!r}, which preset {arguments.preset!r} does not use; leave it out, or "
-                              "choose a preset with gradient projection.")  # fmt: skip
+            raise ConfigError(f"--auxiliary is {shown(arguments.auxiliary)}, which preset {arguments.preset!r} does not use; leave it out, "
+                              "or choose a preset with gradient projection.")  # fmt: skip
         chosen = replace(chosen, regularizers=tuple(
             replace(part, auxiliary=arguments.auxiliary) if isinstance(part, ProjectionConfig) else part for part in chosen.regularizers
         ))  # fmt: skip
@@ -127,9 +136,10 @@ def _unlearn(arguments: argparse.Namespace) -> None:
         concepts = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
     kept = [parse_concept(name, arguments.kind) for name in arguments.keep]
     keep = [Concept(concept.target, concept.kind) for concept in kept]
-    names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))[:100]
-    out = arguments.out or Path(f"{arguments.model.stem}-without-{names}.safetensors")
-    check_writable(out.parent)
+    names = re.sub(r"[^\w-]+", "_", "-".join(concept.name for concept in concepts))
+    beginning = os.fsencode(f"{arguments.model.stem[:100]}-without-{names}")[:180].decode(errors="ignore")
+    out = arguments.out or Path(f"{beginning}.safetensors")
+    _can_write(out, arguments.json)
     if arguments.store is not None:
         check_writable(arguments.store)
     device = _usable_device(arguments.device)
@@ -176,26 +186,23 @@ def _merge(arguments: argparse.Namespace) -> None:
     from .loading import source_of
     from .merge_models import merge
     from .merging import MERGERS
-    from .safetensor_files import check_writable
 
     entry = MERGERS.get(arguments.how)
     given = {option: getattr(arguments, option) for option in ("strength", "weights", "keep_fraction", "trim", "function")}
     values = {option: value for option, value in given.items() if value is not None}
     for option in values:
         if option not in {field.name for field in fields(entry.config)}:
-            raise ConfigError(f"--{option.replace('_', '-')} is {values[option]!r}, which {entry.name} does not use; leave it out.")
+            raise ConfigError(f"--{option.replace('_', '-')} is {shown(values[option])}, which {entry.name} does not use; leave it out.")
     config = entry.config.from_json(values)
-    check_writable(arguments.out.parent)
-    if arguments.json is not None:
-        check_writable(arguments.json.parent)
+    _can_write(arguments.out, arguments.json)
     original = source_of(arguments.pretrained)
     for file in arguments.file:
         _, made_from = read_history(file)
         if made_from is None:
             raise ModelError(f"{file.name!r} is no checkpoint that continual-unlearning has edited; merge only such files.")
         if made_from["sha256"] != original.sha256:
-            raise ModelError(f"{file.name!r} was made from {made_from['name']!r} and not from {original.path.name!r}; give the file that "
-                             "all of them were made from as --pretrained.")  # fmt: skip
+            raise ModelError(f"{file.name!r} was made from {shown(made_from['name'])} and not from {original.path.name!r}; give the file "
+                             "that all of them were made from as --pretrained.")  # fmt: skip
     merged = merge([open_model(file, original.path) for file in arguments.file], config)
     path = save_checkpoint(merged, arguments.out)
     record = merged.history[-1]
@@ -224,7 +231,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     unknown = [name for name in arguments.target or () if name not in [target.replace("_", " ") for target in targets] + targets]
     if unknown:
         known = ", ".join(OBJECTS if suite.domain == "object" else STYLE_BY_NAME)
-        raise ConceptError(f"MiniCanvas has no {suite.domain} {unknown[0]!r} to score; choose among {known}, of one kind at a time.")
+        raise ConceptError(f"MiniCanvas has no {suite.domain} {shown(unknown[0])} to score; choose among {known}, of one kind at a time.")
     show, total = _ProgressLine(), len(suite.shots(targets, arguments.pictures))
     scores = evaluate(BundleCache().get(model.source), model, Judge(), targets, seed=arguments.seed, suite=suite,
                       per_cell=arguments.pictures,
@@ -372,6 +379,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names are shown on any terminal
     try:
         arguments.run(arguments)
     except CulError as error:

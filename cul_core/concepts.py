@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from .config import Config
-from .errors import ConceptError
+from .errors import ConceptError, shown
 
 KINDS = ("style", "object", "celebrity", "character", "memorized")
 SUGGESTED_ANCHORS = {"celebrity": "person", "character": "person"}
@@ -21,6 +22,36 @@ TARGET_TEMPLATES = {
     "memorized": "{name}",
 }
 """Prompt by which a concept of each kind is named alone (CUIG, auxiliary prompts); a memorized picture's name is its caption."""
+
+LONGEST_NAME = 1000
+"""Letters of a name or caption. CLIP reads 75 tokens, some 300 letters, so that nothing longer differs from its beginning."""
+MOST_NAMES = 1000
+"""Names in one list: ten times what anybody has forgotten or kept by name, and few enough to compare each with each."""
+LONGEST_PROMPT = 2 * LONGEST_NAME
+_UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and line breaks, separators of lines, overrides of the direction of writing, and halves of pairs."""
+
+
+@lru_cache(maxsize=4 * MOST_NAMES)
+def _as_whole_words(name: str) -> re.Pattern:
+    """Finds a name, also in the plural, as whole words."""
+    return re.compile(rf"(?<!\w){re.escape(name)}(s|es)?(?!\w)", re.IGNORECASE)
+
+
+def check_text(what: str, text: str, longest: int = LONGEST_NAME) -> None:
+    """Raises ConceptError for what is no text, is too long, or has characters that act instead of being seen."""
+    if not isinstance(text, str):
+        raise ConceptError(f"The {what} is {shown(text)}; give text.")
+    if len(text) > longest:
+        raise ConceptError(f"The {what} {shown(text[:40])}... has {len(text)} characters; give at most {longest}.")
+    if found := _UNSEEN.search(text):
+        raise ConceptError(f"The {what} {shown(text)} holds the control character {found[0]!a}; type it anew.")
+
+
+def check_count(what: str, items: Sequence, most: int = MOST_NAMES) -> None:
+    """Raises ConceptError for a list that is too long."""
+    if len(items) > most:
+        raise ConceptError(f"There are {len(items)} {what}; give at most {most}.")
 
 
 def display_name(name: str) -> str:
@@ -47,12 +78,14 @@ class Concept(Config):
     anchor: str = ""
 
     def __post_init__(self):
+        check_text("target", self.target)
+        check_text("anchor", self.anchor)
         if self.kind not in KINDS:
-            raise ConceptError(f"Concept kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+            raise ConceptError(f"Concept kind {shown(self.kind)} is unknown; choose one of {', '.join(KINDS)}.")
         if not display_name(self.target):
-            raise ConceptError(f"The target is empty ({self.target!r}); type the name of what should be forgotten.")
+            raise ConceptError(f"The target is empty ({shown(self.target)}); type the name of what should be forgotten.")
         if display_name(self.anchor).lower() == display_name(self.target).lower():
-            raise ConceptError(f"Anchor and target are both {self.target!r}; choose an anchor that differs from the target.")
+            raise ConceptError(f"Anchor and target are both {shown(self.target)}; choose an anchor that differs from the target.")
 
     @property
     def name(self) -> str:
@@ -68,7 +101,7 @@ class Concept(Config):
         if self.kind != "style" and not display_name(self.anchor):
             becomes = {"memorized": "a caption that says the same and does not draw that picture"}
             mend = becomes.get(self.kind, "the word it should become, such as 'horse' for 'dog'")
-            raise ConceptError(f"Concept {self.target!r} of kind {self.kind!r} has no anchor; give {mend}.")
+            raise ConceptError(f"Concept {shown(self.target)} of kind {self.kind!r} has no anchor; give {mend}.")
 
     def in_the_place_of(self, anchor: str) -> Concept:
         """This concept where a target with that anchor stands in a prompt; itself if it has an anchor, or is what that says."""
@@ -76,8 +109,7 @@ class Concept(Config):
 
     def mentioned_in(self, prompt: str) -> bool:
         """Whether `prompt` contains the target as whole words, also in the plural."""
-        name = re.escape(display_name(self.target))
-        return re.search(rf"(?<!\w){name}(s|es)?(?!\w)", display_name(prompt), re.IGNORECASE) is not None
+        return _as_whole_words(display_name(self.target)).search(display_name(prompt)) is not None
 
     def target_prompts(self, anchor_prompt: str) -> tuple[str, ...]:
         """The target versions of an anchor prompt; empty when it cannot be rewritten (ConAbl's rules, Kumari et al., ICCV 2023).
@@ -90,10 +122,9 @@ class Concept(Config):
         if self.kind == "style":
             body = anchor_prompt.replace(".", "").strip()
             return (f"In {self.name} Style, {anchor_prompt[:1].lower()}{anchor_prompt[1:]}", f"{body}, in {self.name} Style.")
-        anchor = re.escape(display_name(self.anchor))
-        if not anchor:
+        if not display_name(self.anchor):
             return ()
-        pattern = re.compile(rf"(?<!\w){anchor}(s|es)?(?!\w)", re.IGNORECASE)
+        pattern = _as_whole_words(display_name(self.anchor))
         if not pattern.search(anchor_prompt):
             return ()
         return (pattern.sub(lambda match: self.name + (match.group(1) or ""), anchor_prompt),)
@@ -136,7 +167,8 @@ def _lines(text: str) -> Iterator[str]:
 
 def parse_keep(text: str, kind: str = "style") -> tuple[Concept, ...]:
     """Concepts to be kept, separated by commas or line breaks; one of another kind says so (`object: cat`)."""
-    names = (name for line in _lines(text) for name in line.split(",") if name.strip())
+    names = [name for line in _lines(text) for name in line.split(",") if name.strip()]
+    check_count("names to keep", names)
     return tuple(dict.fromkeys(Concept(concept.target, concept.kind) for concept in (parse_concept(name, kind) for name in names)))
 
 
@@ -146,7 +178,9 @@ def parse_requests(text: str, kind: str = "style", anchor: str = "") -> list[tup
     Raises:
         ConceptError: no line names a concept, or see `Concept`.
     """
-    requests = [tuple(parse_concept(part, kind, anchor) for part in re.split(r"\s\+\s", line)) for line in _lines(text)]
+    lines = [re.split(r"\s\+\s", line) for line in _lines(text)]
+    check_count("names to forget", [name for names in lines for name in names])
+    requests = [tuple(parse_concept(name, kind, anchor) for name in names) for names in lines]
     if not requests:
-        raise ConceptError(f"The list of requests is empty ({text[:40]!r}); type one concept per line.")
+        raise ConceptError(f"The list of requests is empty ({shown(text)}); type one concept per line.")
     return requests

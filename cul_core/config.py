@@ -5,11 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
+
+_LARGEST = {int: 2**31 - 1, float: 1e12}
+_LONGEST_TEXT = 100_000
+"""Characters: a thousand names of a hundred."""
 
 
 def canonical_json(value: Any) -> str:
@@ -39,14 +45,14 @@ class Config:
         for field in dataclasses.fields(self):
             value, rules = getattr(self, field.name), field.metadata
             if "help" in rules and type(value) is not type(field.default) and (type(value), type(field.default)) != (int, float):
-                raise ConfigError(f"{field.name} is {value!r}; give a value of type {type(field.default).__name__}.")
+                raise ConfigError(f"{field.name} is {shown(value)}; give a value of type {type(field.default).__name__}.")
             if "choices" in rules and value not in rules["choices"]:
                 choices = ", ".join(map(str, rules["choices"]))
-                raise ConfigError(f"{field.name} is {value!r}; choose one of {choices}.")
-            low, high = rules.get("minimum"), rules.get("maximum")
-            if (low is not None and not value >= low) or (high is not None and not value <= high):
-                limits = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise ConfigError(f"{field.name} is {value!r}; give a number {limits}.")
+                raise ConfigError(f"{field.name} is {shown(value)}; choose one of {choices}.")
+            if "help" in rules and isinstance(value, str) and len(value) > _LONGEST_TEXT:
+                raise ConfigError(f"{field.name} has {len(value)} characters; give at most {_LONGEST_TEXT}.")
+            if "help" in rules and type(value) in _LARGEST:
+                check_number(field.name, value, *limits(field))
 
     def to_json(self) -> dict[str, Any]:
         values = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
@@ -55,11 +61,39 @@ class Config:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> typing.Self:
+        check_object(f"JSON of a {cls.__name__}", values)
+        if values.get("name", cls.registry_name) != cls.registry_name:
+            raise ConfigError(f"The JSON of a {cls.__name__} is that of {shown(values['name'])}; give its own.")
         values = {key: value for key, value in values.items() if key != "name"}
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := values.keys() - known:
-            raise ConfigError(f"{cls.__name__} has no setting {sorted(unknown)[0]!r}; it has {', '.join(sorted(known))}.")
+            raise ConfigError(f"{cls.__name__} has no setting {shown(min(map(str, unknown)))}; it has {', '.join(sorted(known))}.")
+        for field in dataclasses.fields(cls):
+            if field.default is dataclasses.MISSING and field.name not in values:
+                raise ConfigError(f"{cls.__name__} lacks its {field.name}; give one.")
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def check_object(what: str, values: Any, needed: Iterable[str] = ()) -> None:
+    """Raises ConfigError for what is no JSON object with the needed keys."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"The {what} is {shown(values)}; give an object.")
+    if missing := [key for key in needed if key not in values]:
+        raise ConfigError(f"The {what} lacks {missing[0]!r}; give it.")
+
+
+def check_number(name: str, value: Any, low: float | None, high: float | None, kind: type = float) -> None:
+    """Raises ConfigError unless `value` is a number of that kind, or an integer, between the limits; NaN lies between none."""
+    if type(value) not in (int, kind):
+        raise ConfigError(f"{name} is {shown(value)}; give a value of type {kind.__name__}.")
+    if not (-math.inf if low is None else low) <= value <= (math.inf if high is None else high) or abs(value) == math.inf:
+        raise ConfigError(f"{name} is {shown(value)}; give a number between {low} and {high}.")
+
+
+def limits(field: dataclasses.Field) -> tuple[float, float]:
+    """Least and largest value of a number: those of its setting, or what is beyond all sense and still safe to compute with."""
+    largest = _LARGEST[type(field.default)]
+    return field.metadata.get("minimum", -largest), field.metadata.get("maximum", largest)
 
 
 def _plain(value: Any) -> Any:
@@ -79,15 +113,15 @@ def setting(default: Any, help: str, *, choices: tuple | None = None, minimum: f
 class TrainingConfig(Config):
     """How to train one step. `learning_rate` is the optimizer's own; nothing multiplies it by the batch size."""
 
-    iterations: int = setting(60, "Optimizer updates of this step.", minimum=0)
-    batch_size: int = setting(8, "Anchor latents per update.", minimum=1)
+    iterations: int = setting(60, "Optimizer updates of this step.", minimum=0, maximum=1_000_000)
+    batch_size: int = setting(8, "Anchor latents per update.", minimum=1, maximum=1024)
     learning_rate: float = setting(4e-4, "AdamW's learning rate.", minimum=0.0, maximum=1.0)
     schedule: str = setting("constant", "constant, as in the reference, or linear: down to zero, which ends the step without the "
                             "optimizer's jitter.", choices=("constant", "linear"))  # fmt: skip
     weight_decay: float = setting(0.0, "AdamW's decay toward zero; the references' 0.01 shrinks even masked entries.", minimum=0.0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", minimum=0.0)
     group: str = setting("kv", "Which weights are trained.", choices=("kv", "attn2", "attn", "non-attn2", "full"))
-    seed: int = setting(0, "Everything random derives from it.", minimum=0)
+    seed: int = setting(0, "Everything random derives from it.", minimum=0, maximum=2**64 - 1)
     evaluate_every: int = setting(0, "Updates between measurements of what is forgotten and what is left; the best weights are the "
                                   "result. 0 measures nothing, and the last are.", minimum=0, added_later=True)  # fmt: skip
     patience: int = setting(1000, "Training stops when the measured UA has not risen for so many updates.", minimum=1,

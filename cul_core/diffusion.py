@@ -84,7 +84,7 @@ class NoiseSchedule:
 class SamplerConfig(Config):
     """How pictures are sampled."""
 
-    steps: int = setting(12, "DPM-Solver++ steps.", minimum=1)
+    steps: int = setting(12, "DPM-Solver++ steps.", minimum=1, maximum=1000)
     guidance_scale: float = setting(4.0, "Classifier-free guidance; 1 is none.", minimum=1.0)
 
 

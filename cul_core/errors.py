@@ -1,5 +1,19 @@
 """Errors that reach users: one sentence that says what is wrong, with the offending value and how to mend it."""
 
+import reprlib
+from typing import Any
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 120
+
+
+def shown(value: Any) -> str:
+    """`repr` for an error, cut so that a sentence stays one whatever it is about."""
+    try:
+        return _BRIEF.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"a huge {type(value).__name__}"
+
 
 class CulError(Exception):
     """Base of all errors this library raises on purpose."""

@@ -160,8 +160,8 @@ def family_of(shapes: dict[str, tuple[int, ...]], file_name: str) -> Family:
     first = shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
     context = next((shape for name, shape in sorted(shapes.items())
                     if name.startswith(UNET_PREFIX) and name.endswith("attn2.to_k.weight")), None)  # fmt: skip
-    if first is None or context is None:
-        raise ModelError(f"{file_name!r} holds no Stable Diffusion UNet (no {UNET_PREFIX!r} tensors); "
+    if first is None or context is None or len(first) != 4 or len(context) != 2:
+        raise ModelError(f"{file_name!r} holds no Stable Diffusion UNet (no fitting {UNET_PREFIX!r} tensors); "
                          f"choose a full checkpoint of a supported family: {supported}.")  # fmt: skip
     found = (first[0], context[1])
     for family in FAMILIES.values():

@@ -61,13 +61,14 @@ def detect_family(path: Path) -> Family:
     for 2.x by how far the values of one tensor are spread.
 
     Raises:
-        ModelError: see `families.family_of`; or the UNet is stored in 8 bits.
+        ModelError: see `families.family_of`; or the UNet is stored in another precision than fp16, bf16 and fp32.
     """
     header, _, _ = read_header(path)
     family = family_of({name: tuple(entry["shape"]) for name, entry in header.items()}, path.name)
     dtypes = {entry["dtype"] for name, entry in header.items() if name.startswith(UNET_PREFIX)}
-    if coarse := sorted(dtype for dtype in dtypes if dtype.startswith("F8")):
-        raise ModelError(f"{path.name!r} stores its UNet in 8 bits ({coarse[0]}), which cannot hold what a step changes; choose the fp16, "
+    if other := sorted(dtypes - {"F16", "BF16", "F32"}):
+        width = "8 bits (" * other[0].startswith("F8") + other[0] + ")" * other[0].startswith("F8")
+        raise ModelError(f"{path.name!r} stores its UNet in {width}, which cannot hold what a step changes; choose the fp16, "
                          "bf16 or fp32 checkpoint.")  # fmt: skip
     if family.name == "sdxl" and "v_pred" in header:
         return replace(V_PREDICTION["sdxl"], ends_in_noise="ztsnr" in header)
@@ -92,7 +93,8 @@ def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, st
 def checkpoint_key_map(path: Path) -> dict[str, str]:
     """`unet_key_map` of a checkpoint file."""
     header, _, _ = read_header(path)
-    return unet_key_map(list(header), _unet_config(detect_family(path)))
+    with _naming(path):
+        return unet_key_map(list(header), _unet_config(detect_family(path)))
 
 
 @lru_cache(maxsize=8)
@@ -227,6 +229,9 @@ def _naming(path: Path) -> Iterator[None]:
         if path.name in str(error):
             raise
         raise ModelError(f"{path.name!r} does not fit its family: {error}; choose an unmodified checkpoint.") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # by diffusers' converters, for names they do not know
+        raise ModelError(f"{path.name!r} does not fit its family: the names or shapes of its tensors are others; choose an unmodified "
+                         "checkpoint.") from error  # fmt: skip
 
 
 def _load_bundle(path: Path, family: Family, tokenizer: object, dtype: torch.dtype) -> ModelBundle:

@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from .anchors import anchor_generator
 from .bundle import ModelBundle
-from .concepts import Concept
+from .concepts import Concept, check_count, check_text
 from .config import Config, TrainingConfig, setting
 from .diffusion import SamplerConfig, generator_for, sample_latents
-from .errors import ConceptError
+from .errors import ConceptError, shown
 from .methods.conabl import ConAblConfig
 from .presets import Preset
 from .training import Request
@@ -39,7 +39,7 @@ MEMORIZED = Preset(
 class MemorizedConfig(Config):
     """When a picture is a copy, and how often a prompt has to draw copies to be a target or an anchor; as in the authors' code."""
 
-    pictures: int = setting(10, "Pictures of every prompt that are compared with the memorized one.", minimum=1)
+    pictures: int = setting(10, "Pictures of every prompt that are compared with the memorized one.", minimum=1, maximum=1000)
     copy_similarity: float = setting(0.5, "Similarity above which a picture is a copy.")
     anchor_rate: float = setting(0.3, "Largest share of copies of a paraphrase that becomes an anchor.", minimum=0.0, maximum=1.0)
     target_rate: float = setting(0.6, "Smallest share of copies of one that is forgotten too.", minimum=0.0, maximum=1.0)
@@ -80,21 +80,25 @@ def read_picture(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1) / 255
-    except OSError as error:
-        raise ConceptError(f"The picture {path.name!r} cannot be read ({error}); give a PNG or JPEG file.") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConceptError(f"The picture {path.name!r} cannot be read ({shown(str(error))}); give a PNG or JPEG file.") from error
 
 
 def read_paraphrases(path: Path) -> list[str]:
     """The lines of a text file that are not empty.
 
     Raises:
-        ConceptError: it cannot be read.
+        ConceptError: it cannot be read, or they are too many or no captions.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConceptError(f"The paraphrases in {path.name!r} cannot be read ({error}); give a text file with one a line.") from error
-    return [line.strip() for line in lines if line.strip()]
+    found = [line.strip() for line in lines if line.strip()]
+    check_count("paraphrases", found)
+    for line in found:
+        check_text("paraphrase", line)
+    return found
 
 
 def memorized_request(

@@ -9,7 +9,7 @@ from typing import Any
 from .concepts import Concept
 from .config import Config, TrainingConfig
 from .diffusion import SamplerConfig
-from .errors import ConfigError
+from .errors import ConfigError, shown
 from .families import Family
 from .methods.conabl import ConAblConfig
 from .methods.esd import ESDConfig
@@ -66,7 +66,7 @@ class Preset:
         """This preset with some training settings, `anchor_count` or `anchor_steps` replaced."""
         values = dict(values)
         count, steps = values.pop("anchor_count", self.anchor_count), values.pop("anchor_steps", self.anchor_sampler.steps)
-        return replace(self, training=replace(self.training, **values), anchor_count=count,
+        return replace(self, training=TrainingConfig.from_json(self.training.to_json() | values), anchor_count=count,
                        anchor_sampler=replace(self.anchor_sampler, steps=steps))  # fmt: skip
 
     def request(self, concepts: Sequence[Concept], *, retain: Sequence[Concept], anchor_prompts: Sequence[str], seed: int,
@@ -196,6 +196,6 @@ def preset(name: str) -> Preset:
     Raises:
         ConfigError: there is none.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"There is no preset {shown(name)}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]

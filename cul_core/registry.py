@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .config import Config
-from .errors import ConfigError
+from .config import Config, check_object
+from .errors import ConfigError, shown
 
 T = TypeVar("T")
 
@@ -47,13 +47,20 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> Entry[T]:
-        if name not in self._entries:
-            raise ConfigError(f"There is no {self.kind} {name!r}; choose one of {', '.join(self._entries)}.")
+        if not isinstance(name, str) or name not in self._entries:
+            raise ConfigError(f"There is no {self.kind} {shown(name)}; choose one of {', '.join(self._entries)}.")
         return self._entries[name]
 
     def of(self, config: Config) -> Entry[T]:
         """The entry that a config belongs to."""
+        if not isinstance(config, Config):
+            raise ConfigError(f"A {self.kind} is needed where there is {shown(config)}; choose one of {', '.join(self._entries)}.")
         return self.get(config.registry_name)
+
+    def from_json(self, values: Any) -> Config:
+        """The config of a registered class, from what its `to_json` gives."""
+        check_object(self.kind, values, ("name",))
+        return self.get(values["name"]).config.from_json(values)
 
     def __iter__(self) -> Iterator[Entry[T]]:
         return iter(self._entries.values())

@@ -6,21 +6,34 @@ import hashlib
 import json
 import math
 import os
+import re
+import stat
 import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError, ModelError
+from .errors import CheckpointError, ModelError, shown
 
-_LARGEST_HEADER = 100_000_000
+_LARGEST_HEADER = 50_000_000
+"""Bytes; half of the format's own limit, for a header is read several times."""
+_MOST_VALUES = 1_000_000
+"""Values of JSON in a header, by its commas and opening brackets: what makes reading cost time and memory. Stable Diffusion XL has as
+many, in forty megabytes, with two hundred steps of all its weights in its history."""
+_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16), **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
+}  # fmt: skip
+
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
     "U8": torch.uint8, "BOOL": torch.bool,
@@ -28,37 +41,94 @@ _DTYPES = {
 _SEAL = "sha256"
 _LEFTOVER, _OLD_SECONDS = ".cul-part", 86400
 
+_RESERVED = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]", re.IGNORECASE)
+_LONGEST_PART = 200  # of the 255 bytes that file systems allow; the rest is for counters and the ending
+
 
 def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
     """(tensor entries by name, metadata, offset of the first data byte) of a safetensors file.
+
+    Entries are as the format wants them: every dtype known, every tensor as long as its shape says, one behind the other, none twice.
 
     Raises:
         ModelError: no such file, a pickle, not a safetensors file, or one that ends too early.
     """
     if path.suffix.lower() in (".ckpt", ".bin", ".pt", ".pth"):
-        raise ModelError(f"{path.name!r} is a pickle, which can run code when opened; convert it to .safetensors and choose that file.")
+        raise ModelError(
+            f"{shown(path.name)} is a pickle, which can run code when opened; convert it to .safetensors and choose that file."
+        )
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("a folder, pipe or device")
+        size = status.st_size
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+            if not 2 <= length <= size - 8:
                 raise ValueError("impossible header length")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        for entry in header.values():
-            begin, end = entry["data_offsets"]
-            if not (0 <= begin <= end and isinstance(entry["dtype"], str) and all(isinstance(n, int) for n in entry["shape"])):
-                raise ValueError("impossible tensor entry")
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            if length > _LARGEST_HEADER:
+                raise ValueError("header too large")
+            header = _parsed(file.read(length))
+        metadata = {} if (found := header.pop("__metadata__", None)) is None else found
+        end = _check_entries(header, metadata)
     except FileNotFoundError as error:
-        raise ModelError(f"There is no file {path.name!r} in {str(path.parent)!r}; check the name.") from error
+        raise ModelError(f"There is no file {shown(path.name)} in {shown(str(path.parent))}; check the name.") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise ModelError(f"{path.name!r} cannot be read as a safetensors file; choose a .safetensors checkpoint "
+        raise ModelError(f"{shown(path.name)} cannot be read as a safetensors file; choose a .safetensors checkpoint "
                          "or download it again.") from error  # fmt: skip
     if size != 8 + length + end:
         raise ModelError(f"{path.name!r} has {size} bytes where its header announces {8 + length + end}; it was cut short "
                          "or altered, so copy or download it again.")  # fmt: skip
     return header, metadata, 8 + length
+
+
+def check_header(text: bytes) -> None:
+    """Raises ValueError for a header that is too large to be read by others, or by us."""
+    if len(text) > _LARGEST_HEADER or sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise ValueError("header too large")
+
+
+def _parsed(text: bytes) -> dict[str, dict]:
+    """A header that means the same to every reader: UTF-8 from its first brace on, no key twice, no number that JSON does not have."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    def refuse(literal: str) -> None:
+        raise ValueError(f"{literal} is no JSON")
+
+    check_header(text)
+    if text[:1] != b"{":
+        raise ValueError("does not begin with a brace")
+    return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+
+
+def _check_entries(header: dict[str, dict], metadata: dict[str, str]) -> int:
+    """Where the data end. Raises ValueError, KeyError, TypeError or AttributeError for entries that the format does not allow."""
+    for text in (*header, *metadata.keys(), *metadata.values()):
+        text.encode()  # lone surrogates are no text
+    spans = []
+    for entry in header.values():
+        if entry.keys() != {"dtype", "shape", "data_offsets"} or not isinstance(entry["shape"], list):
+            raise ValueError("not the entry of a tensor")
+        begin, end = entry["data_offsets"]
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in (begin, end, *entry["shape"])):
+            raise ValueError("a size that is no whole number")
+        bits = _BITS[entry["dtype"]]
+        for number in entry["shape"]:
+            if (bits := bits * number) >= 1 << 66:
+                raise ValueError("impossible shape")
+        if bits != 8 * (end - begin):
+            raise ValueError("a tensor that is not as long as its shape says")
+        spans.append((begin, end))
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise ValueError("tensors overlap, or have gaps between them")
+        position = end
+    return position
 
 
 @contextmanager
@@ -77,12 +147,53 @@ def opened(path: Path) -> Iterator[safe_open]:
 
 
 def free_path(path: Path) -> Path:
-    """`path`, or the first of `name_2`, `name_3`, ... that does not exist yet: nothing is ever overwritten."""
+    """`path`, or the first of `name_2`, `name_3`, ... that does not exist yet: nothing is ever overwritten, not even a broken link.
+
+    Raises:
+        CheckpointError: no file can have that name here.
+    """
+    check_name(path)
     candidate, counter = path, 2
-    while candidate.exists():
+    while os.path.lexists(candidate):
         candidate = path.with_name(f"{path.stem}_{counter}{path.suffix}")
         counter += 1
     return candidate
+
+
+def check_name(path: Path) -> None:
+    """Raises CheckpointError when no file can have that name here: no name at all, too long, or with characters that no disk knows."""
+    try:
+        if not path.name:
+            raise ValueError("it ends without a name")
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return  # whoever writes will see
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{shown(str(path))} cannot be the name of a file ({reason}); give another name.") from error
+
+
+def check_portable(name: str) -> None:
+    """Raises CheckpointError when a name typed by a user, which may have folders before it, is not one on every system.
+
+    It must not leave the folder it is meant for, nor mean something else than a file to Windows.
+    """
+    for part in re.split(r"[/\\]", name):
+        if re.search(r'[\x00-\x1f\x7f<>:"|?*]', part):
+            reason = 'control characters and < > : " | ? * are not allowed'
+        elif part in ("", ".", ".."):
+            reason = "give a file name, with folders before it or none"
+        elif part.endswith((" ", ".")) or part.startswith(" "):
+            reason = "a part begins or ends with a space, or ends with a dot"
+        elif _RESERVED.fullmatch(part.partition(".")[0].rstrip()):
+            reason = f"Windows reserves {part}"
+        elif len(part.encode(errors="surrogatepass")) > _LONGEST_PART:
+            reason = f"a part is longer than {_LONGEST_PART} bytes"
+        elif not part.isprintable():
+            reason = "it holds characters that cannot be seen"
+        else:
+            continue
+        raise CheckpointError(f"{shown(name)} cannot be the beginning of a file name: {reason}; give another one.")
 
 
 def check_writable(folder: Path) -> None:
@@ -95,16 +206,20 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
-    except OSError as error:
-        raise CheckpointError(f"The folder {str(folder)!r} cannot be written ({error.strerror or error}); choose another one.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"The folder {shown(str(folder))} cannot be written ({reason}); choose another one.") from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Call `write` on a temporary file in the target folder, flush it to disk, and rename it to `path`.
 
+    A link of that name is replaced; what it points to stays as it is.
+
     Raises:
-        CheckpointError: the folder cannot be written or is full; whatever was written is removed.
+        CheckpointError: the folder cannot be written or is full, or no file can have that name; whatever was written is removed.
     """
+    check_name(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

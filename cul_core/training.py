@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from .anchors import AnchorStore
 from .bundle import ModelBundle, swapped_weights
 from .chain import StepRecord, UnlearnModel, library_versions, weights_of
-from .concepts import Concept
-from .config import Config, TrainingConfig, stable_hash
+from .concepts import LONGEST_PROMPT, Concept, check_count, check_text
+from .config import Config, TrainingConfig, check_number, check_object, stable_hash
 from .diffusion import NoiseSchedule, SamplerConfig, generator_for, sample_latents
 from .embeddings import Embeddings
-from .errors import Cancelled, ConfigError, TrainingError
+from .errors import Cancelled, ConfigError, TrainingError, shown
 from .loading import BundleCache
 from .methods import METHODS
 from .methods.base import Method, StepContext
@@ -34,6 +34,7 @@ from .stopping import EarlyStopping, Measure
 
 logger = logging.getLogger(__name__)
 _PREVIEW_SAMPLER = SamplerConfig(steps=8)
+_MOST_PROMPTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,22 @@ class Request:
     def __post_init__(self):
         if not self.concepts:
             raise ConfigError("The request names no concept; give at least one target.")
+        for name, kind in (("concepts", Concept), ("retain", Concept), ("regularizers", Config), ("anchor_prompts", str)):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
+                raise ConfigError(f"{name} of the request is {shown(values)}; give a tuple of type {kind.__name__}.")
+        for name, kind in (("training", TrainingConfig), ("anchor_sampler", SamplerConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name} of the request is {shown(getattr(self, name))}; give a {kind.__name__}.")
+        check_count("names to forget", self.concepts)
+        check_count("names to keep", self.retain)
+        check_count("anchor prompts", self.anchor_prompts, _MOST_PROMPTS)
+        check_number("anchor_count", self.anchor_count, 1, 10_000, int)
+        check_number("anchor_seed", self.anchor_seed, 0, 2**64 - 1, int)
         for concept in self.concepts:
             concept.check_forgettable()
+        for prompt in self.anchor_prompts:
+            check_text("anchor prompt", prompt, LONGEST_PROMPT)
         if not self.anchor_prompts:
             raise ConfigError("The request has no anchor prompts; give some captions of pictures that must stay.")
         METHODS.of(self.method)
@@ -88,10 +103,14 @@ class Request:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Request:
+        check_object("request", values, [field.name for field in fields(cls)])
+        for name in ("concepts", "regularizers", "retain", "anchor_prompts"):
+            if not isinstance(values[name], list | tuple):
+                raise ConfigError(f"{name} of the request is {shown(values[name])}; give a list.")
         return cls(
             concepts=tuple(map(Concept.from_json, values["concepts"])),
-            method=METHODS.get(values["method"]["name"]).config.from_json(values["method"]),
-            regularizers=tuple(REGULARIZERS.get(v["name"]).config.from_json(v) for v in values["regularizers"]),
+            method=METHODS.from_json(values["method"]),
+            regularizers=tuple(map(REGULARIZERS.from_json, values["regularizers"])),
             training=TrainingConfig.from_json(values["training"]),
             retain=tuple(map(Concept.from_json, values["retain"])),
             anchor_prompts=tuple(values["anchor_prompts"]),

@@ -9,8 +9,8 @@ from pathlib import Path
 import folder_paths
 from comfy.cli_args import args
 
-from ..cul_core.errors import ModelError
-from ..cul_core.safetensor_files import free_path
+from ..cul_core.errors import CheckpointError, ModelError, shown
+from ..cul_core.safetensor_files import check_portable, free_path
 
 _STORE = "unlearning_chains"
 
@@ -48,12 +48,20 @@ def model_path(name: str, *kinds: str) -> Path:
         for kind in kinds:
             if path := folder_paths.get_full_path(kind, name):
                 return Path(path)
-    raise ModelError(f"There is no file {name!r} in ComfyUI's {' or '.join(kinds)}; press R and choose one of the list.")
+    raise ModelError(f"There is no file {shown(name)} in ComfyUI's {' or '.join(kinds)}; press R and choose one of the list.")
 
 
 def output_path(prefix: str) -> Path:
-    """A new file in the host's output folder, named as the stock save nodes name theirs."""
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    """A new file in the host's output folder, named as the stock save nodes name theirs.
+
+    Raises:
+        CheckpointError: the prefix is no name on every system, or there is no such folder and it cannot be made.
+    """
+    check_portable(prefix)
+    try:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    except OSError as error:
+        raise CheckpointError(f"Nothing can be written to {shown(prefix)} ({error.strerror}); choose another folder.") from error
     return free_path(Path(folder) / f"{name}_{counter:05}_.safetensors")
 
 

@@ -19,7 +19,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
 
-from ..cul_core.errors import ModelError
+from ..cul_core.errors import ModelError, shown
 from ..cul_core.export import patch_names
 from ._types import LoadedModel
 
@@ -27,10 +27,20 @@ PREVIEW_SIDE_PX = 1024
 
 
 def load_native(path: Path) -> tuple[Any, Any, Any]:
-    """(MODEL, CLIP, VAE) as the stock loader gives them."""
-    model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
-        str(path), output_vae=True, output_clip=True, embedding_directory=folder_paths.get_folder_paths("embeddings")
-    )
+    """(MODEL, CLIP, VAE) as the stock loader gives them.
+
+    Raises:
+        ModelError: it gives none.
+    """
+    try:
+        model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
+            str(path), output_vae=True, output_clip=True, embedding_directory=folder_paths.get_folder_paths("embeddings")
+        )
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"ComfyUI cannot load {path.name!r} ({shown(reason)}); choose an unmodified checkpoint.") from error
     return model, clip, vae
 
 
@@ -130,6 +140,15 @@ def should_stop() -> bool:
     return False
 
 
+_MARKUP = str.maketrans({letter: f"&#{ord(letter)};" for letter in "&<>\"'[]:."})
+_MOST_SHOWN = 20_000
+
+
+def _as_html(text: str) -> str:
+    """Text as the page has to get it, which shows it as HTML and makes links of what looks like one; history may be a stranger's."""
+    return (text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}...").translate(_MARKUP)
+
+
 class Progress:
     """Progress bar, preview picture and the line of text on the node that is running."""
 
@@ -146,7 +165,7 @@ class Progress:
         """Text under the node's widgets; with `now` false, at most four times a second."""
         if self._node is not None and (now or time.monotonic() - self._told > 0.25):
             self._told = time.monotonic()
-            PromptServer.instance.send_progress_text(text, self._node)
+            PromptServer.instance.send_progress_text(_as_html(text), self._node)
 
 
 def to_image_tensor(picture: Image.Image) -> torch.Tensor:

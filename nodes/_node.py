@@ -8,7 +8,9 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.errors import CulError
+from ..cul_core.config import check_number
+from ..cul_core.errors import ConfigError, CulError, shown
+from ._types import CARRIED
 
 
 @functools.cache
@@ -31,8 +33,25 @@ def _with_short_errors(execute: Callable) -> Callable:
     @functools.wraps(execute)
     def run(cls: type, *arguments: Any, **values: Any) -> io.NodeOutput:
         try:
-            return execute(cls, *arguments, **values)
+            return execute(cls, *arguments, **_checked(cls, values))
         except CulError as error:
             raise _short_named(type(error))(*error.args) from error
 
     return run
+
+
+def _checked(cls: type[io.ComfyNode], values: dict[str, Any]) -> dict[str, Any]:
+    """The inputs without those that are not connected. Hosts check neither what comes over links, nor NaN, nor sockets given a constant.
+
+    Raises:
+        ConfigError: one is not of its type, or a number is not between its limits.
+    """
+    for entry in (cls.SCHEMA or cls.GET_SCHEMA()).inputs:
+        value, kind = values.get(entry.id), CARRIED.get(entry.get_io_type())
+        if entry.id not in values or kind is None or (value is None and entry.optional):
+            continue
+        if kind in (int, float):
+            check_number(entry.id, value, entry.min, entry.max, kind)
+        elif type(value) is not kind if kind in (str, bool) else not isinstance(value, kind):
+            raise ConfigError(f"{entry.id} is {shown(value)}; give or connect a {entry.get_io_type()}.")
+    return {name: value for name, value in values.items() if value is not None}

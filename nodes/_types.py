@@ -8,6 +8,8 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 
 from ..cul_core.chain import UnlearnModel
+from ..cul_core.concepts import ConceptList
+from ..cul_core.config import Config
 
 CulModel = io.Custom("CUL_MODEL")
 Concepts = io.Custom("CUL_CONCEPTS")
@@ -32,6 +34,11 @@ class LoadedModel:
     def get_ram_usage(self) -> int:
         """Bytes held; recent hosts evict cached results by this."""
         return self.value.nbytes()
+
+
+CARRIED = {"CUL_MODEL": LoadedModel, "CUL_CONCEPTS": ConceptList, "CUL_METHOD": Config, "CUL_REGULARIZERS": tuple, "CUL_TRAINING": dict,
+           "CUL_SCORES": tuple, "STRING": str, "BOOLEAN": bool, "INT": int, "FLOAT": float}  # fmt: skip
+"""What the sockets and widgets of our nodes carry."""
 
 
 def model_outputs() -> list:

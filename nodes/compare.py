@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io, ui
 
+from ..cul_core.concepts import check_count, check_text
 from ..cul_core.errors import ConfigError
 from ..cul_core.evaluation.pictures import labelled_grid
 from . import _host
@@ -11,6 +12,7 @@ from ._node import UnlearningNode
 from ._types import CulModel
 
 _WRAP = 18
+_MOST, _LONGEST = 100, 10_000
 
 
 def _wrapped(text: str) -> str:
@@ -54,6 +56,9 @@ class Compare(UnlearningNode):
         wanted = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not wanted:
             raise ConfigError("Compare Before/After has no prompt; type at least one, each on a line of its own.")
+        check_count("prompts", wanted, _MOST)
+        for prompt in (*wanted, negative):
+            check_text("prompt", prompt, _LONGEST)
         models = [model for model in (before, after, other) if model is not None]
         labels = [label.strip() for label in row_labels.split(",")] + [""] * len(models)
         progress, rows, done = _host.Progress(len(models) * len(wanted)), [], 0

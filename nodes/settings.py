@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.config import Config, TrainingConfig
+from ..cul_core.config import Config, TrainingConfig, limits
 from ..cul_core.methods import METHODS
 from ..cul_core.presets import PRESETS
 from ..cul_core.registry import Entry
@@ -16,7 +16,6 @@ from ..cul_core.regularizers import REGULARIZERS
 from ._node import UnlearningNode
 from ._types import Method, Regularizers, Training
 
-_LARGEST = 2**31 - 1
 _AS_PRESET = "as the preset says"
 _RECOMMENDED = PRESETS["recommended"]
 
@@ -30,12 +29,11 @@ def _widget(field: dataclasses.Field, default: Any) -> io.Input:
         return io.Boolean.Input(field.name, **details)
     if isinstance(default, str):
         return io.String.Input(field.name, **details)
-    low, high = rules.get("minimum"), rules.get("maximum")
+    low, high = limits(field)
     if isinstance(default, int):
-        return io.Int.Input(field.name, min=-_LARGEST if low is None else low, max=_LARGEST if high is None else high, **details)
+        return io.Int.Input(field.name, min=low, max=high, **details)
     step = 10.0 ** (math.floor(math.log10(default)) - 1) if default else 0.01
-    return io.Float.Input(field.name, min=-1e12 if low is None else low, max=1e12 if high is None else high, step=step,
-                          round=step / 1000, **details)  # fmt: skip
+    return io.Float.Input(field.name, min=low, max=high, step=step, round=step / 1000, **details)
 
 
 def _widgets(config: Config, later: bool = False) -> list[io.Input]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,6 +22,8 @@ from . import _folders, _host
 from ._node import UnlearningNode
 from ._types import Concepts, CulModel, LoadedModel, Method, Regularizers, Training, model_outputs
 from .concepts import ANCHOR_TIP, KEEP_TIP, KIND_TIP
+
+logger = logging.getLogger(__name__)
 
 
 def _how_to_train() -> list[io.Input]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from ..concepts import Concept, parse_keep
+from ..concepts import Concept, check_count, parse_keep
 from ..errors import ConceptError
 
 LISTS = {"styles": "style", "objects": "object", "public_figures": "celebrity", "scenes": "object"}
@@ -45,6 +45,7 @@ def parse_names(text: str, kind: str = "style") -> tuple[Concept, ...]:
                 raise ConceptError(f"Line {number} of the auxiliary names: {concept.name[:30]!r}... has {len(concept.name)} characters; "
                                    f"give names of at most {LONGEST_NAME}, separated by commas or line breaks.")  # fmt: skip
         found |= dict.fromkeys(concepts)
+        check_count("auxiliary names", found)
     return tuple(found)
 
 

@@ -29,10 +29,19 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
+def _fitting(label: str) -> str:
+    """A label that takes bounded room, whoever wrote it."""
+    lines = label.split("\n")
+    kept = [line if len(line) <= 200 else f"{line[:200]}..." for line in lines[:20]]
+    return "\n".join(kept + ["..."] * (len(lines) > 20))
+
+
 def labelled_grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], cell: int = 96) -> Image.Image:
     """Rows of pictures with a label before each and a label over each column; labels get the room they need."""
     font, head = _font(14), _font(18)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    title, columns = _fitting(" ".join(title.split())), [*map(_fitting, columns)]
+    rows = [(_fitting(" ".join(label.split())), pictures) for label, pictures in rows]
     left = 20 + int(max(measure.textlength(label, font=font) for label, _ in rows))
     width = max(left + len(columns) * (cell + 4) + 8, 24 + int(measure.textlength(title, font=head)))
     first_row = 48 + 18 * max(label.count("\n") + 1 for label in columns)

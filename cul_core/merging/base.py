@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..config import Config, setting
+from ..config import Config, check_number, setting
 from ..errors import ConfigError
 from ..registry import Registry
 
@@ -36,6 +35,8 @@ class Merger:
 
 MERGERS: Registry[Merger] = Registry("way of merging")
 
+_MOST_MODELS = 1000
+
 
 @dataclass(frozen=True)
 class WeightedConfig(Config):
@@ -46,9 +47,10 @@ class WeightedConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        if len(self.weights) > _MOST_MODELS:
+            raise ConfigError(f"There are {len(self.weights)} weights; give at most {_MOST_MODELS}.")
         for weight in self.weights:
-            if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
-                raise ConfigError(f"weights holds {weight!r}; give a finite number per model.")
+            check_number("a weight", weight, -1e12, 1e12)
 
     def weights_of(self, count: int) -> tuple[float, ...]:
         """One weight for each of `count` models.

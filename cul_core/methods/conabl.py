@@ -30,7 +30,7 @@ class ConAblConfig(Config):
     border_mask: bool = setting(False, "Leave the rim of the pictures out of the loss, one latent pixel of 64 on every side, as in the "
                                 "reference. None of a MiniCanvas picture, which has 8.", added_later=True)  # fmt: skip
     augmentations: int = setting(0, "Versions of every anchor picture that are trained on in its place, smaller or larger and elsewhere, "
-                                 "with prompts that say so ('A far away'). 0: the picture itself.", minimum=0,
+                                 "with prompts that say so ('A far away'). 0: the picture itself.", minimum=0, maximum=100,
                                  added_later=True)  # fmt: skip
     flip: bool = setting(False, "Mirror half of the anchor pictures.", added_later=True)
     replay: float = setting(0.0, "Share of every batch that goes over targets of earlier steps again, so that they stay what they became.",

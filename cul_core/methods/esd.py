@@ -29,9 +29,11 @@ class ESDConfig(Config):
     teacher: str = setting("start", "Whose predictions the goal is made of: the step's start, as in the reference, or the pretrained "
                            "model.", choices=("start", "pretrained"))  # fmt: skip
     block_first_token: bool = setting(True, "Stop gradients through the keys and values of the start token, which all prompts share.")
-    trajectories: int = setting(8, "Pictures by the teacher, in all their sampling steps, that updates draw from.", minimum=1)
+    trajectories: int = setting(
+        8, "Pictures by the teacher, in all their sampling steps, that updates draw from.", minimum=1, maximum=10_000
+    )
     refresh_every: int = setting(25, "Updates after which the oldest of these pictures is replaced.", minimum=1)
-    trajectory_steps: int = setting(50, "Sampling steps (DDIM) of each.", minimum=1)
+    trajectory_steps: int = setting(50, "Sampling steps (DDIM) of each.", minimum=1, maximum=1000)
     guidance_scale: float = setting(3.0, "Classifier-free guidance of these pictures; 1 is none.", minimum=1.0)
     REFERENCE: ClassVar[dict] = {"block_first_token": False, "trajectories": 1, "refresh_every": 1}
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..concepts import Concept, display_name
+from ..concepts import LONGEST_PROMPT, Concept, check_count, check_text, display_name
 from ..config import Config, setting
 from ..diffusion import Predict
 from ..embeddings import Embeddings
@@ -26,13 +26,22 @@ class DistillationConfig(Config):
                                  minimum=0.0)  # fmt: skip
     previous_weight: float = setting(1.0, "Weight of staying with the step's start on what earlier steps forgot (b); 0 turns this off.",
                                      minimum=0.0)  # fmt: skip
-    batch_size: int = setting(1, "States per update, of each of the two.", minimum=1)
+    batch_size: int = setting(1, "States per update, of each of the two.", minimum=1, maximum=1024)
     trajectories: int = setting(8, "Pictures by the teacher, in all their sampling steps, that updates draw from; of each of the two. "
-                                "They cost time.", minimum=1)  # fmt: skip
+                                "They cost time.", minimum=1, maximum=10_000)  # fmt: skip
     refresh_every: int = setting(25, "Updates after which the oldest of these pictures is replaced, by one of another prompt.", minimum=1)
-    trajectory_steps: int = setting(50, "Sampling steps (DDIM) of each.", minimum=1)
+    trajectory_steps: int = setting(50, "Sampling steps (DDIM) of each.", minimum=1, maximum=1000)
     guidance_scale: float = setting(3.0, "Classifier-free guidance of these pictures; 1 is none.", minimum=1.0)
     prompts: str = setting("", "Further prompts to keep, separated by semicolons; those that name something forgotten are left out.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_count("prompts to keep", found := self.own_prompts())
+        for prompt in found:
+            check_text("prompt to keep", prompt, LONGEST_PROMPT)
+
+    def own_prompts(self) -> list[str]:
+        return [prompt.strip() for prompt in re.split(r"[;\n]", self.prompts) if prompt.strip()]
 
 
 def held_prompts(context: StepContext, config: DistillationConfig, generator: torch.Generator) -> dict[str, list[str]]:
@@ -62,7 +71,7 @@ def held_prompts(context: StepContext, config: DistillationConfig, generator: to
             yield picked((captions and placed.target_prompts(picked(captions))) or [placed.prompt])
 
     captions = allowed(context.anchor_prompts)
-    own = allowed(filter(None, map(str.strip, re.split(r"[;\n]", config.prompts))))
+    own = allowed(config.own_prompts())
     count = config.trajectories + context.training.iterations // config.refresh_every
     turns = [sentences(kept)] * bool(kept) + [cycle(["", *captions])] + [cycle(own)] * bool(own)
     return {"keep": [next(turn) for turn in islice(cycle(turns), count)], "previous": list(islice(sentences(forgotten), count))}

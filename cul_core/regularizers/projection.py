@@ -36,7 +36,7 @@ class ProjectionConfig(Config):
                         "tokens, or every position.", choices=ROWS)  # fmt: skip
     protect_previous: bool = setting(True, "Also keep what earlier steps of the chain made of their targets.")
     decoys: int = setting(0, "Made-up names, in the sentences that are trained, whose effect is damped too: they stand for "
-                          "everything that nobody listed. 0 turns damping off.", minimum=0)  # fmt: skip
+                          "everything that nobody listed. 0 turns damping off.", minimum=0, maximum=10_000)  # fmt: skip
     damping: float = setting(1e-5, "Share of the kept text's energy at which a direction is damped by half; smaller protects "
                              "more.", minimum=1e-12)  # fmt: skip
     auxiliary: str = setting("none", "Names to keep that need no typing: a list of a hundred styles, objects, public figures or scenes, "

@@ -29,7 +29,7 @@ class SelFTConfig(Config):
                               "abs(w sum of g), where states cancel, as in the reference. fisher: sum of (w g) squared.",
                               choices=("abs", "signed", "fisher"))  # fmt: skip
     states: int = setting(50, "States of a picture in the making at which gradients are taken (DDIM steps).", minimum=1, maximum=1000)
-    seeds: int = setting(1, "Pictures per target whose states are visited.", minimum=1)
+    seeds: int = setting(1, "Pictures per target whose states are visited.", minimum=1, maximum=1000)
     guidance_scale: float = setting(3.0, "Classifier-free guidance of these pictures; 1 is none.", minimum=1.0)
     trajectories: str = setting("one", "one: the states of one picture. per_state: every state from new noise, as in the reference, "
                                 "which takes (states - 1) / 2 times as many sampling steps.", choices=("one", "per_state"))  # fmt: skip

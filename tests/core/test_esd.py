@@ -129,7 +129,7 @@ def test_several_targets_take_turns(prepared, predict, random_bundle):
 
 
 @pytest.mark.parametrize(("values", "said"), [
-    ({"negative_guidance": -1.0}, "negative_guidance is -1.0; give a number at least 0"),
+    ({"negative_guidance": -1.0}, "negative_guidance is -1.0; give a number between 0.0 and"),
     ({"trajectories": 0}, "trajectories is 0"),
     ({"teacher": "student"}, "teacher is 'student'; choose one of start, pretrained"),
     ({"erase_from": 3}, "erase_from is 3; give a value of type str"),

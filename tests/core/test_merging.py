@@ -217,8 +217,8 @@ def test_global_trimming_keeps_the_share_of_all_values_and_tensor_trimming_that_
         ({"strength": -1.0}, "strength is -1.0"),
         ({"trim": "layer"}, "trim is 'layer'; choose one of tensor, global"),
         ({"function": "median"}, "choose one of mean, sum, max"),
-        ({"weights": (1.0, float("inf"))}, "weights holds inf; give a finite number"),
-        ({"weights": ("a",)}, "weights holds 'a'"),
+        ({"weights": (1.0, float("inf"))}, "weight is inf; give a number between"),
+        ({"weights": ("a",)}, "weight is 'a'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_where_they_are_made(values, said):

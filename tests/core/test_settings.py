@@ -185,7 +185,7 @@ def test_decoys_leave_out_the_anchor_however_it_is_written(anchor):
     ("make", "said"),
     [
         (lambda: TrainingConfig(group="attn9"), "group is 'attn9'; choose one of kv, attn2"),
-        (lambda: TrainingConfig(iterations=-1), "iterations is -1; give a number at least 0"),
+        (lambda: TrainingConfig(iterations=-1), "iterations is -1; give a number between 0 and 1000000"),
         (lambda: TrainingConfig(iterations=2.5), "iterations is 2.5"),
         (lambda: TrainingConfig(iterations="5"), "iterations is '5'"),
         (lambda: TrainingConfig(batch_size=0), "batch_size is 0"),
