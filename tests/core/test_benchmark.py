@@ -8,6 +8,7 @@ import pytest
 from cul_core.cli import main
 from cul_core.errors import CheckpointError, ConfigError
 from cul_core.evaluation.scores import METRICS
+from cul_core.locks import try_locked
 from cul_core.minicanvas import benchmark
 from cul_core.minicanvas.benchmark import (
     GRID,
@@ -61,6 +62,12 @@ def test_a_chain_forgets_one_target_a_request_and_simultaneous_all_so_far_with_t
     assert [concept.target for concept in together.request(4).concepts] == list(REQUEST_ORDERS["b"][:4])
     assert together.request(4).training.iterations == 4 * chain.request(4).training.iterations == 240
     assert (together.request(4).training.evaluate_every, together.request(4).training.patience) == (25, 60)
+
+
+def test_two_benchmarks_in_one_folder_do_not_overwrite_each_others_lines(tmp_path):
+    with try_locked(tmp_path / "results.lock"), pytest.raises(CheckpointError, match="Another benchmark is running in"):
+        run_benchmark(tmp_path, cells=[Cell.parse("plain")], seeds=[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["results.lock"]
 
 
 def test_a_measurement_on_the_way_asks_in_every_other_name_and_the_last_in_all():

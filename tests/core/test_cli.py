@@ -58,6 +58,28 @@ def test_unlearn_writes_a_checkpoint_that_inspect_explains(unlearn, random_model
     assert values["source"]["sha256"] == random_model.source.sha256 and values["history"][0]["result"] == record.result
 
 
+def test_a_step_in_a_store_is_found_again_shown_and_cleared(unlearn, tmp_path, capsys):
+    store = tmp_path / "kept"
+    assert unlearn("Lava", "--store", store) == unlearn("Lava", "--store", store) == 0
+    first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("forgot")]
+    assert "kept from an earlier run" in second and "kept" not in first
+    assert main(["store", "--folder", str(store), "--json", str(tmp_path / "store.json")]) == 0
+    out = capsys.readouterr().out
+    assert "1 finished steps" in out and "  Lava (" in out and "2 iterations" in out and "1 sets of anchor pictures" in out
+    assert {part: len(files) for part, files in json.loads((tmp_path / "store.json").read_text()).items()} == {
+        "steps": 1, "anchors": 1, "states": 0
+    }  # fmt: skip
+    assert main(["store", "--folder", str(store), "--clear", "steps"]) == 0
+    assert "removed 1 files" in capsys.readouterr().out
+    assert main(["store", "--folder", str(store), "--clear"]) == 0
+    out = capsys.readouterr().out
+    assert "removed 1 files" in out and "0 finished steps" in out and not list(store.rglob("*.safetensors"))
+
+
+def test_a_store_that_is_not_there_is_refused(tmp_path, capsys):
+    assert "give the one that unlearn --store" in refused(capsys, main(["store", "--folder", str(tmp_path / "none")]))
+
+
 def test_unlearn_keeps_a_shipped_list_of_names_and_says_how_many(unlearn, tmp_path, capsys):
     assert unlearn("Lava", "--preset", "projection", "--auxiliary", "objects") == 0
     assert "auxiliary protected: 5" in capsys.readouterr().out

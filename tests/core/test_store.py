@@ -4,12 +4,14 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cul_core.anchors import AnchorStore
 from cul_core.chain import read_history
 from cul_core.diffusion import SamplerConfig
-from cul_core.errors import CheckpointError
-from cul_core.store import StepStore, step_key
+from cul_core.errors import Cancelled, CheckpointError
+from cul_core.safetensor_files import read_sealed, write_sealed
+from cul_core.store import PARTS, StepState, StepStore, step_key
 from cul_core.training import run_step
 
 
@@ -106,3 +108,60 @@ def test_damaged_or_unwritable_anchors_are_drawn_again(random_model, random_bund
     assert torch.equal(latents(tmp_path / "anchors"), first)
     (tmp_path / "file").write_text("in the way")
     assert torch.equal(latents(tmp_path / "file"), first) and "not kept" in caplog.text
+
+
+def test_everything_is_bounded_and_the_least_recently_used_goes_first(trained, random_model, tmp_path):
+    request, edited, report = trained()
+    for number, part in enumerate(("anchors", "states", "steps")):
+        path = tmp_path / part / f"{'anchors-' if part == 'anchors' else ''}{number}00.safetensors"
+        write_sealed(path, {"x": torch.ones(1000)}, {})
+        os.utime(path, (1000 + number, 1000 + number))
+    (tmp_path / "steps/.abc.x.cul-part").write_bytes(b"half")
+    size = path.stat().st_size
+    clean = StepStore(tmp_path / "other")
+    clean.put(random_model, request, edited, report)
+    own = sum(size for _, size, _ in clean.files("steps"))
+    StepStore(tmp_path, largest_bytes=own + 2 * size).put(random_model, request, edited, report)
+    assert [path.parent.name for _, _, path in StepStore(tmp_path).files(*PARTS)] == ["states", "steps", "steps"]
+    assert not (tmp_path / "steps/.abc.x.cul-part").exists()
+
+
+def test_the_store_says_what_is_in_it_and_forgets_what_it_is_told_to(trained, random_model, tmp_path):
+    store = StepStore(tmp_path)
+    request, edited, report = trained()
+    store.put(random_model, request, edited, report)
+    state = StepState(tmp_path / "states/abc.safetensors", request, 0)
+    state.save({"iteration": 2})
+    (tmp_path / "steps/bad.safetensors").write_text("bad")
+    text = store.describe()
+    assert "2 finished steps" in text and "Candy_Stripes (" in text and "3 iterations" in text and "a damaged file" in text
+    assert "1 unfinished steps" in text and "Candy_Stripes (stopped after iteration 2 of 3)" in text
+    assert "removed 1 files" in store.clear("states") and not state.path.exists()
+    assert "removed 2 files" in store.clear(*PARTS) and "0 finished steps, 0.0 MB" in store.describe()
+
+
+def test_anchors_go_on_where_they_were_stopped(random_model, random_bundle, tmp_path):
+    def latents(folder, stop_after=None, asked=None):
+        store = AnchorStore(folder, every_seconds=0)
+        done = []
+        return store.anchor_latents(random_model.source, random_bundle, ("a cat", "a dog"), 40, SamplerConfig(steps=1), 0,
+                                    should_stop=lambda: stop_after is not None and len(done) >= stop_after,
+                                    on_batch=lambda made, count: (done.append(made), asked is not None and asked.append(made)))  # fmt: skip
+
+    whole, asked = latents(None), []
+    for _ in range(2):
+        with pytest.raises(Cancelled):
+            latents(tmp_path, 1, asked)
+    assert torch.equal(latents(tmp_path, asked=asked), whole)
+    assert asked == [16, 32, 40]
+
+
+def test_a_step_that_an_older_version_has_stored_is_found(trained, random_model, tmp_path):
+    request, edited, report = trained()
+    store = StepStore(tmp_path)
+    store.put(random_model, request, edited, report)
+    (path,) = tmp_path.glob("steps/*")
+    tensors, metadata = read_sealed(path)
+    save_file(tensors, path, metadata)  # has no seal
+    found, again = StepStore(tmp_path).get(random_model, request)
+    assert found.content_hash == edited.content_hash and again == report
