@@ -112,6 +112,7 @@ def measure(way: str, source: Path, target: Path) -> list[dict]:
     loading._sha256.cache_clear()
     for name in ("first", "later"):
         target.unlink(missing_ok=True)
+        os.sync()
         before, begun = reset_peak(), time.perf_counter()
         save_checkpoint(model, target)
         found.append({"way": name, "seconds": time.perf_counter() - begun, "extra_bytes": peak_bytes() - before})
