@@ -1,6 +1,6 @@
 """How fast an edited checkpoint is written: our streaming save against `cp` and against loading everything and saving it.
 
-    python benchmarks/save.py [--size-gb 6.9] [--rounds 5] [--folder DIR] [--out save.json]
+    python benchmarks/save.py [--size-gb 6.94] [--rounds 5] [--folder DIR] [--out save.json]
 
 The source has the names, shapes and precision of Stable Diffusion XL and random values; smaller sizes leave out what is not the UNet.
 Every way writes into the same folder and, but for one, flushes to the disk; in turn, each in a process of its own.
@@ -112,6 +112,7 @@ def measure(way: str, source: Path, target: Path) -> list[dict]:
     loading._sha256.cache_clear()
     for name in ("first", "later"):
         target.unlink(missing_ok=True)
+        os.sync()
         before, begun = reset_peak(), time.perf_counter()
         save_checkpoint(model, target)
         found.append({"way": name, "seconds": time.perf_counter() - begun, "extra_bytes": peak_bytes() - before})
@@ -131,7 +132,7 @@ def run(source: Path, rounds: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size-gb", type=float, default=6.9)
+    parser.add_argument("--size-gb", type=float, default=6.94)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; the system's temporary folder if not given")
     parser.add_argument("--out", type=Path, default=Path("save.json"))

@@ -21,6 +21,7 @@ from .safetensor_files import check_header, free_path, opened, read_header, writ
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _CHUNK = 8 << 20
 _SHORTER = "The source checkpoint became shorter while it was being copied; leave it in place and save again."
+_VALUES = 1 << 18  # they stay in the processor's cache
 
 
 def save_checkpoint(
@@ -61,18 +62,10 @@ def save_checkpoint(
             position = 0
             for (begin, end), name in replaced:
                 _copy(source, out, start + position, begin - position, on_chunk)
-                source.seek(start + begin)
                 stored = header[keys[name]]["dtype"]
-                dtype = _DTYPES[stored]
-                for delta in model.edits[name].flatten().split(_CHUNK // 4):
-                    data = bytearray(source.read(delta.numel() * dtype.itemsize))
-                    if len(data) < delta.numel() * dtype.itemsize:
-                        raise ModelError(_SHORTER)
-                    edited = (torch.frombuffer(data, dtype=dtype).float() + delta).to(dtype)
-                    if not torch.isfinite(edited).all():
-                        raise TrainingError(f"The edit of {name!r} is too large for {stored}, so values are not finite; repeat the "
-                                            "step with a lower learning rate.")  # fmt: skip
-                    out.write(edited.view(torch.uint8).numpy())
+                if not _add(source, out, start + begin, model.edits[name], _DTYPES[stored]):
+                    raise TrainingError(f"The edit of {name!r} is too large for {stored}, so values are not finite; repeat the step with a "
+                                        "lower learning rate.")  # fmt: skip
                 position = end
             _copy(source, out, start + position, model.source.size - start - position, on_chunk)
         _check_source(model.source)  # it may have changed while it was copied
@@ -91,6 +84,22 @@ def _opened_source(source: Source) -> BinaryIO:
         return source.path.open("rb")
     except OSError as error:
         raise ModelError(f"{source.path.name!r} can no longer be read ({error.strerror}); put it back and save again.") from error
+
+
+def _add(source: BinaryIO, out: BinaryIO, begin: int, edit: Tensor, dtype: torch.dtype) -> bool:
+    """Append the stored values plus their edit, added in fp32; false when a sum is not finite in `dtype`."""
+    source.seek(begin)
+    data = bytearray(min(edit.numel(), _VALUES) * dtype.itemsize)
+    values, sums = torch.frombuffer(data, dtype=dtype), torch.empty(min(edit.numel(), _VALUES))
+    for delta in edit.flatten().split(_VALUES):
+        count = len(delta)
+        if source.readinto(memoryview(data)[: count * dtype.itemsize]) < count * dtype.itemsize:
+            raise ModelError(_SHORTER)
+        values[:count] = torch.add(values[:count], delta, out=sums[:count])
+        if not values[:count].sum(dtype=torch.float32).isfinite() and not values[:count].isfinite().all():  # the sum is quicker
+            return False
+        out.write(memoryview(data)[: count * dtype.itemsize])
+    return True
 
 
 def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Callable[[], None]) -> None:

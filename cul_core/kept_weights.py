@@ -7,7 +7,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,19 +23,20 @@ _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", t
 
 def keep_weights(
     folder: Path, tensors: Mapping[str, Tensor], on_tensor: Callable[[int, int], None] = lambda done, count: None,
-    in_use: Collection[Path] = (), largest_bytes: int = 32 << 30,
+    largest_bytes: int = 32 << 30,
 ) -> Source:  # fmt: skip
     """The file `<its SHA-256>.safetensors` of these tensors in `folder`; it is written only if it is not there.
 
     One tensor at a time is moved to the CPU: once to name the file and once to write it, so it must give the same values twice.
     `on_tensor(done, count)` runs for each and may raise to cancel. Of other such files the least recently used go first when all
-    are larger than `largest_bytes`, but none of `in_use`. Deleting the folder is always safe: the same tensors make the same file.
+    are larger than `largest_bytes`. Deleting the folder is always safe: the same tensors make the same file.
 
     Raises:
         ModelError: a tensor's dtype cannot hold what a step changes.
         CheckpointError: the folder cannot be written or is full.
     """
-    names, done, end = sorted(tensors), 0, 0
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that every tensor is aligned
+    done, end = 0, 0
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     for name in names:
         tensor = tensors[name]
@@ -75,14 +76,10 @@ def keep_weights(
     if source.sha256 != path.stem:
         path.unlink()
         raise ModelError("The model's weights changed while they were written; run the graph again.")
-    _evict(folder, {path, *in_use}, largest_bytes)
-    return source
-
-
-def _evict(folder: Path, keep: Collection[Path], largest_bytes: int) -> None:
-    files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in folder.glob("*.safetensors"))
-    total = sum(size for _, size, _ in files)
-    for _, size, path in files:
-        if total > largest_bytes and path not in keep:
-            path.unlink(missing_ok=True)
+    others = sorted((other.stat().st_mtime_ns, other.stat().st_size, other) for other in folder.glob("*.safetensors") if other != path)
+    total = source.size + sum(size for _, size, _ in others)
+    for _, size, other in others:
+        if total > largest_bytes:
+            other.unlink(missing_ok=True)
             total -= size
+    return source

@@ -108,7 +108,7 @@ class UnlearnFromModel(UnlearningNode):
         weights = _host.weights_of(model, clip, vae)
         if any(not any(name.startswith(encoder.prefix) for name in weights) for encoder in family.text_encoders):
             raise ModelError(f"The CLIP is not one of {family.display_name}; connect the CLIP that came with the MODEL.")
-        source = keep_weights(_folders.kept_weights(), weights, on_tensor, _made)
+        source = keep_weights(_folders.kept_weights(), weights, on_tensor)
         _made.add(source.path)
         value = UnlearnModel(source, detect_family(source.path))
         if value.family.prediction_type != _host.prediction_type(model):
