@@ -206,7 +206,11 @@ def open_continued(path: Path, candidates: Iterable[Path]) -> UnlearnModel:
     _, made_from = read_history(path)
     if made_from is not None:
         for other in candidates:
-            same_name = other.name == made_from["name"] and other.stat().st_size == made_from["size"]
-            if same_name and source_of(other).sha256 == made_from["sha256"]:
+            try:
+                same_name = other.name == made_from["name"] and other.stat().st_size == made_from["size"]
+                is_source = same_name and source_of(other).sha256 == made_from["sha256"]
+            except (OSError, ModelError):
+                continue  # a damaged neighbour is not the source
+            if is_source:
                 return open_model(path, other)
     return open_model(path)

@@ -114,7 +114,7 @@ class TrainingConfig(Config):
     """How to train one step. `learning_rate` is the optimizer's own; nothing multiplies it by the batch size."""
 
     iterations: int = setting(60, "Optimizer updates of this step.", minimum=0, maximum=1_000_000)
-    batch_size: int = setting(8, "Anchor latents per update.", minimum=1, maximum=1024)
+    batch_size: int = setting(8, "Anchor latents per update.", minimum=1, maximum=10_000)
     learning_rate: float = setting(4e-4, "AdamW's learning rate.", minimum=0.0, maximum=1.0)
     schedule: str = setting("constant", "constant, as in the reference, or linear: down to zero, which ends the step without the "
                             "optimizer's jitter.", choices=("constant", "linear"))  # fmt: skip

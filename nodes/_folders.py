@@ -33,9 +33,9 @@ def kept_weights() -> Path:
 
 
 def model_files(*kinds: str) -> list[str]:
-    """Names of .safetensors files in the host's lists `checkpoints`, `loras`, each once."""
-    names = (name for kind in kinds for name in folder_paths.get_filename_list(kind))
-    return list(dict.fromkeys(name for name in names if name.lower().endswith(".safetensors")))
+    """Names of .safetensors files in the host's lists `checkpoints`, `loras`, each once; without pipes and links that lead nowhere."""
+    listed = ((kind, name) for kind in kinds for name in folder_paths.get_filename_list(kind) if name.lower().endswith(".safetensors"))
+    return list(dict.fromkeys(name for kind, name in listed if folder_paths.get_full_path(kind, name)))
 
 
 def model_path(name: str, *kinds: str) -> Path:

@@ -324,6 +324,17 @@ EDITS = {
 }  # fmt: skip
 
 
+def test_damaged_neighbours_do_not_keep_a_checkpoint_from_being_opened(tmp_path, edited, count):
+    path = save_checkpoint(edited, tmp_path / "edited.safetensors")
+    (tmp_path / "damaged").mkdir()
+    cut = tmp_path / "damaged" / CHECKPOINT_PATH.name
+    os.truncate(write_file(cut, GOOD), CHECKPOINT_PATH.stat().st_size)
+    for neighbour in (tmp_path / "nowhere" / CHECKPOINT_PATH.name, cut):
+        assert open_continued(path, [neighbour]).edits == {}
+        assert open_continued(path, [neighbour, CHECKPOINT_PATH]).source.path == CHECKPOINT_PATH
+        count("bad inputs")
+
+
 @pytest.mark.parametrize("kind", EDITS)
 def test_edits_that_fit_no_weight_of_their_source_are_refused(tmp_path, model, edited, count, kind):
     path = tmp_path / "edits.safetensors"
