@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -88,7 +88,7 @@ def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, st
 def checkpoint_key_map(path: Path) -> dict[str, str]:
     """`unet_key_map` of a checkpoint file."""
     header, _, _ = read_header(path)
-    return unet_key_map(list(header), _build_unet(detect_family(path)).config)
+    return unet_key_map(list(header), build_unet(detect_family(path)).config)
 
 
 def require_diffusers() -> None:
@@ -133,7 +133,7 @@ def _build_text_encoder(family: Family, kind: TextEncoder) -> nn.Module:
     return encoder
 
 
-def _build_unet(family: Family) -> nn.Module:
+def build_unet(family: Family) -> nn.Module:
     require_diffusers()
     from diffusers import UNet2DConditionModel
 
@@ -185,7 +185,7 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder
 
     Args:
         path: a checkpoint of a supported family.
-        dtype: of the weights in memory, whatever the file's is.
+        dtype: of the UNet and the autoencoder in memory, whatever the file's is.
         tokenizer_folder: see `load_tokenizer`; not looked at for families whose tokenizer comes with the package.
 
     Raises:
@@ -210,21 +210,40 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _load_bundle(path: Path, family: Family, tokenizer: object, dtype: torch.dtype) -> ModelBundle:
-    unet = _build_unet(family)
+    unet = build_unet(family)
     with opened(path) as file:
         names = list(file.keys())
         unet_names = unet_key_map(names, unet.config)
         _fill(unet, {ours: file.get_tensor(key) for ours, key in unet_names.items()}, dtype)
-        encoders = []
-        for kind in family.text_encoders:
-            encoder = _build_text_encoder(family, kind)
-            tensors = {name: file.get_tensor(name) for name in names if name.startswith(kind.prefix)}
-            encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder), dtype))
         autoencoder = _load_tiny_autoencoder(file, names, dtype) if family.has_decoder else None
     to_open = None
     if autoencoder is None and family.has_config("vae"):
         to_open = partial(load_autoencoder, path, family.config("vae"), dtype)
-    return ModelBundle(family, unet, tuple(encoders), tokenizer, autoencoder, to_open)
+    return ModelBundle(
+        family, unet, load_text_encoders(path, family), tokenizer, autoencoder, to_open,
+        None if family.has_decoder else partial(load_text_encoders, path, family),  # a family as small as that keeps all in memory
+        partial(_read_unet, path, unet_names),
+    )  # fmt: skip
+
+
+def _read_unet(path: Path, keys: Mapping[str, str], names: Sequence[str]) -> dict[str, Tensor]:
+    with opened(path) as file:
+        return {name: file.get_tensor(keys[name]).float() for name in names}
+
+
+def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
+    """The family's text encoders from a checkpoint, on the CPU, in fp32: prompts are encoded once, and their exactness is cheap.
+
+    Raises:
+        ModelError: unreadable file, or tensors that are missing or of another shape.
+    """
+    encoders = []
+    with _naming(path), opened(path) as file:
+        for kind in family.text_encoders:
+            encoder = _build_text_encoder(family, kind)
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(kind.prefix)}
+            encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder), torch.float32))
+    return tuple(encoders)
 
 
 def load_autoencoder(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -281,14 +300,16 @@ class BundleCache:
         self._tokenizer_folder = tokenizer_folder
         self._slot: tuple[str, ModelBundle] | None = None
 
-    def get(self, source: Source, device: torch.device | str = "cpu") -> ModelBundle:
-        if self._slot is None or self._slot[0] != source.sha256:
+    def get(self, source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> ModelBundle:
+        """The bundle of a source whose UNet computes in `dtype`, on a device."""
+        key = f"{source.sha256} {dtype}"
+        if self._slot is None or self._slot[0] != key:
             self._slot = None
             if source_of(source.path).sha256 != source.sha256:
                 raise ModelError(f"{source.path.name!r} has changed since the model was opened; open it again.")
-            self._slot = (source.sha256, load_bundle(source.path, tokenizer_folder=self._tokenizer_folder))
-        bundle = self._slot[1]
-        return bundle if bundle.device == torch.device(device) else bundle.to(device)
+            self._slot = (key, load_bundle(source.path, dtype, self._tokenizer_folder))
+        bundle, device = self._slot[1], torch.empty(0, device=device).device  # with its number
+        return bundle if bundle.device == device else bundle.to(device)
 
     def free(self) -> None:
         self._slot = None
