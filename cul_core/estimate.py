@@ -134,7 +134,10 @@ class _FusedAttention(TorchFunctionMode):
 
 @lru_cache(maxsize=8)
 def _network(family: Family, config: str, dtype: torch.dtype) -> nn.Module:
-    return build_unet(family).to(dtype)  # `config` is what tells variants of a family apart
+    unet = build_unet(family)  # `config` is what tells variants of a family apart
+    for weight in unet.parameters():
+        weight.data = weight.data.to(dtype)
+    return unet
 
 
 @lru_cache(maxsize=64)
@@ -247,11 +250,11 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _ways(compute: Compute, batch: int) -> Iterator[tuple[Compute, bool]]:
+def _ways(compute: Compute, batch: int, can_offload: bool) -> Iterator[tuple[Compute, bool]]:
     """(compute, whether masters are offloaded), from fast to small."""
     checkpointing = ("off", "on") if compute.checkpointing == "auto" else (compute.checkpointing,)
     whole = compute.largest_micro_batch or batch
-    for is_offloaded in (False, True):
+    for is_offloaded in (False, True)[: 1 + can_offload]:
         for choice in checkpointing:
             yield replace(compute, checkpointing=choice), is_offloaded
         micro = min(whole, batch) // 2
@@ -269,7 +272,8 @@ def planned(
     """
     if family == MINI:
         return compute, False, None
-    for way, is_offloaded in _ways(compute, request.training.batch_size):
+    can_offload = compute.dtype_on(device) != torch.float32  # otherwise the network trains its own weights
+    for way, is_offloaded in _ways(compute, request.training.batch_size, can_offload):
         found = estimate_step(family, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded, with_seconds=False)
         if free_bytes is None or found.memory_bytes <= free_bytes:
             break

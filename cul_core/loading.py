@@ -141,7 +141,7 @@ def build_unet(family: Family) -> nn.Module:
         return UNet2DConditionModel.from_config(family.config("unet"))
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> nn.Module:
     """Give a module built on the meta device its weights, in `dtype`; every name must be there and no other."""
     try:
         module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
@@ -185,7 +185,7 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder
 
     Args:
         path: a checkpoint of a supported family.
-        dtype: of the UNet and the autoencoder in memory, whatever the file's is.
+        dtype: of the UNet in memory, whatever the file's is; the rest is fp32.
         tokenizer_folder: see `load_tokenizer`; not looked at for families whose tokenizer comes with the package.
 
     Raises:
@@ -215,10 +215,10 @@ def _load_bundle(path: Path, family: Family, tokenizer: object, dtype: torch.dty
         names = list(file.keys())
         unet_names = unet_key_map(names, unet.config)
         _fill(unet, {ours: file.get_tensor(key) for ours, key in unet_names.items()}, dtype)
-        autoencoder = _load_tiny_autoencoder(file, names, dtype) if family.has_decoder else None
+        autoencoder = _load_tiny_autoencoder(file, names) if family.has_decoder else None
     to_open = None
     if autoencoder is None and family.has_config("vae"):
-        to_open = partial(load_autoencoder, path, family.config("vae"), dtype)
+        to_open = partial(load_autoencoder, path, family.config("vae"))
     return ModelBundle(
         family, unet, load_text_encoders(path, family), tokenizer, autoencoder, to_open,
         None if family.has_decoder else partial(load_text_encoders, path, family),  # a family as small as that keeps all in memory
@@ -242,33 +242,32 @@ def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
         for kind in family.text_encoders:
             encoder = _build_text_encoder(family, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(kind.prefix)}
-            encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder), torch.float32))
+            encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder)))
     return tuple(encoders)
 
 
-def load_autoencoder(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Stable Diffusion's autoencoder from a checkpoint, by diffusers' own key conversion.
+def load_autoencoder(path: Path, config: dict) -> nn.Module:
+    """Stable Diffusion's autoencoder from a checkpoint, by diffusers' own key conversion, in fp32.
 
     Args:
         path: the checkpoint.
         config: constructor arguments of `AutoencoderKL`.
-        dtype: of the weights in memory, whatever the file's is.
 
     Raises:
         ModelError: unreadable file, or tensors that are missing or of another shape.
     """
     with _naming(path), opened(path) as file:
-        return _kl_autoencoder({name: file.get_tensor(name) for name in file.keys() if name.startswith(VAE_PREFIX)}, config, dtype)
+        return _kl_autoencoder({name: file.get_tensor(name) for name in file.keys() if name.startswith(VAE_PREFIX)}, config)
 
 
-def _kl_autoencoder(tensors: dict[str, Tensor], config: dict, dtype: torch.dtype) -> nn.Module:
+def _kl_autoencoder(tensors: dict[str, Tensor], config: dict) -> nn.Module:
     require_diffusers()
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint  # not public: used only here
 
     with torch.device("meta"):
         autoencoder = AutoencoderKL.from_config(config)
-    return _fill(autoencoder, convert_ldm_vae_checkpoint(tensors, config), dtype)
+    return _fill(autoencoder, convert_ldm_vae_checkpoint(tensors, config))
 
 
 def tiny_autoencoder_key(name: str) -> str:
@@ -278,7 +277,7 @@ def tiny_autoencoder_key(name: str) -> str:
     return f"{VAE_PREFIX}taesd_{part}.{int(index) + shift}.{rest}"
 
 
-def _load_tiny_autoencoder(file: safe_open, names: list[str], dtype: torch.dtype) -> nn.Module:
+def _load_tiny_autoencoder(file: safe_open, names: list[str]) -> nn.Module:
     from diffusers import AutoencoderTiny
 
     with torch.device("meta"):
@@ -286,7 +285,7 @@ def _load_tiny_autoencoder(file: safe_open, names: list[str], dtype: torch.dtype
     keys = {name: tiny_autoencoder_key(name) for name in autoencoder.state_dict()}
     if missing := set(keys.values()) - set(names):
         raise ModelError(f"the autoencoder tensor {min(missing)!r} is missing")
-    return _fill(autoencoder, {name: file.get_tensor(key) for name, key in keys.items()}, dtype)
+    return _fill(autoencoder, {name: file.get_tensor(key) for name, key in keys.items()})
 
 
 class BundleCache:

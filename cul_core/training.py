@@ -249,13 +249,14 @@ def _step(
 
     edits, drift = dict(outside), {}
     for name in names:
-        delta = (weights[name] - pretrained[name]).cpu().contiguous()
+        weight = weights[name].to(home)
+        delta = (weight - pretrained[name]).cpu().contiguous()
         if not torch.isfinite(delta).all():
             raise TrainingError(f"Weight {name!r} is not finite after the step; lower the learning rate "
                                 f"({request.training.learning_rate:g}).")  # fmt: skip
         if delta.any():
             edits[name] = delta
-            drift[name] = [delta.norm().item(), (weights[name] - start[name]).norm().item()]
+            drift[name] = [delta.norm().item(), (weight - start[name]).norm().item()]
     return edits, drift, losses, parts, figures
 
 

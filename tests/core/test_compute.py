@@ -28,11 +28,12 @@ from cul_core.regularizers.distillation import DistillationConfig
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.selft import SelFTConfig
 from cul_core.regularizers.weight_anchor import L1SPConfig
+from cul_core.student import Student
 from cul_core.training import Callbacks, run_step
 
 BF16, FP16 = Compute(dtype="bfloat16"), Compute(dtype="float16")
 DISTILLATION = DistillationConfig(**SHORT["distillation"], batch_size=2)
-EVERYTHING = {"method": SculpMemConfig(warm_up=1, interval=1, distillation=1.0, preservation=1.0),
+EVERYTHING = {"method": SculpMemConfig(warm_up=1, interval=1, distillation=1.0, preservation=1.0, replay=0.5),
               "regularizers": [ProjectionConfig(), L1SPConfig(), SelFTConfig(states=2), DISTILLATION]}  # fmt: skip
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -158,6 +159,15 @@ def test_checkpointing_computes_again_and_gives_the_same_bits(step, make_request
     assert again.content_hash == plain.content_hash
 
 
+def test_inputs_that_need_gradients_themselves_are_not_cut_off(random_bundle):
+    student = Student(random_bundle, Compute(), lambda text: None)
+    latents = torch.randn(2, 4, 8, 8, requires_grad=True)
+    inputs = torch.tensor([1, 2]), random_bundle.encode(["a cat", "a dog"])
+    (given,) = torch.autograd.grad(student(latents, *inputs).sum(), latents)
+    (wanted,) = torch.autograd.grad(random_bundle.predict(latents, *inputs).sum(), latents)
+    assert torch.equal(given, wanted) and given.abs().max() > 0
+
+
 def test_attention_is_fused(random_bundle):
     assert {type(processor).__name__ for processor in random_bundle.unet.attn_processors.values()} == {"AttnProcessor2_0"}
 
@@ -262,6 +272,12 @@ def test_everything_at_once_trains_in_low_precision_and_offloaded_masters_give_t
     assert offloaded.content_hash == resting.content_hash != first.content_hash
     outside = [name for name in first.edits if ".to_k." not in name and ".to_v." not in name]
     assert outside and all(torch.equal(first.edits[name], resting.edits[name]) for name in outside)
+
+
+def test_pictures_are_decoded_and_encoded_in_fp32_whatever_the_network_computes_in(step, make_request):
+    request = make_request(method=ConAblConfig(augmentations=1, flip=True), iterations=1)
+    exact, low = step(request), step(request, BF16)
+    assert low[1].losses[0] == pytest.approx(exact[1].losses[0], rel=0.5) and low[0].edits
 
 
 def test_the_scale_of_losses_halves_when_gradients_overflow_grows_later_and_gives_up_after_many():
@@ -405,8 +421,8 @@ def test_the_fastest_way_that_fits_is_chosen(make_request, monkeypatch):
     monkeypatch.setattr("cul_core.estimate.estimate_step", estimate)
     request, cpu = make_request(batch_size=4), torch.device("cpu")
 
-    def way(free, checkpointing="auto"):
-        compute = Compute(checkpointing=checkpointing)
+    def way(free, checkpointing="auto", dtype="bfloat16"):
+        compute = Compute(dtype, checkpointing)
         chosen, is_offloaded, found = planned(SD1, request, cpu, compute, free)
         return chosen.checkpointing, chosen.largest_micro_batch, is_offloaded, found.memory_bytes
 
@@ -415,6 +431,7 @@ def test_the_fastest_way_that_fits_is_chosen(make_request, monkeypatch):
     assert way(110) == ("on", 2, False, 108)
     assert way(58) == ("on", 1, False, 58)
     assert way(55) == way(1) == ("on", 1, True, 50)
+    assert way(1, dtype="float32") == ("on", 1, False, 58)
     assert way(300, "off")[0] == "off"
     assert planned(MINI, request, cpu, Compute(), 1) == (Compute(), False, None)
 
