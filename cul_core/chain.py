@@ -12,7 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .concepts import KINDS, LONGEST_NAME
@@ -193,13 +192,11 @@ def _is_text(value: Any, longest: int = 255) -> bool:
 
 
 def weights_of(model: UnlearnModel, pretrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fresh fp32 copies of W_k for every name in `pretrained` (its W0 tensors)."""
+    """fp32 W_k for every name in `pretrained` (its W0 tensors); where nothing is edited, these very tensors if they are fp32."""
     weights = {}
     for name, base in pretrained.items():
-        weight = base.detach().to(torch.float32, copy=True)
-        if name in model.edits:
-            weight += model.edits[name].to(weight.device)
-        weights[name] = weight
+        weight = base.detach().float()
+        weights[name] = weight + model.edits[name].to(weight.device) if name in model.edits else weight
     return weights
 
 

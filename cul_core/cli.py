@@ -43,6 +43,11 @@ class _ProgressLine:
             sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
+    def tell(self, text: str) -> None:
+        """A message on a line of its own."""
+        sys.stderr.write(("\r" if sys.stderr.isatty() else "") + text + "\n")
+        sys.stderr.flush()
+
 
 def _write_json(path: Path | None, values: dict) -> None:
     if path is not None:
@@ -104,6 +109,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _unlearn(arguments: argparse.Namespace) -> None:
     from .anchors import AnchorStore
     from .checkpoint import open_model, save_checkpoint
+    from .compute import Compute
     from .concepts import Concept, parse_concept
     from .families import MINI
     from .loading import BundleCache, detect_family
@@ -142,25 +148,27 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     _can_write(out, arguments.json)
     if arguments.store is not None:
         check_writable(arguments.store)
+    compute = Compute(arguments.dtype, arguments.checkpointing, arguments.compile)
     device = _usable_device(arguments.device)
     model = open_model(arguments.model, arguments.pretrained)
     show = _ProgressLine()
     bundles = BundleCache(arguments.tokenizer)
     if is_picture:
-        request, rates = memorized_request(bundles.get(model.source, device), concepts[0].name, paraphrases, similarity,
-                                           retain=keep, seed=arguments.seed, chosen=chosen)  # fmt: skip
+        bundle = bundles.get(model.source, device, compute.dtype_on(device))
+        request, rates = memorized_request(bundle, concepts[0].name, paraphrases, similarity, retain=keep, seed=arguments.seed,
+                                           chosen=chosen)  # fmt: skip
         for prompt, rate in rates.items():
             _say(f"{rate:4.0%} copies: {prompt}")
     else:
         prompts = anchor_prompts(model.family, concepts)
         request = chosen.request(concepts, retain=keep, anchor_prompts=prompts, seed=arguments.seed)
-    watch = Callbacks(on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left))
+    watch = Callbacks(on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left), on_message=show.tell)
     measure = None
     if request.training.evaluate_every and model.family == MINI:
         from .minicanvas.judge import measure_for
 
         measure = measure_for(request)
-    train = partial(run_step, model, request, device=device, bundles=bundles, callbacks=watch, measure=measure)
+    train = partial(run_step, model, request, device=device, bundles=bundles, callbacks=watch, measure=measure, compute=compute)
     note = ""
     if arguments.store is None:
         edited, report = train(store=AnchorStore())
@@ -290,6 +298,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .compute import Compute
     from .minicanvas.models import CHECKPOINT_PATH
 
     parser = argparse.ArgumentParser(prog="cul_core", description="Make a text-to-image model forget, one request after another.")
@@ -315,6 +324,10 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--pretrained", type=Path, help="the file an edited checkpoint was made from, to measure drift from there")
     unlearn.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of CLIP, for Stable Diffusion")
     unlearn.add_argument("--device", default="cpu", help="where to train, as PyTorch names it: cpu, cuda, cuda:1, mps")
+    for field in fields(Compute):
+        if field.name in ("dtype", "checkpointing"):
+            unlearn.add_argument(f"--{field.name}", choices=field.metadata["choices"], default=field.default, help=field.metadata["help"])
+    unlearn.add_argument("--compile", action="store_true", help="compile the network first, which takes minutes")
     unlearn.add_argument("--kind", default="style", help="style, object, celebrity, character or memorized")
     unlearn.add_argument("--anchor", default="", help="word that takes an object's place; another caption for a memorized picture")
     unlearn.add_argument("--picture", type=Path, metavar="FILE", help="the memorized picture that the target is the caption of")

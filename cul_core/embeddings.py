@@ -39,6 +39,9 @@ class Embeddings:
         """`count` times the only prompt."""
         return self._each(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
+    def to(self, device: torch.device | str) -> Embeddings:
+        return self._each(lambda tensor: tensor.to(device))
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Embeddings:
         return Embeddings(change(self.text), None if self.pooled is None else change(self.pooled))
 

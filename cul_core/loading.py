@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -100,7 +100,7 @@ def checkpoint_key_map(path: Path) -> dict[str, str]:
 @lru_cache(maxsize=8)
 def _unet_config(family: Family) -> Mapping[str, Any]:
     """All constructor arguments of the UNet, also those that the package leaves at their defaults."""
-    return _build_unet(family).config
+    return build_unet(family).config
 
 
 def unet_dtypes(path: Path) -> str:
@@ -152,7 +152,7 @@ def _build_text_encoder(family: Family, kind: TextEncoder) -> nn.Module:
     return encoder
 
 
-def _build_unet(family: Family) -> nn.Module:
+def build_unet(family: Family) -> nn.Module:
     require_diffusers()
     from diffusers import UNet2DConditionModel
 
@@ -207,7 +207,7 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder
 
     Args:
         path: a checkpoint of a supported family.
-        dtype: of the weights in memory, whatever the file's is.
+        dtype: of the UNet in memory, whatever the file's is; the rest is fp32.
         tokenizer_folder: see `load_tokenizer`; not looked at for families whose tokenizer comes with the package.
 
     Raises:
@@ -235,46 +235,64 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _load_bundle(path: Path, family: Family, tokenizer: object, dtype: torch.dtype) -> ModelBundle:
-    unet = _build_unet(family)
+    unet = build_unet(family)
     with opened(path) as file:
         names = list(file.keys())
         unet_names = unet_key_map(names, unet.config)
         _fill(unet, {ours: file.get_tensor(key) for ours, key in unet_names.items()}, dtype)
-        encoders = []
-        for kind in family.text_encoders:
-            encoder = _build_text_encoder(family, kind)
-            tensors = {name: file.get_tensor(name) for name in names if name.startswith(kind.prefix)}
-            encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder), dtype))
-        autoencoder = _load_tiny_autoencoder(file, names, dtype) if family.has_decoder else None
+        autoencoder = _load_tiny_autoencoder(file, names) if family.has_decoder else None
     to_open = None
     if autoencoder is None and family.has_config("vae"):
-        to_open = partial(load_autoencoder, path, family.config("vae"), dtype)
-    return ModelBundle(family, unet, tuple(encoders), tokenizer, autoencoder, to_open)
+        to_open = partial(load_autoencoder, path, family.config("vae"))
+    return ModelBundle(
+        family, unet, load_text_encoders(path, family), tokenizer, autoencoder, to_open,
+        None if family.has_decoder else partial(load_text_encoders, path, family),  # a family as small as that keeps all in memory
+        partial(_read_unet, path, unet_names),
+    )  # fmt: skip
 
 
-def load_autoencoder(path: Path, config: dict, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Stable Diffusion's autoencoder from a checkpoint, by diffusers' own key conversion.
+def _read_unet(path: Path, keys: Mapping[str, str], names: Sequence[str]) -> dict[str, Tensor]:
+    with opened(path) as file:
+        return {name: file.get_tensor(keys[name]).float() for name in names}
+
+
+def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
+    """The family's text encoders from a checkpoint, on the CPU, in fp32: prompts are encoded once, and their exactness is cheap.
+
+    Raises:
+        ModelError: unreadable file, or tensors that are missing or of another shape.
+    """
+    encoders = []
+    with _naming(path), opened(path) as file:
+        for kind in family.text_encoders:
+            encoder = _build_text_encoder(family, kind)
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(kind.prefix)}
+            encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder)))
+    return tuple(encoders)
+
+
+def load_autoencoder(path: Path, config: dict) -> nn.Module:
+    """Stable Diffusion's autoencoder from a checkpoint, by diffusers' own key conversion, in fp32.
 
     Args:
         path: the checkpoint.
         config: constructor arguments of `AutoencoderKL`.
-        dtype: of the weights in memory, whatever the file's is.
 
     Raises:
         ModelError: unreadable file, or tensors that are missing or of another shape.
     """
     with _naming(path), opened(path) as file:
-        return _kl_autoencoder({name: file.get_tensor(name) for name in file.keys() if name.startswith(VAE_PREFIX)}, config, dtype)
+        return _kl_autoencoder({name: file.get_tensor(name) for name in file.keys() if name.startswith(VAE_PREFIX)}, config)
 
 
-def _kl_autoencoder(tensors: dict[str, Tensor], config: dict, dtype: torch.dtype) -> nn.Module:
+def _kl_autoencoder(tensors: dict[str, Tensor], config: dict) -> nn.Module:
     require_diffusers()
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint  # not public: used only here
 
     with torch.device("meta"):
         autoencoder = AutoencoderKL.from_config(config)
-    return _fill(autoencoder, convert_ldm_vae_checkpoint(tensors, config), dtype)
+    return _fill(autoencoder, convert_ldm_vae_checkpoint(tensors, config))
 
 
 def tiny_autoencoder_key(name: str) -> str:
@@ -284,7 +302,7 @@ def tiny_autoencoder_key(name: str) -> str:
     return f"{VAE_PREFIX}taesd_{part}.{int(index) + shift}.{rest}"
 
 
-def _load_tiny_autoencoder(file: safe_open, names: list[str], dtype: torch.dtype) -> nn.Module:
+def _load_tiny_autoencoder(file: safe_open, names: list[str]) -> nn.Module:
     from diffusers import AutoencoderTiny
 
     with torch.device("meta"):
@@ -292,7 +310,7 @@ def _load_tiny_autoencoder(file: safe_open, names: list[str], dtype: torch.dtype
     keys = {name: tiny_autoencoder_key(name) for name in autoencoder.state_dict()}
     if missing := set(keys.values()) - set(names):
         raise ModelError(f"the autoencoder tensor {min(missing)!r} is missing")
-    return _fill(autoencoder, {name: file.get_tensor(key) for name, key in keys.items()}, dtype)
+    return _fill(autoencoder, {name: file.get_tensor(key) for name, key in keys.items()})
 
 
 class BundleCache:
@@ -306,14 +324,16 @@ class BundleCache:
         self._tokenizer_folder = tokenizer_folder
         self._slot: tuple[str, ModelBundle] | None = None
 
-    def get(self, source: Source, device: torch.device | str = "cpu") -> ModelBundle:
-        if self._slot is None or self._slot[0] != source.sha256:
+    def get(self, source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> ModelBundle:
+        """The bundle of a source whose UNet computes in `dtype`, on a device."""
+        key = f"{source.sha256} {dtype}"
+        if self._slot is None or self._slot[0] != key:
             self._slot = None
             if source_of(source.path).sha256 != source.sha256:
                 raise ModelError(f"{source.path.name!r} has changed since the model was opened; open it again.")
-            self._slot = (source.sha256, load_bundle(source.path, tokenizer_folder=self._tokenizer_folder))
-        bundle = self._slot[1]
-        return bundle if bundle.device == torch.device(device) else bundle.to(device)
+            self._slot = (key, load_bundle(source.path, dtype, self._tokenizer_folder))
+        bundle, device = self._slot[1], torch.empty(0, device=device).device  # with its number
+        return bundle if bundle.device == device else bundle.to(device)
 
     def free(self) -> None:
         self._slot = None

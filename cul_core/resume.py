@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .chain import library_versions
 from .errors import TrainingError
+from .masters import Masters
 
 logger = logging.getLogger(__name__)
 State = dict[str, Any]
@@ -50,23 +51,20 @@ class Loop:
     `change` to the next mark nothing is whole; a step that is stopped there keeps what it last wrote.
 
     Args:
-        parameters: what is trained, by name.
-        optimizer: of these parameters, in this order.
+        masters: what is trained, and its optimizer.
         generator: the one that updates draw from.
         parts: whatever else updates change.
         keeper: where the state stays, if anywhere.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, generator: torch.Generator,
-        parts: Sequence[Resumable], keeper: StateKeeper | None,
+        self, masters: Masters, generator: torch.Generator, parts: Sequence[Resumable], keeper: StateKeeper | None
     ):  # fmt: skip
-        self._parameters, self._optimizer, self._generator, self._parts, self._keeper = parameters, optimizer, generator, parts, keeper
+        self._masters, self._generator, self._parts, self._keeper = masters, generator, parts, keeper
         self.iteration, self.losses, self.terms = 0, [], {}
         self.earlier_seconds, self._begun = 0.0, time.monotonic()
         self._marked: State | None = None
-        self._device = next(iter(parameters.values())).device
-        self._origin = {"device": self._device.type, "versions": library_versions()}
+        self._origin = {"device": masters.device.type, "dtype": str(masters.dtype), "versions": library_versions()}
 
     @property
     def seconds(self) -> float:
@@ -109,26 +107,19 @@ class Loop:
         self._marked = {"generator": self._generator.get_state(), "parts": [part.state() for part in self._parts]}
 
     def _state(self) -> State:
-        moments = self._optimizer.state
         return {
             "iteration": self.iteration, "losses": self.losses, "terms": self.terms, "seconds": self.seconds, **self._marked,
-            "origin": self._origin,
-            "weights": {name: parameter.detach() for name, parameter in self._parameters.items()},
-            "moments": [dict(moments[parameter]) if parameter in moments else {} for parameter in self._parameters.values()],
+            "origin": self._origin, "masters": self._masters.state(),
         }  # fmt: skip
 
-    @torch.no_grad()
     def _restore(self, state: State) -> None:
         try:
             self.iteration, self.losses, self.terms = state["iteration"], state["losses"], state["terms"]
             self.earlier_seconds = state["seconds"]
-            for name, parameter in self._parameters.items():
-                parameter.copy_(state["weights"][name])
-            moments = {number: values for number, values in enumerate(state["moments"]) if values}
-            self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
+            self._masters.restore(state["masters"])
             self._generator.set_state(state["generator"])
             for part, values in zip(self._parts, state["parts"], strict=True):
-                part.restore(values, self._device)
+                part.restore(values, self._masters.device)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise TrainingError(f"The state that an earlier run of this step left does not fit it ({error!r}); it is thrown away, so "
                                 "run the step again.") from error  # fmt: skip

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import partial
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from .anchors import AnchorStore
 from .bundle import ModelBundle, swapped_weights
 from .chain import StepRecord, UnlearnModel, library_versions, weights_of
+from .compute import Compute
 from .concepts import LONGEST_PROMPT, Concept, check_count, check_text
 from .config import Config, TrainingConfig, check_number, check_object, stable_hash
 from .diffusion import NoiseSchedule, SamplerConfig, generator_for, sample_latents
-from .embeddings import Embeddings
 from .errors import Cancelled, ConfigError, TrainingError, shown
+from .estimate import free_memory, planned
 from .loading import BundleCache
+from .masters import Masters
 from .methods import METHODS
 from .methods.base import Method, StepContext
 from .params import group_names, is_kv
@@ -31,6 +33,7 @@ from .regularizers import REGULARIZERS
 from .regularizers.base import Regularizer
 from .resume import Loop, StateKeeper
 from .stopping import EarlyStopping, Measure
+from .student import Student, out_of_memory, release_memory
 
 logger = logging.getLogger(__name__)
 _PREVIEW_SAMPLER = SamplerConfig(steps=8)
@@ -151,6 +154,7 @@ class Callbacks:
             the same noise, before the first update, after every `preview_every` and after the last.
         preview_prompts: what previews show.
         preview_every: updates between previews; 0 turns them off.
+        on_message: called with a sentence for the user, such as what the step needs, or what is done about short memory.
     """
 
     on_progress: Callable[[Progress], None] = lambda progress: None
@@ -159,6 +163,7 @@ class Callbacks:
     on_preview: Callable[[int, Tensor], None] = lambda iteration, latents: None
     preview_prompts: tuple[str, ...] = ()
     preview_every: int = 0
+    on_message: Callable[[str], None] = lambda text: None
 
     def preview(self, bundle: ModelBundle, iteration: int, iterations: int) -> None:
         """Sample and hand over a preview if it is time for one."""
@@ -181,7 +186,7 @@ class StepReport:
 def run_step(
     model: UnlearnModel, request: Request, *, device: torch.device | str = "cpu", callbacks: Callbacks | None = None,
     store: AnchorStore | None = None, bundles: BundleCache | None = None, measure: Measure | None = None,
-    keeper: StateKeeper | None = None,
+    keeper: StateKeeper | None = None, compute: Compute | None = None,
 ) -> tuple[UnlearnModel, StepReport]:  # fmt: skip
     """Forget `request.concepts`: (the edited model, a report). Same seed, device and versions give the same bits on a CPU.
 
@@ -194,21 +199,49 @@ def run_step(
         bundles: loaded models shared between steps.
         measure: how early stopping measures, if the request asks for it.
         keeper: where the state stays of which a step that is stopped goes on, to the same bits as one that is not.
+        compute: precision, and what to do about memory.
 
     Raises:
         ConceptError: a target cannot be forgotten as described.
         ConfigError: settings that do not fit this model.
-        TrainingError: a loss or weight became NaN or infinite, or early stopping measured nothing.
+        TrainingError: a loss or weight became NaN or infinite, early stopping measured nothing, or the device's memory is too short.
         Cancelled: `callbacks.should_stop` said so.
     """
-    callbacks, store, bundles = callbacks or Callbacks(), store or AnchorStore(), bundles or BundleCache()
+    callbacks, store, bundles, compute = callbacks or Callbacks(), store or AnchorStore(), bundles or BundleCache(), compute or Compute()
     begun = time.monotonic()
     _check_supported(model, request)
     stopping = EarlyStopping(request.training, measure)
-    bundle = bundles.get(model.source, device)
+    bundle = bundles.get(model.source, device, compute.dtype_on(device))
+    try:
+        edits, drift, losses, parts, figures, earlier = _step(model, request, bundle, callbacks, store, stopping, keeper, compute)
+    except torch.OutOfMemoryError:
+        is_short = True  # what the step held is free only when its frames are, after this block
+    else:
+        is_short = False
+    if is_short:
+        release_memory(bundle.device)
+        raise TrainingError(out_of_memory(bundle, is_checkpointed=True))
+    result = UnlearnModel(model.source, model.family, edits)
+    record = StepRecord(
+        request=request.to_json(), losses=parts, drift=drift, parent=model.content_hash, result=result.content_hash,
+        seconds=round(earlier + time.monotonic() - begun, 3), finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=library_versions(),
+    )  # fmt: skip
+    logger.info("forgot %d concept(s) in %.1f s", len(request.concepts), record.seconds)
+    return model.with_step(edits, record), StepReport(record, tuple(losses), figures)
+
+
+def _step(
+    model: UnlearnModel, request: Request, bundle: ModelBundle, callbacks: Callbacks, store: AnchorStore, stopping: EarlyStopping,
+    keeper: StateKeeper | None, compute: Compute,
+) -> tuple[dict[str, Tensor], dict[str, list[float]], list[float], dict[str, float], dict[str, float], float]:  # fmt: skip
+    """(edits of the new model, drift by name, loss of every update, last value of each part of the loss, figures, seconds of earlier
+    runs).
+    """
     names = group_names(bundle.unet, request.training.group)
-    parameters = dict(bundle.unet.named_parameters())
-    pretrained = {name: parameters[name].data for name in names}
+    compute, is_offloaded = _planned(model, bundle, request, compute, callbacks)
+    home = torch.device("cpu") if is_offloaded else bundle.device
+    pretrained = {name: weight.to(home) for name, weight in bundle.exact(names).items()}
     start = weights_of(model, pretrained)
     outside = {name: delta for name, delta in model.edits.items() if name not in pretrained}
     method = METHODS.of(request.method).cls(request.method)
@@ -230,32 +263,40 @@ def run_step(
         origin=stable_hash([model.content_hash, request.method.to_json()]), check=partial(_check_going_on, callbacks),
         anchor_sampler=request.anchor_sampler,
     )  # fmt: skip
-    with swapped_weights(bundle.unet, {name: parameters[name].data + delta.to(bundle.device) for name, delta in outside.items()}):
+    edited = {name: weight + outside[name].to(weight.device) for name, weight in bundle.exact(list(outside)).items()}
+    with swapped_weights(bundle.unet, edited):
         for part in (method, *regularizers):
             part.prepare(context)
         if method.is_closed_form:
             weights, losses, parts, earlier = method.edit(context), [], {}, 0.0
         else:
-            weights, losses, parts, earlier = _train(context, method, regularizers, callbacks, stopping, keeper)
+            weights, losses, parts, earlier = _train(context, method, regularizers, callbacks, stopping, keeper, compute, is_offloaded)
     figures = {name: value for regularizer in regularizers for name, value in regularizer.report().items()} | stopping.figures
 
     edits, drift = dict(outside), {}
     for name in names:
-        delta = (weights[name] - pretrained[name].float()).cpu()
+        weight = weights[name].to(home)
+        delta = (weight - pretrained[name]).cpu().contiguous()
         if not torch.isfinite(delta).all():
             raise TrainingError(f"Weight {name!r} is not finite after the step; lower the learning rate "
                                 f"({request.training.learning_rate:g}).")  # fmt: skip
         if delta.any():
             edits[name] = delta
-            drift[name] = [delta.norm().item(), (weights[name] - start[name]).norm().item()]
-    result = UnlearnModel(model.source, model.family, edits)
-    record = StepRecord(
-        request=request.to_json(), losses=parts, drift=drift, parent=model.content_hash, result=result.content_hash,
-        seconds=round(earlier + time.monotonic() - begun, 3), finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=library_versions(),
-    )  # fmt: skip
-    logger.info("forgot %d concept(s) in %.1f s", len(request.concepts), record.seconds)
-    return model.with_step(edits, record), StepReport(record, tuple(losses), figures)
+            drift[name] = [delta.norm().item(), (weight - start[name]).norm().item()]
+    return edits, drift, losses, parts, figures, earlier
+
+
+def _planned(
+    model: UnlearnModel, bundle: ModelBundle, request: Request, compute: Compute, callbacks: Callbacks
+) -> tuple[Compute, bool]:  # fmt: skip
+    """(how to compute, whether masters rest in the CPU's memory), chosen for the free memory; the user is told what that needs."""
+    free = free_memory(bundle.device)
+    if free is not None:
+        free += sum(weight.numel() * weight.element_size() for weight in bundle.unet.parameters())  # is there, and counted in the estimate
+    compute, is_offloaded, estimate = planned(bundle.family, request, bundle.device, compute, free, bool(model.edits))
+    if estimate is not None:
+        callbacks.on_message(estimate.sentence(free))
+    return compute, is_offloaded
 
 
 def _check_supported(model: UnlearnModel, request: Request) -> None:
@@ -289,7 +330,7 @@ def _coordinates(regularizers: list[Regularizer], name: str) -> Tensor | None:
 
 def _train(
     context: StepContext, method: Method, regularizers: list[Regularizer], callbacks: Callbacks, stopping: EarlyStopping,
-    keeper: StateKeeper | None = None,
+    keeper: StateKeeper | None, compute: Compute, is_offloaded: bool,
 ) -> tuple[dict[str, Tensor], list[float], dict[str, float], float]:  # fmt: skip
     """(new weights, the best if they were measured; loss of every update; last value of each part of the loss; seconds of training that
     earlier runs have spent on it).
@@ -297,10 +338,7 @@ def _train(
     training, unet = context.training, context.bundle.unet
     parameters = {name: parameter for name, parameter in unet.named_parameters() if name in context.start}
     generator = context.generator("batches")
-
-    def predict(latents: Tensor, timesteps: Tensor, embeddings: Embeddings) -> Tensor:
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.device.type == "cuda"):
-            return context.bundle.predict(latents, timesteps, embeddings).float()
+    student = Student(context.bundle, compute, callbacks.on_message)
 
     def stop_if_asked() -> None:
         if callbacks.should_stop():
@@ -309,7 +347,7 @@ def _train(
     def teacher(weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
         stop_if_asked()  # whole pictures may be sampled by a teacher within one update
         with torch.no_grad(), swapped_weights(unet, weights):
-            return predict(*inputs)
+            return student(*inputs)
 
     blocked = [module for name, module in unet.named_modules() if method.blocks_first_token and is_kv(f"{name}.weight")]
     pretrained, start = partial(teacher, context.pretrained), partial(teacher, context.start)
@@ -317,100 +355,125 @@ def _train(
     def terms() -> Iterator[tuple[Tensor, Mapping[str, float]]]:
         """(what to minimize, its named parts), one after the other: each is made after the backward of the one before, so that no
         teacher is called in between and one graph at a time is in memory."""
-        with _first_token_blocked(blocked):
-            loss = method.loss(predict, pretrained if method.teacher_is_pretrained else start, generator)
-        total = loss.total
+        with _first_token_blocked(blocked):  # until the backward is done, which may run the network again
+            loss = method.loss(student, pretrained if method.teacher_is_pretrained else start, generator)
+            total = loss.total
+            for regularizer in regularizers:
+                if (penalty := regularizer.penalty(masters.weights)) is not None:
+                    total = total + penalty
+            yield total, loss.parts
         for regularizer in regularizers:
-            if (penalty := regularizer.penalty(parameters)) is not None:
-                total = total + penalty
-        yield total, loss.parts
-        for regularizer in regularizers:
-            if named := regularizer.loss_terms(predict, pretrained, start):
+            if named := regularizer.loss_terms(student, pretrained, start):
                 yield sum(named.values()), {name: term.item() for name, term in named.items()}
 
-    student = {name: weight.clone() for name, weight in context.start.items()}
-    with swapped_weights(unet, student), _trainable(parameters):
-        with _first_token_blocked(blocked):
-            for part in (method, *regularizers):
-                part.prepare_mask(context, partial(_coordinates, regularizers))
-        optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
-        loop = Loop(parameters, optimizer, generator, (method, *regularizers, stopping), keeper)
+    with _student_weights(context, parameters):
+        masters = Masters(parameters, context.start, training, is_offloaded)
+        optimizer = masters.optimizer
+        with masters.collecting(), student.ready():
+            with _first_token_blocked(blocked):
+                for part in (method, *regularizers):
+                    part.prepare_mask(context, partial(_coordinates, regularizers))
+            loop = Loop(masters, generator, (method, *regularizers, stopping), keeper)
 
-        def is_over() -> bool:
-            """Measures and shows what the last update made, if it is time to; whether it was the last of all."""
-            if not loop.iteration:
-                return not training.iterations
-            is_last = stopping.is_time(loop.iteration, context.bundle, parameters, stop_if_asked) or loop.iteration == training.iterations
-            callbacks.preview(context.bundle, loop.iteration, loop.iteration if is_last else training.iterations)
-            return is_last
+            def is_over() -> bool:
+                """Measures and shows what the last update made, if it is time to; whether it was the last of all."""
+                done, iterations = loop.iteration, training.iterations
+                if not done:
+                    return not iterations
+                is_last = stopping.is_time(done, context.bundle, masters.weights, stop_if_asked) or done == iterations
+                callbacks.preview(context.bundle, done, done if is_last else iterations)
+                return is_last
 
-        callbacks.preview(context.bundle, 0, training.iterations)
-        with loop.kept(training.iterations):
-            iteration = loop.iteration
-            while not is_over():
-                iteration = loop.iteration + 1
-                stop_if_asked()
-                if training.schedule == "linear":
-                    optimizer.param_groups[0]["lr"] = training.learning_rate * (1 - (iteration - 1) / training.iterations)
-                total, parts = 0.0, {}
-                for term, named in terms():
-                    total += term.item()
-                    if not math.isfinite(total):
-                        raise TrainingError(f"The loss became {total} at iteration {iteration} of {training.iterations}; lower the "
-                                            f"learning rate ({training.learning_rate:g}) or the regularizers' strengths.")  # fmt: skip
-                    term.backward()
-                    parts |= named
-                loop.change()
-                if method.observe(iteration, parameters, optimizer):
-                    _update(parameters, optimizer, method, regularizers, training)
-                else:
-                    optimizer.zero_grad()
-                loop.advance(total, parts)
-                callbacks.on_progress(Progress(iteration, training.iterations, total, parts, loop.seconds))
-        weights = stopping.weights or {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        return weights, loop.losses, loop.terms, loop.earlier_seconds
+            callbacks.preview(context.bundle, 0, training.iterations)
+            with loop.kept(training.iterations):
+                iteration = loop.iteration
+                while not is_over():
+                    iteration = loop.iteration + 1
+                    stop_if_asked()
+                    context.bundle.free_text_encoders()  # all prompts are encoded by now, but for a caller's own
+                    if training.schedule == "linear":
+                        optimizer.param_groups[0]["lr"] = training.learning_rate * (1 - (iteration - 1) / training.iterations)
+                    total, parts = 0.0, {}
+                    for term, named in terms():
+                        total += term.item()
+                        if not math.isfinite(total):
+                            raise TrainingError(f"The loss became {total} at iteration {iteration} of {training.iterations}; lower the "
+                                                f"learning rate ({training.learning_rate:g}) or the regularizers' strengths.")  # fmt: skip
+                        student.backward(term, masters)
+                        parts |= named
+                    loop.change()
+                    if masters.gather():
+                        if method.observe(iteration, masters.weights, optimizer):
+                            _update(masters.weights, optimizer, method, regularizers, training, masters.device, masters.on_device)
+                        else:
+                            optimizer.zero_grad()
+                    loop.advance(total, parts)
+                    callbacks.on_progress(Progress(iteration, training.iterations, total, parts, loop.seconds))
+            return stopping.weights or masters.values(), loop.losses, loop.terms, loop.earlier_seconds
 
 
 @torch.no_grad()
 def _update(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, method: Method, regularizers: list[Regularizer],
-    training: TrainingConfig,
+    training: TrainingConfig, device: torch.device | str = "cpu",
+    on_device: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> None:  # fmt: skip
-    """One constrained optimizer update. The order is a contract: gradients, clipping, optimizer, proximal, then hard constraints."""
+    """One constrained optimizer update. The order is a contract: gradients, clipping, optimizer, proximal, then hard constraints.
+
+    After clipping the tensors are updated one by one, so that only one is held twice. Each is on `device` within `on_device` of its name.
+    """
     for name, parameter in parameters.items():
+        gradient = parameter.grad.to(device)
         for part in (method, *regularizers):
-            parameter.grad = part.transform_gradient(name, parameter.grad)
+            gradient = part.transform_gradient(name, gradient)
+        parameter.grad = gradient.to(parameter.device)
     if training.max_grad_norm:
         nn.utils.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer.step()
-    optimizer.zero_grad()
-    for name, parameter in parameters.items():
-        weight = parameter.data
-        for regularizer in regularizers:
-            weight = regularizer.proximal(name, weight, optimizer.param_groups[0]["lr"])
-        masks = [mask for part in (method, *regularizers) if (mask := part.mask(name, weight)) is not None]
-        mask = math.prod(masks[1:], start=masks[0]) if masks else None
-        change = weight - before[name]
-        constrained = None
-        for regularizer in regularizers:
-            allowed = regularizer.constrain(name, change if constrained is None else constrained, mask)
-            constrained = constrained if allowed is None else allowed
-        if constrained is None:
-            constrained = change if mask is None else change * mask
-        parameter.data.copy_(before[name] + constrained)
+    (group,) = optimizer.param_groups
+    try:
+        for name, parameter in parameters.items():
+            with on_device(name):
+                before = parameter.detach().clone()
+                group["params"] = [parameter]
+                optimizer.step()
+                parameter.grad = None
+                parameter.data.copy_(before + _allowed(name, before, parameter.data, group["lr"], method, regularizers))
+    finally:
+        group["params"] = list(parameters.values())
+
+
+def _allowed(
+    name: str, before: Tensor, weight: Tensor, learning_rate: float, method: Method, regularizers: list[Regularizer]
+) -> Tensor:  # fmt: skip
+    """The change of a weight that proximal steps, masks and hard constraints leave of what the optimizer did."""
+    for regularizer in regularizers:
+        weight = regularizer.proximal(name, weight, learning_rate)
+    masks = [mask for part in (method, *regularizers) if (mask := part.mask(name, weight)) is not None]
+    mask = math.prod(masks[1:], start=masks[0]) if masks else None
+    change = weight - before
+    constrained = None
+    for regularizer in regularizers:
+        allowed = regularizer.constrain(name, change if constrained is None else constrained, mask)
+        constrained = constrained if allowed is None else allowed
+    if constrained is None:
+        constrained = change if mask is None else change * mask
+    return constrained
 
 
 @contextmanager
-def _trainable(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+def _student_weights(context: StepContext, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Within the block the UNet holds the step's start, in weights that may change; then W0 again."""
+    if context.bundle.dtype == torch.float32:
+        with swapped_weights(context.bundle.unet, {name: weight.clone() for name, weight in context.start.items()}):
+            yield
+        return
+    try:  # in place: W0 is rounded in the UNet, and exact elsewhere
+        for name, parameter in parameters.items():
+            parameter.data.copy_(context.start[name])
         yield
     finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        for name, parameter in parameters.items():
+            parameter.data.copy_(context.pretrained[name])
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class _Watch:
     def __init__(self, loaded: LoadedModel, requests: Sequence[Request], preview_every: int):
         self._loaded, self._every = loaded, preview_every
         self._progress = _host.Progress(sum(max(request.training.iterations, 1) for request in requests))
-        self._done, self._before, self._lines = 0, [], []
+        self._done, self._before, self._lines, self._note = 0, [], [], ""
 
     def waiting(self) -> None:
         self._progress.say("Another ComfyUI trains this step; waiting for its result.", now=False)
@@ -87,7 +87,7 @@ class _Watch:
         def on_progress(progress) -> None:
             self._progress.update(self._done + progress.iteration)
             self._progress.say(f"{names}: iteration {progress.iteration} of {progress.iterations}, loss {progress.loss:.3f}, "
-                               f"{progress.seconds_left:.0f} s left", now=False)  # fmt: skip
+                               f"{progress.seconds_left:.0f} s left{self._note}", now=False)  # fmt: skip
 
         def on_preview(iteration: int, latents) -> None:
             pictures = _host.preview(self._loaded, latents)
@@ -101,7 +101,13 @@ class _Watch:
             title = f"{names}: iteration {iteration} of {request.training.iterations}"
             self._progress.update(self._done + iteration, labelled_grid(title, [label for label, _ in shown], rows, cell=128))
 
-        return Callbacks(on_progress, _host.should_stop, on_anchors, on_preview, tuple(prompt for _, prompt in shown), self._every)
+        def on_message(text: str) -> None:
+            self._note = f"\n{text}"
+            self._progress.say(f"{names}{self._note}")
+
+        return Callbacks(
+            on_progress, _host.should_stop, on_anchors, on_preview, tuple(prompt for _, prompt in shown), self._every, on_message
+        )
 
 
 def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int) -> io.NodeOutput:

@@ -27,8 +27,8 @@ class StepContext:
         previous: concepts forgotten by earlier steps.
         anchor_prompts: prompts whose pictures stay as they are, one per anchor latent.
         anchor_latents: (n, c, h, w) latents made by W0 from `anchor_prompts`; n is 0 if no part of the step needs them.
-        pretrained: W0 of the trained group, name -> tensor.
-        start: W_{k-1} of the trained group.
+        pretrained: W0 of the trained group, name -> tensor: in fp32, exactly as in the file. On the CPU if the device's memory is short.
+        start: W_{k-1} of the trained group, there too.
         training: how this step trains.
         generator: purpose, and any further words or numbers -> a CPU generator derived from the seed.
         schedule: the model's noise schedule.
@@ -65,7 +65,8 @@ class Method:
     """Base of all methods. A trained one implements `loss`; a closed-form one sets `is_closed_form` and implements `edit`.
 
     The loop also asks `teacher_is_pretrained` (the teacher is W0, not the step's start), `blocks_first_token` (no gradient
-    through the keys and values of the start token) and `needs_anchor_latents` (pictures by W0; they cost time to sample).
+    through the keys and values of the start token) and `needs_anchor_latents` (pictures by W0; they cost time to sample). Estimates
+    ask for `student_calls` and `teacher_calls`, predictions of a batch within one loss with and without gradients.
 
     One that chooses which weights change has hooks as regularizers have them, which act before theirs: `prepare_mask`,
     `transform_gradient` and `mask`.
@@ -75,6 +76,7 @@ class Method:
     needs_anchor_latents = True
     teacher_is_pretrained = False
     blocks_first_token = False
+    student_calls = teacher_calls = 1
 
     def __init__(self, config: Config):
         self.config = config
@@ -83,7 +85,12 @@ class Method:
         """Called once before the first update; encodes prompts and the like."""
 
     def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
-        """One training loss. `teacher` calls come before `student` calls (weights are exchanged in place)."""
+        """One training loss. `teacher` calls come before `student` calls (weights are exchanged in place).
+
+        What `student` predicts is cut off from the network: the loop takes the loss's gradients by it, then the network's, and may
+        split the batch for that. So everything that the loss draws at random is drawn here, once per update, however often the
+        network runs.
+        """
         raise NotImplementedError
 
     def prepare_mask(self, context: StepContext, coordinates: Callable[[str], Tensor | None]) -> None:

@@ -73,6 +73,7 @@ class ConAbl(Method):
         super().__init__(config)
         self.teacher_is_pretrained = config.teacher == "pretrained"
         self.blocks_first_token = config.block_first_token
+        self.student_calls = 1 + bool(config.preservation)
 
     def prepare(self, context: StepContext) -> None:
         self._schedule, self._latents, self._batch = context.schedule, context.anchor_latents, context.training.batch_size

@@ -76,6 +76,7 @@ class ESD(Method):
         super().__init__(config)
         self.teacher_is_pretrained = config.teacher == "pretrained"
         self.blocks_first_token = config.block_first_token
+        self.teacher_calls = 2 + bool(config.erase_from.strip())
 
     def prepare(self, context: StepContext) -> None:
         bundle, config = context.bundle, self.config

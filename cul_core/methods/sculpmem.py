@@ -110,6 +110,11 @@ class SculpMem(ConAbl):
 
     config: SculpMemConfig
 
+    def __init__(self, config: SculpMemConfig):
+        super().__init__(config)
+        self.student_calls += bool(config.distillation)
+        self.teacher_calls += bool(config.distillation)
+
     def prepare(self, context: StepContext) -> None:
         super().prepare(context)
         config, training = self.config, context.training
@@ -214,16 +219,20 @@ class SculpMem(ConAbl):
                 if (basis := self._bases.get(name)) is None:
                     moments["exp_avg"][left] = moments["exp_avg_sq"][left] = 0
                 else:
-                    moments["exp_avg"] -= ((moments["exp_avg"] @ basis) * left) @ basis.T
+                    leaving = (self._in_coordinates(name, moments["exp_avg"]) * left).to(basis.device) @ basis.T
+                    moments["exp_avg"] -= leaving.to(left.device)
 
     def _in_coordinates(self, name: str, matrix: Tensor) -> Tensor:
-        return matrix @ self._bases[name] if name in self._bases else matrix
+        if name not in self._bases:
+            return matrix
+        basis = self._bases[name]
+        return (matrix.to(basis.device) @ basis).to(matrix.device)
 
     def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
         if name not in self._masks:
             return gradient
-        masked = self._in_coordinates(name, gradient) * self._masks[name]
+        masked = self._in_coordinates(name, gradient) * self._masks[name].to(gradient.device)
         return masked @ self._bases[name].T if name in self._bases else masked
 
     def mask(self, name: str, weight: Tensor) -> Tensor | None:
-        return self._masks.get(name) if self.config.form == "update" else None
+        return self._masks[name].to(weight.device) if self.config.form == "update" and name in self._masks else None

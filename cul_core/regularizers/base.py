@@ -21,6 +21,9 @@ class Regularizer:
     method's loss; after its backward, `loss_terms`, whose gradients add to it; `transform_gradient`; clipping; the optimizer; then on
     the weights `proximal`; last, on the actual change of the weights, `mask` and `constrain`, so that these hold exactly whatever the
     optimizer did. `needs_anchor_latents` asks the loop for pictures by W0, which cost time to sample.
+
+    All weights, gradients and changes that hooks get are fp32. From `transform_gradient` on they are on the device; what is kept for
+    every weight should rest where `StepContext.start` does, which is the CPU if memory is short, and go there tensor by tensor.
     """
 
     needs_anchor_latents = False

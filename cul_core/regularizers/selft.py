@@ -116,7 +116,7 @@ class SelFT(Regularizer):
             raise ConfigError(f"A kept fraction of {self.config.kept_fraction:g} lets none of {total} weights change; raise it to "
                               f"{1 / total:.1g} or more.")  # fmt: skip
         masks = top_masks(scores, count)
-        self._masks = {name: mask.to(context.bundle.device) for name, mask in masks.items()}
+        self._masks = {name: mask.to(context.start[name].device) for name, mask in masks.items()}
         chosen, whole = (sum(part.double().sum().item() for part in parts)
                          for parts in ((scores[name][masks[name]] for name in scores), scores.values()))  # fmt: skip
         self._report = {"changeable_weights": float(count), "changeable_importance": chosen / whole if whole else 0.0}
@@ -132,13 +132,16 @@ class SelFT(Regularizer):
                             context.training.seed, str(context.bundle.device), digest.hexdigest()])  # fmt: skip
 
     def _in_coordinates(self, name: str, matrix: Tensor) -> Tensor:
-        return matrix @ self._bases[name] if name in self._bases else matrix
+        if name not in self._bases:
+            return matrix
+        basis = self._bases[name]
+        return (matrix.to(basis.device) @ basis).to(matrix.device)
 
     def _scores(self, context: StepContext) -> dict[str, Tensor]:
         """Score of every trained weight, or of every coordinate where bases say so, in fp32 on the CPU."""
         parameters = {name: p for name, p in context.bundle.unet.named_parameters() if name in context.start}
-        weights = {name: self._in_coordinates(name, parameter.detach()) for name, parameter in parameters.items()}
-        gradients = ([self._in_coordinates(name, gradient) for name, gradient in zip(parameters, state, strict=True)]
+        weights = {name: self._in_coordinates(name, context.start[name]) for name in parameters}
+        gradients = ([self._in_coordinates(name, gradient.to(weights[name])) for name, gradient in zip(parameters, state, strict=True)]
                      for state in self._gradients(context, list(parameters.values())))  # fmt: skip
         return {name: score.cpu() for name, score in importance_scores(weights, gradients, self.config.importance).items()}
 
@@ -181,16 +184,17 @@ class SelFT(Regularizer):
                     latents = step(known[:1], predicted.detach(), t, latents)
 
     def _masked(self, name: str, matrix: Tensor) -> Tensor:
+        mask = self._masks[name].to(matrix.device)
         if name not in self._bases:
-            return matrix * self._masks[name]
+            return matrix * mask
         basis = self._bases[name]
-        return ((matrix @ basis) * self._masks[name]) @ basis.T
+        return ((matrix @ basis) * mask) @ basis.T
 
     def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
         return self._masked(name, gradient)
 
     def mask(self, name: str, weight: Tensor) -> Tensor | None:
-        return self._masks[name] if self.config.form == "update" else None
+        return self._masks[name].to(weight.device) if self.config.form == "update" else None
 
     def report(self) -> dict[str, float]:
         return self._report

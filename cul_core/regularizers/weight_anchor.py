@@ -39,7 +39,7 @@ class _WeightAnchor(Regularizer):
 
     def prepare(self, context: StepContext) -> None:
         anchors = {"start": [context.start], "pretrained": [context.pretrained], "both": [context.start, context.pretrained]}
-        self._references = [{name: w.detach().clone() for name, w in reference.items()} for reference in anchors[self.config.anchor]]
+        self._references = anchors[self.config.anchor]
         self._count = sum(w.numel() for w in context.start.values())
 
     def _element_penalty(self, difference: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ class _WeightAnchor(Regularizer):
             return weight
         threshold = learning_rate * self.config.strength / self._count
         for reference in self._references:
-            weight = reference[name] + self._shrink(weight - reference[name], threshold)
+            anchor = reference[name].to(weight.device)
+            weight = anchor + self._shrink(weight - anchor, threshold)
         return weight
 
 

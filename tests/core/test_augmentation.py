@@ -121,7 +121,7 @@ def small_file(tmp_path_factory):
 @pytest.mark.parametrize("family", [SD1, SD2, SDXL], ids=lambda family: family.name)
 def test_autoencoder_of_stable_diffusion_fits_its_layout(family):
     tensors = {name: torch.empty(shape, device="meta") for name, shape in autoencoder_shapes().items()}
-    autoencoder = _kl_autoencoder(tensors, family.config("vae"), torch.float32)
+    autoencoder = _kl_autoencoder(tensors, family.config("vae"))
     assert sum(parameter.numel() for parameter in autoencoder.parameters()) == 83_653_863  # as published
     assert autoencoder.config.scaling_factor == family.latent_scale
 

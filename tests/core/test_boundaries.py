@@ -14,12 +14,12 @@ FILES = sorted((ROOT / "cul_core").rglob("*.py"))
 
 # From the bottom: a module may import from its own layer or from those before it; a package stands for its modules.
 LAYERS = (
-    {"config", "concepts", "auxiliary", "registry", "errors", "safetensor_files", "locks"},
+    {"config", "compute", "concepts", "auxiliary", "registry", "errors", "safetensor_files", "locks"},
     {"embeddings", "families", "bundle", "loading", "kept_weights", "compact"},
     {"augmentation", "diffusion", "trajectories", "conditioning", "params", "largest", "stopping"},
     {"methods", "regularizers", "merging"},
     {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store", "merge_models",
-     "memorized", "resume"},
+     "memorized", "resume", "masters", "student", "estimate"},
     {"cli", "__main__"},
 )  # fmt: skip
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

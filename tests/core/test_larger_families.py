@@ -99,7 +99,7 @@ def test_pooled_text_and_size_are_as_wide_as_the_full_network_reads_them():
 def test_a_prompt_is_the_first_encoders_rows_beside_the_seconds(tiny_bundle):
     ids = tiny_bundle.token_ids(["a cat", ""])
     assert ids[1].tolist() == [966] + 76 * [967]
-    first, second = tiny_bundle.text_encoders
+    first, second = tiny_bundle.open_text_encoders()
     padded = ids.clone()
     padded[0, 4:], padded[1, 2:] = 0, 0  # start, a, cat, end; start, end
     with torch.no_grad():

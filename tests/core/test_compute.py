@@ -1,0 +1,481 @@
+"""How a step is computed: precision, checkpointing, micro batches, short memory, text encoders, and the estimate of it all."""
+
+import gc
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+from short import SHORT
+
+from cul_core import masters as masters_module
+from cul_core import training
+from cul_core.cli import main
+from cul_core.compute import Compute
+from cul_core.errors import ConfigError, TrainingError
+from cul_core.estimate import Estimate, estimate_step, passes, planned
+from cul_core.families import MINI, SD1
+from cul_core.loading import BundleCache
+from cul_core.masters import LossScale
+from cul_core.methods import METHODS
+from cul_core.methods.conabl import ConAblConfig
+from cul_core.methods.sculpmem import SculpMemConfig
+from cul_core.params import group_names
+from cul_core.registry import Entry
+from cul_core.regularizers import REGULARIZERS
+from cul_core.regularizers.base import Regularizer
+from cul_core.regularizers.distillation import DistillationConfig
+from cul_core.regularizers.projection import ProjectionConfig
+from cul_core.regularizers.selft import SelFTConfig
+from cul_core.regularizers.weight_anchor import L1SPConfig
+from cul_core.student import Student
+from cul_core.training import Callbacks, run_step
+
+BF16, FP16 = Compute(dtype="bfloat16"), Compute(dtype="float16")
+DISTILLATION = DistillationConfig(**SHORT["distillation"], batch_size=2)
+EVERYTHING = {"method": SculpMemConfig(warm_up=1, interval=1, distillation=1.0, preservation=1.0, replay=0.5),
+              "regularizers": [ProjectionConfig(), L1SPConfig(), SelFTConfig(states=2), DISTILLATION]}  # fmt: skip
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+class Watching(Regularizer):
+    """Keeps the context and the gradients of the first update, and changes nothing."""
+
+    def prepare(self, context):
+        Watching.context, Watching.gradients = context, {}
+
+    def transform_gradient(self, name, gradient):
+        self.gradients.setdefault(name, gradient.clone())
+        return gradient
+
+
+@pytest.fixture
+def watching(monkeypatch):
+    config = type("WatchingConfig", (L1SPConfig,), {"registry_name": "watching"})
+    entry = Entry("watching", Watching, config, "d", "d", "p", ("mini", "sd2", "sdxl"), ("kv", "attn2", "attn", "non-attn2", "full"))
+    monkeypatch.setitem(REGULARIZERS._entries, "watching", entry)
+    return config()
+
+
+@pytest.fixture(scope="module")
+def low_bundles():
+    """Caches of the random model in other precisions."""
+    return {name: BundleCache() for name in ("bfloat16", "float16")}
+
+
+@pytest.fixture
+def step(random_model, bundles, low_bundles, anchors):
+    def run(request, compute=None, model=random_model, **options):
+        cache = low_bundles.get(compute.dtype if compute else "", bundles["random"])
+        return run_step(model, request, store=anchors, bundles=cache, compute=compute, **options)
+
+    return run
+
+
+@pytest.fixture
+def gradients(step, make_request, watching):
+    """(the gradients of a step's first update by name, its loss); after that comes one more."""
+
+    def of(method, compute=None, regularizers=(), say=lambda text: None):
+        request = make_request(method=method, regularizers=[*regularizers, watching], iterations=2, batch_size=4)
+        _, report = step(request, compute, callbacks=Callbacks(on_message=say))
+        return dict(Watching.gradients), report.losses[0]
+
+    return of
+
+
+def assert_close(one, other, rtol=1e-4):
+    """Two pairs of gradients and a loss; tensors to a share of their largest entry."""
+    assert one[1] == pytest.approx(other[1], rel=rtol)
+    assert one[0].keys() == other[0].keys()
+    for name, gradient in one[0].items():
+        torch.testing.assert_close(other[0][name], gradient, rtol=0, atol=rtol * gradient.abs().max().item())
+
+
+@contextmanager
+def calls(bundle, out_of_memory=lambda rows, with_graph: False):
+    """(rows, whether with a graph, its latents) of every call of the UNet; one runs out of memory where that says so."""
+    seen = []
+
+    def note(unet, inputs):
+        rows, with_graph = len(inputs[0]), torch.is_grad_enabled()
+        if out_of_memory(rows, with_graph):
+            raise torch.OutOfMemoryError("out of memory, as injected by a test")
+        seen.append((rows, with_graph, inputs[0].clone()))
+
+    handle = bundle.unet.register_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def with_graph(seen):
+    return torch.cat([latents for _, has_graph, latents in seen if has_graph])
+
+
+def unet_state(bundle):
+    return {name: tensor.clone() for name, tensor in bundle.unet.state_dict().items()}
+
+
+def assert_untouched(bundle, before):
+    unet = bundle.unet
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None or p._post_accumulate_grad_hooks for p in unet.parameters())
+    assert not unet.is_gradient_checkpointing and not any(module._forward_hooks for module in unet.modules())
+
+
+# --- the same gradients in every way
+
+
+@pytest.mark.parametrize("compute", [Compute(checkpointing="on"), Compute(largest_micro_batch=1), Compute("auto", "on", False, 3)],
+                         ids=["checkpointing", "one", "three and checkpointing"])  # fmt: skip
+@pytest.mark.parametrize("name", [entry.name for entry in METHODS if not entry.cls.is_closed_form])
+def test_checkpointing_and_micro_batches_give_every_method_the_same_gradients_and_loss(name, compute, gradients, random_bundle):
+    method = METHODS.get(name).config(**SHORT.get(name, {}))
+    with calls(random_bundle) as seen:
+        changed = gradients(method, compute)
+    micro = compute.largest_micro_batch
+    trained = [rows for rows, has_graph, _ in seen if has_graph]
+    assert trained == 2 * {0: [4], 1: [1, 1, 1, 1], 3: [3, 1]}[micro]
+    assert_close(gradients(method), changed)
+
+
+def test_losses_of_several_predictions_and_penalties_are_split_as_well(gradients):
+    method = SculpMemConfig(warm_up=1, active_fraction=1.0, distillation=1.0, preservation=1.0)
+    parts = {"method": method, "regularizers": [L1SPConfig(form="penalty", anchor="both"), DISTILLATION]}
+    assert_close(gradients(**parts), gradients(**parts, compute=Compute(largest_micro_batch=1)))
+
+
+def test_checkpointing_computes_again_and_gives_the_same_bits(step, make_request, random_bundle):
+    count = []
+    handle = random_bundle.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda *_: count.append(torch.is_grad_enabled()))
+    request = make_request(method=ConAblConfig(preservation=1.0), iterations=2)
+    plain, _ = step(request)
+    before = sum(count)
+    again, _ = step(request, Compute(checkpointing="on"))
+    handle.remove()
+    assert (before, sum(count) - before) == (4, 8)
+    assert again.content_hash == plain.content_hash
+
+
+def test_inputs_that_need_gradients_themselves_are_not_cut_off(random_bundle):
+    student = Student(random_bundle, Compute(), lambda text: None)
+    latents = torch.randn(2, 4, 8, 8, requires_grad=True)
+    inputs = torch.tensor([1, 2]), random_bundle.encode(["a cat", "a dog"])
+    (given,) = torch.autograd.grad(student(latents, *inputs).sum(), latents)
+    (wanted,) = torch.autograd.grad(random_bundle.predict(latents, *inputs).sum(), latents)
+    assert torch.equal(given, wanted) and given.abs().max() > 0
+
+
+def test_attention_is_fused(random_bundle):
+    assert {type(processor).__name__ for processor in random_bundle.unet.attn_processors.values()} == {"AttnProcessor2_0"}
+
+
+# --- short memory
+
+
+def test_when_memory_runs_out_the_same_update_goes_on_in_parts_and_then_with_checkpointing(gradients, random_bundle):
+    told = []
+    with calls(random_bundle) as seen:
+        plain = gradients(ConAblConfig())
+    unet = random_bundle.unet
+    with calls(random_bundle, lambda rows, graph: graph and (rows > 1 or not unet.is_gradient_checkpointing)) as seen_again:
+        saved = gradients(ConAblConfig(), say=told.append)
+    assert_close(plain, saved)
+    assert torch.equal(with_graph(seen), with_graph(seen_again))  # nothing was drawn anew
+    assert [text.partition(";")[0] for text in told] == ["Memory ran out"] * 2 + ["Memory ran out with one picture at a time"]
+    assert "2 of 4 pictures" in told[0] and "1 of 2 pictures" in told[1] and "checkpointing" in told[2]
+
+
+@pytest.mark.parametrize("regularizers", [[], [DISTILLATION]], ids=["one backward pass", "two"])
+def test_a_backward_pass_that_breaks_off_half_way_counts_for_nothing(regularizers, gradients, random_bundle):
+    failures, told = [], []
+
+    def fail(gradient):
+        if len(failures) < 2:
+            failures.append(gradient)
+            raise torch.OutOfMemoryError("out of memory, as injected by a test")
+
+    def watch(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(fail)  # the gradients of the second half of the network have arrived by then
+
+    plain = gradients(ConAblConfig(), regularizers=regularizers)
+    handle = random_bundle.unet.mid_block.register_forward_hook(watch)
+    saved = gradients(ConAblConfig(), regularizers=regularizers, say=told.append)
+    handle.remove()
+    assert len(failures) == len(told) == 2
+    assert_close(plain, saved)
+
+
+@pytest.mark.parametrize(
+    ("compute", "remedy"),
+    [(None, "with checkpointing; close what else uses it, choose a smaller parameter group"),
+     (Compute(checkpointing="off"), "without checkpointing; .*allow checkpointing")],
+)  # fmt: skip
+def test_memory_that_is_short_for_one_picture_is_an_error_that_leaves_everything_as_it_was(
+    compute, remedy, step, make_request, random_bundle, random_model
+):
+    before = unet_state(random_bundle)
+    with calls(random_bundle, lambda rows, graph: graph), pytest.raises(TrainingError, match=f"even one picture at a time {remedy}"):
+        step(make_request(), compute)
+    assert_untouched(random_bundle, before)
+    assert random_model.edits == {} and random_model.history == ()
+
+
+def test_memory_that_runs_out_elsewhere_is_the_same_error(step, make_request, random_bundle):
+    before = unet_state(random_bundle)
+    request = make_request(regularizers=[SelFTConfig(states=2, guidance_scale=2.5)])
+    with calls(random_bundle, lambda rows, graph: graph), pytest.raises(TrainingError, match="memory of cpu is too short"):
+        step(request)
+    assert_untouched(random_bundle, before)
+
+
+# --- precision
+
+
+def test_masters_take_updates_that_bf16_would_lose_and_w0_is_never_rounded(
+    step, make_request, watching, low_bundles, random_model, bundles
+):
+    exact = dict(bundles["random"].get(random_model.source).unet.named_parameters())
+    bundle = low_bundles["bfloat16"].get(random_model.source, dtype=torch.bfloat16)
+    before = unet_state(bundle)
+    assert before["conv_in.weight"].dtype == torch.bfloat16
+    edited, _ = step(make_request(learning_rate=1e-5, regularizers=[watching]), BF16)
+    assert_untouched(bundle, before)
+    assert all(gradient.dtype == torch.float32 for gradient in Watching.gradients.values())
+    moved, lost, rounded = 0.0, 0.0, False
+    for name, w0 in Watching.context.pretrained.items():
+        assert w0.dtype == torch.float32 and torch.equal(w0, exact[name])
+        rounded = rounded or not torch.equal(w0, before[name].float())
+        delta = edited.edits[name]
+        assert 0 < delta.abs().max() < 4e-5  # three updates by Adam
+        moved += (delta != 0).float().mean().item() / 14
+        lost += ((w0 + delta).bfloat16() == w0.bfloat16()).float().mean().item() / 14
+    assert rounded and moved > 0.9 and lost > 0.8
+
+
+@pytest.mark.parametrize("compute", [BF16, FP16], ids=["bf16", "fp16"])
+def test_gradients_in_low_precision_are_about_the_exact_ones(compute, gradients):
+    exact, low = gradients(ConAblConfig()), gradients(ConAblConfig(), compute)
+    for name, gradient in exact[0].items():
+        assert torch.cosine_similarity(gradient.flatten(), low[0][name].flatten(), 0) > 0.97
+        assert low[0][name].norm() == pytest.approx(gradient.norm().item(), rel=0.05)  # the scale is gone again
+
+
+def test_everything_at_once_trains_in_low_precision_and_offloaded_masters_give_the_same_bits(step, make_request, monkeypatch):
+    first, _ = step(make_request("Lava", iterations=1, group="attn2"), BF16)
+    resting, _ = step(make_request(**EVERYTHING), BF16, model=first)
+    monkeypatch.setattr(training, "_planned", lambda *arguments: (BF16, True))
+    offloaded, _ = step(make_request(**EVERYTHING), BF16, model=first)
+    assert offloaded.content_hash == resting.content_hash != first.content_hash
+    outside = [name for name in first.edits if ".to_k." not in name and ".to_v." not in name]
+    assert outside and all(torch.equal(first.edits[name], resting.edits[name]) for name in outside)
+
+
+def test_pictures_are_decoded_and_encoded_in_fp32_whatever_the_network_computes_in(step, make_request):
+    request = make_request(method=ConAblConfig(augmentations=1, flip=True), iterations=1)
+    exact, low = step(request), step(request, BF16)
+    assert low[1].losses[0] == pytest.approx(exact[1].losses[0], rel=0.5) and low[0].edits
+
+
+def test_the_scale_of_losses_halves_when_gradients_overflow_grows_later_and_gives_up_after_many():
+    scale = LossScale(True)
+    first = scale.value
+    for _ in range(3):
+        scale.note(False)
+    assert scale.value == first / 8
+    for _ in range(masters_module._GROWS_AFTER):
+        scale.note(True)
+    assert scale.value == first / 4
+    with pytest.raises(TrainingError, match="overflowed fp16 in 20 updates in a row; choose bfloat16"):
+        for _ in range(20):
+            scale.note(False)
+    assert LossScale(False).value == 1
+
+
+def test_an_update_whose_gradients_overflow_is_left_out(step, make_request, random_model, monkeypatch):
+    monkeypatch.setattr(masters_module, "_FIRST_SCALE", 2.0**60)
+    monkeypatch.setattr(masters_module, "_MOST_OVERFLOWS", 3)
+    edited, report = step(make_request(iterations=2, batch_size=1), FP16)
+    assert edited.content_hash == random_model.content_hash and len(report.losses) == 2
+    with pytest.raises(TrainingError, match="overflowed fp16 in 3 updates"):
+        step(make_request(iterations=3, batch_size=1), FP16)
+
+
+def test_precision_is_chosen_for_the_device_and_what_does_not_exist_is_refused():
+    assert Compute().dtype_on("cpu") == torch.float32 and BF16.dtype_on("cpu") == torch.bfloat16
+    with pytest.raises(ConfigError, match="float64"):
+        Compute(dtype="float64")
+
+
+def test_a_network_that_cannot_be_compiled_is_not(step, make_request, random_bundle, monkeypatch):
+    def fail(*inputs, **named):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", fail))
+    told = []
+    edited, _ = step(make_request(), Compute(compile=True), callbacks=Callbacks(on_message=told.append))
+    assert len(told) == 1 and "could not be compiled" in told[0]
+    assert edited.content_hash == step(make_request())[0].content_hash
+    assert random_bundle.unet._compiled_call_impl is None
+
+
+# --- text encoders
+
+
+def test_text_encoders_are_gone_in_training_and_come_back_for_a_new_prompt(tiny_model, tiny_bundle, make_request, anchors, tiny_bundles):
+    before = tiny_bundle.encode(["a very new prompt"])
+    assert tiny_bundle.text_encoders
+    encoders, alive = [weakref.ref(encoder) for encoder in tiny_bundle.text_encoders], []
+
+    def look(progress):
+        gc.collect()
+        alive.append([encoder() is not None for encoder in encoders])
+
+    watch = Callbacks(on_progress=look, preview_prompts=("a cat",), preview_every=1)
+    run_step(tiny_model, make_request(iterations=2), store=anchors, bundles=tiny_bundles[tiny_model.family.name], callbacks=watch)
+    assert alive == [[False] * len(encoders)] * 2 and tiny_bundle.text_encoders == ()
+    tiny_bundle._prompts.clear()
+    after = tiny_bundle.encode(["a very new prompt"])
+    assert torch.equal(before.text, after.text) and len(tiny_bundle.text_encoders) == len(encoders)
+
+
+def test_prompts_that_are_asked_for_again_are_kept_and_never_fewer_than_one_call_needs(random_bundle, monkeypatch):
+    monkeypatch.setattr("cul_core.bundle._CACHED_PROMPTS", 3)
+    random_bundle._prompts.clear()
+    for prompts in (["a cat", "a dog"], ["a house", "a cat"], ["a boat"]):
+        random_bundle.encode(prompts)
+    assert list(random_bundle._prompts) == ["a house", "a cat", "a boat"]
+    assert len(random_bundle.encode(["a", "b", "c", "d", "a"])) == 5 and len(random_bundle._prompts) == 4
+
+
+# --- the estimate
+
+
+def kept_by_autograd(bundle, rows):
+    """Bytes that a forward pass really keeps for the backward pass."""
+    storages = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in bundle.unet.parameters()}
+
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    weights = [bundle.unet.get_parameter(name) for name in group_names(bundle.unet, "kv")]
+    for weight in weights:
+        weight.requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = bundle.predict(torch.randn(rows, 4, 8, 8), torch.zeros(rows, dtype=torch.long), bundle.encode(["a cat"] * rows))
+    for weight in weights:
+        weight.requires_grad_(False)
+    del output
+    return sum(storage.nbytes() for place, storage in storages.items() if place not in own)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_counted_activations_are_those_that_autograd_keeps(rows, random_bundle):
+    counted = passes(MINI, torch.float32, "kv", rows)
+    assert counted.kept_bytes == pytest.approx(kept_by_autograd(random_bundle, rows), rel=0.1)
+    assert counted.teacher_bytes < counted.kept_bytes <= counted.training_bytes
+
+
+def test_more_pictures_take_more_and_checkpointing_and_half_precision_take_less():
+    one, two, four = (passes(MINI, torch.float32, "kv", rows) for rows in (1, 2, 4))
+    assert one.training_bytes < two.training_bytes < four.training_bytes < 4.2 * one.training_bytes
+    assert four.forward_flops == 4 * one.forward_flops < 1.2 * four.backward_flops
+    again = passes(MINI, torch.float32, "kv", 4, is_checkpointed=True)
+    assert again.training_bytes < 0.7 * four.training_bytes and again.backward_flops > 1.2 * four.backward_flops
+    assert passes(MINI, torch.bfloat16, "kv", 4).training_bytes < 0.6 * four.training_bytes
+
+
+def test_the_parts_of_an_estimate(make_request):
+    request = make_request(batch_size=4, iterations=10)
+    trained = 4 * sum(weight.numel() for weight in kv_of_mini())
+    exact, low = (estimate_step(MINI, request, "cpu", compute) for compute in (Compute(), BF16))
+    assert exact.trained_bytes == 4 * trained and low.trained_bytes == 5 * trained  # weights, gradients, two moments; and exact W0
+    assert estimate_step(MINI, request, "cpu", BF16, is_edited=True).trained_bytes == 6 * trained
+    assert estimate_step(MINI, request, "cpu", BF16, is_offloaded=True).trained_bytes == 0
+    assert exact.network_bytes == 2 * low.network_bytes and exact.margin_bytes == 0 < exact.seconds
+    split = estimate_step(MINI, request, "cpu", Compute(largest_micro_batch=1))
+    assert split.passes_bytes < 0.5 * exact.passes_bytes and split.seconds > 1.1 * exact.seconds
+    preserving = make_request(batch_size=4, method=ConAblConfig(preservation=1.0))
+    assert estimate_step(MINI, preserving, "cpu", Compute()).passes_bytes > 1.8 * exact.passes_bytes
+
+
+def kv_of_mini():
+    from cul_core.loading import build_unet
+
+    unet = build_unet(MINI)
+    return [unet.get_parameter(name) for name in group_names(unet, "kv")]
+
+
+def test_the_fastest_way_that_fits_is_chosen(make_request, monkeypatch):
+    needs = {(1, "off"): 4, (1, "on"): 2}
+
+    def estimate(family, request, device, compute, *, is_edited=False, is_offloaded=False, with_seconds=True):
+        scale = (compute.largest_micro_batch or 4) / 4 if compute.checkpointing == "on" else 1
+        return Estimate(0, 0 if is_offloaded else 8, int(100 * needs[1, compute.checkpointing.replace("auto", "off")] * scale), 0, 0)
+
+    monkeypatch.setattr("cul_core.estimate.estimate_step", estimate)
+    request, cpu = make_request(batch_size=4), torch.device("cpu")
+
+    def way(free, checkpointing="auto", dtype="bfloat16"):
+        compute = Compute(dtype, checkpointing)
+        chosen, is_offloaded, found = planned(SD1, request, cpu, compute, free)
+        return chosen.checkpointing, chosen.largest_micro_batch, is_offloaded, found.memory_bytes
+
+    assert way(None) == way(500) == ("auto", 0, False, 408)
+    assert way(300) == ("on", 0, False, 208)
+    assert way(110) == ("on", 2, False, 108)
+    assert way(58) == ("on", 1, False, 58)
+    assert way(55) == way(1) == ("on", 1, True, 50)
+    assert way(1, dtype="float32") == ("on", 1, False, 58)
+    assert way(300, "off")[0] == "off"
+    assert planned(MINI, request, cpu, Compute(), 1) == (Compute(), False, None)
+
+
+def test_what_is_needed_is_said_before_the_step_begins(tiny_model, make_request, anchors, tiny_bundles):
+    assert Estimate(4 * 10**9, 10**9, 10**8, 0, 0, 230.0).sentence(7_200_000_000) == "Needs about 5.1 GB and 4 min; 7.2 GB are free."
+    told = []
+    watch = Callbacks(on_message=told.append, on_progress=lambda progress: told.append("update"))
+    run_step(tiny_model, make_request(iterations=1), store=anchors, bundles=tiny_bundles[tiny_model.family.name], callbacks=watch)
+    assert told[0].startswith("Needs about 0.0 GB and 1 min") and told[1:] == ["update"]
+
+
+def test_the_command_line_says_how_to_compute(tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def run(*arguments, compute, **options):
+        raise Asked(compute)
+
+    monkeypatch.setattr("cul_core.training.run_step", run)
+    with pytest.raises(Asked) as asked:
+        main(["unlearn", "Lava", "--out", str(tmp_path / "x.safetensors"), "--dtype", "bfloat16", "--checkpointing", "on", "--compile"])
+    assert asked.value.args == (Compute("bfloat16", "on", True),)
+
+
+# --- on a GPU
+
+
+@cuda
+@pytest.mark.parametrize("is_offloaded", [False, True], ids=["resting", "offloaded"])
+def test_a_step_on_a_gpu(tiny_model, make_request, anchors, monkeypatch, is_offloaded):
+    bundles, told = BundleCache(), []
+    request = make_request(**EVERYTHING)
+    real = training._planned
+    monkeypatch.setattr(training, "_planned", lambda *arguments: (real(*arguments)[0], is_offloaded))
+    edited, report = run_step(
+        tiny_model, request, device="cuda", store=anchors, bundles=bundles, callbacks=Callbacks(on_message=told.append)
+    )
+    bundle = bundles.get(tiny_model.source, "cuda", Compute().dtype_on("cuda"))
+    assert bundle.dtype in (torch.bfloat16, torch.float16) and bundle.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert edited.edits and all(delta.dtype == torch.float32 and delta.device.type == "cpu" for delta in edited.edits.values())
+    assert "are free" in told[0] and all(map(torch.isfinite, map(torch.tensor, report.losses)))
+    del bundle
+    bundles.free()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() < 50_000_000
