@@ -30,6 +30,7 @@ from typing import Any
 
 from random_model import write_checkpoint, write_folder
 
+import cul_core
 from cul_core.errors import CulError
 from cul_core.safetensor_files import write_atomically
 
@@ -218,6 +219,8 @@ def _run(side: str, kind: str, job: dict[str, Any], python: str, folder: Path, t
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
                     "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}  # fmt: skip
+    if side == "ours":
+        environment["PYTHONPATH"] = str(Path(cul_core.__file__).resolve().parents[1])  # the package that is imported here
     script = _HERE / "comparison" / ("our_side.py" if side == "ours" else "reference_side.py")
     seen = _watched([python, str(script), str(out / "job.json")], environment, folder / f"{out.name}.log")
     noted = json.loads((out / "marks.json").read_text(encoding="utf-8"))
