@@ -6,7 +6,8 @@
 Every combination is one `run_step` of Concept Ablation on random weights (or those of `--model`) at the family's own resolution. An
 iteration is a batch through the network with gradients, once more without for the anchor prompt, and the update. `share` is its floating
 point operations (those of the network alone: a backward pass without anything computed again) a second, over those of a multiplication of
-large square matrices of the same dtype, measured in the same process. With `--device cpu --family mini` the same code runs small.
+large square matrices of the same dtype, measured in the same process. `peak` is what tensors took at most in the timed iterations. With
+`--device cpu --family mini` the same code runs small.
 """
 
 from __future__ import annotations
