@@ -256,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--iterations", type=int, default=5, help="updates of a request; the first is not part of the time of one")
     parser.add_argument("--anchors", type=int, default=4, help="anchor pictures")
     parser.add_argument("--anchor-steps", type=int, default=4, help="their sampling steps")
-    parser.add_argument("--selft-steps", type=int, default=50, help="states of SelFT's scoring")
+    parser.add_argument("--selft-steps", type=int, default=20, help="states of SelFT's scoring; 50 are its own, and take 20 minutes")
     parser.add_argument("--selft-resolution", type=int, default=64, help="side of its pictures: the reference takes T (T - 1) / 2 steps")
     parser.add_argument("--repeats", type=int, default=2, help="runs of a whole request on each side")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process; one per core if not given")
@@ -307,10 +307,20 @@ def _measure(arguments: argparse.Namespace, work: Path) -> tuple[dict[str, Any],
     return job, runs
 
 
+def _replaced(runs: Sequence[dict]) -> list[str]:
+    """What was replaced in these runs, and in which kinds of them if not in all."""
+    kinds: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for shim in run["shims"]:
+            kinds.setdefault(shim, {})[run["kind"]] = None
+    every = len({run["kind"] for run in runs})
+    return [shim if len(found) == every else f"{shim} ({', '.join(found)})" for shim, found in kinds.items()]
+
+
 def report(job: dict[str, Any], runs: list[dict]) -> tuple[str, dict[str, Any]]:
     """(what to print, what to write) of all runs."""
     rows = rows_of(runs, job)
-    shims = {side: list(dict.fromkeys(shim for run in runs if run["side"] == side for shim in run["shims"])) for side in SIDES}
+    shims = {side: _replaced([run for run in runs if run["side"] == side]) for side in SIDES}
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": runs[0]["threads"],
                "torch": {run["side"]: run["torch"] for run in runs}, "load": [run["load"] for run in runs]}  # fmt: skip
     loads = [run["load"][0] for run in runs if run["load"]]
