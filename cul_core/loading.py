@@ -160,7 +160,7 @@ def build_unet(family: Family) -> nn.Module:
         return UNet2DConditionModel.from_config(family.config("unet"))
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> nn.Module:
     """Give a module built on the meta device its weights, in `dtype`; every name must be there and no other.
 
     They are copied out of the file, which may change or vanish afterwards.
