@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from comfy_api.v0_0_2 import io
 
 from ..cul_core.chain import UnlearnModel
@@ -37,7 +39,7 @@ class LoadedModel:
 
 
 CARRIED = {"CUL_MODEL": LoadedModel, "CUL_CONCEPTS": ConceptList, "CUL_METHOD": Config, "CUL_REGULARIZERS": tuple, "CUL_TRAINING": dict,
-           "CUL_SCORES": tuple, "STRING": str, "BOOLEAN": bool, "INT": int, "FLOAT": float}  # fmt: skip
+           "CUL_SCORES": tuple, "MODEL": ModelPatcher, "CLIP": CLIP, "VAE": VAE, "STRING": str, "BOOLEAN": bool, "INT": int, "FLOAT": float}  # fmt: skip
 """What the sockets and widgets of our nodes carry."""
 
 

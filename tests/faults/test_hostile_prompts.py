@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from graphs import CUL, SAMPLING, VAE, Graph
+from graphs import CLIP, CUL, MODEL, SAMPLING, VAE, Graph
 from hosts import HOSTS, HOW, IDS, Host
 from refusals import entry, is_one_sentence, write_file
 from safetensors.torch import load_file, save_file
@@ -57,7 +57,9 @@ class Maker:
 
     def graph(self, name, **changes):
         graph = Graph()
-        places = {"CUL_MODEL": (graph.load(), CUL), "CUL_CONCEPTS": (graph.concept(), 0), "CUL_TRAINING": (graph.training(), 0)}
+        loaded = graph.load()
+        places = {"CUL_MODEL": (loaded, CUL), "MODEL": (loaded, MODEL), "CLIP": (loaded, CLIP), "CUL_CONCEPTS": (graph.concept(), 0),
+                  "CUL_TRAINING": (graph.training(), 0)}  # fmt: skip
         values = {}
         for key, spec in self.schemas[name]["input"]["required"].items():
             details = spec[1]

@@ -1,5 +1,6 @@
 """Forgetting in the real host: caches and store, branches, cancelling, native models, files, and what errors say."""
 
+import html
 import io
 import json
 import os
@@ -122,8 +123,8 @@ def test_checkpoints_in_subfolders_and_further_folders_are_listed_and_described(
         assert name in json.dumps(host.get("/object_info/CUL_LoadModel")).replace("\\\\", "\\")
         graph = Graph()
         graph.add("CUL_DriftMap", model=(graph.load(name), CUL))
-        texts = b" ".join(data for data in progress_of(host, graph)[0] if int.from_bytes(data[:4], "big") == 3)
-        assert b"MiniCanvas, 15.9 MB" in texts and b"fp16, predicts noise, 64 px" in texts
+        texts = html.unescape(" ".join(data.decode() for data in progress_of(host, graph)[0] if int.from_bytes(data[:4], "big") == 3))
+        assert "MiniCanvas, 15.9 MB" in texts and "fp16, predicts noise, 64 px" in texts
 
 
 def test_an_unsupported_file_is_refused_before_anything_runs(host):
