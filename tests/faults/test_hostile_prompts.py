@@ -9,7 +9,7 @@ import urllib.request
 
 import pytest
 from graphs import CLIP, CUL, MODEL, SAMPLING, VAE, Graph
-from hosts import HOSTS, HOW, IDS, Host
+from hosts import HOW, NEWEST, Host
 from refusals import entry, is_one_sentence, write_file
 from safetensors.torch import load_file, save_file
 
@@ -32,11 +32,12 @@ PREFIXES = ["", "/", "/etc/x", "../x", "a/../../x", "..", "CON", "x/nul", "COM1.
             "a|b", "a?", "a*", '"', "<x>", "\u202e", "a//b", "\\\\server\\x", "checkpoints/../../../x"]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=HOSTS or [None], ids=IDS)
-def server(request, tmp_path_factory):
-    if request.param is None:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The newest host: older ones stop working for good at prompts with nodes that have no inputs at all, whoever's the nodes are."""
+    if NEWEST is None:
         pytest.skip(HOW)
-    running = Host(request.param, tmp_path_factory.mktemp("host"))
+    running = Host(NEWEST, tmp_path_factory.mktemp("host"))
     yield running
     running.stop()
     shutil.rmtree(running.folder)

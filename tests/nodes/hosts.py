@@ -164,3 +164,4 @@ class Host:
 
 HOSTS = find_hosts()
 IDS = [version_of(host) for host in HOSTS] or ["none"]
+NEWEST = max(HOSTS, key=lambda host: [int(part) for part in version_of(host).split(".")], default=None)
