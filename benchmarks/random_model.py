@@ -31,7 +31,7 @@ def write_folder(checkpoint: Path, tokenizer: Path, folder: Path) -> Path:
     shutil.rmtree(making, ignore_errors=True)
     bundle = load_bundle(checkpoint, torch.float16, tokenizer)
     bundle.unet.save_pretrained(making / "unet")
-    load_autoencoder(checkpoint, SD1.config("vae"), torch.float16).save_pretrained(making / "vae")
+    load_autoencoder(checkpoint, SD1.config("vae")).half().save_pretrained(making / "vae")
     level = "text_model."
     text = {level + name.removeprefix(level): value.half().contiguous() for name, value in bundle.text_encoders[0].state_dict().items()
             if not name.endswith("position_ids")}  # fmt: skip

@@ -5,6 +5,7 @@
 Needs only what that code imports. Everything that is replaced from outside is in `SHIMS`, which becomes part of the figures.
 """
 
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ SHIMS: list[str] = []
 
 def _empty_module(name: str, why: str, **contents) -> None:
     module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # who looks for packages asks for it
     for key, value in contents.items():
         setattr(module, key, value)
     sys.modules[name] = module
