@@ -37,7 +37,9 @@ from cul_core.safetensor_files import write_atomically
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _HERE = Path(__file__).resolve().parent
 SIDES = ("reference", "ours")
-KINDS = ("request", "selft", "projection")
+KINDS = ("request", "own", "selft", "projection")
+OWN_STEPS = {"reference": 100, "ours": 25}
+"""Sampling steps of an anchor picture, as each side has them for Stable Diffusion 1.5: of DDIM and of DPM-Solver++."""
 _ENTRY = Path("UnlearningMethods", "ConAbl", "train_conabl.py")
 _ANCHOR, _TARGET = "horse", "dog"
 _PROMPTS = ("a horse in a field", "a photo of a horse by a lake", "a horse under an old tree", "a drawing of a horse at night")
@@ -148,6 +150,12 @@ def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
             of_request("of it anonymous, GiB", "anonymous", "the most without pages of mapped files, seen every 20 ms"),
             of_request("training's peak, GiB", "training", "the most between the anchor pictures and the last update, seen every 20 ms"),
         ]  # fmt: skip
+    if by["ours", "own"]:
+        rows += [
+            row("own sampling: whole request, s", "own", lambda run: _of_request(run)["whole"], "one anchor picture for these "
+                f"iterations, by each side's own number of steps, {OWN_STEPS['reference']} and {OWN_STEPS['ours']}; one run"),
+            row("own sampling: whole request, cpu s", "own", lambda run: _of_request(run)["whole_cpu"]),
+        ]  # fmt: skip
     if by["ours", "selft"]:
         at, formula = f"SelFT at {job['selft_steps']} states of {job['selft_resolution']} px", selft_calls(50)
         rows += [
@@ -219,7 +227,8 @@ def _memory(pid: int) -> tuple[int, int] | None:
 def _run(side: str, kind: str, job: dict[str, Any], python: str, folder: Path, threads: int) -> dict[str, Any]:
     """One process of one side: what it noted and what was seen of it."""
     out = Path(tempfile.mkdtemp(prefix=f"{kind}-{side}-", dir=folder))
-    small = {"selft": {"iterations": 0, "resolution": job["selft_resolution"]}, "projection": {"iterations": 3, "resolution": 64}}
+    small = {"selft": {"iterations": 0, "resolution": job["selft_resolution"]}, "projection": {"iterations": 3, "resolution": 64},
+             "own": {"anchor_steps": OWN_STEPS[side]}}  # fmt: skip
     if kind != "request":
         job = job | {"anchors": 1, "anchor_steps": 1, "anchor_prompts": job["anchor_prompts"][:1]} | small[kind]
     job = job | {"kind": kind, "out": str(out), "marks": str(out / "marks.json")}

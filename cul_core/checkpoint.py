@@ -19,7 +19,7 @@ from .loading import Source, checkpoint_key_map, detect_family, source_of
 from .safetensor_files import check_header, free_path, opened, read_header, write_atomically
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_CHUNK = 8 << 20
+_CHUNK, _PAGE = 8 << 20, 4096
 _SHORTER = "The source checkpoint became shorter while it was being copied; leave it in place and save again."
 _VALUES = 1 << 18  # they stay in the processor's cache
 
@@ -46,10 +46,10 @@ def save_checkpoint(
         if header[keys[name]]["dtype"] not in _DTYPES:
             raise CheckpointError(f"{keys[name]!r} is stored as {header[keys[name]]['dtype']}, which cannot hold an edit; "
                                   "start from an fp16, bf16 or fp32 checkpoint.")  # fmt: skip
-        if not torch.isfinite(model.edits[name]).all():
+        if not _is_finite(model.edits[name]):
             raise TrainingError(f"The edit of {name!r} holds values that are not finite; repeat the step with a lower learning rate.")
     text = json.dumps({"__metadata__": {**inherited, **(metadata or {}), **model.metadata()}, **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * ((start - 8 - len(text)) % _PAGE)  # data as far into a page as in the source, which the kernel copies twice as fast
     try:
         check_header(text)
     except ValueError as error:
@@ -96,10 +96,14 @@ def _add(source: BinaryIO, out: BinaryIO, begin: int, edit: Tensor, dtype: torch
         if source.readinto(memoryview(data)[: count * dtype.itemsize]) < count * dtype.itemsize:
             raise ModelError(_SHORTER)
         values[:count] = torch.add(values[:count], delta, out=sums[:count])
-        if not values[:count].sum(dtype=torch.float32).isfinite() and not values[:count].isfinite().all():  # the sum is quicker
+        if not _is_finite(values[:count]):
             return False
         out.write(memoryview(data)[: count * dtype.itemsize])
     return True
+
+
+def _is_finite(values: Tensor) -> bool:
+    return bool(values.sum(dtype=torch.float32).isfinite() or values.isfinite().all())  # the sum is quicker
 
 
 def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Callable[[], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from .bundle import ModelBundle
 from .errors import ModelError
 from .families import UNET_PREFIX, V_PREDICTION, VAE_PREFIX, Family, TextEncoder, family_of
-from .safetensor_files import opened, read_header
+from .safetensor_files import OpenedFile, opened, read_header
 
 _SPREAD = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _DIFFUSERS = ((0, 33), (0, 40))  # tested from the first up to, not including, the second; pyproject.toml says the same
@@ -160,13 +159,10 @@ def build_unet(family: Family) -> nn.Module:
         return UNet2DConditionModel.from_config(family.config("unet"))
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Give a module built on the meta device its weights, in `dtype`; every name must be there and no other.
-
-    They are copied out of the file, which may change or vanish afterwards.
-    """
+def _fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Give a module built on the meta device its weights, in `dtype`; every name must be there and no other."""
     try:
-        module.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}, strict=True, assign=True)
+        module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors}, strict=True, assign=True)
     except RuntimeError as error:
         raise ModelError(f"the {type(module).__name__} weights are incomplete or of another shape") from error
     return module.eval().requires_grad_(False)
@@ -239,7 +235,7 @@ def _load_bundle(path: Path, family: Family, tokenizer: object, dtype: torch.dty
     with opened(path) as file:
         names = list(file.keys())
         unet_names = unet_key_map(names, unet.config)
-        _fill(unet, {ours: file.get_tensor(key) for ours, key in unet_names.items()}, dtype)
+        _fill(unet, ((ours, file.get_tensor(key)) for ours, key in unet_names.items()), dtype)  # one at a time in both precisions
         autoencoder = _load_tiny_autoencoder(file, names) if family.has_decoder else None
     to_open = None
     if autoencoder is None and family.has_config("vae"):
@@ -267,7 +263,7 @@ def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
         for kind in family.text_encoders:
             encoder = _build_text_encoder(family, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(kind.prefix)}
-            encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder)))
+            encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder).items()))
     return tuple(encoders)
 
 
@@ -292,7 +288,7 @@ def _kl_autoencoder(tensors: dict[str, Tensor], config: dict) -> nn.Module:
 
     with torch.device("meta"):
         autoencoder = AutoencoderKL.from_config(config)
-    return _fill(autoencoder, convert_ldm_vae_checkpoint(tensors, config))
+    return _fill(autoencoder, convert_ldm_vae_checkpoint(tensors, config).items())
 
 
 def tiny_autoencoder_key(name: str) -> str:
@@ -302,7 +298,7 @@ def tiny_autoencoder_key(name: str) -> str:
     return f"{VAE_PREFIX}taesd_{part}.{int(index) + shift}.{rest}"
 
 
-def _load_tiny_autoencoder(file: safe_open, names: list[str]) -> nn.Module:
+def _load_tiny_autoencoder(file: OpenedFile, names: list[str]) -> nn.Module:
     from diffusers import AutoencoderTiny
 
     with torch.device("meta"):
@@ -310,7 +306,7 @@ def _load_tiny_autoencoder(file: safe_open, names: list[str]) -> nn.Module:
     keys = {name: tiny_autoencoder_key(name) for name in autoencoder.state_dict()}
     if missing := set(keys.values()) - set(names):
         raise ModelError(f"the autoencoder tensor {min(missing)!r} is missing")
-    return _fill(autoencoder, {name: file.get_tensor(key) for name, key in keys.items()})
+    return _fill(autoencoder, ((name, file.get_tensor(key)) for name, key in keys.items()))
 
 
 class BundleCache:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError, ModelError, shown
@@ -38,6 +37,7 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_ONLY_READ = {"I16": torch.int16, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _SEAL = "sha256"
 _LEFTOVER, _OLD_SECONDS = ".cul-part", 86400
 
@@ -131,19 +131,53 @@ def _check_entries(header: dict[str, dict], metadata: dict[str, str]) -> int:
     return position
 
 
+class OpenedFile:
+    """The tensors of an open safetensors file. They are read, not mapped: each has memory of its own, none stays when it is dropped, and
+    what happens to the file later happens to none of them.
+    """
+
+    def __init__(self, file: BinaryIO, header: Mapping[str, dict], start: int, name: str):
+        self._file, self._header, self._start, self._name = file, header, start, name
+
+    def keys(self) -> list[str]:
+        return list(self._header)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """One tensor on the CPU, as it is stored.
+
+        Raises:
+            ModelError: the file cannot be read, became shorter, or stores it in a dtype that PyTorch lacks.
+        """
+        entry = self._header[name]
+        if (dtype := (_DTYPES | _ONLY_READ).get(entry["dtype"])) is None:
+            raise ModelError(f"{self._name!r} stores {shown(name)} as {entry['dtype']}, which cannot be read; choose an fp16, bf16 or fp32 "
+                             "checkpoint.")  # fmt: skip
+        tensor = torch.empty(entry["shape"], dtype=dtype)
+        data = _bytes_of(tensor)
+        try:
+            self._file.seek(self._start + entry["data_offsets"][0])
+            if self._file.readinto(data) == len(data):
+                return tensor
+            reason = "it became shorter"
+        except OSError as error:
+            reason = error.strerror
+        raise ModelError(f"{self._name!r} can no longer be read ({reason}); copy or download it again.")
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[safe_open]:
-    """The tensors of a safetensors file, on the CPU.
+def opened(path: Path) -> Iterator[OpenedFile]:
+    """The tensors of a safetensors file.
 
     Raises:
         ModelError: the file cannot be read, or its entries contradict each other.
     """
-    read_header(path)
+    header, _, start = read_header(path)
     try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ModelError(f"{path.name!r} is a damaged safetensors file ({error}); copy or download it again.") from error
+        file = path.open("rb")
+    except OSError as error:
+        raise ModelError(f"{path.name!r} can no longer be read ({error.strerror}); put it back.") from error
+    with file:
+        yield OpenedFile(file, header, start, path.name)
 
 
 def free_path(path: Path) -> Path:
