@@ -14,7 +14,7 @@ TARGETS = REQUEST_ORDERS["a"][:4]
 
 
 def retention(model, shipped_bundle):
-    scores = evaluate(shipped_bundle, model, Judge(), TARGETS, seed=4242)
+    scores = evaluate(shipped_bundle, model, Judge(), TARGETS, seed=4242, across=STYLE_SUITE.across[::2])
     return scores, (scores.ira_declared + scores.ira_hidden) / 2
 
 
