@@ -90,14 +90,14 @@ class Cell:
         if (setting or "sequential") not in SETTINGS:
             raise ConfigError(f"Cell {name!r} has no setting {setting!r}; choose one of {', '.join(SETTINGS)}.")
         own, found = dict(_OWN.get(name, {})), preset(chosen)
-        if iterations := own.pop("iterations", None):
-            found = found.with_settings({"iterations": iterations})
+        if settings := own.pop("settings", None):
+            found = found.with_settings(settings)
         return cls(name, found, setting or "sequential", **own)
 
 
 _OWN = {
-    "plain_ours simultaneous": {"iterations": 25},
-    "plain_ours ties": {"merger": TiesConfig(strength=2.25, keep_fraction=0.4)},
+    "plain_ours simultaneous": {"settings": {"iterations": 25, "learning_rate": 6e-4}},
+    "plain_ours ties": {"settings": {"learning_rate": 6e-4}, "merger": TiesConfig(strength=2.25, keep_fraction=0.4)},
 }
 """Cells of ours whose setting has values of its own, by name."""
 
