@@ -24,9 +24,9 @@ def shortened(graph):
         if node["class_type"] in ("CUL_UnlearnStep", "CUL_UnlearnSequence") and "training" not in node["inputs"]:
             node["inputs"]["training"] = ["short", 0]
         if node["class_type"] == "CUL_TrainingSettings":
-            node["inputs"]["iterations"] = 2
-    settings = {"iterations": 2, "batch_size": 2, "learning_rate": 1e-4, "schedule": "constant", "group": "kv", "anchor_count": 0,
-                "anchor_steps": 0}  # fmt: skip
+            node["inputs"] |= {"iterations": 2, "anchor_count": 8, "anchor_steps": 4}
+    settings = {"iterations": 2, "batch_size": 2, "learning_rate": 1e-4, "schedule": "constant", "group": "kv", "anchor_count": 8,
+                "anchor_steps": 4}  # fmt: skip
     return graph | {"short": {"class_type": "CUL_TrainingSettings", "inputs": settings}}
 
 
