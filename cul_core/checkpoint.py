@@ -49,7 +49,7 @@ def save_checkpoint(
         if not _is_finite(model.edits[name]):
             raise TrainingError(f"The edit of {name!r} holds values that are not finite; repeat the step with a lower learning rate.")
     text = json.dumps({"__metadata__": {**inherited, **(metadata or {}), **model.metadata()}, **header}, separators=(",", ":")).encode()
-    text += b" " * ((start - 8 - len(text)) % _PAGE)  # data as far into a page as in the source, which the kernel copies twice as fast
+    text += b" " * ((start - 8 - len(text)) % _PAGE)  # data as far into a page as in the source, so that whole pages are copied
     try:
         check_header(text)
     except ValueError as error:
