@@ -10,6 +10,7 @@ from short import SHORT
 
 from cul_core import masters as masters_module
 from cul_core import training
+from cul_core.anchors import AnchorStore
 from cul_core.cli import main
 from cul_core.compute import Compute
 from cul_core.errors import ConfigError, TrainingError
@@ -325,18 +326,18 @@ def test_a_network_that_cannot_be_compiled_is_not(step, make_request, random_bun
 # --- text encoders
 
 
-def test_text_encoders_are_gone_in_training_and_come_back_for_a_new_prompt(tiny_model, tiny_bundle, make_request, anchors, tiny_bundles):
+def test_text_encoders_are_gone_in_training_and_come_back_for_a_new_prompt(tiny_model, tiny_bundle, make_request, tiny_bundles):
     before = tiny_bundle.encode(["a very new prompt"])
     assert tiny_bundle.text_encoders
     encoders, alive = [weakref.ref(encoder) for encoder in tiny_bundle.text_encoders], []
 
-    def look(progress):
+    def look(*progress):
         gc.collect()
-        alive.append([encoder() is not None for encoder in encoders])
+        alive.append([encoder() is not None for encoder in encoders] + list(tiny_bundle.text_encoders))
 
-    watch = Callbacks(on_progress=look, preview_prompts=("a cat",), preview_every=1)
-    run_step(tiny_model, make_request(iterations=2), store=anchors, bundles=tiny_bundles[tiny_model.family.name], callbacks=watch)
-    assert alive == [[False] * len(encoders)] * 2 and tiny_bundle.text_encoders == ()
+    watch = Callbacks(on_progress=look, on_anchors=look, preview_prompts=("a cat",), preview_every=1)
+    run_step(tiny_model, make_request(iterations=2), store=AnchorStore(), bundles=tiny_bundles[tiny_model.family.name], callbacks=watch)
+    assert len(alive) > 2 and alive == [[False] * len(encoders)] * len(alive) and tiny_bundle.text_encoders == ()
     tiny_bundle._prompts.clear()
     after = tiny_bundle.encode(["a very new prompt"])
     assert torch.equal(before.text, after.text) and len(tiny_bundle.text_encoders) == len(encoders)
