@@ -72,11 +72,8 @@ class AnchorStore:
                 if sum(map(len, batches)) < count:
                     repeated = [prompts[i % len(prompts)] for i in range(count)]
                     generators = [anchor_generator(seed, i) for i in range(count)]
-                    for needed in (repeated, [""]):
-                        bundle.encode(needed)
-                    bundle.free_text_encoders()  # sampling takes long, and loading them again does not
                     try:
-                        sample_latents(bundle, repeated, generators, sampler, check, batches=batches)
+                        sample_latents(bundle, repeated, generators, sampler, check, batches=batches, keeps_text_encoders=False)
                     finally:
                         if file is not None:
                             file.write(batches)

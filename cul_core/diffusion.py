@@ -98,19 +98,23 @@ def generator_for(seed: int, *purpose: object) -> torch.Generator:
 def sample_latents(
     bundle: ModelBundle, prompts: Sequence[str], generators: Sequence[torch.Generator], sampler: SamplerConfig,
     on_batch: Callable[[int], None] = lambda done: None, batch_size: int | None = None, batches: list[Tensor] | None = None,
+    keeps_text_encoders: bool = True,
 ) -> Tensor:  # fmt: skip
     """Latents (n, c, h, w) on the CPU for n prompts, each from its own generator.
 
     Every batch has the same size (the last is filled up and cut), so that a picture is the same in any company; the family's if
     `batch_size` is not given.
     `on_batch(done)` runs after each and may raise to stop. `batches` are the latents that an earlier call has sampled, in whole batches
-    of this size; those sampled now are appended.
+    of this size; those sampled now are appended. Without `keeps_text_encoders` their memory is free meanwhile: sampling many pictures
+    takes long, and loading the encoders again does not.
     """
     device, family = bundle.device, bundle.family
     schedule = NoiseSchedule(ends_in_noise=family.ends_in_noise)
     batch_size = batch_size or family.sampling_batch
     noise = torch.stack([torch.randn(family.latent_shape, generator=generator) for generator in generators])
     contexts, null = bundle.encode(prompts), bundle.encode([""])
+    if not keeps_text_encoders:
+        bundle.free_text_encoders()
     done = [] if batches is None else batches
     for start in range(sum(map(len, done)), len(prompts), batch_size):
         index = (torch.arange(start, start + batch_size)).clamp(max=len(prompts) - 1)
