@@ -17,6 +17,7 @@ from .diffusion import SamplerConfig, generator_for, sample_latents
 from .errors import Cancelled, CheckpointError, ModelError
 from .loading import Source
 from .locks import lock_of, locked
+from .memory import release_memory
 from .safetensor_files import leftovers, read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class AnchorStore:
                     finally:
                         if file is not None:
                             file.write(batches)
+                    release_memory(bundle.device)
             self._memory[key] = torch.cat(batches)
             if file is not None:
                 self.used.add(file.path)

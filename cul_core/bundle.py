@@ -13,6 +13,7 @@ from .compact import compact_decoder
 from .embeddings import Embeddings
 from .errors import ModelError
 from .families import Family
+from .memory import release_memory
 
 _CACHED_PROMPTS = 1024
 _ROOM = 1.5
@@ -68,8 +69,9 @@ class ModelBundle:
 
     def free_text_encoders(self) -> None:
         """Gives the memory of the text encoders back, where they can be loaded again."""
-        if self.open_text_encoders is not None:
+        if self.open_text_encoders is not None and self.text_encoders:
             self.text_encoders = ()
+            release_memory(torch.device("cpu"))
 
     def scores(self, key: str, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Scores of weights by name, from `measure` unless the last ones were those of `key` too; only the last are kept."""

@@ -23,6 +23,7 @@ from .compute import Compute
 from .config import canonical_json
 from .embeddings import Embeddings
 from .families import MINI, Family
+from .lean import product
 from .loading import build_unet
 from .methods import METHODS
 from .params import group_names
@@ -235,10 +236,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    matrix @ matrix  # the first call loads the libraries
+    product(matrix, matrix)  # the first call loads the libraries
     begun, count = wait(), 0
     while (now := wait()) - begun < 0.2:
-        matrix @ matrix
+        product(matrix, matrix)
         count += 1
     return 2 * side**3 * max(count, 1) / (now - begun)
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .bundle import ModelBundle
 from .errors import ModelError
-from .families import UNET_PREFIX, V_PREDICTION, VAE_PREFIX, Family, TextEncoder, family_of
+from .families import MINI, UNET_PREFIX, V_PREDICTION, VAE_PREFIX, Family, TextEncoder, family_of
+from .lean import lean
 from .safetensor_files import OpenedFile, opened, read_header
 
 _SPREAD = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -145,6 +146,8 @@ def _build_text_encoder(family: Family, kind: TextEncoder) -> nn.Module:
     config = CLIPTextConfig(**family.config(kind.config))
     with torch.device("meta"):
         encoder = (CLIPTextModelWithProjection if kind.is_pooled else CLIPTextModel)(config)
+    if family != MINI:
+        lean(encoder)
     for module in encoder.modules():
         if "position_ids" in dict(module.named_buffers(recurse=False)):  # no checkpoint's, so no weights fill it
             module.position_ids = torch.arange(config.max_position_embeddings)[None]
@@ -156,7 +159,8 @@ def build_unet(family: Family) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(family.config("unet"))
+        unet = UNet2DConditionModel.from_config(family.config("unet"))
+    return unet if family == MINI else lean(unet)  # whose layers are too small to gain
 
 
 def _fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -262,7 +266,7 @@ def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
     with _naming(path), opened(path) as file:
         for kind in family.text_encoders:
             encoder = _build_text_encoder(family, kind)
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(kind.prefix)}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys() if name.startswith(kind.prefix)}
             encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder).items()))
     return tuple(encoders)
 

@@ -82,7 +82,6 @@ _LARGE = ("sd1", "sd2", "sdxl")
 _ESD_PAPER = TrainingConfig(iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2")
 _STEEP = TrainingConfig(learning_rate=6e-4, schedule="linear")
 _DAMPED = ProjectionConfig(decoys=300, damping=3e-5)
-_STRONGER = ProjectionConfig(decoys=300, damping=1e-5)
 
 PRESETS = {
     "plain": Preset(
@@ -129,15 +128,15 @@ PRESETS = {
     ),
     "plain_ours": Preset(
         "Concept Ablation towards the pretrained model's anchors, with nothing to hold the rest.",
-        ConAblConfig(teacher="pretrained"), (), _STEEP,
+        ConAblConfig(teacher="pretrained"), (), replace(_STEEP, learning_rate=2e-4),
     ),
     "l1sp_ours": Preset(
         "L1-SP as a proximal step towards the pretrained weights, so that the whole chain's drift is bounded.",
-        ConAblConfig(teacher="pretrained"), (L1SPConfig(strength=3e4),), _STEEP,
+        ConAblConfig(teacher="pretrained"), (L1SPConfig(strength=1e4),), _STEEP,
     ),
     "l2sp_ours": Preset(
         "L2-SP as a proximal step towards the pretrained weights, so that the whole chain's drift is bounded.",
-        ConAblConfig(teacher="pretrained"), (L2SPConfig(strength=3e5),), _STEEP,
+        ConAblConfig(teacher="pretrained"), (L2SPConfig(strength=1e6),), _STEEP,
     ),
     "selft_ours": Preset(
         "SelFT whose mask holds on what the optimizer does, scored along one picture.",
@@ -145,15 +144,15 @@ PRESETS = {
     ),
     "projection_ours": Preset(
         "Update projection in more strongly damped coordinates than the recommended ones.",
-        ConAblConfig(teacher="pretrained"), (_STRONGER,), _STEEP,
+        ConAblConfig(teacher="pretrained"), (replace(_DAMPED, damping=3e-6),), _STEEP,
     ),
     "projection_selft_ours": Preset(
         "The recommended projection and SelFT, exactly sparse in the directions that projection leaves.",
-        ConAblConfig(teacher="pretrained"), (SelFTConfig(kept_fraction=0.5), _DAMPED), _STEEP,
+        ConAblConfig(teacher="pretrained"), (SelFTConfig(kept_fraction=0.3), _DAMPED), replace(_STEEP, learning_rate=4e-4),
     ),
     "projection_l1sp_ours": Preset(
-        "The recommended projection and L1-SP towards the pretrained weights.",
-        ConAblConfig(teacher="pretrained"), (_DAMPED, L1SPConfig(strength=5e3)), _STEEP,
+        "The recommended projection in more strongly damped coordinates, and L1-SP towards the pretrained weights.",
+        ConAblConfig(teacher="pretrained"), (replace(_DAMPED, damping=1e-5), L1SPConfig(strength=5e3)), _STEEP,
     ),
     "esd_reference": Preset(
         "Erased Stable Diffusion as its authors' code does it, a new picture for every update; on Stable Diffusion XL as the paper's.",

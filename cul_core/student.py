@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from .compute import Compute
 from .embeddings import Embeddings
 from .errors import TrainingError
 from .masters import Masters
+from .memory import release_memory
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -183,10 +183,3 @@ def out_of_memory(bundle: ModelBundle, is_checkpointed: bool) -> str:
     remedy = "choose a smaller parameter group, or another device" if is_checkpointed else "allow checkpointing (auto)"
     return (f"The memory of {bundle.device} is too short to train {bundle.family.display_name}, even one picture at a time "
             f"{'with' if is_checkpointed else 'without'} checkpointing; close what else uses it, {remedy}.")  # fmt: skip
-
-
-def release_memory(device: torch.device) -> None:
-    """Gives back what nothing uses any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

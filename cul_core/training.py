@@ -26,6 +26,7 @@ from .errors import Cancelled, ConfigError, TrainingError, shown
 from .estimate import free_memory, planned
 from .loading import BundleCache
 from .masters import Masters
+from .memory import release_memory
 from .methods import METHODS
 from .methods.base import Method, StepContext
 from .params import group_names, is_kv
@@ -33,7 +34,7 @@ from .regularizers import REGULARIZERS
 from .regularizers.base import Regularizer
 from .resume import Loop, StateKeeper
 from .stopping import EarlyStopping, Measure
-from .student import Student, out_of_memory, release_memory
+from .student import Student, out_of_memory
 
 logger = logging.getLogger(__name__)
 _PREVIEW_SAMPLER = SamplerConfig(steps=8)
