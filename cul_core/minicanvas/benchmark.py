@@ -96,7 +96,7 @@ class Cell:
 
 
 _OWN = {
-    "plain_ours simultaneous": {"settings": {"iterations": 25, "learning_rate": 6e-4}},
+    "plain_ours simultaneous": {"settings": {"iterations": 35, "learning_rate": 8e-4}},
     "plain_ours ties": {"settings": {"learning_rate": 6e-4}, "merger": TiesConfig(strength=2.25, keep_fraction=0.4)},
 }
 """Cells of ours whose setting has values of its own, by name."""
