@@ -206,7 +206,8 @@ def test_a_target_that_nobody_can_measure_is_refused(make_request):
 
 
 def test_minicanvas_stops_early_with_the_style_gone(shipped_model, bundles, anchors):
-    chosen = preset("plain_ours").with_settings({"iterations": 200, "evaluate_every": 20, "anchor_count": 16, "batch_size": 4})
+    settings = {"iterations": 200, "learning_rate": 6e-4, "evaluate_every": 20, "anchor_count": 16, "batch_size": 4}
+    chosen = preset("plain_ours").with_settings(settings)
     request = chosen.request([Concept("Neon_Cyan")], retain=[Concept("Neon_Pink")], anchor_prompts=["A cat image.", "a boat"], seed=1)
     _, report = run_step(shipped_model, request, store=anchors, bundles=bundles["shipped"], measure=measure_for(request))
     figures = report.figures
