@@ -88,7 +88,7 @@ def test_a_template_opens_in_the_page_runs_and_shows_its_picture(host, tmp_path)
 @pytest.mark.slow
 def test_the_workflow_for_stable_diffusion_runs_on_a_checkpoint_of_that_architecture(host):
     """Random weights, one picture of each kind, one iteration: on a CPU some minutes and 7 GB of memory."""
-    from sd1_layout import checkpoint_shapes, write_random
+    from sd_layout import checkpoint_shapes, write_random
 
     path = write_random(host.folder / "models/checkpoints/v1-5-pruned-emaonly.safetensors", checkpoint_shapes())
     graph = shortened(api_of(workflow(NEEDS_SD15), host.get("/object_info")))
