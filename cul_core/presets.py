@@ -127,7 +127,8 @@ PRESETS = {
             ProjectionConfig(**ProjectionConfig.REFERENCE), L1SPConfig(strength=0.75, anchor="start", form="penalty"))),
     ),
     "plain_ours": Preset(
-        "Concept Ablation towards the pretrained model's anchors, with nothing to hold the rest.",
+        "Concept Ablation towards the pretrained model's anchors, with nothing to hold the rest but a slow rate: the first requests of a "
+        "chain forget little.",
         ConAblConfig(teacher="pretrained"), (), replace(_STEEP, learning_rate=2e-4),
     ),
     "l1sp_ours": Preset(
