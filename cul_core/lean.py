@@ -6,6 +6,7 @@ not use all of an AMD processor's vector units.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -91,27 +92,30 @@ class LeanConv2d(nn.Conv2d):
     def forward(self, picture: Tensor) -> Tensor:
         if _is_trained(self):
             return super().forward(picture)
-        sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in
-                 zip(picture.shape[-2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True)]  # fmt: skip
-        geometry = self.stride, self.padding, self.dilation
-        count = len(picture) * sides[0] * sides[1]
-        if count > _FEW_POSITIONS or self.groups > 1 or not _is_for_onednn(picture):
-            return _Convolution.apply(picture, self.weight, self.bias, *geometry, self.groups)
-        patches = F.unfold(picture, self.kernel_size, self.dilation, self.padding, self.stride).transpose(1, 2)
-        made = _Linear.apply(patches, self.weight.flatten(1), self.bias)
-        return made.transpose(1, 2).reshape(len(picture), self.out_channels, *sides)
+        if self.groups == 1 and _is_for_onednn(picture):
+            sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in
+                     zip(picture.shape[-2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True)]  # fmt: skip
+            if len(picture) * sides[0] * sides[1] <= _FEW_POSITIONS:
+                patches = F.unfold(picture, self.kernel_size, self.dilation, self.padding, self.stride).transpose(1, 2)
+                made = _Linear.apply(patches, self.weight.flatten(1), self.bias)
+                return made.transpose(1, 2).reshape(len(picture), self.out_channels, *sides)
+        return _Convolution.apply(picture, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-def lean(network: nn.Module) -> nn.Module:
-    """Turns the layers of a network into those of this module, and returns it."""
+@lru_cache(maxsize=1)
+def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
+    """PyTorch's and diffusers' layers -> ours; diffusers is loaded for it."""
     from diffusers.models.activations import GEGLU
 
     class LeanGEGLU(GEGLU):
         def forward(self, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return _Gate.apply(self.proj(rows))
 
-    kinds = {nn.Linear: LeanLinear, nn.Conv2d: LeanConv2d, GEGLU: LeanGEGLU}
+    return {nn.Linear: LeanLinear, nn.Conv2d: LeanConv2d, GEGLU: LeanGEGLU}
+
+
+def lean(network: nn.Module) -> nn.Module:
+    """Turns the layers of a network into those of this module, and returns it."""
     for module in network.modules():
-        if type(module) in kinds:
-            module.__class__ = kinds[type(module)]
+        module.__class__ = _kinds().get(type(module), type(module))
     return network

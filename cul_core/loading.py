@@ -146,12 +146,10 @@ def _build_text_encoder(family: Family, kind: TextEncoder) -> nn.Module:
     config = CLIPTextConfig(**family.config(kind.config))
     with torch.device("meta"):
         encoder = (CLIPTextModelWithProjection if kind.is_pooled else CLIPTextModel)(config)
-    if family != MINI:
-        lean(encoder)
     for module in encoder.modules():
         if "position_ids" in dict(module.named_buffers(recurse=False)):  # no checkpoint's, so no weights fill it
             module.position_ids = torch.arange(config.max_position_embeddings)[None]
-    return encoder
+    return _lean(encoder, family)
 
 
 def build_unet(family: Family) -> nn.Module:
@@ -160,7 +158,12 @@ def build_unet(family: Family) -> nn.Module:
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(family.config("unet"))
-    return unet if family == MINI else lean(unet)  # whose layers are too small to gain
+    return _lean(unet, family)
+
+
+def _lean(network: nn.Module, family: Family) -> nn.Module:
+    """`lean`, but for MiniCanvas, whose layers are too small to gain."""
+    return network if family == MINI else lean(network)
 
 
 def _fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -266,6 +269,7 @@ def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
     with _naming(path), opened(path) as file:
         for kind in family.text_encoders:
             encoder = _build_text_encoder(family, kind)
+            # in fp32 at once: never all of them in both precisions
             tensors = {name: file.get_tensor(name).float() for name in file.keys() if name.startswith(kind.prefix)}
             encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder).items()))
     return tuple(encoders)
