@@ -33,7 +33,7 @@ from cul_core.compute import Compute
 from cul_core.concepts import Concept
 from cul_core.config import TrainingConfig
 from cul_core.diffusion import SamplerConfig
-from cul_core.errors import CulError, TrainingError
+from cul_core.errors import CulError, MemoryShortError, TrainingError
 from cul_core.loading import BundleCache
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
@@ -140,7 +140,7 @@ class _Bench:
         compute = Compute(dtype=row.dtype, checkpointing=row.checkpointing, compile=row.compile == "on")
         try:
             self.step(WARM_UP + iterations, row.batch, compute, Callbacks(on_progress=note, on_message=said.append))
-        except TrainingError as error:
+        except (MemoryShortError, TrainingError) as error:
             return replace(row, said=(*said, str(error)))
         per_second = iterations / (ends[-1] - ends[WARM_UP - 1])
         peak = torch.cuda.max_memory_allocated() / 2**30 if self._device == "cuda" else None

@@ -39,5 +39,9 @@ class TrainingError(CulError):
     """A step went wrong while training; its input model is untouched."""
 
 
+class MemoryShortError(CulError):
+    """The device's memory is too short for a step; its input model is untouched, and it can go on later."""
+
+
 class Cancelled(CulError):
     """The caller asked the step to stop; its input model is untouched."""

@@ -15,7 +15,7 @@ from typing import Any
 from .anchors import AnchorStore
 from .chain import StepRecord, UnlearnModel
 from .config import canonical_json, stable_hash
-from .errors import CheckpointError, ModelError, TrainingError
+from .errors import CheckpointError, MemoryShortError, ModelError, TrainingError
 from .locks import lock_of, locked, try_locked
 from .resume import State, joined, split
 from .safetensor_files import leftovers, read_header, read_sealed, write_sealed
@@ -133,6 +133,13 @@ class StepStore:
         except TrainingError:
             state.discard()
             raise
+        except MemoryShortError as error:
+            if not state.kept_at:
+                raise
+            raise MemoryShortError(
+                f"{str(error).removesuffix('.')}; run the step again with more free memory, it goes on from "
+                f"iteration {state.kept_at} of {request.training.iterations}."
+            ) from error
         note = f", resumed at iteration {state.resumed_at}" if state.resumed_at else ""
         try:
             self.put(model, request, edited, report)
@@ -212,13 +219,18 @@ class StepState:
         path: of the file.
         request: what is trained, for whoever looks at the store.
         every_seconds: time between writings.
+
+    Attributes:
+        resumed_at: iteration at which this run began.
+        kept_at: iteration of the state in the file, from which the next run goes on; 0 while there is none.
     """
 
     def __init__(self, path: Path, request: Request, every_seconds: float):
         self.path, self._every = path, every_seconds
         self._about = {"targets": [concept.target for concept in request.concepts], "iterations": request.training.iterations}
         self._due = time.monotonic() + every_seconds / 5  # the first one early: what was prepared took time too
-        self.resumed_at, self._has_failed = 0, False
+        self.resumed_at = self.kept_at = 0
+        self._has_failed = False
 
     def load(self, origin: Mapping[str, Any]) -> State | None:
         if not self.path.is_file():
@@ -230,7 +242,7 @@ class StepState:
                 logger.warning("the state of an unfinished step comes from another device or other versions, so the step begins anew")
                 return None
             state = joined(values["state"], tensors)
-            self.resumed_at = state["iteration"]
+            self.resumed_at = self.kept_at = state["iteration"]
         except _UNREADABLE as error:
             logger.warning("the state of an unfinished step is damaged, so the step begins anew: %s", error)
             self.discard()
@@ -254,9 +266,12 @@ class StepState:
             if not self._has_failed:
                 logger.warning("the state of the step is not kept, so it cannot go on from here if it is stopped: %s", error)
             self._has_failed, self._due = True, time.monotonic() + self._every
+        else:
+            self.kept_at = state["iteration"]
 
     def discard(self) -> None:
         _remove(self.path)
+        self.kept_at = 0
 
 
 def _remove(path: Path) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .bundle import ModelBundle
 from .compute import Compute
 from .embeddings import Embeddings
-from .errors import TrainingError
+from .errors import MemoryShortError
 from .masters import Masters
 from .memory import release_memory
 
@@ -153,7 +153,7 @@ class Student:
         """What the attempt gives; None if the device ran out of memory, once the next attempt will need less.
 
         Raises:
-            TrainingError: there is nothing left to save.
+            MemoryShortError: there is nothing left to save.
         """
         try:
             return attempt()
@@ -167,7 +167,7 @@ class Student:
             self._checkpoint()
             self._say("Memory ran out with one picture at a time; the step goes on with checkpointing, which takes a third more time.")
         else:
-            raise TrainingError(out_of_memory(self._bundle, self._is_checkpointed))
+            raise MemoryShortError(out_of_memory(self._bundle, self._is_checkpointed))
         return None
 
 

@@ -22,7 +22,7 @@ from .compute import Compute
 from .concepts import LONGEST_PROMPT, Concept, check_count, check_text
 from .config import Config, TrainingConfig, check_number, check_object, stable_hash
 from .diffusion import NoiseSchedule, SamplerConfig, generator_for, sample_latents
-from .errors import Cancelled, ConfigError, TrainingError, shown
+from .errors import Cancelled, ConfigError, MemoryShortError, TrainingError, shown
 from .estimate import free_memory, planned
 from .loading import BundleCache
 from .masters import Masters
@@ -205,7 +205,8 @@ def run_step(
     Raises:
         ConceptError: a target cannot be forgotten as described.
         ConfigError: settings that do not fit this model.
-        TrainingError: a loss or weight became NaN or infinite, early stopping measured nothing, or the device's memory is too short.
+        TrainingError: a loss or weight became NaN or infinite, or early stopping measured nothing.
+        MemoryShortError: the device's memory is too short; the state that is kept then is a good one.
         Cancelled: `callbacks.should_stop` said so.
     """
     callbacks, store, bundles, compute = callbacks or Callbacks(), store or AnchorStore(), bundles or BundleCache(), compute or Compute()
@@ -221,7 +222,7 @@ def run_step(
         is_short = False
     if is_short:
         release_memory(bundle.device)
-        raise TrainingError(out_of_memory(bundle, is_checkpointed=True))
+        raise MemoryShortError(out_of_memory(bundle, is_checkpointed=True))
     result = UnlearnModel(model.source, model.family, edits)
     record = StepRecord(
         request=request.to_json(), losses=parts, drift=drift, parent=model.content_hash, result=result.content_hash,

@@ -13,7 +13,7 @@ from cul_core import training
 from cul_core.anchors import AnchorStore
 from cul_core.cli import main
 from cul_core.compute import Compute
-from cul_core.errors import ConfigError, TrainingError
+from cul_core.errors import ConfigError, MemoryShortError, TrainingError
 from cul_core.estimate import Estimate, estimate_step, passes, planned
 from cul_core.families import MINI, SD1
 from cul_core.loading import BundleCache
@@ -219,7 +219,8 @@ def test_memory_that_is_short_for_one_picture_is_an_error_that_leaves_everything
     compute, remedy, step, make_request, random_bundle, random_model
 ):
     before = unet_state(random_bundle)
-    with calls(random_bundle, lambda rows, graph: graph), pytest.raises(TrainingError, match=f"even one picture at a time {remedy}"):
+    said = f"even one picture at a time {remedy}"
+    with calls(random_bundle, lambda rows, graph: graph), pytest.raises(MemoryShortError, match=said):
         step(make_request(), compute)
     assert_untouched(random_bundle, before)
     assert random_model.edits == {} and random_model.history == ()
@@ -228,7 +229,8 @@ def test_memory_that_is_short_for_one_picture_is_an_error_that_leaves_everything
 def test_memory_that_runs_out_elsewhere_is_the_same_error(step, make_request, random_bundle):
     before = unet_state(random_bundle)
     request = make_request(regularizers=[SelFTConfig(states=2, guidance_scale=2.5)])
-    with calls(random_bundle, lambda rows, graph: graph), pytest.raises(TrainingError, match="memory of cpu is too short"):
+    said = "memory of cpu is too short"
+    with calls(random_bundle, lambda rows, graph: graph), pytest.raises(MemoryShortError, match=said):
         step(request)
     assert_untouched(random_bundle, before)
 

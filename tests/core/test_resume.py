@@ -1,19 +1,21 @@
 """A step that is stopped, at whatever moment, goes on to the same bits as one that is not; a state that does not fit is never used."""
 
 import random
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from short import SHORT
 
-from cul_core.errors import Cancelled, TrainingError
+from cul_core.errors import Cancelled, MemoryShortError, TrainingError
 from cul_core.methods import METHODS
+from cul_core.methods.base import LossParts
 from cul_core.methods.conabl import ConAbl
 from cul_core.presets import PRESETS
 from cul_core.regularizers import REGULARIZERS
 from cul_core.resume import joined, split
-from cul_core.store import StepState
+from cul_core.store import StepState, StepStore
 from cul_core.training import Callbacks, run_step
 
 SHORTER = {"esd": {"refresh_every": 2}, "distillation": {"refresh_every": 2}, "sculpmem": {"warm_up": 2, "interval": 1}}
@@ -40,9 +42,12 @@ def rows():
 
 @pytest.fixture
 def runner(random_model, random_bundle, bundles, anchors):
-    """Runs a request on the random model; `asks` are the questions whether to stop that are answered with no, and then with yes."""
+    """Runs a request on the random model; further arguments are callbacks.
 
-    def run(request, keeper=None, asks=None, model=None):
+    `asks` are the questions whether to stop that are answered with no, and then with yes.
+    """
+
+    def run(request, keeper=None, asks=None, model=None, **watch):
         count = 0
 
         def should_stop():
@@ -56,7 +61,7 @@ def runner(random_model, random_bundle, bundles, anchors):
             return 50 + 10 * torch.tanh(weight.mean()).item(), 50.0
 
         random_bundle._scores = None  # as in a program that starts
-        callbacks = Callbacks(should_stop=should_stop)
+        callbacks = Callbacks(should_stop=should_stop, **watch)
         edited, report = run_step(model or random_model, request, callbacks=callbacks, store=anchors, bundles=bundles["random"],
                                   measure=measure if request.training.evaluate_every else None, keeper=keeper)  # fmt: skip
         return edited, report, count
@@ -183,6 +188,129 @@ def test_a_step_that_is_stopped_while_weights_change_keeps_what_it_last_wrote(ru
         runner(request, StepState(path, request, 0))
     keeper = StepState(path, request, 1e9)
     assert runner(request, keeper)[0].content_hash == whole.content_hash and keeper.resumed_at == 2
+
+
+# --- short memory
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store that writes no state before a step is stopped."""
+    return StepStore(tmp_path, every_seconds=1e9)
+
+
+@pytest.fixture
+def get_or_train(runner, random_model):
+    """Trains a request in a store; further arguments are callbacks."""
+
+    def run(store, request, **watch):
+        return store.get_or_train(random_model, request, lambda keeper: runner(request, keeper, **watch)[:2])
+
+    return run
+
+
+@contextmanager
+def memory_runs_out(bundle, is_time):
+    """Every call of the UNet runs out of memory while `is_time()`."""
+
+    def fail(unet, inputs):
+        if is_time():
+            raise torch.OutOfMemoryError("out of memory, as injected by a test")
+
+    handle = bundle.unet.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def runs_out_after(updates, bundle, store, request, get_or_train, is_time=lambda: True, **watch):
+    """The error of a step whose memory runs out once this many updates are done and `is_time()`."""
+    seen = []
+    with memory_runs_out(bundle, lambda: len(seen) >= updates and is_time()):
+        with pytest.raises(MemoryShortError) as caught:
+            get_or_train(store, request, on_progress=seen.append, **watch)
+    assert len(seen) == updates
+    return str(caught.value)
+
+
+def test_a_step_out_of_memory_goes_on_to_its_bits(runner, get_or_train, random_bundle, make_request, store):
+    request = make_request(iterations=10)
+    whole, report, _ = runner(request)
+    said = runs_out_after(9, random_bundle, store, request, get_or_train)
+    assert said.startswith("The memory of cpu is too short")
+    assert said.endswith("run the step again with more free memory, it goes on from iteration 9 of 10.")
+    outcome = get_or_train(store, request)
+    assert outcome.note == ", resumed at iteration 9"
+    assert outcome.model.content_hash == whole.content_hash and outcome.report.losses == report.losses
+    assert not store.files("states")
+
+
+def test_memory_that_ends_before_any_update_leaves_no_state(get_or_train, random_bundle, make_request, store):
+    said = runs_out_after(0, random_bundle, store, make_request(), get_or_train)
+    assert "too short" in said and "goes on" not in said and not store.files("states")
+
+
+def test_a_preview_out_of_memory_leaves_a_state(runner, get_or_train, random_bundle, make_request, store):
+    request, watch = make_request(iterations=4), {"preview_prompts": ("a cat",), "preview_every": 2}
+    whole, *_ = runner(request)
+
+    def is_drawn():
+        return not torch.is_grad_enabled()
+
+    said = runs_out_after(2, random_bundle, store, request, get_or_train, is_drawn, **watch)
+    assert said.endswith("it goes on from iteration 2 of 4.")
+    outcome = get_or_train(store, request, **watch)
+    assert outcome.note == ", resumed at iteration 2" and outcome.model.content_hash == whole.content_hash
+
+
+def test_memory_that_ends_in_a_measurement_leaves_the_state(runner, get_or_train, make_request, store):
+    request = make_request(iterations=4, evaluate_every=2)
+    whole, *_ = runner(request)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def measured(*_):
+            raise torch.OutOfMemoryError("out of memory, as injected by a test")
+
+        patch.setattr("cul_core.training.EarlyStopping.is_time", measured)
+        with pytest.raises(MemoryShortError, match=r"it goes on from iteration 1 of 4\.$"):
+            get_or_train(store, request)
+    outcome = get_or_train(store, request)
+    assert outcome.note == ", resumed at iteration 1" and outcome.model.content_hash == whole.content_hash
+
+
+def test_memory_that_runs_out_while_weights_change_leaves_the_state_that_was_written_last(
+    runner, get_or_train, make_request, tmp_path, monkeypatch
+):
+    request, store, calls = make_request(iterations=4), StepStore(tmp_path, every_seconds=0), []
+    whole, *_ = runner(request)
+    original = ConAbl.mask
+
+    def mask(self, name, weight):
+        calls.append(name)
+        if len(calls) == 14 * 2 + 5:  # in the midst of the third update
+            raise torch.OutOfMemoryError("out of memory, as injected by a test")
+        return original(self, name, weight)
+
+    monkeypatch.setattr(ConAbl, "mask", mask)
+    with pytest.raises(MemoryShortError, match=r"it goes on from iteration 2 of 4\.$"):
+        get_or_train(store, request)
+    outcome = get_or_train(store, request)
+    assert outcome.note == ", resumed at iteration 2" and outcome.model.content_hash == whole.content_hash
+
+
+def test_a_loss_that_became_nan_leaves_no_state(get_or_train, make_request, tmp_path, monkeypatch):
+    store, original, calls = StepStore(tmp_path, every_seconds=0), ConAbl.loss, []
+
+    def loss(self, *arguments):
+        calls.append(len(store.files("states")))
+        parts = original(self, *arguments)
+        return LossParts(parts.total * (float("nan") if len(calls) == 3 else 1), parts.parts)
+
+    monkeypatch.setattr(ConAbl, "loss", loss)
+    with pytest.raises(TrainingError, match="became nan at iteration 3"):
+        get_or_train(store, make_request())
+    assert calls == [0, 1, 1] and not store.files("states")
 
 
 def test_a_tree_is_the_same_after_it_was_taken_apart():
