@@ -404,11 +404,14 @@ def _train(
                         student.backward(term, masters)
                         parts |= named
                     loop.change()
-                    if masters.gather():
-                        if method.observe(iteration, masters.weights, optimizer):
-                            _update(masters.weights, optimizer, method, regularizers, training, masters.device, masters.on_device)
-                        else:
-                            optimizer.zero_grad()
+                    if not masters.gather():
+                        for part in (method, *regularizers):
+                            part.update_skipped(iteration)
+                    elif method.after_backward(iteration, masters.weights, optimizer):
+                        where = masters.device, masters.on_device
+                        _update(masters.weights, optimizer, method, regularizers, training, *where)
+                    else:
+                        optimizer.zero_grad()
                     loop.advance(total, parts)
                     callbacks.on_progress(Progress(iteration, training.iterations, total, parts, loop.seconds))
             return stopping.weights or masters.values(), loop.losses, loop.terms, loop.earlier_seconds

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..bundle import ModelBundle
 from ..concepts import Concept
 from ..config import Config, TrainingConfig
 from ..diffusion import NoiseSchedule, Predict, SamplerConfig
 from ..registry import Registry
+
+Weights = Mapping[str, nn.Parameter]
+"""The trained weights by name, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,19 @@ class Method:
     def prepare_mask(self, context: StepContext, coordinates: Callable[[str], Tensor | None]) -> None:
         """See `Regularizer.prepare_mask`."""
 
-    def observe(self, iteration: int, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
-        """Called after every backward, iterations from 1, while the gradients are as they came; False: no weight changes this time.
+    def after_backward(self, iteration: int, weights: Weights, optimizer: Optimizer) -> bool:
+        """Whether to apply the update; False: no weight changes this time.
+
+        Called after the backward of every update, iterations from 1, while the gradients are as they came.
+        If they overflowed, `update_skipped` is called instead. So what depends on the number of updates
+        counts these calls, not iterations.
 
         What leaves a mask here must leave the optimizer's memory too, or it would move on from there when it comes back.
         """
         return True
+
+    def update_skipped(self, iteration: int) -> None:
+        """Called in place of `after_backward` when gradients overflowed in fp16; no weight changes."""
 
     def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
         return gradient

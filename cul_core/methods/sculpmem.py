@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
 
 from ..augmentation import AnchorPool
 from ..bundle import swapped_weights
@@ -17,7 +18,7 @@ from ..diffusion import sample_latents
 from ..embeddings import Embeddings
 from ..errors import ConfigError
 from ..largest import cut_at, kept_count
-from .base import METHODS, LossParts, Predict, StepContext
+from .base import METHODS, LossParts, Predict, StepContext, Weights
 from .conabl import ConAbl, ConAblConfig
 
 _EXCHANGED_UNTIL = 0.8
@@ -98,6 +99,7 @@ class SculpMem(ConAbl):
     A_ij is the importance of entry ij of a matrix, gathered over the raw gradients g since the last exchange. The warm-up ends with the
     floor(rho N) entries of highest A of each matrix active; vectors (biases, norms) are never masked. After every `interval`
     iterations `exchanged` acts, while epoch < 0.8 E; an epoch shows as many pictures as there are anchors.
+    Iterations whose gradients overflow in fp16 do not count.
 
     In the form `update`, the mask acts on gradients and on the actual change, in the `coordinates` that regularizers leave, and the
     optimizer forgets its moments of what leaves the mask; entries outside it keep their bits. The second moments have no coordinates,
@@ -192,19 +194,21 @@ class SculpMem(ConAbl):
     # --- the mask
 
     @torch.no_grad()
-    def observe(self, iteration: int, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
-        config, epoch = self.config, (iteration - 2) // self._epoch  # of the iteration before this one
-        if iteration - 1 > config.warm_up and (iteration - 1) % config.interval == 0 and epoch < _EXCHANGED_UNTIL * self._epochs:
+    def after_backward(self, iteration: int, weights: Weights, optimizer: Optimizer) -> bool:
+        config, done = self.config, self._seen
+        epoch = (done - 1) // self._epoch  # of the update before this one
+        is_due = done > config.warm_up and done % config.interval == 0
+        if is_due and epoch < _EXCHANGED_UNTIL * self._epochs:
             self._renew(weights, optimizer, turnover_at(config.turnover, epoch, self._epochs))
         part = {"signed": lambda gradient: gradient, "abs": torch.abs, "fisher": torch.square}[config.importance]
         for name, scores in self._scores.items():
             scores += part(self._in_coordinates(name, weights[name].grad))
-        self._seen = iteration
-        if iteration == config.warm_up:
+        self._seen = done + 1
+        if self._seen == config.warm_up:
             self._renew(weights, optimizer)
-        return iteration > config.warm_up or (iteration < config.warm_up and config.warm_up_form == "train")
+        return self._seen > config.warm_up or (self._seen < config.warm_up and config.warm_up_form == "train")
 
-    def _renew(self, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, share: float = 0.0) -> None:
+    def _renew(self, weights: Weights, optimizer: Optimizer, share: float = 0.0) -> None:
         """Make the first masks of the scores, or exchange a share of the masks' entries, and begin to gather scores anew."""
         for name, scores in self._scores.items():
             before = self._masks.get(name)

@@ -60,6 +60,9 @@ class Regularizer:
         """
         return {}
 
+    def update_skipped(self, iteration: int) -> None:
+        """See `Method.update_skipped`; only the hooks that make the loss were called in this update."""
+
     def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
         return gradient
 

@@ -40,16 +40,16 @@ def watched(step, monkeypatch):
     """Runs a step and returns, for every update, (weights before it, masks it acts under, the optimizer's memory then)."""
 
     def run(request, **options):
-        seen, original = [], SculpMem.observe
+        seen, original = [], SculpMem.after_backward
 
-        def observe(self, iteration, weights, optimizer):
+        def after_backward(self, iteration, weights, optimizer):
             goes_on = original(self, iteration, weights, optimizer)
             moments = {name: {key: value.clone() for key, value in optimizer.state[weight].items()} for name, weight in weights.items()}
             seen.append(({name: weight.detach().clone() for name, weight in weights.items()}, dict(self._masks), moments))
             return goes_on
 
         with monkeypatch.context() as patch:
-            patch.setattr(SculpMem, "observe", observe)
+            patch.setattr(SculpMem, "after_backward", after_backward)
             edited, report = step(request, **options)
         return seen, edited, report
 
@@ -115,11 +115,12 @@ def test_importance_by_hand_and_anew_after_every_exchange(prepared, importance, 
     optimizer = torch.optim.AdamW([weight])
     for iteration, gradient in enumerate(([[3.0, 3.0], [5.0, 0.0]], [[-3.0, 2.6], [0.0, 0.0]]), 1):
         weight.grad = torch.tensor(gradient)
-        assert not method.observe(iteration, {"w": weight}, optimizer)  # frozen
+        assert not method.after_backward(iteration, {"w": weight}, optimizer)  # frozen
     assert method.mask("w", weight).flatten().nonzero().tolist() == [[chosen]]
     weight.grad = torch.tensor([[0.0, 0.0], [0.0, 0.1]])
-    assert method.observe(3, {"w": weight}, optimizer)
-    method.observe(4, {"w": weight}, optimizer)  # exchanges by what came since, which is the third gradient alone
+    assert method.after_backward(3, {"w": weight}, optimizer)
+    # the exchange is by what came since, which is the third gradient alone
+    method.after_backward(4, {"w": weight}, optimizer)
     assert method.mask("w", weight).flatten().nonzero().tolist() == [[3]]
 
 
