@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .chain import library_versions
-from .errors import TrainingError
+from .errors import MemoryShortError, TrainingError
 from .masters import Masters
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,9 @@ class StateKeeper(Protocol):
 
     def save(self, state: State) -> None:
         """Keep it now."""
+
+    def save_if_quick(self, state: State) -> None:
+        """Keep it now unless that takes long: somebody who has cancelled waits for it."""
 
 
 class Resumable(Protocol):
@@ -98,10 +101,19 @@ class Loop:
             yield
         except TrainingError:
             raise
-        except BaseException:
-            if self._keeper is not None and self._marked is not None and self.iteration:
+        except (MemoryShortError, torch.OutOfMemoryError):
+            if self._keeper is not None and self._is_whole:
                 self._keeper.save(self._state())
             raise
+        except BaseException:  # Cancelled, an interrupt, the host's own exception
+            if self._keeper is not None and self._is_whole:
+                self._keeper.save_if_quick(self._state())
+            raise
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether there is a state to go on from: an update is done, and none is half done."""
+        return self._marked is not None and self.iteration > 0
 
     def _mark(self) -> None:
         self._marked = {"generator": self._generator.get_state(), "parts": [part.state() for part in self._parts]}

@@ -29,6 +29,9 @@ PARTS = ("steps", "anchors", "states")
 EVERY_SECONDS = 10.0
 """Time between writings of a step's state and of its anchor pictures; more where a state is large or takes long to write."""
 _BYTES_PER_INTERVAL, _SHARE_OF_TIME = 40e6, 0.05
+_QUICK_SECONDS, _LONGEST_SECONDS = 1.0, 5.0
+_BYTES_PER_SECOND = 100e6
+"""What a hard disk writes."""
 _UNREADABLE = (ModelError, CheckpointError, KeyError, TypeError, ValueError)
 
 
@@ -231,6 +234,8 @@ class StepState:
         self._due = time.monotonic() + every_seconds / 5  # the first one early: what was prepared took time too
         self.resumed_at = self.kept_at = 0
         self._has_failed = False
+        self._kept_since = time.monotonic()
+        self._seconds_to_write: float | None = None
 
     def load(self, origin: Mapping[str, Any]) -> State | None:
         if not self.path.is_file():
@@ -257,7 +262,19 @@ class StepState:
                 often = max(1.0, self.path.stat().st_size / _BYTES_PER_INTERVAL)
                 self._due = begun + seconds + (max(self._every * often, seconds / _SHARE_OF_TIME) if self._every else 0)
 
+    def save_if_quick(self, state: State) -> None:
+        """Keep it now if that takes less than a second, or less than what would be lost and five seconds."""
+        seconds = self._seconds_to_write
+        if seconds is None:
+            seconds = sum(tensor.nbytes for tensor in split(state)[1].values()) / _BYTES_PER_SECOND
+        lost = time.monotonic() - self._kept_since
+        if seconds <= max(_QUICK_SECONDS, min(lost, _LONGEST_SECONDS)):
+            self.save(state)
+        else:
+            logger.info("the state is not written, which takes %.0f s; the last is %.0f s old", seconds, lost)
+
     def save(self, state: State) -> None:
+        begun = time.monotonic()
         plain, tensors = split(state)
         values = {"state": plain, **self._about}
         try:
@@ -268,6 +285,8 @@ class StepState:
             self._has_failed, self._due = True, time.monotonic() + self._every
         else:
             self.kept_at = state["iteration"]
+            self._kept_since = time.monotonic()
+            self._seconds_to_write = self._kept_since - begun
 
     def discard(self) -> None:
         _remove(self.path)

@@ -1,5 +1,6 @@
 """A step that is stopped, at whatever moment, goes on to the same bits as one that is not; a state that does not fit is never used."""
 
+import json
 import random
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,6 +9,7 @@ import pytest
 import torch
 from short import SHORT
 
+from cul_core import store as stores
 from cul_core.errors import Cancelled, MemoryShortError, TrainingError
 from cul_core.methods import METHODS
 from cul_core.methods.base import LossParts
@@ -15,6 +17,7 @@ from cul_core.methods.conabl import ConAbl
 from cul_core.presets import PRESETS
 from cul_core.regularizers import REGULARIZERS
 from cul_core.resume import joined, split
+from cul_core.safetensor_files import write_sealed
 from cul_core.store import StepState, StepStore
 from cul_core.training import Callbacks, run_step
 
@@ -311,6 +314,84 @@ def test_a_loss_that_became_nan_leaves_no_state(get_or_train, make_request, tmp_
     with pytest.raises(TrainingError, match="became nan at iteration 3"):
         get_or_train(store, make_request())
     assert calls == [0, 1, 1] and not store.files("states")
+
+
+# --- stopping while a state takes long to write
+
+
+class Disk:
+    """Takes the place of `time` in the store; every state that is written takes `seconds`."""
+
+    def __init__(self):
+        self.now, self.seconds, self.written = 0.0, 0.0, []
+
+    def write(self, path, tensors, metadata):
+        write_sealed(path, tensors, metadata)
+        if "cul_state" in metadata:
+            self.now += self.seconds
+            self.written.append(json.loads(metadata["cul_state"])["state"]["iteration"])
+
+    def monotonic(self):
+        return self.now
+
+    def time_ns(self):
+        return int(self.now * 1e9)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    disk = Disk()
+    monkeypatch.setattr(stores, "write_sealed", disk.write)
+    monkeypatch.setattr(stores, "time", disk)
+    return disk
+
+
+def stopped_after(updates, disk, store, request, get_or_train, seconds_each=1000.0):
+    """States that were written of a step that is cancelled after this many updates."""
+
+    def on_progress(progress):
+        disk.now += seconds_each
+        if progress.iteration == updates:
+            raise Cancelled("now")
+
+    with pytest.raises(Cancelled):
+        get_or_train(store, request, on_progress=on_progress)
+    return disk.written
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lost", "written"),
+    [(0.5, 0.1, [2, 3]), (4.0, 100.0, [2, 3]), (4.0, 1.0, [2]), (40.0, 100.0, [2])],
+    ids=["quick", "slower than that", "slower than what is lost", "slow"],
+)
+def test_who_cancels_waits_briefly(seconds, lost, written, disk, get_or_train, runner, make_request, store):
+    request, offer = make_request(iterations=5), StepState.offer
+    whole, *_ = runner(request)
+    disk.seconds, offers = seconds, []
+
+    def offer_at_two(self, state):
+        offers.append(state)
+        self._due = disk.now + (len(offers) != 2)
+        offer(self, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepState, "offer", offer_at_two)
+        assert stopped_after(3, disk, store, request, get_or_train, lost) == written
+    outcome = get_or_train(store, request)
+    assert outcome.note == f", resumed at iteration {written[-1]}"
+    assert outcome.model.content_hash == whole.content_hash
+
+
+@pytest.mark.parametrize(("speed", "written"), [(1e9, [3]), (1e3, [])], ids=["small", "large"])
+def test_the_first_is_judged_by_size(speed, written, disk, get_or_train, make_request, store, monkeypatch):
+    monkeypatch.setattr(stores, "_BYTES_PER_SECOND", speed)
+    assert stopped_after(3, disk, store, make_request(iterations=5), get_or_train) == written
+
+
+def test_short_memory_keeps_any_state(disk, get_or_train, random_bundle, make_request, store, monkeypatch):
+    monkeypatch.setattr(stores, "_BYTES_PER_SECOND", 1e3)
+    runs_out_after(2, random_bundle, store, make_request(), get_or_train)
+    assert disk.written == [2]
 
 
 def test_a_tree_is_the_same_after_it_was_taken_apart():
