@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,10 +14,14 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
+from .eviction import Evictor, hold, remove
 from .loading import Source, source_of
+from .locks import lock_of, locked
 from .safetensor_files import write_atomically
 
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
+_RECENT_SECONDS = 3600.0
+"""How long a file counts as used by another process: short, for writing it again takes less than a step."""
 
 
 def keep_weights(
@@ -28,8 +31,11 @@ def keep_weights(
     """The file `<its SHA-256>.safetensors` of these tensors in `folder`; it is written only if it is not there.
 
     One tensor at a time is moved to the CPU: once to name the file and once to write it, so it must give the same values twice.
-    `on_tensor(done, count)` runs for each and may raise to cancel. Of other such files the least recently used go first when all
-    are larger than `largest_bytes`. Deleting the folder is always safe: the same tensors make the same file.
+    `on_tensor(done, count)` runs for each and may raise to cancel, also while another process writes this file.
+
+    Of other such files the least recently used go first when all are larger than `largest_bytes`. A file stays while
+    this process has the `Source` that was returned for it. It also stays for an hour after its last use by any
+    process, unless the disk is nearly full. Deleting the folder is always safe: the same tensors make the same file.
 
     Raises:
         ModelError: a tensor's dtype cannot hold what a step changes.
@@ -62,11 +68,30 @@ def keep_weights(
     digest = hashlib.sha256()
     for block in blocks():
         digest.update(block)
-    path = folder / f"{digest.hexdigest()}.safetensors"
-    if path.is_file() and source_of(path).sha256 == path.stem:
-        os.utime(path)
-        return source_of(path)
+    path, locks = folder / f"{digest.hexdigest()}.safetensors", folder / "locks"
+    evictor = Evictor([folder], locks, largest_bytes, _RECENT_SECONDS)
+    with locked(lock_of(locks, path), lambda: on_tensor(done, 2 * len(names))):  # nobody evicts it meanwhile
+        evictor.touch(path)
+        source = _whole(path)
+        if source is None:
+            evictor.evict(len(text) + end)
+            source = _written(path, blocks)
+        hold(path, source)
+        return source
 
+
+def _whole(path: Path) -> Source | None:
+    """The file of that content; None if it is not there or damaged."""
+    if not path.is_file():
+        return None
+    try:
+        source = source_of(path)
+    except ModelError:
+        return None
+    return source if source.sha256 == path.stem else None
+
+
+def _written(path: Path, blocks: Callable[[], Iterator[bytes | memoryview]]) -> Source:
     def write(file: BinaryIO) -> None:
         for block in blocks():
             file.write(block)
@@ -74,12 +99,6 @@ def keep_weights(
     write_atomically(path, write)
     source = source_of(path)
     if source.sha256 != path.stem:
-        path.unlink()
+        remove(path)
         raise ModelError("The model's weights changed while they were written; run the graph again.")
-    others = sorted((other.stat().st_mtime_ns, other.stat().st_size, other) for other in folder.glob("*.safetensors") if other != path)
-    total = source.size + sum(size for _, size, _ in others)
-    for _, size, other in others:
-        if total > largest_bytes:
-            other.unlink(missing_ok=True)
-            total -= size
     return source

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from .anchors import AnchorStore
-from .chain import StepRecord, UnlearnModel
+from .chain import StepRecord, UnlearnModel, read_history
 from .config import canonical_json, stable_hash
 from .errors import CheckpointError, MemoryShortError, ModelError, TrainingError
-from .locks import lock_of, locked, try_locked
+from .eviction import Evictor, Links, StoredFile, hold, remove, stored_files
+from .locks import lock_of, locked
 from .resume import State, joined, split
 from .safetensor_files import leftovers, read_header, read_sealed, write_sealed
 from .training import Request, StepReport
@@ -32,6 +33,7 @@ _BYTES_PER_INTERVAL, _SHARE_OF_TIME = 40e6, 0.05
 _QUICK_SECONDS, _LONGEST_SECONDS = 1.0, 5.0
 _BYTES_PER_SECOND = 100e6
 """What a hard disk writes."""
+_RECENT_SECONDS = 24 * 3600.0
 _UNREADABLE = (ModelError, CheckpointError, KeyError, TypeError, ValueError)
 
 
@@ -50,23 +52,26 @@ class Outcome:
 
 
 class StepStore:
-    """Finished steps, states of unfinished ones, and anchor latents in a folder, bounded in size: the least recently used goes first.
+    """Finished steps, states of unfinished ones, and anchor latents in a folder, bounded in size.
 
-    Files that this object has made or read stay, whatever the bound, and so does the state of a step that any process is training.
+    Beyond the bound, the chain of steps that was used longest ago goes first, its last step first (see `eviction.Evictor`).
+    What this process has made or read stays, with all the steps it builds on, and so does what any process has used within a day,
+    unless the disk is nearly full. The state of a step that any process is training stays too.
     Several processes may share the folder. Deleting it is always safe.
 
     Args:
         folder: made when first written to.
-        largest_bytes: bound on all files together.
+        largest_bytes: bound on all files together; None follows the disk's room.
         every_seconds: takes the place of `EVERY_SECONDS`; 0 is after every update.
     """
 
-    def __init__(self, folder: Path | str, largest_bytes: int = 8 << 30, every_seconds: float | None = None):
-        self._folder, self._largest = Path(folder), largest_bytes
+    def __init__(self, folder: Path | str, largest_bytes: int | None = None, every_seconds: float | None = None):
+        self._folder = Path(folder)
         self._every = EVERY_SECONDS if every_seconds is None else every_seconds
         self._locks = self._folder / "locks"
+        folders = [self._folder / part for part in PARTS]
+        self._evictor = Evictor(folders, self._locks, largest_bytes, _RECENT_SECONDS, _links_of)
         self.anchors = AnchorStore(self._folder / "anchors", self._locks, self._every)
-        self._in_use: set[Path] = set()
 
     def _path(self, part: str, key: str) -> Path:
         return self._folder / part / f"{key}.safetensors"
@@ -85,7 +90,7 @@ class StepStore:
                 raise CheckpointError("its weights are not those it announces")
         except _UNREADABLE as error:
             logger.warning("a stored step is damaged and is trained again: %s", error)
-            _remove(path)
+            remove(path)
             return None
         self._use(path)
         return edited, StepReport(record, tuple(values["losses"]), values["figures"])
@@ -94,13 +99,15 @@ class StepStore:
         """Keep a finished step.
 
         Raises:
-            CheckpointError: the folder cannot be written or is full.
+            CheckpointError: the folder cannot be written, or its disk has no room.
         """
-        path = self._path("steps", step_key(model, request))
+        key = step_key(model, request)
+        path, freed = self._path("steps", key), _size_of(self._path("states", key))  # it takes its state's place
+        self._evictor.make_room(edited.nbytes() - freed)
         values = {"record": asdict(report.record), "losses": report.losses, "figures": dict(report.figures)}
         write_sealed(path, edited.edits, edited.metadata() | {"cul_step": canonical_json(values)})
         self._use(path, *self.anchors.used)
-        self._evict()
+        self._evict(-freed)
 
     def get_or_train(
         self, model: UnlearnModel, request: Request, train: Callable[[StepState], tuple[UnlearnModel, StepReport]],
@@ -120,8 +127,9 @@ class StepStore:
             with locked(lock_of(self._locks, path), on_wait):
                 found = self.get(model, request)  # another process may have made it meanwhile
                 if found is None:
-                    return self._trained(model, request, train, StepState(path, request, self._every))
-        _remove(path)  # of a process that was killed between keeping the one and removing the other
+                    needs = _ancestors(model.content_hash, model.history)
+                    return self._trained(model, request, train, StepState(path, request, self._every, needs))
+        remove(path)  # of a process that was killed between keeping the one and removing the other
         logger.info("took a finished step from the store in %.1f s: %s", time.monotonic() - begun, ", ".join(found[1].record.targets))
         return Outcome(*found, ", kept from an earlier run")
 
@@ -130,7 +138,7 @@ class StepStore:
     ) -> Outcome:
         for part in ("steps", "states"):
             for path in leftovers(self._folder / part, state.path.stem):  # nobody else writes these now
-                _remove(path)
+                remove(path)
         try:
             edited, report = train(state)
         except TrainingError:
@@ -154,54 +162,28 @@ class StepStore:
 
     # --- what there is, and how much of it may stay
 
-    def files(self, *parts: str) -> list[tuple[int, int, Path]]:
-        """(last use as a time stamp in ns, bytes, path) of every whole file, the least recently used first."""
-        found = []
-        for part in parts:
-            with suppress(OSError):  # of what another process removes
-                for path in (self._folder / part).glob("*.safetensors"):
-                    with suppress(OSError):
-                        found.append(((status := path.stat()).st_mtime_ns, status.st_size, path))
-        return sorted(found)
+    def files(self, *parts: str) -> list[StoredFile]:
+        """Every whole file, the least recently used first."""
+        return stored_files(self._folder / part for part in parts)
 
     def _use(self, *paths: Path) -> None:
-        """These are the most recently used from here on, and stay. Time stamps only count up, whatever the clock does."""
-        self._in_use.update(paths)
-        stamp = max([time.time_ns(), *(stamp + 1 for stamp, _, _ in self.files(*PARTS)[-1:])])
+        """These are the most recently used from here on, and stay while this process runs."""
+        self._evictor.touch(*paths)
         for path in paths:
-            with suppress(OSError):
-                os.utime(path, ns=(stamp, stamp))
+            hold(path)
 
-    def _evict(self) -> None:
-        with try_locked(self._locks / "evict.lock") as is_ours:
-            if not is_ours:
-                return
-            files = self.files(*PARTS)
-            total = sum(size for _, size, _ in files)
-            for _, size, path in files:
-                if total > self._largest and path not in self._in_use and self._remove_unlocked(path):
-                    total -= size
-            self._remove_leftovers(*PARTS)
-
-    def _remove_leftovers(self, *parts: str) -> None:
-        for part in parts:
-            for path in leftovers(self._folder / part):
-                self._remove_unlocked(path, belongs_to=Path(path.name.split(".")[1]))
-
-    def _remove_unlocked(self, path: Path, belongs_to: Path | None = None) -> bool:
-        """Whether the file is gone; it stays while a process works on the step or the anchors that it belongs to."""
-        with try_locked(lock_of(self._locks, belongs_to or path)) as is_free:
-            return is_free and _remove(path)
+    def _evict(self, incoming: int = 0) -> None:
+        self._evictor.evict(incoming)
 
     def clear(self, *parts: str) -> str:
         """Remove what is in these of `PARTS`, but for files that a process is working on; says what was removed, as a line of text."""
         removed = freed = kept = 0
         for _, size, path in self.files(*parts):
-            if self._remove_unlocked(path):
+            if self._evictor.remove_unlocked(path):
                 removed, freed = removed + 1, freed + size
             else:
                 kept += 1
-        self._remove_leftovers(*parts)
+        self._evictor.remove_leftovers(self._folder / part for part in parts)
         return f"removed {removed} files, {freed / 1e6:.1f} MB" + (f"; {kept} are in use or cannot be removed, and stay" if kept else "")
 
     def describe(self) -> str:
@@ -222,15 +204,20 @@ class StepState:
         path: of the file.
         request: what is trained, for whoever looks at the store.
         every_seconds: time between writings.
+        needs: content hashes of the models that the step builds on.
 
     Attributes:
         resumed_at: iteration at which this run began.
         kept_at: iteration of the state in the file, from which the next run goes on; 0 while there is none.
     """
 
-    def __init__(self, path: Path, request: Request, every_seconds: float):
+    def __init__(self, path: Path, request: Request, every_seconds: float, needs: Iterable[str] = ()):
         self.path, self._every = path, every_seconds
-        self._about = {"targets": [concept.target for concept in request.concepts], "iterations": request.training.iterations}
+        self._about = {
+            "targets": [concept.target for concept in request.concepts],
+            "iterations": request.training.iterations,
+            "needs": sorted(needs),
+        }
         self._due = time.monotonic() + every_seconds / 5  # the first one early: what was prepared took time too
         self.resumed_at = self.kept_at = 0
         self._has_failed = False
@@ -289,17 +276,47 @@ class StepState:
             self._seconds_to_write = self._kept_since - begun
 
     def discard(self) -> None:
-        _remove(self.path)
+        remove(self.path)
         self.kept_at = 0
 
 
-def _remove(path: Path) -> bool:
+def _ancestors(parent: str, history: Iterable[StepRecord]) -> frozenset[str]:
+    """Content hashes of the models on the way to `parent`, itself included; behind a merge, those of all merged models."""
+    made_by = {record.result: record for record in history}
+    found, open_ends = set(), [parent]
+    while open_ends:
+        if (name := open_ends.pop()) not in found:
+            found.add(name)
+            if (record := made_by.get(name)) is not None:
+                open_ends += record.request["models"] if record.is_merge else [record.parent]
+    return frozenset(found)
+
+
+def _links_of(path: Path) -> Links:
+    """How a file of the store stands in its chain; an anchor's or a damaged one in none."""
+    if path.parent.name not in ("steps", "states"):
+        return Links()
     try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        logger.debug("%s stays: %s", path.name, error)
-        return False
-    return True
+        status = path.stat()
+        return _read_links(path, status.st_size, status.st_mtime_ns)
+    except (OSError, *_UNREADABLE):
+        return Links()
+
+
+@lru_cache(maxsize=4096)
+def _read_links(path: Path, size: int, modified: int) -> Links:
+    history, _ = read_history(path)
+    if history:
+        return Links(history[-1].result, _ancestors(history[-1].parent, history))
+    _, metadata, _ = read_header(path)
+    return Links(needs=frozenset(json.loads(metadata["cul_state"])["needs"]))
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _described(path: Path) -> str:

@@ -11,6 +11,7 @@ from ..cul_core.chain import UnlearnModel
 from ..cul_core.checkpoint import open_continued
 from ..cul_core.errors import ModelError
 from ..cul_core.evaluation.report import model_text
+from ..cul_core.eviction import hold
 from ..cul_core.families import family_of
 from ..cul_core.kept_weights import keep_weights
 from ..cul_core.loading import detect_family, unet_dtypes
@@ -65,6 +66,7 @@ class LoadModel(UnlearningNode):
         listed = (_folders.model_path(name, "checkpoints") for name in _folders.model_files("checkpoints"))
         with _host.normal_tensors():
             value = open_continued(path, itertools.chain(listed, _folders.kept_weights().glob("*.safetensors")))
+        hold(value.source.path, value.source)  # it may be one of the kept weights
         loaded = LoadedModel(value, *_host.load_native(value.source.path))
         _host.Progress(1).say(_described(value))
         return io.NodeOutput(loaded, *_host.native(loaded))

@@ -140,7 +140,7 @@ class UnlearnStep(UnlearningNode):
             display_name="Unlearn Step",
             category="unlearning",
             description="Trains the model to forget the concepts and gives out the edited model. Chain several to forget one request after "
-            "another. A finished step is kept: the same graph never trains it twice, not even after a restart.",
+            "another. A finished step is kept: the same graph takes it instead of training again, after a restart too.",
             inputs=[
                 CulModel.Input("model", tooltip="From Load Model for Unlearning, or from the step before."),
                 Concepts.Input("concepts", tooltip="What to forget and what to keep, from Concept to Forget."),

@@ -14,7 +14,8 @@ FILES = sorted((ROOT / "cul_core").rglob("*.py"))
 
 # From the bottom: a module may import from its own layer or from those before it; a package stands for its modules.
 LAYERS = (
-    {"config", "compute", "concepts", "auxiliary", "registry", "errors", "safetensor_files", "locks", "memory", "lean"},
+    {"config", "compute", "concepts", "auxiliary", "registry", "errors", "safetensor_files", "locks", "memory", "lean",
+     "eviction"},
     {"embeddings", "families", "bundle", "loading", "kept_weights", "compact"},
     {"augmentation", "diffusion", "trajectories", "conditioning", "params", "largest", "stopping"},
     {"methods", "regularizers", "merging"},

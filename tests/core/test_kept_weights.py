@@ -2,13 +2,17 @@
 
 import hashlib
 import os
+import pathlib
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cul_core.errors import ModelError
+from cul_core.errors import Cancelled, ModelError
+from cul_core.eviction import hold
 from cul_core.kept_weights import keep_weights
+from cul_core.loading import Source
+from cul_core.locks import lock_of, try_locked
 from cul_core.safetensor_files import read_header
 
 
@@ -69,7 +73,7 @@ def cancelled(done, count):
 def test_nothing_is_left_of_what_cannot_be_kept(more, on_tensor, error, said, tmp_path):
     with pytest.raises(error, match=said):
         keep_weights(tmp_path, tensors() | more, on_tensor)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.name != "locks"] == []
 
 
 def test_the_least_recently_used_goes_first(tmp_path):
@@ -78,4 +82,103 @@ def test_the_least_recently_used_goes_first(tmp_path):
         os.utime(path, (age, age))
     keep_weights(tmp_path, {"a": torch.zeros(100)})  # used again
     new = keep_weights(tmp_path, {"a": torch.full((100,), 9.0)}, largest_bytes=2 * paths[0].stat().st_size).path
-    assert set(tmp_path.iterdir()) == {paths[0], new}
+    assert set(tmp_path.glob("*.safetensors")) == {paths[0], new}
+
+
+def weights(number):
+    return {"a": torch.full((100,), float(number))}
+
+
+@pytest.fixture
+def size(tmp_path_factory):
+    return keep_weights(tmp_path_factory.mktemp("one"), weights(0)).size
+
+
+def age(folder):
+    for path in folder.glob("*.safetensors"):
+        os.utime(path, (1000, 1000))
+
+
+def test_what_a_graph_uses_stays_and_goes_when_it_is_used_no_longer(tmp_path, size):
+    """Six models over a bound of four in one graph, whose steps run after all were kept."""
+    sources = []
+    for number in range(6):
+        sources.append(keep_weights(tmp_path, weights(number), largest_bytes=4 * size))
+        age(tmp_path)
+    assert all(source.path.is_file() for source in sources)
+    equal = [Source(source.path, source.size, source.sha256) for source in sources[:2]]
+    for source in equal:
+        hold(source.path, source)
+    del source, sources[:4]
+    keep_weights(tmp_path, weights(7), largest_bytes=4 * size)
+    assert {path.stem for path in tmp_path.glob("*.safetensors")} >= {source.sha256 for source in (*equal, *sources)}
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
+
+
+def test_what_another_process_has_just_used_stays(tmp_path, size):
+    for number in range(3):
+        keep_weights(tmp_path, weights(number))  # nothing in this process holds it
+    new = keep_weights(tmp_path, weights(3), largest_bytes=size)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    age(tmp_path)
+    assert keep_weights(tmp_path, weights(4), largest_bytes=size).path.is_file() and new.path.is_file()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def failing(monkeypatch, owner, name, error, when=lambda path: True):
+    original = getattr(owner, name)
+
+    def fail(path, *args, **kwargs):
+        if when(pathlib.Path(path)):
+            raise error
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fail)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (os, "unlink", PermissionError(13, "it is open")),
+        (os, "unlink", FileNotFoundError(2, "another process was faster")),
+        (os, "utime", PermissionError(13, "read only")),
+        (pathlib.Path, "stat", FileNotFoundError(2, "another process was faster")),
+        (pathlib.Path, "stat", PermissionError(13, "locked")),
+    ],
+    ids=["open", "gone", "read only", "gone before stat", "locked"],
+)
+def test_neighbours_that_cannot_be_removed_or_looked_at_cost_nothing(owner, name, error, tmp_path, size, monkeypatch):
+    old = [keep_weights(tmp_path, weights(number)).path for number in range(3)]
+    age(tmp_path)
+    failing(monkeypatch, owner, name, error, lambda path: name == "utime" or path in old)
+    source = keep_weights(tmp_path, weights(3), largest_bytes=size)
+    assert load_file(source.path)["a"][0] == 3
+    assert keep_weights(tmp_path, weights(3), largest_bytes=size) == source
+
+
+def test_a_file_that_is_cut_short_is_written_anew(tmp_path):
+    path = keep_weights(tmp_path, weights(1)).path
+    data = path.read_bytes()
+    path.write_bytes(data[:-8])
+    assert keep_weights(tmp_path, weights(1)).path.read_bytes() == data
+
+
+def test_a_file_that_another_process_works_on_is_not_evicted(tmp_path, size):
+    path = keep_weights(tmp_path, weights(1)).path
+    age(tmp_path)
+    with try_locked(lock_of(tmp_path / "locks", path)):
+        keep_weights(tmp_path, weights(2), largest_bytes=size)
+        assert path.is_file()
+    keep_weights(tmp_path, weights(3), largest_bytes=size)
+    assert not path.is_file()
+
+
+def test_who_waits_for_another_process_that_writes_the_file_can_cancel(tmp_path):
+    path = keep_weights(tmp_path, weights(1)).path
+
+    def cancel(done, count):
+        if done:
+            raise Cancelled("no longer")
+
+    with try_locked(lock_of(tmp_path / "locks", path)), pytest.raises(Cancelled):
+        keep_weights(tmp_path, weights(1), cancel)

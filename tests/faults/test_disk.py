@@ -140,7 +140,7 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = partial(subprocess.run, capture_output=True)
-    if not hasattr(os, "geteuid") or mount(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]).returncode:
+    if not hasattr(os, "geteuid") or mount(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]).returncode:
         pytest.skip("no file system can be mounted here")
     yield folder
     mount(["umount", str(folder)])
@@ -152,7 +152,7 @@ def test_a_full_disk_costs_no_result_and_is_not_filled_with_leftovers(small_disk
     with pytest.raises(CheckpointError, match="No space left"):
         save_checkpoint(edited, small_disk / "a.safetensors")
     assert list(small_disk.iterdir()) == []
-    (small_disk / "big").write_bytes(bytes(200 << 10))
+    (small_disk / "big").write_bytes(bytes(456 << 10))
 
     def train(keeper):
         keeper.save({**STATE, "weights": {"w": torch.ones(200, 200)}})

@@ -5,11 +5,13 @@ import random
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from crash import requests
 
+from cul_core import eviction
 from cul_core.checkpoint import open_model, save_checkpoint
 from cul_core.errors import Cancelled, ModelError
 from cul_core.loading import BundleCache
@@ -178,18 +180,19 @@ def test_a_store_that_vanishes_while_a_step_trains_is_made_anew(trained, origina
     count("file changed under us")
 
 
-def test_a_clock_that_jumps_removes_nothing_that_is_in_use(trained, original, request_, tmp_path, monkeypatch, count):
+def test_a_clock_that_jumps_removes_nothing_that_is_in_use(trained, original, tmp_path, monkeypatch, count):
     outcome = trained[1]
     size = next((trained[0] / "steps").glob("*")).stat().st_size
     store = StepStore(tmp_path, largest_bytes=int(2.5 * size))
-    others = [request for request in requests()[1:4]]
-    now = time.time_ns()
-    for jump, other in zip((0, 10**18, -(10**18)), others, strict=True):  # thirty years ahead, then thirty back
+    others = [replace(requests()[1], anchor_seed=number) for number in range(4)]
+    now, day = time.time_ns(), 25 * 3600 * 10**9
+    for jump, other in zip((0, 10**18, -(10**18), -(10**18) + day), others, strict=True):  # years ahead, then back, then a day
         monkeypatch.setattr(time, "time_ns", lambda jump=jump: now + jump)
+        monkeypatch.setattr(eviction, "_holders", {})  # as another process
         StepStore(tmp_path, largest_bytes=int(2.5 * size)).put(original, other, outcome.model, outcome.report)
         count("clock jump")
     found = [store.get(original, other) is not None for other in others]
-    assert found == [False, True, True]  # the least recently used is gone, whatever the clock said
+    assert found == [False, False, True, True]  # the least recently used are gone, whatever the clock said
 
 
 def test_of_two_processes_one_trains_and_the_other_takes_its_result(trained, original, request_, tmp_path):
@@ -228,13 +231,18 @@ def test_what_is_trained_now_is_neither_evicted_nor_cleared(original, request_, 
 
     def train(keeper):
         keeper.save({"iteration": 1})
+        os.utime(keeper.path, (1000, 1000))
         StepStore(tmp_path, largest_bytes=1)._evict()
         seen.append(StepStore(tmp_path).clear("states"))
         assert keeper.path.exists()
+        os.utime(keeper.path)
         raise Cancelled("now")
 
     with pytest.raises(Cancelled):
         store.get_or_train(original, request_, train)
     assert "1 are in use" in seen[0]
+    StepStore(tmp_path, largest_bytes=1)._evict()
+    (state,) = tmp_path.rglob("*.safetensors")  # a step that was stopped today goes on
+    os.utime(state, (1000, 1000))
     StepStore(tmp_path, largest_bytes=1)._evict()
     assert not list(tmp_path.rglob("*.safetensors"))
