@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import secrets
 import stat
 import struct
 import tempfile
@@ -39,7 +40,9 @@ _DTYPES = {
 }  # fmt: skip
 _ONLY_READ = {"I16": torch.int16, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _SEAL = "sha256"
-_LEFTOVER, _OLD_SECONDS = ".cul-part", 86400
+LEFTOVER = ".cul-part"
+"""Ending of a file that is not whole yet."""
+_OLD_SECONDS = 86400
 
 _RESERVED = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]", re.IGNORECASE)
 _LONGEST_PART = 200  # of the 255 bytes that file systems allow; the rest is for counters and the ending
@@ -258,15 +261,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_old_leftovers(path.parent)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=_LEFTOVER, dir=path.parent)
-        temporary = Path(name)
+        handle, temporary = _created_beside(path)
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -278,9 +277,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
                 temporary.unlink()
 
 
+def _created_beside(path: Path) -> tuple[int, Path]:
+    """(descriptor, path) of a new file in the folder of `path`, with the mode that the umask leaves of 0o666."""
+    while True:
+        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{LEFTOVER}")
+        try:
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+            return os.open(temporary, flags, 0o666), temporary
+        except FileExistsError:
+            continue  # another process's
+
+
 def leftovers(folder: Path, stem: str = "*") -> Iterator[Path]:
     """What a process that was killed while it wrote has left in a folder; `stem` is that of its file."""
-    return folder.glob(f".{stem}.*{_LEFTOVER}")
+    return folder.glob(f".{stem}.*{LEFTOVER}")
 
 
 def _remove_old_leftovers(folder: Path) -> None:

@@ -23,7 +23,7 @@ from cul_core.export import save_difference, save_lora
 from cul_core.loading import checkpoint_key_map
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.safetensor_files import read_header, read_sealed
+from cul_core.safetensor_files import read_header, read_sealed, write_atomically
 from cul_core.store import StepState, StepStore
 from cul_core.training import Request, StepReport
 
@@ -132,6 +132,44 @@ def test_a_state_that_cannot_be_replaced_stays(request_, tmp_path, monkeypatch, 
             StepState(path, request_, 0).save({**STATE, "iteration": 3})
         assert path.read_bytes() == before and StepState(path, request_, 0).load({})["iteration"] == 2
         count("failed write")
+
+
+# --- permissions of what is written
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_files_mode_follows_the_umask_which_is_never_changed(umask, tmp_path, monkeypatch, count):
+    """The umask is the whole process's: while it is 0, another thread's files are writable by anybody."""
+    before = os.umask(umask)
+    try:
+
+        def refuse(*_):
+            pytest.fail("the umask was changed")
+
+        seen = []
+
+        def write(file):
+            file.write(b"x")
+            seen.extend(path.stat().st_mode & 0o777 for path in tmp_path.iterdir())
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", refuse)
+            write_atomically(tmp_path / "a.json", write)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert seen == [0o666 & ~umask]
+    count("umask")
+
+
+def test_a_name_that_another_process_took_for_its_unfinished_file_is_left_alone(tmp_path, monkeypatch, count):
+    tokens = iter(["same", "other"])
+    monkeypatch.setattr("cul_core.safetensor_files.secrets.token_hex", lambda count: next(tokens))
+    (tmp_path / ".a.same.cul-part").write_bytes(b"theirs")
+    write_atomically(tmp_path / "a.json", lambda file: file.write(b"ours"))
+    assert (tmp_path / ".a.same.cul-part").read_bytes() == b"theirs"
+    assert (tmp_path / "a.json").read_bytes() == b"ours"
+    count("taken name")
 
 
 @pytest.fixture
