@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -16,9 +13,9 @@ from torch import Tensor
 
 from .errors import ModelError
 from .loading import Source, source_of
-from .safetensor_files import write_atomically
+from .safetensor_files import DTYPES, EDITABLE, packed_header, tensor_entries, write_atomically
 
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
+_KEPT = {*EDITABLE.values(), torch.int64}  # old checkpoints hold positions as whole numbers
 
 
 def keep_weights(
@@ -35,26 +32,20 @@ def keep_weights(
         ModelError: a tensor's dtype cannot hold what a step changes.
         CheckpointError: the folder cannot be written or is full.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that every tensor is aligned
-    done, end = 0, 0
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    for name in names:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
-            raise ModelError(f"{name!r} is held as {str(tensor.dtype).removeprefix('torch.')}, which cannot hold what a step changes; load "
-                             "the model in fp16, bf16 or fp32.")  # fmt: skip
-        begin, end = end, end + tensor.element_size() * math.prod(tensor.shape)
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _KEPT:
+            held = f"{name!r} is held as {str(tensor.dtype).removeprefix('torch.')}"
+            raise ModelError(f"{held}, which cannot hold what a step changes; load the model in fp16, bf16 or fp32.")
+    entries, done = tensor_entries(tensors), 0
+    header = packed_header("the file of the model", entries, {"format": "pt"})
 
     def blocks() -> Iterator[bytes | memoryview]:
         nonlocal done
-        yield struct.pack("<Q", len(text)) + text
-        for name in names:
-            on_tensor(done, 2 * len(names))
+        yield header
+        for name, entry in entries.items():
+            on_tensor(done, 2 * len(entries))
             tensor = tensors[name].to("cpu").detach().contiguous()
-            if _DTYPES.get(tensor.dtype) != header[name]["dtype"] or list(tensor.shape) != header[name]["shape"]:
+            if tensor.dtype != DTYPES[entry["dtype"]] or list(tensor.shape) != entry["shape"]:
                 raise ModelError(f"{name!r} turned from {tensors[name].dtype} into {tensor.dtype} when it was read; load the model again.")
             yield memoryview(tensor.flatten().view(torch.uint8).numpy())
             done += 1

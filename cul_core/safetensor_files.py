@@ -27,18 +27,38 @@ _LARGEST_HEADER = 50_000_000
 _MOST_VALUES = 1_000_000
 """Values of JSON in a header, by its commas and opening brackets: what makes reading cost time and memory. Stable Diffusion XL has as
 many, in forty megabytes, with two hundred steps of all its weights in its history."""
-_BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16), **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
-}  # fmt: skip
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_ONLY_READ = {"I16": torch.int16, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's code of every dtype that is written."""
+_ONLY_READ = {
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+EDITABLE = {code: DTYPES[code] for code in ("F16", "BF16", "F32")}
+"""Dtypes of weights that an edit can be added to."""
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_BITS = {code: 8 * dtype.itemsize for code, dtype in (DTYPES | _ONLY_READ).items()} | {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    **dict.fromkeys(("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    "U16": 16,
+    "U32": 32,
+    **dict.fromkeys(("C64", "U64"), 64),
+}
+"""Bits of one element, also of the dtypes that are neither read nor written."""
+_MISFITS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What a header raises that is not as the format wants it."""
 _SEAL = "sha256"
 LEFTOVER = ".cul-part"
 """Ending of a file that is not whole yet."""
@@ -71,12 +91,10 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
                 raise ValueError("impossible header length")
             if length > _LARGEST_HEADER:
                 raise ValueError("header too large")
-            header = _parsed(file.read(length))
-        metadata = {} if (found := header.pop("__metadata__", None)) is None else found
-        end = _check_entries(header, metadata)
+            header, metadata, end = _checked(file.read(length))
     except FileNotFoundError as error:
         raise ModelError(f"There is no file {shown(path.name)} in {shown(str(path.parent))}; check the name.") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+    except (OSError, struct.error, *_MISFITS) as error:
         raise ModelError(f"{shown(path.name)} cannot be read as a safetensors file; choose a .safetensors checkpoint "
                          "or download it again.") from error  # fmt: skip
     if size != 8 + length + end:
@@ -89,6 +107,13 @@ def check_header(text: bytes) -> None:
     """Raises ValueError for a header that is too large to be read by others, or by us."""
     if len(text) > _LARGEST_HEADER or sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise ValueError("header too large")
+
+
+def _checked(text: bytes) -> tuple[dict[str, dict], dict[str, str], int]:
+    """(tensor entries by name, metadata, length of the data) of a header's text. Raises one of `_MISFITS`."""
+    header = _parsed(text)
+    metadata = {} if (found := header.pop("__metadata__", None)) is None else found
+    return header, metadata, _check_entries(header, metadata)
 
 
 def _parsed(text: bytes) -> dict[str, dict]:
@@ -152,7 +177,7 @@ class OpenedFile:
             ModelError: the file cannot be read, became shorter, or stores it in a dtype that PyTorch lacks.
         """
         entry = self._header[name]
-        if (dtype := (_DTYPES | _ONLY_READ).get(entry["dtype"])) is None:
+        if (dtype := (DTYPES | _ONLY_READ).get(entry["dtype"])) is None:
             raise ModelError(f"{self._name!r} stores {shown(name)} as {entry['dtype']}, which cannot be read; choose an fp16, bf16 or fp32 "
                              "checkpoint.")  # fmt: skip
         tensor = torch.empty(entry["shape"], dtype=dtype)
@@ -301,24 +326,89 @@ def _remove_old_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
-def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file whose last entry is the SHA-256 of all before it; one tensor at a time is copied from its device.
+def tensor_entries(tensors: Mapping[str, Tensor]) -> dict[str, dict]:
+    """Header entries by name, in the order of the data.
+
+    Larger elements come first, so that every tensor is aligned to its own size.
 
     Raises:
-        CheckpointError: the folder cannot be written or is full; nothing is left behind then.
+        CheckpointError: a tensor has a dtype that is not written.
     """
-    codes, header, end = {dtype: code for code, dtype in _DTYPES.items()}, {"__metadata__": dict(metadata)}, 0
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each is aligned to its own size
-    for name in names:
-        begin, end = end, end + tensors[name].nbytes
-        header[name] = {"dtype": codes[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
-    header[_SEAL] = {"dtype": "U8", "shape": [32], "data_offsets": [end, end + 32]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    entries, end = {}, 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name]
+        if tensor.dtype not in _CODES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{shown(name)} is {dtype}, which is not written; turn it into fp32.")
+        begin, end = end, end + tensor.element_size() * math.prod(tensor.shape)
+        shape = list(tensor.shape)
+        entries[name] = {"dtype": _CODES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    return entries
+
+
+def packed_header(
+    name: str,
+    entries: Mapping[str, dict],
+    metadata: Mapping[str, str],
+    alignment: int = 8,
+    start: int = 0,
+) -> bytes:
+    """The beginning of a file: the length of its header, and the header, padded with spaces.
+
+    Args:
+        name: the file's, for errors.
+        entries: of the tensors; see `tensor_entries`.
+        metadata: text by name.
+        alignment: the padding makes the data begin at a multiple of it, ...
+        start: ... or as many bytes behind one as this lies.
+
+    Raises:
+        CheckpointError: the file could not be read again.
+    """
+    text = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
+    text += b" " * ((start - 8 - len(text)) % alignment)
+    try:
+        _checked(text)
+    except _MISFITS as error:
+        raise CheckpointError(
+            f"{name!r} could not be read again ({shown(str(error))}); begin with a file that holds less "
+            "metadata, or train fewer iterations."
+        ) from error
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; equal tensors and metadata make equal files.
+
+    One tensor at a time is copied from its device.
+
+    Raises:
+        CheckpointError: the folder cannot be written or is full, or the file could not be read again. Nothing
+            is left behind then.
+    """
+    entries = tensor_entries(tensors)
+    header = packed_header(path.name, entries, metadata)
+
+    def write(file: BinaryIO) -> None:
+        file.write(header)
+        for name in entries:
+            file.write(_bytes_of(tensors[name]))
+
+    write_atomically(path, write)
+
+
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """`write_tensors` with one more entry at the end: the SHA-256 of all before it."""
+    entries = tensor_entries(tensors)
+    if _SEAL in entries:
+        raise CheckpointError(f"{path.name!r} has a tensor {_SEAL!r}, the name of its seal; give it another name.")
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    seal = {"dtype": "U8", "shape": [32], "data_offsets": [end, end + 32]}
+    header = packed_header(path.name, {**entries, _SEAL: seal}, metadata)
 
     def write(file: BinaryIO) -> None:
         digest = hashlib.sha256()
-        for part in (struct.pack("<Q", len(text)), text, *(_bytes_of(tensors[name]) for name in names)):
+        for part in (header, *(_bytes_of(tensors[name]) for name in entries)):
             digest.update(part)
             file.write(part)
         file.write(digest.digest())
@@ -346,7 +436,7 @@ def read_sealed(path: Path, unsealed: bool = False) -> tuple[dict[str, Tensor], 
         with path.open("rb") as file:
             digest.update(file.read(start))
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                (begin, end), dtype = entry["data_offsets"], _DTYPES[entry["dtype"]]
+                (begin, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
                 if file.tell() != start + begin or math.prod(entry["shape"]) * dtype.itemsize != end - begin:
                     raise damaged
                 tensor = torch.empty(entry["shape"], dtype=dtype)
