@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,7 +56,8 @@ def keep_weights(
         digest.update(block)
     path = folder / f"{digest.hexdigest()}.safetensors"
     if path.is_file() and source_of(path).sha256 == path.stem:
-        os.utime(path)
+        with suppress(OSError):  # a folder that can only be read
+            os.utime(path)
         return source_of(path)
 
     def write(file: BinaryIO) -> None:
@@ -65,12 +67,14 @@ def keep_weights(
     write_atomically(path, write)
     source = source_of(path)
     if source.sha256 != path.stem:
-        path.unlink()
+        with suppress(OSError):
+            path.unlink()
         raise ModelError("The model's weights changed while they were written; run the graph again.")
     others = sorted((other.stat().st_mtime_ns, other.stat().st_size, other) for other in folder.glob("*.safetensors") if other != path)
     total = source.size + sum(size for _, size, _ in others)
     for _, size, other in others:
         if total > largest_bytes:
-            other.unlink(missing_ok=True)
-            total -= size
+            with suppress(OSError):  # Windows removes no file that a program has open
+                other.unlink(missing_ok=True)
+                total -= size
     return source

@@ -63,6 +63,7 @@ _SEAL = "sha256"
 LEFTOVER = ".cul-part"
 """Ending of a file that is not whole yet."""
 _OLD_SECONDS = 86400
+_REPLACE_TRIES, _REPLACE_WAIT_SECONDS = 6, 0.1
 
 _RESERVED = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]", re.IGNORECASE)
 _LONGEST_PART = 200  # of the 255 bytes that file systems allow; the rest is for counters and the ending
@@ -274,12 +275,13 @@ def check_writable(folder: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` on a temporary file in the target folder, flush it to disk, and rename it to `path`.
+    """Call `write` on a temporary file in the target folder, flush that to disk, and rename it to `path`.
 
     A link of that name is replaced; what it points to stays as it is.
 
     Raises:
-        CheckpointError: the folder cannot be written or is full, or no file can have that name; whatever was written is removed.
+        CheckpointError: the folder cannot be written or is full, no file can have that name, or the system does
+            not replace the old file because a program has it open. Whatever was written is removed.
     """
     check_name(path)
     temporary = None
@@ -291,11 +293,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _replace(temporary, path)
         temporary = None
+        _flush_folder(path.parent)
     except OSError as error:
-        raise CheckpointError(f"{path.name!r} could not be written to {str(path.parent)!r} ({error.strerror or error}); free some "
-                              "space there or choose another folder.") from error  # fmt: skip
+        remedy = "close what has it open" if isinstance(error, PermissionError) else "free some space there"
+        failure = f"could not be written to {str(path.parent)!r} ({error.strerror or error})"
+        raise CheckpointError(f"{path.name!r} {failure}; {remedy} or choose another folder.") from error
     finally:
         if temporary is not None:
             with suppress(OSError):
@@ -311,6 +315,29 @@ def _created_beside(path: Path) -> tuple[int, Path]:
             return os.open(temporary, flags, 0o666), temporary
         except FileExistsError:
             continue  # another process's
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`, waiting a little where a program has `path` open.
+
+    Windows denies it then. The program may be a virus scanner, which is done in a moment.
+    """
+    for _ in range(_REPLACE_TRIES - 1):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(_REPLACE_WAIT_SECONDS)
+    os.replace(temporary, path)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a folder's names to disk, so that a rename outlives a crash of the machine; not every system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def leftovers(folder: Path, stem: str = "*") -> Iterator[Path]:
