@@ -246,10 +246,9 @@ class StepState:
                 self._due = begun + seconds + (max(self._every * often, seconds / _SHARE_OF_TIME) if self._every else 0)
 
     def save(self, state: State) -> None:
-        plain, tensors = split(state)
-        values = {"state": plain, **self._about}
         try:
-            write_sealed(self.path, tensors, {"cul_state": json.dumps(values)})
+            plain, tensors = split(state)
+            write_sealed(self.path, tensors, {"cul_state": json.dumps({"state": plain, **self._about})})
         except CheckpointError as error:
             if not self._has_failed:
                 logger.warning("the state of the step is not kept, so it cannot go on from here if it is stopped: %s", error)
