@@ -52,13 +52,14 @@ def merge(models: Sequence[UnlearnModel], config: Config, on_tensor: Callable[[i
             drift[name] = [distance, distance]
         on_tensor(done, count)
     history = {stable_hash(asdict(record)): record for model in models for record in model.history}
+    merged = UnlearnModel(first.source, first.family, edits)
     record = StepRecord(
         request={
             "concepts": [], "merge": config.to_json(), "models": [model.content_hash for model in models],
             "last_steps": [model.history[-1].result if model.history else None for model in models],
         }, losses={}, drift=drift,
         parent=UnlearnModel(first.source, first.family).content_hash,
-        result=UnlearnModel(first.source, first.family, edits).content_hash, seconds=round(time.monotonic() - begun, 3),
+        result=merged.content_hash, seconds=round(time.monotonic() - begun, 3),
         finished=datetime.now(UTC).isoformat(timespec="seconds"), versions=library_versions(),
     )  # fmt: skip
-    return UnlearnModel(first.source, first.family, edits, (*history.values(), record))
+    return merged.with_history((*history.values(), record))
