@@ -87,7 +87,7 @@ class UnlearnModel:
         digest = hashlib.sha256(self.source.sha256.encode())
         for name in sorted(self.edits):
             digest.update(name.encode())
-            digest.update(self.edits[name].contiguous().numpy().tobytes())
+            digest.update(self.edits[name].contiguous().flatten().numpy())
         return digest.hexdigest()
 
     @property
@@ -102,6 +102,13 @@ class UnlearnModel:
 
     def with_step(self, edits: Mapping[str, Tensor], record: StepRecord) -> UnlearnModel:
         return replace(self, edits=edits, history=(*self.history, record))
+
+    def with_history(self, history: tuple[StepRecord, ...]) -> UnlearnModel:
+        """The same weights, come about in another way; their hash is not computed again."""
+        model = replace(self, history=history)
+        if "content_hash" in vars(self):
+            vars(model)["content_hash"] = self.content_hash
+        return model
 
     def nbytes(self) -> int:
         """Bytes held by the edits."""

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from .chain import UnlearnModel, read_history
 from .errors import CheckpointError, ModelError, TrainingError, shown
 from .loading import Source, checkpoint_key_map, detect_family, source_of
-from .safetensor_files import check_header, free_path, opened, read_header, write_atomically
+from .safetensor_files import (
+    EDITABLE,
+    free_path,
+    opened,
+    packed_header,
+    read_header,
+    write_atomically,
+    write_tensors,
+)
 
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _CHUNK, _PAGE = 8 << 20, 4096
 _SHORTER = "The source checkpoint became shorter while it was being copied; leave it in place and save again."
 _VALUES = 1 << 18  # they stay in the processor's cache
@@ -43,27 +47,23 @@ def save_checkpoint(
     keys = checkpoint_key_map(model.source.path) if model.edits else {}
     replaced = sorted((tuple(header[keys[name]]["data_offsets"]), name) for name in model.edits)
     for _, name in replaced:
-        if header[keys[name]]["dtype"] not in _DTYPES:
+        if header[keys[name]]["dtype"] not in EDITABLE:
             raise CheckpointError(f"{keys[name]!r} is stored as {header[keys[name]]['dtype']}, which cannot hold an edit; "
                                   "start from an fp16, bf16 or fp32 checkpoint.")  # fmt: skip
         if not _is_finite(model.edits[name]):
             raise TrainingError(f"The edit of {name!r} holds values that are not finite; repeat the step with a lower learning rate.")
-    text = json.dumps({"__metadata__": {**inherited, **(metadata or {}), **model.metadata()}, **header}, separators=(",", ":")).encode()
-    text += b" " * ((start - 8 - len(text)) % _PAGE)  # data as far into a page as in the source, so that whole pages are copied
-    try:
-        check_header(text)
-    except ValueError as error:
-        raise CheckpointError(f"The header of {path.name!r} would be too long to be read again; begin with a file that holds less "
-                              "metadata.") from error  # fmt: skip
+    entries = {**inherited, **(metadata or {}), **model.metadata()}
+    # data begin as far into a page as in the source, so that whole pages are copied
+    beginning = packed_header(path.name, header, entries, alignment=_PAGE, start=start)
 
     def write(out: BinaryIO) -> None:
-        out.write(struct.pack("<Q", len(text)) + text)
+        out.write(beginning)
         with _opened_source(model.source) as source:
             position = 0
             for (begin, end), name in replaced:
                 _copy(source, out, start + position, begin - position, on_chunk)
                 stored = header[keys[name]]["dtype"]
-                if not _add(source, out, start + begin, model.edits[name], _DTYPES[stored]):
+                if not _add(source, out, start + begin, model.edits[name], EDITABLE[stored]):
                     raise TrainingError(f"The edit of {name!r} is too large for {stored}, so values are not finite; repeat the step with a "
                                         "lower learning rate.")  # fmt: skip
                 position = end
@@ -131,8 +131,7 @@ def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Ca
 def save_edits(model: UnlearnModel, path: Path | str) -> Path:
     """Write the exact fp32 edits with their history; `load_edits` gives back the same model, bit for bit."""
     path = free_path(Path(path))
-    data = save({name: delta.contiguous() for name, delta in model.edits.items()}, metadata=model.metadata())
-    write_atomically(path, lambda file: file.write(data))
+    write_tensors(path, model.edits, model.metadata())
     return path
 
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from .chain import UnlearnModel
 from .errors import ConfigError
 from .loading import checkpoint_key_map
-from .safetensor_files import free_path, write_atomically
+from .safetensor_files import free_path, write_tensors
 
 
 def patch_names(model: UnlearnModel) -> dict[str, str]:
@@ -74,6 +73,5 @@ def _write(model: UnlearnModel, path: Path | str, tensors: dict[str, Tensor], me
     if not tensors:
         raise ConfigError("The model has no edits to write; forget something first.")
     path = free_path(Path(path))
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={**(metadata or {}), **model.metadata()})
-    write_atomically(path, lambda file: file.write(data))
+    write_tensors(path, tensors, {**(metadata or {}), **model.metadata()})
     return path

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -17,9 +14,9 @@ from .errors import ModelError
 from .eviction import Evictor, hold, remove
 from .loading import Source, source_of
 from .locks import lock_of, locked
-from .safetensor_files import write_atomically
+from .safetensor_files import DTYPES, EDITABLE, packed_header, tensor_entries, write_atomically
 
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
+_KEPT = {*EDITABLE.values(), torch.int64}  # old checkpoints hold positions as whole numbers
 _RECENT_SECONDS = 3600.0
 """How long a file counts as used by another process: short, for writing it again takes less than a step."""
 
@@ -41,26 +38,20 @@ def keep_weights(
         ModelError: a tensor's dtype cannot hold what a step changes.
         CheckpointError: the folder cannot be written or is full.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that every tensor is aligned
-    done, end = 0, 0
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    for name in names:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
-            raise ModelError(f"{name!r} is held as {str(tensor.dtype).removeprefix('torch.')}, which cannot hold what a step changes; load "
-                             "the model in fp16, bf16 or fp32.")  # fmt: skip
-        begin, end = end, end + tensor.element_size() * math.prod(tensor.shape)
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _KEPT:
+            held = f"{name!r} is held as {str(tensor.dtype).removeprefix('torch.')}"
+            raise ModelError(f"{held}, which cannot hold what a step changes; load the model in fp16, bf16 or fp32.")
+    entries, done = tensor_entries(tensors), 0
+    header = packed_header("the file of the model", entries, {"format": "pt"})
 
     def blocks() -> Iterator[bytes | memoryview]:
         nonlocal done
-        yield struct.pack("<Q", len(text)) + text
-        for name in names:
-            on_tensor(done, 2 * len(names))
+        yield header
+        for name, entry in entries.items():
+            on_tensor(done, 2 * len(entries))
             tensor = tensors[name].to("cpu").detach().contiguous()
-            if _DTYPES.get(tensor.dtype) != header[name]["dtype"] or list(tensor.shape) != header[name]["shape"]:
+            if tensor.dtype != DTYPES[entry["dtype"]] or list(tensor.shape) != entry["shape"]:
                 raise ModelError(f"{name!r} turned from {tensors[name].dtype} into {tensor.dtype} when it was read; load the model again.")
             yield memoryview(tensor.flatten().view(torch.uint8).numpy())
             done += 1
@@ -70,11 +61,11 @@ def keep_weights(
         digest.update(block)
     path, locks = folder / f"{digest.hexdigest()}.safetensors", folder / "locks"
     evictor = Evictor([folder], locks, largest_bytes, _RECENT_SECONDS)
-    with locked(lock_of(locks, path), lambda: on_tensor(done, 2 * len(names))):  # nobody evicts it meanwhile
+    with locked(lock_of(locks, path), lambda: on_tensor(done, 2 * len(entries))):  # nobody evicts it meanwhile
         evictor.touch(path)
         source = _whole(path)
         if source is None:
-            evictor.evict(len(text) + end)
+            evictor.evict(len(header) + max(entry["data_offsets"][1] for entry in entries.values()))
             source = _written(path, blocks)
         hold(path, source)
         return source

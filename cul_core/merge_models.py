@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 import torch
 
 from .chain import StepRecord, UnlearnModel, library_versions
-from .config import Config
+from .config import Config, stable_hash
 from .errors import ModelError, TrainingError
 from .merging import MERGERS
 
@@ -50,15 +51,15 @@ def merge(models: Sequence[UnlearnModel], config: Config, on_tensor: Callable[[i
             edits[name], distance = delta, delta.norm().item()
             drift[name] = [distance, distance]
         on_tensor(done, count)
-    records = [record for model in models for record in model.history]
-    history = tuple(record for number, record in enumerate(records) if record not in records[:number])
+    history = {stable_hash(asdict(record)): record for model in models for record in model.history}
+    merged = UnlearnModel(first.source, first.family, edits)
     record = StepRecord(
         request={
             "concepts": [], "merge": config.to_json(), "models": [model.content_hash for model in models],
             "last_steps": [model.history[-1].result if model.history else None for model in models],
         }, losses={}, drift=drift,
         parent=UnlearnModel(first.source, first.family).content_hash,
-        result=UnlearnModel(first.source, first.family, edits).content_hash, seconds=round(time.monotonic() - begun, 3),
+        result=merged.content_hash, seconds=round(time.monotonic() - begun, 3),
         finished=datetime.now(UTC).isoformat(timespec="seconds"), versions=library_versions(),
     )  # fmt: skip
-    return UnlearnModel(first.source, first.family, edits, (*history, record))
+    return merged.with_history((*history.values(), record))

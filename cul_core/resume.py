@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .chain import library_versions
-from .errors import MemoryShortError, TrainingError
+from .errors import CheckpointError, MemoryShortError, TrainingError, shown
 from .masters import Masters
 
 logger = logging.getLogger(__name__)
 State = dict[str, Any]
-"""Nested dicts (with text as keys) and lists of tensors and JSON values."""
+"""Nested dicts (with text as keys), lists and tuples of tensors, text, numbers, truth values and None."""
 
 
 class StateKeeper(Protocol):
@@ -137,17 +137,46 @@ class Loop:
                                 "run the step again.") from error  # fmt: skip
 
 
+_MARKS = {"tensor", "tuple", "plain"}
+"""Keys that say, alone in an object of JSON, what it stands for.
+
+"tensor" has a tensor's name, "tuple" a list, and "plain" a dict that itself has one of these keys alone.
+"""
+
+
 def split(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """(the tree as JSON, in which tensors are `{"tensor": name}`; the tensors by name)."""
+    """(the tree as JSON, in which tensors are `{"tensor": name}`; the tensors by name).
+
+    A name is the way to its tensor, as a JSON pointer (RFC 6901).
+
+    Raises:
+        CheckpointError: something in the tree would not come back from a file as it is.
+    """
     if isinstance(tree, Tensor):
         return {"tensor": path}, {path: tree}
-    if not isinstance(tree, dict | list | tuple):
+    if tree is None or isinstance(tree, bool | int | float | str):
         return tree, {}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    parts = {key: split(value, f"{path}/{key}") for key, value in items}
-    tensors = {name: tensor for _, found in parts.values() for name, tensor in found.items()}
-    plain = {key: value for key, (value, _) in parts.items()}
-    return (plain if isinstance(tree, dict) else list(plain.values())), tensors
+    if isinstance(tree, dict):
+        return _split_dict(tree, path)
+    if not isinstance(tree, list | tuple):
+        raise CheckpointError(
+            f"The state at {path!r} is a {type(tree).__name__}, which its file cannot hold; make it of dicts, "
+            "lists, tuples, tensors, text and numbers."
+        )
+    parts = [split(value, f"{path}/{number}") for number, value in enumerate(tree)]
+    values = [plain for plain, _ in parts]
+    tensors = {name: tensor for _, found in parts for name, tensor in found.items()}
+    return ({"tuple": values} if isinstance(tree, tuple) else values), tensors
+
+
+def _split_dict(tree: dict[str, Any], path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    values, tensors = {}, {}
+    for key, value in tree.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"The state at {path!r} has the key {shown(key)}; give it text as keys.")
+        values[key], found = split(value, f"{path}/{key.replace('~', '~0').replace('/', '~1')}")
+        tensors |= found
+    return ({"plain": values} if _mark_of(values) else values), tensors
 
 
 def joined(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -156,6 +185,15 @@ def joined(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [joined(value, tensors) for value in plain]
     if not isinstance(plain, dict):
         return plain
-    if plain.keys() == {"tensor"}:
+    mark = _mark_of(plain)
+    if mark == "tensor":
         return tensors[plain["tensor"]]
-    return {key: joined(value, tensors) for key, value in plain.items()}
+    if mark == "tuple":
+        return tuple(joined(plain["tuple"], tensors))
+    values = plain["plain"] if mark == "plain" else plain
+    return {key: joined(value, tensors) for key, value in values.items()}
+
+
+def _mark_of(plain: dict[str, Any]) -> str | None:
+    """The one key of an object, if it is one of `_MARKS`."""
+    return next(iter(plain)) if len(plain) == 1 and plain.keys() <= _MARKS else None

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import secrets
 import stat
 import struct
 import tempfile
@@ -26,20 +27,43 @@ _LARGEST_HEADER = 50_000_000
 _MOST_VALUES = 1_000_000
 """Values of JSON in a header, by its commas and opening brackets: what makes reading cost time and memory. Stable Diffusion XL has as
 many, in forty megabytes, with two hundred steps of all its weights in its history."""
-_BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16), **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
-}  # fmt: skip
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_ONLY_READ = {"I16": torch.int16, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's code of every dtype that is written."""
+_ONLY_READ = {
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+EDITABLE = {code: DTYPES[code] for code in ("F16", "BF16", "F32")}
+"""Dtypes of weights that an edit can be added to."""
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_BITS = {code: 8 * dtype.itemsize for code, dtype in (DTYPES | _ONLY_READ).items()} | {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    **dict.fromkeys(("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    "U16": 16,
+    "U32": 32,
+    **dict.fromkeys(("C64", "U64"), 64),
+}
+"""Bits of one element, also of the dtypes that are neither read nor written."""
+_MISFITS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What a header raises that is not as the format wants it."""
 _SEAL = "sha256"
-_LEFTOVER, _OLD_SECONDS = ".cul-part", 86400
+LEFTOVER = ".cul-part"
+"""Ending of a file that is not whole yet."""
+_OLD_SECONDS = 86400
+_REPLACE_TRIES, _REPLACE_WAIT_SECONDS = 6, 0.1
 
 _RESERVED = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]", re.IGNORECASE)
 _LONGEST_PART = 200  # of the 255 bytes that file systems allow; the rest is for counters and the ending
@@ -68,12 +92,10 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
                 raise ValueError("impossible header length")
             if length > _LARGEST_HEADER:
                 raise ValueError("header too large")
-            header = _parsed(file.read(length))
-        metadata = {} if (found := header.pop("__metadata__", None)) is None else found
-        end = _check_entries(header, metadata)
+            header, metadata, end = _checked(file.read(length))
     except FileNotFoundError as error:
         raise ModelError(f"There is no file {shown(path.name)} in {shown(str(path.parent))}; check the name.") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+    except (OSError, struct.error, *_MISFITS) as error:
         raise ModelError(f"{shown(path.name)} cannot be read as a safetensors file; choose a .safetensors checkpoint "
                          "or download it again.") from error  # fmt: skip
     if size != 8 + length + end:
@@ -86,6 +108,13 @@ def check_header(text: bytes) -> None:
     """Raises ValueError for a header that is too large to be read by others, or by us."""
     if len(text) > _LARGEST_HEADER or sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise ValueError("header too large")
+
+
+def _checked(text: bytes) -> tuple[dict[str, dict], dict[str, str], int]:
+    """(tensor entries by name, metadata, length of the data) of a header's text. Raises one of `_MISFITS`."""
+    header = _parsed(text)
+    metadata = {} if (found := header.pop("__metadata__", None)) is None else found
+    return header, metadata, _check_entries(header, metadata)
 
 
 def _parsed(text: bytes) -> dict[str, dict]:
@@ -149,7 +178,7 @@ class OpenedFile:
             ModelError: the file cannot be read, became shorter, or stores it in a dtype that PyTorch lacks.
         """
         entry = self._header[name]
-        if (dtype := (_DTYPES | _ONLY_READ).get(entry["dtype"])) is None:
+        if (dtype := (DTYPES | _ONLY_READ).get(entry["dtype"])) is None:
             raise ModelError(f"{self._name!r} stores {shown(name)} as {entry['dtype']}, which cannot be read; choose an fp16, bf16 or fp32 "
                              "checkpoint.")  # fmt: skip
         tensor = torch.empty(entry["shape"], dtype=dtype)
@@ -246,41 +275,74 @@ def check_writable(folder: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` on a temporary file in the target folder, flush it to disk, and rename it to `path`.
+    """Call `write` on a temporary file in the target folder, flush that to disk, and rename it to `path`.
 
     A link of that name is replaced; what it points to stays as it is.
 
     Raises:
-        CheckpointError: the folder cannot be written or is full, or no file can have that name; whatever was written is removed.
+        CheckpointError: the folder cannot be written or is full, no file can have that name, or the system does
+            not replace the old file because a program has it open. Whatever was written is removed.
     """
     check_name(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_old_leftovers(path.parent)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=_LEFTOVER, dir=path.parent)
-        temporary = Path(name)
+        handle, temporary = _created_beside(path)
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+        _replace(temporary, path)
         temporary = None
+        _flush_folder(path.parent)
     except OSError as error:
-        raise CheckpointError(f"{path.name!r} could not be written to {str(path.parent)!r} ({error.strerror or error}); free some "
-                              "space there or choose another folder.") from error  # fmt: skip
+        remedy = "close what has it open" if isinstance(error, PermissionError) else "free some space there"
+        failure = f"could not be written to {str(path.parent)!r} ({error.strerror or error})"
+        raise CheckpointError(f"{path.name!r} {failure}; {remedy} or choose another folder.") from error
     finally:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink()
 
 
+def _created_beside(path: Path) -> tuple[int, Path]:
+    """(descriptor, path) of a new file in the folder of `path`, with the mode that the umask leaves of 0o666."""
+    while True:
+        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{LEFTOVER}")
+        try:
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+            return os.open(temporary, flags, 0o666), temporary
+        except FileExistsError:
+            continue  # another process's
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`, waiting a little where a program has `path` open.
+
+    Windows denies it then. The program may be a virus scanner, which is done in a moment.
+    """
+    for _ in range(_REPLACE_TRIES - 1):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(_REPLACE_WAIT_SECONDS)
+    os.replace(temporary, path)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a folder's names to disk, so that a rename outlives a crash of the machine; not every system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def leftovers(folder: Path, stem: str = "*") -> Iterator[Path]:
     """What a process that was killed while it wrote has left in a folder; `stem` is that of its file."""
-    return folder.glob(f".{stem}.*{_LEFTOVER}")
+    return folder.glob(f".{stem}.*{LEFTOVER}")
 
 
 def _remove_old_leftovers(folder: Path) -> None:
@@ -291,24 +353,89 @@ def _remove_old_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
-def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file whose last entry is the SHA-256 of all before it; one tensor at a time is copied from its device.
+def tensor_entries(tensors: Mapping[str, Tensor]) -> dict[str, dict]:
+    """Header entries by name, in the order of the data.
+
+    Larger elements come first, so that every tensor is aligned to its own size.
 
     Raises:
-        CheckpointError: the folder cannot be written or is full; nothing is left behind then.
+        CheckpointError: a tensor has a dtype that is not written.
     """
-    codes, header, end = {dtype: code for code, dtype in _DTYPES.items()}, {"__metadata__": dict(metadata)}, 0
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each is aligned to its own size
-    for name in names:
-        begin, end = end, end + tensors[name].nbytes
-        header[name] = {"dtype": codes[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
-    header[_SEAL] = {"dtype": "U8", "shape": [32], "data_offsets": [end, end + 32]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    entries, end = {}, 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name]
+        if tensor.dtype not in _CODES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{shown(name)} is {dtype}, which is not written; turn it into fp32.")
+        begin, end = end, end + tensor.element_size() * math.prod(tensor.shape)
+        shape = list(tensor.shape)
+        entries[name] = {"dtype": _CODES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    return entries
+
+
+def packed_header(
+    name: str,
+    entries: Mapping[str, dict],
+    metadata: Mapping[str, str],
+    alignment: int = 8,
+    start: int = 0,
+) -> bytes:
+    """The beginning of a file: the length of its header, and the header, padded with spaces.
+
+    Args:
+        name: the file's, for errors.
+        entries: of the tensors; see `tensor_entries`.
+        metadata: text by name.
+        alignment: the padding makes the data begin at a multiple of it, ...
+        start: ... or as many bytes behind one as this lies.
+
+    Raises:
+        CheckpointError: the file could not be read again.
+    """
+    text = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
+    text += b" " * ((start - 8 - len(text)) % alignment)
+    try:
+        _checked(text)
+    except _MISFITS as error:
+        raise CheckpointError(
+            f"{name!r} could not be read again ({shown(str(error))}); begin with a file that holds less "
+            "metadata, or train fewer iterations."
+        ) from error
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; equal tensors and metadata make equal files.
+
+    One tensor at a time is copied from its device.
+
+    Raises:
+        CheckpointError: the folder cannot be written or is full, or the file could not be read again. Nothing
+            is left behind then.
+    """
+    entries = tensor_entries(tensors)
+    header = packed_header(path.name, entries, metadata)
+
+    def write(file: BinaryIO) -> None:
+        file.write(header)
+        for name in entries:
+            file.write(_bytes_of(tensors[name]))
+
+    write_atomically(path, write)
+
+
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """`write_tensors` with one more entry at the end: the SHA-256 of all before it."""
+    entries = tensor_entries(tensors)
+    if _SEAL in entries:
+        raise CheckpointError(f"{path.name!r} has a tensor {_SEAL!r}, the name of its seal; give it another name.")
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    seal = {"dtype": "U8", "shape": [32], "data_offsets": [end, end + 32]}
+    header = packed_header(path.name, {**entries, _SEAL: seal}, metadata)
 
     def write(file: BinaryIO) -> None:
         digest = hashlib.sha256()
-        for part in (struct.pack("<Q", len(text)), text, *(_bytes_of(tensors[name]) for name in names)):
+        for part in (header, *(_bytes_of(tensors[name]) for name in entries)):
             digest.update(part)
             file.write(part)
         file.write(digest.digest())
@@ -336,7 +463,7 @@ def read_sealed(path: Path, unsealed: bool = False) -> tuple[dict[str, Tensor], 
         with path.open("rb") as file:
             digest.update(file.read(start))
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                (begin, end), dtype = entry["data_offsets"], _DTYPES[entry["dtype"]]
+                (begin, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
                 if file.tell() != start + begin or math.prod(entry["shape"]) * dtype.itemsize != end - begin:
                     raise damaged
                 tensor = torch.empty(entry["shape"], dtype=dtype)

@@ -262,10 +262,9 @@ class StepState:
 
     def save(self, state: State) -> None:
         begun = time.monotonic()
-        plain, tensors = split(state)
-        values = {"state": plain, **self._about}
         try:
-            write_sealed(self.path, tensors, {"cul_state": json.dumps(values)})
+            plain, tensors = split(state)
+            write_sealed(self.path, tensors, {"cul_state": json.dumps({"state": plain, **self._about})})
         except CheckpointError as error:
             if not self._has_failed:
                 logger.warning("the state of the step is not kept, so it cannot go on from here if it is stopped: %s", error)

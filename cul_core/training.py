@@ -230,7 +230,7 @@ def run_step(
         versions=library_versions(),
     )  # fmt: skip
     logger.info("forgot %d concept(s) in %.1f s", len(request.concepts), record.seconds)
-    return model.with_step(edits, record), StepReport(record, tuple(losses), figures)
+    return result.with_history((*model.history, record)), StepReport(record, tuple(losses), figures)
 
 
 def _step(

@@ -17,10 +17,11 @@ from cul_core.chain import StepRecord, UnlearnModel, read_history
 from cul_core.checkpoint import difference, load_edits, open_continued, open_model, save_checkpoint, save_edits
 from cul_core.errors import Cancelled, CheckpointError, ModelError, TrainingError
 from cul_core.families import UNET_PREFIX
+from cul_core.kept_weights import keep_weights
 from cul_core.loading import checkpoint_key_map, load_bundle, require_diffusers, source_of
 from cul_core.methods.conabl import ConAbl
 from cul_core.params import is_kv
-from cul_core.safetensor_files import read_header
+from cul_core.safetensor_files import packed_header, read_header, write_sealed
 from cul_core.training import run_step
 
 
@@ -441,3 +442,39 @@ def test_the_bounds_on_diffusers_are_those_of_the_package(monkeypatch):
         require_diffusers()
     requirement = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"][0]
     assert f'"{requirement}"' in str(caught.value)
+
+
+# --- one writer of headers
+
+
+def test_equal_tensors_and_metadata_make_equal_files_whoever_writes_them(edited, tmp_path):
+    """The order of a dict, or of a hash table, changes no byte."""
+    first = save_edits(edited, tmp_path / "a.safetensors").read_bytes()
+    turned = UnlearnModel(edited.source, edited.family, dict(reversed(edited.edits.items())), edited.history)
+    for number in range(8):
+        assert save_edits(turned, tmp_path / f"{number}.safetensors").read_bytes() == first
+
+
+def test_every_writer_packs_its_header_by_the_same_function(edited, tmp_path, monkeypatch):
+    packed = []
+
+    def pack(name, *arguments, **named):
+        packed.append(name)
+        return packed_header(name, *arguments, **named)
+
+    for module in ("safetensor_files", "kept_weights", "checkpoint"):
+        monkeypatch.setattr(f"cul_core.{module}.packed_header", pack)
+    save_checkpoint(edited, tmp_path / "checkpoint.safetensors")
+    save_edits(edited, tmp_path / "edits.safetensors")
+    write_sealed(tmp_path / "sealed.safetensors", edited.edits, {})
+    keep_weights(tmp_path, edited.edits)
+    assert packed[:3] == ["checkpoint.safetensors", "edits.safetensors", "sealed.safetensors"]
+    assert len(packed) == 4
+
+
+def test_a_header_is_padded_so_that_data_begin_where_they_are_asked_to():
+    for length in range(40):
+        text = packed_header("a", {}, {"x": "x" * length})
+        assert len(text) % 8 == 0 and json.loads(text[8:]) == {"__metadata__": {"x": "x" * length}}
+        aligned = packed_header("a", {}, {"x": "x" * length}, alignment=4096, start=5000)
+        assert len(aligned) % 4096 == 5000 - 4096

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import write_random_checkpoint
 
-from cul_core.chain import UnlearnModel, read_history
+from cul_core.chain import StepRecord, UnlearnModel, read_history
 from cul_core.checkpoint import open_model, save_checkpoint
 from cul_core.cli import main
 from cul_core.config import TrainingConfig
@@ -290,6 +290,31 @@ def test_steps_that_models_share_are_told_once(train, two, random_model):
     again = merge([result, two[1]], UniformConfig())
     assert [record.is_merge for record in again.history] == [False, False, False, True, False, True]
     assert len(merge([two[0], two[0]], UniformConfig()).history) == 2
+
+
+def test_long_histories_are_joined_without_comparing_every_record_with_every_other(two, monkeypatch):
+    compared = []
+
+    def equal(one, other):
+        compared.append(1)
+        return vars(one) == vars(other)
+
+    monkeypatch.setattr(StepRecord, "__eq__", equal)
+    record = two[0].history[0]
+    records = tuple(replace(record, seconds=float(number)) for number in range(1000))
+    first = replace(two[0], history=records[:700])
+    second = replace(two[0], history=records[500:])
+    history = merge([first, second], UniformConfig()).history
+    assert [record.seconds for record in history[:-1]] == list(range(1000))
+    assert len(compared) <= 1000
+
+
+def test_records_that_differ_in_anything_are_all_told(two):
+    record = two[0].history[0]
+    values = {"losses": {"x": 0.5}, "drift": {"w": [1.0, 2.0]}, "seconds": 9.0, "versions": {"torch": "9"}}
+    records = (record, *(replace(record, **{name: value}) for name, value in values.items()))
+    history = merge([replace(two[0], history=records + records)], UniformConfig()).history
+    assert history[:-1] == records
 
 
 def test_a_merged_model_is_forgotten_further_kept_and_found_again(two, train, make_request, bundles, anchors, tmp_path):

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from short import SHORT
 
 from cul_core import store as stores
-from cul_core.errors import Cancelled, MemoryShortError, TrainingError
+from cul_core.errors import Cancelled, CheckpointError, MemoryShortError, TrainingError
 from cul_core.methods import METHODS
 from cul_core.methods.base import LossParts
 from cul_core.methods.conabl import ConAbl
@@ -98,6 +100,101 @@ def test_every_method_and_regularizer_goes_on_to_the_same_bits(method, regulariz
 def test_every_preset_is_made_of_what_the_table_has():
     for entry in PRESETS.values():
         assert METHODS.of(entry.method) and all(REGULARIZERS.of(config) for config in entry.regularizers)
+
+
+# --- the tree of a state, as JSON and tensors
+
+
+def through_a_file(tree):
+    plain, tensors = split(tree)
+    return joined(json.loads(json.dumps(plain)), tensors)
+
+
+def same(one, other):
+    """Whether two trees are equal, with the same types and the same order."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+NAMES_IN_STATES = st.sampled_from(["tensor", "plain", "tuple", "a", "b", "a/b", "/", "", "~", "~1", "~0"]) | st.text(
+    st.characters(exclude_categories=["Cs"]), max_size=4
+)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False)
+    | NAMES_IN_STATES
+    | st.integers(0, 99).map(torch.tensor)
+)
+
+
+def branches(children):
+    lists = st.lists(children, max_size=3)
+    return lists | lists.map(tuple) | st.dictionaries(NAMES_IN_STATES, children, max_size=3)
+
+
+@given(st.recursive(LEAVES, branches, max_leaves=12))
+def test_every_tree_comes_back_from_a_file_as_it_was(tree):
+    assert same(through_a_file(tree), tree)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"tensor": "/a"},
+        {"tensor": torch.tensor(1)},
+        {"tensor": {"tensor": "x"}},
+        {"plain": {"tensor": "x"}},
+        {"tuple": [1]},
+        {"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}},
+        {"a~1b": torch.tensor(1), "a/b": torch.tensor(2), "a~b": torch.tensor(3)},
+        {"0": torch.tensor(1)},
+        [],
+        {},
+        (),
+        {"a": [], "b": {}, "c": ()},
+        (1, (torch.tensor(2), [3])),
+        torch.tensor(1),
+        float("inf"),
+    ],
+    ids=repr,
+)
+def test_what_looks_like_the_files_own_marks_comes_back_too(tree):
+    assert same(through_a_file(tree), tree)
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"a": {1: 2}}, "'/a' has the key 1"),
+        ({"a": {None: 2}}, "'/a' has the key None"),
+        ([{1, 2}], "'/0' is a set"),
+        ({"a": torch.float32}, "'/a' is a dtype"),
+        ({"a": b"x"}, "'/a' is a bytes"),
+    ],
+    ids=["number as key", "None as key", "set", "dtype", "bytes"],
+)
+def test_what_would_come_back_as_something_else_is_refused(tree, said, tmp_path, make_request, caplog):
+    with pytest.raises(CheckpointError, match=said):
+        split(tree)
+    keeper = StepState(tmp_path / "a.safetensors", make_request(), 0)
+    keeper.save({"iteration": 1, "origin": {}, "parts": tree})
+    assert not list(tmp_path.iterdir()) and "the state of the step is not kept" in caplog.text
+
+
+def test_a_state_of_an_older_version_is_joined_as_before():
+    plain = {"parts": [{"seen": 3, "masks": {"a.b": {"tensor": "/parts/0/masks/a.b"}}}], "losses": [1.0]}
+    tree = joined(plain, {"/parts/0/masks/a.b": torch.tensor([1, 2])})
+    assert same(tree, {"parts": [{"seen": 3, "masks": {"a.b": torch.tensor([1, 2])}}], "losses": [1.0]})
+    assert split(tree)[0] == plain
 
 
 def kept(runner, request, path, after=3):

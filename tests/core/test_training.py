@@ -1,13 +1,18 @@
 """The loop's contracts: repeatable, only its group changes, the teacher and the input untouched, errors and cancelling clean."""
 
+import hashlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from short import SHORT
 
+from cul_core.chain import UnlearnModel
 from cul_core.concepts import Concept
 from cul_core.errors import Cancelled, ConceptError, ConfigError, TrainingError
+from cul_core.merge_models import merge
+from cul_core.merging.uniform import UniformConfig
 from cul_core.methods import METHODS
 from cul_core.methods.base import LossParts, Method
 from cul_core.methods.conabl import ConAbl, ConAblConfig
@@ -52,6 +57,31 @@ def test_every_method_with_every_regularizer_repeats_bit_for_bit_and_changes_onl
     assert all(torch.isfinite(torch.tensor(report.losses))) and len(report.losses) == 3
     assert same(unet_state(random_bundle), before)
     assert not any(parameter.requires_grad for parameter in random_bundle.unet.parameters())
+
+
+def test_the_edits_of_a_step_or_a_merge_are_hashed_once(step, random_model, make_request, monkeypatch):
+    hashed = []
+
+    def sha256(*data):
+        hashed.append(1)
+        return hashlib.sha256(*data)
+
+    first, _ = step(make_request("Lava", iterations=1))
+    for model in (random_model, first):
+        assert model.content_hash
+    monkeypatch.setattr("cul_core.chain.hashlib", SimpleNamespace(sha256=sha256))
+    edited, report = step(make_request("Frost", iterations=1), first)
+    assert edited.content_hash == report.record.result and len(hashed) == 1
+    assert edited.history == (*first.history, report.record)
+    merged = merge([first, edited], UniformConfig())
+    assert merged.content_hash == merged.history[-1].result
+    assert len(hashed) == 3  # of the pretrained model, which has no edits, and of the merged one
+
+
+def test_the_hash_that_is_carried_over_is_never_that_of_other_edits(step, make_request):
+    edited, report = step(make_request(iterations=1))
+    for model in (edited.with_step({}, report.record), replace(edited, edits={}), edited.with_history(())):
+        assert model.content_hash == UnlearnModel(model.source, model.family, model.edits).content_hash
 
 
 @pytest.mark.parametrize("group", ["attn2", "attn", "full"])

@@ -144,15 +144,16 @@ class Trouble:
             (stores.StepStore, "_evict", "evicting"), (stores.StepStore, "get", "reading"), (stores.StepState, "load", "reading"),
         ):  # fmt: skip
             self.within(owner, name, phase)
-        for name in ("replace", "fsync", "utime", "chmod", "unlink", "mkdir"):
+        for name in ("replace", "fsync", "utime", "unlink", "mkdir"):
             self.on_call(os, name)
-        make, open_handle = safetensor_files.tempfile.mkstemp, os.fdopen
+        make, open_handle = os.open, os.fdopen
 
-        def mkstemp(*args, **kwargs):
-            self.write(True)
-            return make(*args, **kwargs)
+        def make_file(path, *args, **kwargs):
+            if str(path).endswith(safetensor_files.LEFTOVER):
+                self.write(True)
+            return make(path, *args, **kwargs)
 
-        self._set(safetensor_files.tempfile, "mkstemp", mkstemp)
+        self._set(os, "open", make_file)
         self._set(os, "fdopen", lambda *args, **kwargs: _File(open_handle(*args, **kwargs), self))
 
 

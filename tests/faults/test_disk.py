@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import stat
 import subprocess
 from dataclasses import replace
 from functools import partial
@@ -20,10 +21,11 @@ from cul_core.concepts import Concept
 from cul_core.errors import CheckpointError, TrainingError
 from cul_core.evaluation.pictures import save_picture
 from cul_core.export import save_difference, save_lora
+from cul_core.kept_weights import keep_weights
 from cul_core.loading import checkpoint_key_map
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.safetensor_files import read_header, read_sealed
+from cul_core.safetensor_files import read_header, read_sealed, write_atomically
 from cul_core.store import StepState, StepStore
 from cul_core.training import Request, StepReport
 
@@ -132,6 +134,181 @@ def test_a_state_that_cannot_be_replaced_stays(request_, tmp_path, monkeypatch, 
             StepState(path, request_, 0).save({**STATE, "iteration": 3})
         assert path.read_bytes() == before and StepState(path, request_, 0).load({})["iteration"] == 2
         count("failed write")
+
+
+# --- permissions of what is written
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_files_mode_follows_the_umask_which_is_never_changed(umask, tmp_path, monkeypatch, count):
+    """The umask is the whole process's: while it is 0, another thread's files are writable by anybody."""
+    before = os.umask(umask)
+    try:
+
+        def refuse(*_):
+            pytest.fail("the umask was changed")
+
+        seen = []
+
+        def write(file):
+            file.write(b"x")
+            seen.extend(path.stat().st_mode & 0o777 for path in tmp_path.iterdir())
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", refuse)
+            write_atomically(tmp_path / "a.json", write)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert seen == [0o666 & ~umask]
+    count("umask")
+
+
+def test_a_name_that_another_process_took_for_its_unfinished_file_is_left_alone(tmp_path, monkeypatch, count):
+    tokens = iter(["same", "other"])
+    monkeypatch.setattr("cul_core.safetensor_files.secrets.token_hex", lambda count: next(tokens))
+    (tmp_path / ".a.same.cul-part").write_bytes(b"theirs")
+    write_atomically(tmp_path / "a.json", lambda file: file.write(b"ours"))
+    assert (tmp_path / ".a.same.cul-part").read_bytes() == b"theirs"
+    assert (tmp_path / "a.json").read_bytes() == b"ours"
+    count("taken name")
+
+
+# --- Windows, which neither replaces nor removes a file that a program has open
+
+
+DENIED = PermissionError(errno.EACCES, "Access is denied")
+
+
+def denied_first(times, call):
+    """`call`, which is denied the first `times` times; and a list of its arguments."""
+    seen = []
+
+    def wrapped(*arguments, **named):
+        seen.append(arguments)
+        if len(seen) <= times:
+            raise DENIED
+        return call(*arguments, **named)
+
+    return wrapped, seen
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    monkeypatch.setattr("cul_core.safetensor_files.time.sleep", lambda seconds: None)
+
+
+def test_a_file_that_is_open_for_a_moment_is_replaced_after_it(tmp_path, monkeypatch, no_waiting, count):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"old")
+    replace_, seen = denied_first(3, os.replace)
+    monkeypatch.setattr(os, "replace", replace_)
+    write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new" and len(seen) == 4
+    assert list(tmp_path.iterdir()) == [path]
+    count("open file")
+
+
+def test_a_file_that_stays_open_is_left_and_the_error_says_why(tmp_path, monkeypatch, no_waiting, count):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", denied_first(1000, os.replace)[0])
+    said = "'a.json' could not be written .*Access is denied.*close what has it open"
+    with pytest.raises(CheckpointError, match=said):
+        write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    count("open file")
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_state_that_stays_open_fails_no_step(request_, step, original, tmp_path, monkeypatch, count, caplog):
+    store = StepStore(tmp_path)
+
+    def train(keeper):
+        keeper.save(STATE)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", denied_first(1000, os.replace)[0])
+            keeper.save({**STATE, "iteration": 3})
+        assert keeper.load({})["iteration"] == 2
+        return step
+
+    assert store.get_or_train(original, request_, train).note == ", resumed at iteration 2"
+    assert "the state of the step is not kept" in caplog.text
+    count("open file")
+
+
+def test_a_stored_file_that_is_open_stays_and_fails_no_step(
+    request_,
+    step,
+    original,
+    tmp_path,
+    monkeypatch,
+    count,
+):
+    old = tmp_path / "steps" / f"{0:064x}.safetensors"
+    old.parent.mkdir()
+    old.write_bytes(b"x" * 100)
+    os.utime(old, (1, 1))
+    monkeypatch.setattr(os, "unlink", denied_first(1000, os.unlink)[0])
+    outcome = StepStore(tmp_path, largest_bytes=10).get_or_train(original, request_, lambda keeper: step)
+    assert outcome.model is step[0] and outcome.note == "" and old.exists()
+    count("open file")
+
+
+def test_kept_weights_that_are_open_stay_and_the_next_oldest_goes(tmp_path, monkeypatch, count):
+    paths = [keep_weights(tmp_path, {"a": torch.full((100,), float(value))}).path for value in range(3)]
+    for age, path in enumerate(paths):
+        os.utime(path, (age, age))
+    monkeypatch.setattr(os, "unlink", denied_first(1, os.unlink)[0])
+    most = 3 * paths[0].stat().st_size
+    new = keep_weights(tmp_path, {"a": torch.full((100,), 9.0)}, largest_bytes=most).path
+    assert set(tmp_path.iterdir()) == {paths[0], paths[2], new}
+    count("open file")
+
+
+def test_kept_weights_in_a_folder_that_cannot_be_written_are_found(tmp_path, monkeypatch, count):
+    source = keep_weights(tmp_path, {"a": torch.ones(3)})
+    monkeypatch.setattr(os, "utime", denied_first(1000, os.utime)[0])
+    assert keep_weights(tmp_path, {"a": torch.ones(3)}) == source
+    count("open file")
+
+
+# --- a crash of the whole machine
+
+
+def test_a_rename_is_on_the_disk_before_the_file_counts_as_written(tmp_path, monkeypatch, count):
+    """The folder is flushed after the rename; where it cannot be, the file is written all the same."""
+    events, flush, rename = [], os.fsync, os.replace
+
+    def is_folder(handle):
+        return stat.S_ISDIR(os.fstat(handle).st_mode)
+
+    def fsync(handle):
+        events.append("folder flushed" if is_folder(handle) else "file flushed")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append("renamed"), rename(*names)))
+    write_atomically(tmp_path / "a.json", lambda file: file.write(b"x"))
+    assert events == ["file flushed", "renamed", "folder flushed"]
+
+    def fsync_of_files_only(handle):
+        if is_folder(handle):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync_of_files_only)
+    write_atomically(tmp_path / "b.json", lambda file: file.write(b"x"))
+    make = os.open
+
+    def open_of_files_only(path, *arguments, **named):
+        if os.path.isdir(path):
+            raise DENIED
+        return make(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", open_of_files_only)
+    write_atomically(tmp_path / "c.json", lambda file: file.write(b"x"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json", "c.json"]
+    count("folder that cannot be flushed", 2)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from cul_core.chain import UnlearnModel, read_history
 from cul_core.checkpoint import load_edits, open_continued, open_model, save_checkpoint, save_edits
 from cul_core.cli import main
+from cul_core.concepts import Concept
 from cul_core.errors import CheckpointError, ConfigError, ModelError
 from cul_core.evaluation.pictures import labelled_grid
 from cul_core.evaluation.report import history_text, model_text
@@ -24,8 +25,11 @@ from cul_core.families import MINI, UNET_PREFIX
 from cul_core.loading import detect_family, load_bundle, source_of
 from cul_core.merge_models import merge
 from cul_core.merging.ties import TiesConfig
+from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.safetensor_files import check_header, free_path, read_header, write_atomically
+from cul_core.safetensor_files import check_header, free_path, read_header, write_atomically, write_sealed
+from cul_core.store import StepState
+from cul_core.training import Request
 
 GOOD = {"a": entry()}
 FOUR = bytes(4)
@@ -367,6 +371,35 @@ def test_a_header_that_could_not_be_read_again_is_not_written(tmp_path, edited, 
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError):
         check_header(b" " * 50_000_001)
+
+
+UNREADABLE = {
+    "a million values": ({}, {"x": "[" * 1_100_000}),
+    "fifty megabytes": ({}, {"x": "x" * 50_000_001}),
+    "no text": ({"\ud800": torch.ones(1)}, {}),
+    "metadata that are no text": ({}, {"x": 1}),
+    "the metadata's own name": ({"__metadata__": torch.ones(1)}, {}),
+    "the seal's own name": ({"sha256": torch.ones(1)}, {}),
+    "a dtype without a code": ({"a": torch.ones(1, dtype=torch.complex64)}, {}),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_could_not_be_read_again_is_not_sealed(name, tmp_path, count):
+    error = refused(lambda: write_sealed(tmp_path / "a.safetensors", *UNREADABLE[name]))
+    assert isinstance(error, CheckpointError)
+    assert list(tmp_path.iterdir()) == []
+    count("bad inputs")
+
+
+def test_a_state_too_long_to_be_read_again_leaves_the_one_before(tmp_path, model, count, caplog):
+    request = Request((Concept("Lava"),), ConAblConfig(), anchor_prompts=("A star image.",))
+    keeper = StepState(tmp_path / "a.safetensors", request, 0)
+    keeper.save({"iteration": 1, "losses": [0.5], "origin": {}})
+    keeper.save({"iteration": 2, "losses": [0.5] * 1_100_000, "origin": {}})
+    assert keeper.load({})["iteration"] == 1
+    assert "cannot go on from here" in caplog.text and "damaged" not in caplog.text
+    count("bad inputs")
 
 
 # --- history: what a stranger's file says about itself
