@@ -55,8 +55,8 @@ def trials() -> dict[str, dict[str, tuple[Preset, dict]]]:
             ("proximal", 3e4, 6e-4), ("penalty", 200.0, 6e-4), ("proximal", 1e4, 6e-4), ("proximal", 3e3, 6e-4), ("proximal", 1e3, 6e-4),
             ("penalty", 20.0, 6e-4), ("penalty", 5.0, 6e-4), ("proximal", 1e4, 8e-4))},
         "l2sp": {f"{f} {s:g}, {r:g}": trial(L2SPConfig(strength=s, form=f), rate=r) for f, s, r in (
-            ("proximal", 3e5, 6e-4), ("penalty", 3e4, 6e-4), ("proximal", 1e6, 6e-4), ("proximal", 3e6, 6e-4), ("proximal", 1e7, 6e-4),
-            ("penalty", 3e3, 6e-4), ("penalty", 300.0, 6e-4), ("proximal", 1e6, 8e-4))},
+            ("proximal", 1.5e5, 6e-4), ("penalty", 3e4, 6e-4), ("proximal", 5e5, 6e-4), ("proximal", 1.5e6, 6e-4), ("proximal", 5e6, 6e-4),
+            ("penalty", 3e3, 6e-4), ("penalty", 300.0, 6e-4), ("proximal", 5e5, 8e-4))},
         "selft": {f"tau {t}, {r:g}": trial(SelFTConfig(kept_fraction=t), rate=r) for t, r in (
             (0.2, 6e-4), (0.3, 6e-4), (0.1, 6e-4), (0.15, 6e-4), (0.25, 6e-4), (0.2, 8e-4), (0.1, 8e-4), (0.15, 1e-3))},
         "ties": {f"{s:g} of {k}": trial(setting="ties", merger=TiesConfig(strength=s, keep_fraction=k)) for s, k in (

@@ -137,7 +137,7 @@ PRESETS = {
     ),
     "l2sp_ours": Preset(
         "L2-SP as a proximal step towards the pretrained weights, so that the whole chain's drift is bounded.",
-        ConAblConfig(teacher="pretrained"), (L2SPConfig(strength=1e6),), _STEEP,
+        ConAblConfig(teacher="pretrained"), (L2SPConfig(strength=5e5),), _STEEP,
     ),
     "selft_ours": Preset(
         "SelFT whose mask holds on what the optimizer does, scored along one picture.",

@@ -23,7 +23,7 @@ from .safetensor_files import leftovers, read_header, read_sealed, write_sealed
 from .training import Request, StepReport
 
 logger = logging.getLogger(__name__)
-_RESULTS_VERSION = 1
+_RESULTS_VERSION = 2
 """Raise it when the same request on the same model starts to give another result."""
 PARTS = ("steps", "anchors", "states")
 """Folders of the store: finished steps, anchor pictures, and the states of unfinished steps."""

@@ -53,15 +53,13 @@ class ProjectionConfig(Config):
 
 def distinct_columns(columns: Tensor, cosine: float = _DUPLICATE_COSINE) -> Tensor:
     """The rows of (n, d) kept by the reference's greedy filter: in order, if the cosine with every kept one is below `cosine`."""
-    kept: list[Tensor] = []
-    for row in columns:
+    units, kept = torch.empty_like(columns), []
+    for number, row in enumerate(columns):
         unit = row / row.norm().clamp_min(1e-12)
-        if not kept or (torch.stack(kept) @ unit).max() < cosine:
-            kept.append(unit)
-    norms = columns.norm(dim=1)
-    unit_rows = columns / norms[:, None].clamp_min(1e-12)
-    keep = [int((unit_rows @ unit).argmax()) for unit in kept]
-    return columns[sorted(set(keep))]
+        if not kept or (units[: len(kept)] @ unit).max() < cosine:
+            units[len(kept)] = unit
+            kept.append(number)
+    return columns[kept]
 
 
 def orthonormal_basis(rows: Tensor, tolerance: float = 1e-6) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class L1SPConfig(Config):
 
 @dataclass(frozen=True)
 class L2SPConfig(Config):
-    strength: float = setting(1e5, _STRENGTH_HELP + "1e5 is gentle on MiniCanvas, 1e6 stops forgetting.", minimum=0.0)
+    strength: float = setting(5e4, _STRENGTH_HELP + "5e4 is gentle on MiniCanvas, 5e5 stops forgetting.", minimum=0.0)
     anchor: str = setting("pretrained", _ANCHOR_HELP, choices=_ANCHORS)
     form: str = setting("proximal", _FORM_HELP, choices=("proximal", "penalty"))
 
@@ -45,7 +46,8 @@ class _WeightAnchor(Regularizer):
     def _element_penalty(self, difference: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _shrink(self, difference: Tensor, threshold: float) -> Tensor:
+    def _shrunk(self, weight: Tensor, anchors: Sequence[Tensor], threshold: float) -> Tensor:
+        """argmin_w threshold sum_a R(w - a) + |w - weight|^2 / 2 over one or two anchors a, elementwise; R is the element's penalty."""
         raise NotImplementedError
 
     def penalty(self, weights: Mapping[str, Tensor]) -> Tensor | None:
@@ -59,10 +61,7 @@ class _WeightAnchor(Regularizer):
         if self.config.form != "proximal":
             return weight
         threshold = learning_rate * self.config.strength / self._count
-        for reference in self._references:
-            anchor = reference[name].to(weight.device)
-            weight = anchor + self._shrink(weight - anchor, threshold)
-        return weight
+        return self._shrunk(weight, [reference[name].to(weight.device) for reference in self._references], threshold)
 
 
 @REGULARIZERS.register(
@@ -75,13 +74,18 @@ class _WeightAnchor(Regularizer):
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class L1SP(_WeightAnchor):
-    """R = (1/N) sum |w - w_ref|; proximal step sign(D) max(|D| - lr lambda / N, 0), N the number of trained elements."""
+    """R = (1/N) sum |w - w_ref|; proximal step sign(D) max(|D| - lr lambda / N, 0), N the number of trained elements.
+
+    With both anchors, weights between the two stay, and the others move towards the nearer one by up to 2 lr lambda / N.
+    """
 
     def _element_penalty(self, difference: Tensor) -> Tensor:
         return difference.abs()
 
-    def _shrink(self, difference: Tensor, threshold: float) -> Tensor:
-        return torch.nn.functional.softshrink(difference, threshold)
+    def _shrunk(self, weight: Tensor, anchors: Sequence[Tensor], threshold: float) -> Tensor:
+        low, high = reduce(torch.minimum, anchors), reduce(torch.maximum, anchors)
+        nearest = torch.clamp(weight, low, high)  # between two anchors the penalty is flat
+        return nearest + torch.nn.functional.softshrink(weight - nearest, len(anchors) * threshold)
 
 
 @REGULARIZERS.register(
@@ -94,10 +98,14 @@ class L1SP(_WeightAnchor):
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class L2SP(_WeightAnchor):
-    """R = (1/N) sum (w - w_ref)^2; proximal step D / (1 + lr lambda / N)."""
+    """R = (1/N) sum (w - w_ref)^2; proximal step D / (1 + 2 lr lambda / N), N the number of trained elements.
+
+    Both anchors act as one at their mean, twice as strong.
+    """
 
     def _element_penalty(self, difference: Tensor) -> Tensor:
         return difference.square()
 
-    def _shrink(self, difference: Tensor, threshold: float) -> Tensor:
-        return difference / (1 + threshold)
+    def _shrunk(self, weight: Tensor, anchors: Sequence[Tensor], threshold: float) -> Tensor:
+        centre = sum(anchors[1:], start=anchors[0]) / len(anchors)
+        return centre + (weight - centre) / (1 + 2 * len(anchors) * threshold)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cul_core.concepts import Concept
 from cul_core.conditioning import prompt_rows, target_vector
@@ -65,6 +66,51 @@ def test_complement_is_orthonormal_and_orthogonal_to_what_is_protected():
 def test_duplicate_filter_keeps_the_first_of_two_equal_rows():
     rows = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
     assert distinct_columns(rows).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+class Made(TorchDispatchMode):
+    """Counts the values of all new tensors."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not any(made is other for other in args) and not func.is_view:
+            self.values += made.numel()
+        return made
+
+
+def stacked_anew(columns, cosine=0.95):
+    """The filter as the reference writes it: every row is compared with a new stack of all that are kept."""
+    kept = []
+    for row in columns:
+        unit = row / row.norm()
+        if not kept or (torch.stack([other / other.norm() for other in kept]) @ unit).max() < cosine:
+            kept.append(row)
+    return torch.stack(kept)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_duplicate_filter_keeps_what_the_references_keeps(seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(120, 24, generator=generator, dtype=torch.float64)
+    near = rows[torch.randint(120, (80,), generator=generator)] * 3
+    rows = torch.cat([rows, near + torch.randn(80, 24, generator=generator)])[torch.randperm(200, generator=generator)]
+    kept = distinct_columns(rows)
+    assert 120 <= len(kept) < 200 and torch.equal(kept, stacked_anew(rows))
+
+
+def test_duplicate_filter_compares_each_row_once_with_those_kept_and_copies_none_of_them_again():
+    """Of 300 distinct rows and 300 copies, 300 are kept; tensors made on the way hold far fewer values than a stack per row."""
+    rows = torch.eye(300, dtype=torch.float64).repeat(2, 1)
+    with Made() as made:
+        assert torch.equal(distinct_columns(rows), rows[:300])
+    assert made.values < 10 * rows.numel()
+
+
+def test_duplicate_filter_keeps_a_row_of_zeros_where_it_stands():
+    rows = torch.tensor([[1.0, 0.0], [0.0, 0.0], [3.0, 0.0]])
+    assert distinct_columns(rows).tolist() == [[1.0, 0.0], [0.0, 0.0]]
 
 
 def test_reference_projector_is_only_approximate_where_the_basis_is_exact():

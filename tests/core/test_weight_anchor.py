@@ -47,9 +47,38 @@ def test_proximal_l1_sets_small_changes_exactly_to_the_anchor_and_shortens_the_o
     assert moved[0] == W0["a"][0] and moved[1] == pytest.approx(2.4)
 
 
-def test_proximal_l2_divides_the_change_by_one_plus_the_threshold():
-    regularizer = prepared(L2SP, L2SPConfig(strength=8, anchor="pretrained"))  # threshold = 0.5 x 8 / 4 = 1
+def test_proximal_l2_divides_the_change_by_one_plus_twice_the_threshold():
+    regularizer = prepared(L2SP, L2SPConfig(strength=4, anchor="pretrained"))  # threshold = 0.5 x 4 / 4 = 1/2
     assert regularizer.proximal("a", torch.tensor([3.0, 2.0]), 0.5).tolist() == [2.0, 2.0]
+
+
+def lowest(objective, low, high):
+    """Elementwise minimiser of a convex function of one value, by ternary search."""
+    for _ in range(200):
+        third = (high - low) / 3
+        is_right = objective(low + third) > objective(high - third)
+        low, high = torch.where(is_right, low + third, low), torch.where(is_right, high, high - third)
+    return (low + high) / 2
+
+
+@pytest.mark.parametrize("anchor", ["start", "pretrained", "both"])
+@pytest.mark.parametrize(("cls", "kind"), [(L1SP, L1SPConfig), (L2SP, L2SPConfig)])
+@pytest.mark.parametrize("strength", [0.3, 2.0])
+def test_the_proximal_step_minimises_the_penalty_beside_half_the_squared_distance(cls, kind, anchor, strength):
+    """prox_{lr R}(v) = argmin_w lr R(w) + |w - v|^2 / 2, R the mean of |d| or d^2, summed over the anchors."""
+    generator = torch.Generator().manual_seed(0)
+    start, pretrained, moved = torch.randn(3, 200, generator=generator, dtype=torch.float64)
+    context = SimpleNamespace(start={"w": start}, pretrained={"w": pretrained})
+    regularizer = cls(kind(200 * strength, anchor))
+    regularizer.prepare(context)
+    element = {L1SP: torch.abs, L2SP: torch.square}[cls]
+    references = {"start": [start], "pretrained": [pretrained], "both": [start, pretrained]}[anchor]
+
+    def objective(w):
+        return 0.5 * strength * sum(element(w - reference) for reference in references) + (w - moved).square() / 2
+
+    expected = lowest(objective, torch.full_like(moved, -9.0), torch.full_like(moved, 9.0))
+    torch.testing.assert_close(regularizer.proximal("w", moved, 0.5), expected, atol=1e-6, rtol=0)
 
 
 def test_proximal_form_adds_no_penalty_and_penalty_form_moves_no_weight():
