@@ -26,19 +26,22 @@ import torch
 from random_model import write_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from cul_core.anchors import AnchorStore
-from cul_core.chain import UnlearnModel, library_versions
-from cul_core.checkpoint import open_model
-from cul_core.compute import Compute
-from cul_core.concepts import Concept
-from cul_core.config import TrainingConfig
-from cul_core.diffusion import SamplerConfig
-from cul_core.errors import CulError, MemoryShortError, TrainingError
-from cul_core.loading import BundleCache
+from cul_core.base.errors import CulError, MemoryShortError, TrainingError
+from cul_core.concepts.concept import Concept
+from cul_core.files.atomic_write import write_atomically
+from cul_core.history.step_record import library_versions
+from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.safetensor_files import write_atomically
-from cul_core.training import Callbacks, Request, run_step
+from cul_core.models.load_diffusers import BundleCache
+from cul_core.models.sampling import SamplerConfig
+from cul_core.output.checkpoint import open_model
+from cul_core.parts.training_config import TrainingConfig
+from cul_core.requests.request import Request
+from cul_core.store.anchors import AnchorStore
+from cul_core.training.callbacks import Callbacks
+from cul_core.training.compute import Compute
+from cul_core.training.step import run_step
 
 WARM_UP = 3
 """Iterations that are not timed: memory is found, kernels are chosen, and the network is compiled if it is to be."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from cul_core.families import SD1
-from cul_core.loading import load_autoencoder, load_bundle
+from cul_core.models.family import SD1
+from cul_core.models.load_diffusers import load_autoencoder, load_bundle
 
 _LAYOUT = Path(__file__).resolve().parents[1] / "tests" / "core"
 

@@ -56,10 +56,10 @@ def make_source(path: Path, size_gb: float) -> None:
 
 def model_of(source: Path):
     """The source with an edit on every key and value matrix of its cross-attentions."""
-    from cul_core.checkpoint import open_model
-    from cul_core.loading import checkpoint_key_map
-    from cul_core.params import is_kv
-    from cul_core.safetensor_files import read_header
+    from cul_core.files.safetensors_format import read_header
+    from cul_core.models.load_diffusers import checkpoint_key_map
+    from cul_core.models.weight_roles import is_kv
+    from cul_core.output.checkpoint import open_model
 
     header, _, _ = read_header(source)
     keys = {name: key for name, key in checkpoint_key_map(source).items() if is_kv(name)}
@@ -102,8 +102,8 @@ def way_to_write(way: str, source: Path, target: Path) -> Callable[[], None]:
         return partial(copy, source, target)
     if way == "cp":
         return lambda: (copy(source, target), flush(target))
-    from cul_core import loading
-    from cul_core.checkpoint import save_checkpoint
+    from cul_core.models import load_diffusers as loading
+    from cul_core.output.checkpoint import save_checkpoint
 
     model = model_of(source)
     if way == "load_all":

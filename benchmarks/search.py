@@ -11,15 +11,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from cul_core.config import TrainingConfig
-from cul_core.evaluation.scores import METRICS, table
-from cul_core.merging.ties import TiesConfig
+from cul_core.audits.classifier_scores import METRICS, table
+from cul_core.mergers.ties import TiesConfig
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.benchmark import Cell, run_benchmark
-from cul_core.presets import Preset
+from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.selft import SelFTConfig
 from cul_core.regularizers.weight_anchor import L1SPConfig, L2SPConfig
+from cul_core.requests.presets import Preset
 
 SEED = 100
 

@@ -31,8 +31,8 @@ from typing import Any
 from random_model import write_checkpoint, write_folder
 
 import cul_core
-from cul_core.errors import CulError
-from cul_core.safetensor_files import write_atomically
+from cul_core.base.errors import CulError
+from cul_core.files.atomic_write import write_atomically
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _HERE = Path(__file__).resolve().parent

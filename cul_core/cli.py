@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .errors import Cancelled, ConfigError, CulError, shown
+from .base.errors import Cancelled, ConfigError, CulError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ class _ProgressLine:
 
 def _write_json(path: Path | None, values: dict) -> None:
     if path is not None:
-        from .safetensor_files import write_atomically
+        from .files.atomic_write import write_atomically
 
         data = (json.dumps(values, indent=1) + "\n").encode()
         write_atomically(path, lambda file: file.write(data))
@@ -59,7 +59,7 @@ def _write_json(path: Path | None, values: dict) -> None:
 
 def _can_write(*files: Path | None) -> None:
     """See `check_name` and `check_writable`; before hours of work depend on it."""
-    from .safetensor_files import check_name, check_writable
+    from .files.paths import check_name, check_writable
 
     for file in files:
         if file is not None:
@@ -85,9 +85,9 @@ def _usable_device(name: str) -> torch.device:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from .evaluation.scores import table
+    from .audits.classifier_scores import table
+    from .files.paths import check_writable
     from .minicanvas.demo import run_demo
-    from .safetensor_files import check_writable
 
     _within("--requests", arguments.requests, 1, 12)
     _within("--workers", 1 if arguments.workers is None else arguments.workers, 1, 64)
@@ -107,19 +107,22 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _unlearn(arguments: argparse.Namespace) -> None:
-    from .anchors import AnchorStore
-    from .checkpoint import open_model, save_checkpoint
-    from .compute import Compute
-    from .concepts import Concept, parse_concept
-    from .families import MINI
-    from .loading import BundleCache, detect_family
-    from .memorized import MEMORIZED, memorized_request, pixel_correlation, read_paraphrases, read_picture
-    from .presets import preset
-    from .prompts import anchor_prompts
+    from .audits.memorization import MEMORIZED, memorized_request, pixel_correlation, read_paraphrases, read_picture
+    from .concepts.captions import anchor_prompts
+    from .concepts.concept import Concept
+    from .concepts.parsing import parse_concept
+    from .files.paths import check_writable
+    from .models.family import MINI
+    from .models.load_diffusers import BundleCache
+    from .models.recognize import detect_family
+    from .output.checkpoint import open_model, save_checkpoint
     from .regularizers.projection import ProjectionConfig
-    from .safetensor_files import check_writable
-    from .store import StepStore
-    from .training import Callbacks, run_step
+    from .requests.presets import preset
+    from .store.anchors import AnchorStore
+    from .store.steps import StepStore
+    from .training.callbacks import Callbacks
+    from .training.compute import Compute
+    from .training.step import run_step
 
     is_picture = arguments.picture is not None
     if is_picture != (arguments.paraphrases is not None) or (is_picture and len(arguments.target) != 1):
@@ -187,13 +190,13 @@ def _unlearn(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from .chain import read_history
-    from .checkpoint import open_model, save_checkpoint
-    from .errors import ModelError
-    from .evaluation.report import merge_text
-    from .loading import source_of
-    from .merge_models import merge
-    from .merging import MERGERS
+    from .base.errors import ModelError
+    from .history.step_record import read_history
+    from .mergers import MERGERS
+    from .mergers.merge import merge
+    from .models.source import source_of
+    from .output.checkpoint import open_model, save_checkpoint
+    from .output.report import merge_text
 
     entry = MERGERS.get(arguments.how)
     given = {option: getattr(arguments, option) for option in ("strength", "weights", "keep_fraction", "trim", "function")}
@@ -220,14 +223,14 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from .checkpoint import open_model
-    from .errors import ConceptError, ModelError
-    from .evaluation.scores import table
-    from .families import MINI
-    from .loading import BundleCache
+    from .audits.classifier_scores import table
+    from .base.errors import ConceptError, ModelError
     from .minicanvas.judge import Judge, evaluate
     from .minicanvas.suites import suite_of
     from .minicanvas.world import OBJECTS, STYLE_BY_NAME
+    from .models.family import MINI
+    from .models.load_diffusers import BundleCache
+    from .output.checkpoint import open_model
 
     _within("--pictures", arguments.pictures, 1, 1000)
     model = open_model(arguments.model)
@@ -253,9 +256,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
+    from .files.paths import check_writable
     from .minicanvas.benchmark import Cell, grid, result_table, run_benchmark, write_figure
     from .minicanvas.suites import SUITES
-    from .safetensor_files import check_writable
 
     suite = SUITES[arguments.suite]
     _within("--requests", arguments.requests or suite.longest, 1, suite.longest)
@@ -277,7 +280,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
 
 
 def _store(arguments: argparse.Namespace) -> None:
-    from .store import PARTS, StepStore
+    from .store.steps import PARTS, StepStore
 
     if not arguments.folder.is_dir():
         raise ConfigError(f"There is no folder {str(arguments.folder)!r}; give the one that unlearn --store or a benchmark has made.")
@@ -289,8 +292,8 @@ def _store(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from .chain import read_history
-    from .evaluation.report import history_text
+    from .history.step_record import read_history
+    from .output.report import history_text
 
     history, source = read_history(arguments.file)
     _say(history_text(arguments.file.name, history, source))
@@ -298,8 +301,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .compute import Compute
     from .minicanvas.models import CHECKPOINT_PATH
+    from .training.compute import Compute
 
     parser = argparse.ArgumentParser(prog="cul_core", description="Make a text-to-image model forget, one request after another.")
     parser.add_argument("--version", action="version", version=__version__)

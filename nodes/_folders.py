@@ -9,8 +9,8 @@ from pathlib import Path
 import folder_paths
 from comfy.cli_args import args
 
-from ..cul_core.errors import CheckpointError, ModelError, shown
-from ..cul_core.safetensor_files import check_portable, free_path
+from ..cul_core.base.errors import CheckpointError, ModelError, shown
+from ..cul_core.files.paths import check_portable, free_path
 
 _STORE = "unlearning_chains"
 

@@ -19,8 +19,8 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
 
-from ..cul_core.errors import ModelError, shown
-from ..cul_core.export import patch_names
+from ..cul_core.base.errors import ModelError, shown
+from ..cul_core.output.lora import patch_names
 from ._types import LoadedModel
 
 PREVIEW_SIDE_PX = 1024

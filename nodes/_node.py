@@ -8,8 +8,8 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.config import check_number
-from ..cul_core.errors import ConfigError, CulError, shown
+from ..cul_core.base.config import check_number
+from ..cul_core.base.errors import ConfigError, CulError, shown
 from ._types import CARRIED
 
 

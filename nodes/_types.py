@@ -9,9 +9,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.chain import UnlearnModel
-from ..cul_core.concepts import ConceptList
-from ..cul_core.config import Config
+from ..cul_core.base.config import Config
+from ..cul_core.concepts.parsing import ConceptList
+from ..cul_core.history.unlearn_model import UnlearnModel
 
 CulModel = io.Custom("CUL_MODEL")
 Concepts = io.Custom("CUL_CONCEPTS")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io, ui
 
-from ..cul_core.concepts import check_count, check_text
-from ..cul_core.errors import ConfigError
-from ..cul_core.evaluation.pictures import labelled_grid
+from ..cul_core.base.errors import ConfigError
+from ..cul_core.concepts.concept import check_count, check_text
+from ..cul_core.output.charts import labelled_grid
 from . import _host
 from ._node import UnlearningNode
 from ._types import CulModel

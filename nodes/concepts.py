@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.concepts import KINDS, ConceptList, parse_concept, parse_keep
+from ..cul_core.concepts.concept import KINDS
+from ..cul_core.concepts.parsing import ConceptList, parse_concept, parse_keep
 from ._node import UnlearningNode
 from ._types import Concepts
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io, ui
 
-from ..cul_core.errors import ModelError
-from ..cul_core.evaluation.drift import drift_map, drift_of, total_drift
-from ..cul_core.evaluation.pictures import metric_chart
-from ..cul_core.evaluation.report import model_text
-from ..cul_core.evaluation.scores import LABELS, METRICS, table
-from ..cul_core.families import MINI
-from ..cul_core.loading import BundleCache
+from ..cul_core.audits.classifier_scores import LABELS, METRICS, table
+from ..cul_core.base.errors import ModelError
+from ..cul_core.models.family import MINI
+from ..cul_core.models.load_diffusers import BundleCache
+from ..cul_core.output.charts import metric_chart
+from ..cul_core.output.drift import drift_map, drift_of, total_drift
+from ..cul_core.output.report import model_text
 from . import _host
 from ._node import UnlearningNode
 from ._types import CulModel, Scores

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.chain import read_history
-from ..cul_core.evaluation.report import history_text
+from ..cul_core.history.step_record import read_history
+from ..cul_core.output.report import history_text
 from . import _folders, _host
 from ._node import UnlearningNode
 

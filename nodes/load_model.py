@@ -7,14 +7,13 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.chain import UnlearnModel
-from ..cul_core.checkpoint import open_continued
-from ..cul_core.errors import ModelError
-from ..cul_core.evaluation.report import model_text
-from ..cul_core.eviction import hold
-from ..cul_core.families import family_of
-from ..cul_core.kept_weights import keep_weights
-from ..cul_core.loading import detect_family, unet_dtypes
+from ..cul_core.base.errors import ModelError
+from ..cul_core.history.unlearn_model import UnlearnModel
+from ..cul_core.models.recognize import detect_family, family_of, unet_dtypes
+from ..cul_core.output.checkpoint import open_continued
+from ..cul_core.output.report import model_text
+from ..cul_core.store.eviction import hold
+from ..cul_core.store.model_snapshots import keep_weights
 from . import _folders, _host
 from ._node import UnlearningNode
 from ._types import LoadedModel, model_outputs

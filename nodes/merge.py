@@ -6,10 +6,10 @@ import dataclasses
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.evaluation.report import merge_text
-from ..cul_core.merge_models import merge
-from ..cul_core.merging import MERGERS
-from ..cul_core.merging.ties import TiesConfig
+from ..cul_core.mergers import MERGERS
+from ..cul_core.mergers.merge import merge
+from ..cul_core.mergers.ties import TiesConfig
+from ..cul_core.output.report import merge_text
 from . import _host
 from ._node import UnlearningNode
 from ._types import CulModel, model_outputs

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.checkpoint import save_checkpoint
-from ..cul_core.export import save_difference, save_lora
+from ..cul_core.output.checkpoint import save_checkpoint
+from ..cul_core.output.lora import save_difference, save_lora
 from . import _folders, _host
 from ._node import UnlearningNode
 from ._types import CulModel

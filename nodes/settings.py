@@ -8,11 +8,12 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.config import Config, TrainingConfig, limits
+from ..cul_core.base.config import Config, limits
+from ..cul_core.base.registry import Entry
 from ..cul_core.methods import METHODS
-from ..cul_core.presets import PRESETS
-from ..cul_core.registry import Entry
+from ..cul_core.parts.training_config import TrainingConfig
 from ..cul_core.regularizers import REGULARIZERS
+from ..cul_core.requests.presets import PRESETS
 from ._node import UnlearningNode
 from ._types import Method, Regularizers, Training
 

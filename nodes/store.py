@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.store import PARTS, StepStore
+from ..cul_core.store.steps import PARTS, StepStore
 from . import _folders, _host
 from ._node import UnlearningNode
 

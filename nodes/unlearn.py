@@ -8,16 +8,20 @@ from dataclasses import replace
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.chain import UnlearnModel
-from ..cul_core.concepts import KINDS, ConceptList, parse_keep, parse_requests
-from ..cul_core.evaluation.pictures import labelled_grid, loss_curve
-from ..cul_core.evaluation.report import brief_text, step_text
-from ..cul_core.loading import BundleCache, require_diffusers
-from ..cul_core.presets import PRESETS, preset
-from ..cul_core.prompts import anchor_prompts, preview_prompts
-from ..cul_core.resume import StateKeeper
-from ..cul_core.store import StepStore
-from ..cul_core.training import Callbacks, Request, StepReport, run_step
+from ..cul_core.concepts.captions import anchor_prompts
+from ..cul_core.concepts.concept import KINDS
+from ..cul_core.concepts.parsing import ConceptList, parse_keep, parse_requests
+from ..cul_core.history.unlearn_model import UnlearnModel
+from ..cul_core.models.load_diffusers import BundleCache, require_diffusers
+from ..cul_core.output.charts import labelled_grid, loss_curve
+from ..cul_core.output.report import brief_text, step_text
+from ..cul_core.requests.presets import PRESETS, preset
+from ..cul_core.requests.previews import preview_prompts
+from ..cul_core.requests.request import Request
+from ..cul_core.store.steps import StepStore
+from ..cul_core.training.callbacks import Callbacks
+from ..cul_core.training.resume import StateKeeper
+from ..cul_core.training.step import StepReport, run_step
 from . import _folders, _host
 from ._node import UnlearningNode
 from ._types import Concepts, CulModel, LoadedModel, Method, Regularizers, Training, model_outputs

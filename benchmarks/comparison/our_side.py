@@ -10,18 +10,20 @@ from pathlib import Path
 
 from marks import Marks
 
-from cul_core.anchors import AnchorStore
-from cul_core.chain import library_versions
-from cul_core.checkpoint import open_model, save_edits
-from cul_core.concepts import Concept
-from cul_core.config import TrainingConfig
-from cul_core.diffusion import SamplerConfig
-from cul_core.families import FAMILIES
-from cul_core.loading import BundleCache
+from cul_core.concepts.concept import Concept
+from cul_core.history.step_record import library_versions
 from cul_core.methods.conabl import ConAblConfig
+from cul_core.models.family import FAMILIES
+from cul_core.models.load_diffusers import BundleCache
+from cul_core.models.sampling import SamplerConfig
+from cul_core.output.checkpoint import open_model, save_edits
+from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers.projection import GradientProjection, ProjectionConfig
 from cul_core.regularizers.selft import SelFT, SelFTConfig
-from cul_core.training import Callbacks, Request, run_step
+from cul_core.requests.request import Request
+from cul_core.store.anchors import AnchorStore
+from cul_core.training.callbacks import Callbacks
+from cul_core.training.step import run_step
 
 
 def _regularizers(job: dict, marks: Marks) -> tuple:

@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..augmentation import anchor_pool
-from ..config import Config, setting
-from ..embeddings import Embeddings
-from ..errors import ConceptError
-from .base import METHODS, LossParts, Method, Predict, StepContext
+from ..base.config import Config, setting
+from ..base.errors import ConceptError
+from ..models.text_conditioning import Embeddings
+from ..parts.anchor_augmentation import anchor_pool
+from ..parts.step_context import StepContext
+from .base import METHODS, LossParts, Method, Predict
 
 
 @dataclass(frozen=True)

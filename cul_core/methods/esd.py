@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..config import Config, setting
-from ..embeddings import Embeddings
-from ..trajectories import TrajectoryBuffer
-from .base import METHODS, LossParts, Method, Predict, StepContext
+from ..base.config import Config, setting
+from ..models.text_conditioning import Embeddings
+from ..models.trajectory_buffer import TrajectoryBuffer
+from ..parts.step_context import StepContext
+from .base import METHODS, LossParts, Method, Predict
 
 
 @dataclass(frozen=True)

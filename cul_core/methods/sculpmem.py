@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..augmentation import AnchorPool
-from ..bundle import swapped_weights
-from ..config import setting
-from ..diffusion import sample_latents
-from ..embeddings import Embeddings
-from ..errors import ConfigError
-from ..largest import cut_at, kept_count
-from .base import METHODS, LossParts, Predict, StepContext, Weights
+from ..base.config import setting
+from ..base.errors import ConfigError
+from ..base.topk import cut_at, kept_count
+from ..models.diffusers_network import swapped_weights
+from ..models.sampling import sample_latents
+from ..models.text_conditioning import Embeddings
+from ..parts.anchor_augmentation import AnchorPool
+from ..parts.step_context import StepContext
+from .base import METHODS, LossParts, Predict, Weights
 from .conabl import ConAbl, ConAblConfig
 
 _EXCHANGED_UNTIL = 0.8

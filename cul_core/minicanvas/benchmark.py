@@ -19,19 +19,21 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..checkpoint import open_model
-from ..config import stable_hash
-from ..errors import CheckpointError, ConfigError
-from ..evaluation.pictures import PAPER_PANELS, metric_chart, save_picture, stacked
-from ..evaluation.scores import LABELS, METRICS
-from ..loading import BundleCache
-from ..locks import try_locked
-from ..merge_models import merge
-from ..merging.ties import TiesConfig
-from ..presets import Preset, preset
-from ..safetensor_files import free_path, write_atomically
-from ..store import StepStore
-from ..training import Request, run_step
+from ..audits.classifier_scores import LABELS, METRICS
+from ..base.config import stable_hash
+from ..base.errors import CheckpointError, ConfigError
+from ..files.atomic_write import write_atomically
+from ..files.locks import try_locked
+from ..files.paths import free_path
+from ..mergers.merge import merge
+from ..mergers.ties import TiesConfig
+from ..models.load_diffusers import BundleCache
+from ..output.charts import PAPER_PANELS, metric_chart, save_picture, stacked
+from ..output.checkpoint import open_model
+from ..requests.presets import Preset, preset
+from ..requests.request import Request
+from ..store.steps import StepStore
+from ..training.step import run_step
 from . import models
 from .judge import Judge, evaluate, measure_for
 from .suites import STYLE_SUITE, SUITES, Suite

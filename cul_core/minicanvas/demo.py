@@ -20,16 +20,18 @@ from typing import Any
 
 from PIL import Image
 
-from ..anchors import AnchorStore
-from ..chain import UnlearnModel
-from ..checkpoint import load_edits, open_model, save_checkpoint, save_edits
-from ..diffusion import SamplerConfig
-from ..evaluation.pictures import labelled_grid, metric_chart, save_picture, to_image
-from ..evaluation.scores import METRICS, Shot
-from ..loading import BundleCache, source_of
-from ..presets import preset
-from ..safetensor_files import free_path
-from ..training import Callbacks, run_step
+from ..audits.classifier_scores import METRICS, Shot
+from ..files.paths import free_path
+from ..history.unlearn_model import UnlearnModel
+from ..models.load_diffusers import BundleCache
+from ..models.sampling import SamplerConfig
+from ..models.source import source_of
+from ..output.charts import labelled_grid, metric_chart, save_picture, to_image
+from ..output.checkpoint import load_edits, open_model, save_checkpoint, save_edits
+from ..requests.presets import preset
+from ..store.anchors import AnchorStore
+from ..training.callbacks import Callbacks
+from ..training.step import run_step
 from . import models
 from .judge import Judge, evaluate, take
 from .suites import STYLE_SUITE

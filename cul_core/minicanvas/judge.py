@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..bundle import ModelBundle, swapped_weights
-from ..chain import UnlearnModel, weights_of
-from ..diffusion import SamplerConfig, generator_for, sample_latents
-from ..errors import ConceptError
-from ..evaluation.scores import Scores, Shot, Verdict, score
-from ..stopping import Measure
-from ..training import Request
+from ..audits.classifier_scores import Scores, Shot, Verdict, score
+from ..base.errors import ConceptError
+from ..history.unlearn_model import UnlearnModel, weights_of
+from ..models.diffusers_network import ModelBundle, swapped_weights
+from ..models.sampling import SamplerConfig, generator_for, sample_latents
+from ..requests.request import Request
+from ..training.early_stopping import Measure
 from . import models
 from .suites import STYLE_SUITE, Suite, suite_of
 from .world import OBJECTS, STYLE_LABELS

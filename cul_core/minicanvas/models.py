@@ -1,6 +1,6 @@
 """MiniCanvas' own networks: the autoencoder as it is trained, and the classifier that scores pictures.
 
-UNet and text encoder are plain diffusers and transformers classes, configured in `cul_core/configs/mini/`.
+UNet and text encoder are plain diffusers and transformers classes, configured in `cul_core/models/configs/mini/`.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..concepts import Concept
-from ..evaluation.scores import Shot
-from ..families import MINI
-from ..prompts import anchor_prompts
+from ..audits.classifier_scores import Shot
+from ..concepts.captions import anchor_prompts
+from ..concepts.concept import Concept
+from ..models.family import MINI
 from .world import DESCRIPTION_EVALUATION_TEMPLATE, EVALUATION_TEMPLATE, OBJECTS, REQUEST_ORDERS, STYLE_BY_NAME, styles_in
 
 

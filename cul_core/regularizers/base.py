@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config
-from ..diffusion import Predict
-from ..methods.base import StepContext
-from ..registry import Registry
+from ..base.config import Config
+from ..base.registry import Registry
+from ..models.sampling import Predict
+from ..parts.step_context import StepContext
 
 
 class Regularizer:

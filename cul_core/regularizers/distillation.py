@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..concepts import LONGEST_PROMPT, Concept, check_count, check_text, display_name
-from ..config import Config, setting
-from ..diffusion import Predict
-from ..embeddings import Embeddings
-from ..methods.base import StepContext
-from ..trajectories import TrajectoryBuffer
+from ..base.config import Config, setting
+from ..concepts.concept import LONGEST_PROMPT, Concept, check_count, check_text, display_name
+from ..models.sampling import Predict
+from ..models.text_conditioning import Embeddings
+from ..models.trajectory_buffer import TrajectoryBuffer
+from ..parts.step_context import StepContext
 from .base import REGULARIZERS, Regularizer
 
 

@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..auxiliary import LISTS, listed_names, parse_names
-from ..bundle import ModelBundle
-from ..concepts import Concept, display_name
-from ..conditioning import ROWS, decoy_concepts, prompt_rows, target_vector
-from ..config import Config, setting
-from ..errors import ConceptError
-from ..methods.base import StepContext
-from ..params import is_kv
+from ..base.config import Config, setting
+from ..base.errors import ConceptError
+from ..concepts.concept import Concept, display_name
+from ..concepts.name_lists import LISTS, listed_names, parse_names
+from ..models.diffusers_network import ModelBundle
+from ..models.weight_roles import is_kv
+from ..parts.prompt_vectors import ROWS, decoy_concepts, prompt_rows, target_vector
+from ..parts.step_context import StepContext
 from .base import REGULARIZERS, Regularizer
 
 LEAST_TARGET_ENERGY = 0.2

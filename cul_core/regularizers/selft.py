@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..concepts import Concept, display_name
-from ..config import Config, setting, stable_hash
-from ..embeddings import Embeddings
-from ..errors import ConfigError, TrainingError
-from ..largest import cut_at, kept_count
-from ..methods.base import StepContext
+from ..base.config import Config, setting, stable_hash
+from ..base.errors import ConfigError, TrainingError
+from ..base.topk import cut_at, kept_count
+from ..concepts.concept import Concept, display_name
+from ..models.text_conditioning import Embeddings
+from ..parts.step_context import StepContext
 from .base import REGULARIZERS, Regularizer
 
 

@@ -9,8 +9,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ..config import Config, setting
-from ..methods.base import StepContext
+from ..base.config import Config, setting
+from ..parts.step_context import StepContext
 from .base import REGULARIZERS, Regularizer
 
 _ANCHORS = ("start", "pretrained", "both")

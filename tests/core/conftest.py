@@ -9,16 +9,16 @@ import torch
 from hosts import HOW, find_hosts
 from sd_layout import shrunken, tiny_shapes, write_random
 
-from cul_core.anchors import AnchorStore
-from cul_core.checkpoint import open_model
-from cul_core.concepts import Concept
-from cul_core.config import TrainingConfig
-from cul_core.families import FAMILIES, MINI, V_PREDICTION
-from cul_core.loading import BundleCache, load_tokenizer
+from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas import models
-from cul_core.minicanvas.pack import checkpoint_tensors, write_weights
-from cul_core.training import Request
+from cul_core.minicanvas.training.pack import checkpoint_tensors, write_weights
+from cul_core.models.family import FAMILIES, MINI, V_PREDICTION
+from cul_core.models.load_diffusers import BundleCache, load_tokenizer
+from cul_core.output.checkpoint import open_model
+from cul_core.parts.training_config import TrainingConfig
+from cul_core.requests.request import Request
+from cul_core.store.anchors import AnchorStore
 
 ANCHOR_PROMPTS = ("A star image.", "a house", "an image of a cat", "a picture of a boat")
 
@@ -96,7 +96,7 @@ def tiny_bundles():
 def known_tiny(monkeypatch):
     """Small models of the larger families are recognized, and speak MiniCanvas' words."""
     words = {name: MINI.config("text_encoder")[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
-    monkeypatch.setattr("cul_core.loading.load_tokenizer", lambda *_: load_tokenizer(MINI))
+    monkeypatch.setattr("cul_core.models.load_diffusers.load_tokenizer", lambda *_: load_tokenizer(MINI))
     for table in (FAMILIES, V_PREDICTION):
         for name in ("sd2", "sdxl"):
             monkeypatch.setitem(table, name, shrunken(table[name], words))

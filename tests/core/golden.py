@@ -20,20 +20,21 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cul_core.anchors import AnchorStore
-from cul_core.chain import UnlearnModel
-from cul_core.checkpoint import open_model
-from cul_core.concepts import Concept
-from cul_core.diffusion import SamplerConfig
-from cul_core.families import FAMILIES
-from cul_core.loading import BundleCache, Source, checkpoint_key_map
-from cul_core.merge_models import merge
-from cul_core.merging import MERGERS
+from cul_core.concepts.captions import anchor_prompts
+from cul_core.concepts.concept import Concept
+from cul_core.history.unlearn_model import UnlearnModel
+from cul_core.mergers import MERGERS
+from cul_core.mergers.merge import merge
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.presets import PRESETS
-from cul_core.prompts import anchor_prompts
-from cul_core.store import step_key
-from cul_core.training import run_step
+from cul_core.models.family import FAMILIES
+from cul_core.models.load_diffusers import BundleCache, checkpoint_key_map
+from cul_core.models.sampling import SamplerConfig
+from cul_core.models.source import Source
+from cul_core.output.checkpoint import open_model
+from cul_core.requests.presets import PRESETS
+from cul_core.store.anchors import AnchorStore
+from cul_core.store.steps import step_key
+from cul_core.training.step import run_step
 
 PATH = Path(__file__).with_name("golden.json")
 TARGETS = ("Candy_Stripes", "Neon_Cyan")

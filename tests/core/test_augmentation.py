@@ -8,12 +8,12 @@ import torch
 from sd_layout import autoencoder_shapes, write_random
 from torch import nn
 
-from cul_core.augmentation import Placement, anchor_pool
-from cul_core.bundle import ModelBundle
-from cul_core.diffusion import SamplerConfig, generator_for, sample_latents
-from cul_core.errors import Cancelled, ModelError
-from cul_core.families import SD1, SD2, SDXL
-from cul_core.loading import _kl_autoencoder, load_autoencoder
+from cul_core.base.errors import Cancelled, ModelError
+from cul_core.models.diffusers_network import ModelBundle
+from cul_core.models.family import SD1, SD2, SDXL
+from cul_core.models.load_diffusers import _kl_autoencoder, load_autoencoder
+from cul_core.models.sampling import SamplerConfig, generator_for, sample_latents
+from cul_core.parts.anchor_augmentation import Placement, anchor_pool
 
 
 def drawn(frame_px, count=600):

@@ -3,12 +3,12 @@
 import tomllib
 from pathlib import Path
 
+import cul_core.auxiliary
 import pytest
 
-import cul_core.auxiliary
-from cul_core.auxiliary import LISTS, SUITABLE, listed_names, parse_names
-from cul_core.concepts import KINDS, Concept
-from cul_core.errors import ConceptError
+from cul_core.base.errors import ConceptError
+from cul_core.concepts.concept import KINDS, Concept
+from cul_core.concepts.name_lists import LISTS, SUITABLE, listed_names, parse_names
 
 FOLDER = Path(cul_core.auxiliary.__file__).parent
 

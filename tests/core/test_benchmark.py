@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from cul_core.audits.classifier_scores import METRICS
+from cul_core.base.errors import CheckpointError, ConfigError
 from cul_core.cli import main
-from cul_core.errors import CheckpointError, ConfigError
-from cul_core.evaluation.scores import METRICS
-from cul_core.locks import try_locked
+from cul_core.files.locks import try_locked
 from cul_core.minicanvas import benchmark
 from cul_core.minicanvas.benchmark import (
     GRID,

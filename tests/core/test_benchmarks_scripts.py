@@ -187,7 +187,7 @@ def test_marks_count_calls_pictures_and_updates_and_change_nothing(script, tmp_p
 
 @pytest.fixture
 def gpu(script):
-    pytest.importorskip("cul_core.compute")
+    pytest.importorskip("cul_core.training.compute")
     return script("gpu")
 
 

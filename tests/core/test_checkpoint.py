@@ -13,16 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cul_core.chain import StepRecord, UnlearnModel, read_history
-from cul_core.checkpoint import difference, load_edits, open_continued, open_model, save_checkpoint, save_edits
-from cul_core.errors import Cancelled, CheckpointError, ModelError, TrainingError
-from cul_core.families import UNET_PREFIX
-from cul_core.kept_weights import keep_weights
-from cul_core.loading import checkpoint_key_map, load_bundle, require_diffusers, source_of
+from cul_core.base.errors import Cancelled, CheckpointError, ModelError, TrainingError
+from cul_core.files.safetensors_format import packed_header, read_header, write_sealed
+from cul_core.history.step_record import StepRecord, read_history
+from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAbl
-from cul_core.params import is_kv
-from cul_core.safetensor_files import packed_header, read_header, write_sealed
-from cul_core.training import run_step
+from cul_core.models.family import UNET_PREFIX
+from cul_core.models.load_diffusers import checkpoint_key_map, load_bundle, require_diffusers
+from cul_core.models.source import source_of
+from cul_core.models.weight_roles import is_kv
+from cul_core.output.checkpoint import difference, load_edits, open_continued, open_model, save_checkpoint, save_edits
+from cul_core.store.model_snapshots import keep_weights
+from cul_core.training.step import run_step
 
 
 def with_edits(model, request, scale=0.01):
@@ -122,7 +124,7 @@ def test_edit_too_large_for_the_dtype_of_the_file_is_refused(random_model, make_
 
 @pytest.mark.parametrize("calls", [0, 3])
 def test_systems_that_cannot_copy_inside_the_kernel_write_the_same_bytes(edited, tmp_path, monkeypatch, calls):
-    monkeypatch.setattr("cul_core.checkpoint._CHUNK", 1 << 16)
+    monkeypatch.setattr("cul_core.output.checkpoint._CHUNK", 1 << 16)
     usual = save_checkpoint(edited, tmp_path / "usual.safetensors").read_bytes()
     left, copy = [None] * calls, getattr(os, "copy_file_range", None)
 
@@ -140,7 +142,7 @@ def test_systems_that_cannot_copy_inside_the_kernel_write_the_same_bytes(edited,
 
 
 def test_cancelled_writing_leaves_nothing_behind(edited, tmp_path, monkeypatch):
-    monkeypatch.setattr("cul_core.checkpoint._CHUNK", 1 << 16)
+    monkeypatch.setattr("cul_core.output.checkpoint._CHUNK", 1 << 16)
     calls = []
 
     def cancel():
@@ -431,13 +433,13 @@ def test_a_missing_or_untested_diffusers_is_named_with_the_command_that_mends_it
             raise PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr("cul_core.loading.version", version)
+    monkeypatch.setattr("cul_core.models.load_diffusers.version", version)
     with pytest.raises(ModelError, match=said + '.*pip install "diffusers>=0.33,<0.40"'):
         require_diffusers()
 
 
 def test_the_bounds_on_diffusers_are_those_of_the_package(monkeypatch):
-    monkeypatch.setattr("cul_core.loading.version", lambda name: "9")
+    monkeypatch.setattr("cul_core.models.load_diffusers.version", lambda name: "9")
     with pytest.raises(ModelError) as caught:
         require_diffusers()
     requirement = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"][0]

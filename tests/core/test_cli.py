@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from cul_core import __version__
-from cul_core.chain import read_history
 from cul_core.cli import main
-from cul_core.presets import Preset
+from cul_core.history.step_record import read_history
+from cul_core.requests.presets import Preset
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def few_anchors(monkeypatch, anchors):
     """Eight anchor pictures, sampled once for all tests."""
     full = Preset.request
     monkeypatch.setattr(Preset, "request", lambda self, *args, **kwargs: replace(full(self, *args, **kwargs), anchor_count=8))
-    monkeypatch.setattr("cul_core.anchors.AnchorStore", lambda: anchors)
+    monkeypatch.setattr("cul_core.store.anchors.AnchorStore", lambda: anchors)
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_interrupted_step_is_one_line_and_writes_nothing(unlearn, tmp_path, caps
     def interrupted(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cul_core.training.run_step", interrupted)
+    monkeypatch.setattr("cul_core.training.step.run_step", interrupted)
     assert unlearn("Lava") == 130
     assert capsys.readouterr().err.startswith("error: Cancelled") and list(tmp_path.iterdir()) == []
 

@@ -8,29 +8,30 @@ import pytest
 import torch
 from short import SHORT
 
-from cul_core import masters as masters_module
-from cul_core import training
-from cul_core.anchors import AnchorStore
+from cul_core.base.errors import ConfigError, MemoryShortError, TrainingError
+from cul_core.base.registry import Entry
 from cul_core.cli import main
-from cul_core.compute import Compute
-from cul_core.errors import ConfigError, MemoryShortError, TrainingError
-from cul_core.estimate import Estimate, estimate_step, passes, planned
-from cul_core.families import MINI, SD1
-from cul_core.loading import BundleCache
-from cul_core.masters import LossScale
 from cul_core.methods import METHODS
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.sculpmem import SculpMemConfig
-from cul_core.params import group_names
-from cul_core.registry import Entry
+from cul_core.models.family import MINI, SD1
+from cul_core.models.load_diffusers import BundleCache
+from cul_core.models.weight_roles import group_names
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.base import Regularizer
 from cul_core.regularizers.distillation import DistillationConfig
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.selft import SelFTConfig
 from cul_core.regularizers.weight_anchor import L1SPConfig
-from cul_core.student import Student
-from cul_core.training import Callbacks, run_step
+from cul_core.store.anchors import AnchorStore
+from cul_core.training import master_weights as masters_module
+from cul_core.training import step as training
+from cul_core.training.callbacks import Callbacks
+from cul_core.training.compute import Compute
+from cul_core.training.master_weights import LossScale
+from cul_core.training.memory_plan import Estimate, estimate_step, passes, planned
+from cul_core.training.micro_batches import Student
+from cul_core.training.step import run_step
 
 BF16, FP16 = Compute(dtype="bfloat16"), Compute(dtype="float16")
 DISTILLATION = DistillationConfig(**SHORT["distillation"], batch_size=2)
@@ -346,7 +347,7 @@ def test_text_encoders_are_gone_in_training_and_come_back_for_a_new_prompt(tiny_
 
 
 def test_prompts_that_are_asked_for_again_are_kept_and_never_fewer_than_one_call_needs(random_bundle, monkeypatch):
-    monkeypatch.setattr("cul_core.bundle._CACHED_PROMPTS", 3)
+    monkeypatch.setattr("cul_core.models.diffusers_network._CACHED_PROMPTS", 3)
     random_bundle._prompts.clear()
     for prompts in (["a cat", "a dog"], ["a house", "a cat"], ["a boat"]):
         random_bundle.encode(prompts)
@@ -408,7 +409,7 @@ def test_the_parts_of_an_estimate(make_request):
 
 
 def kv_of_mini():
-    from cul_core.loading import build_unet
+    from cul_core.models.load_diffusers import build_unet
 
     unet = build_unet(MINI)
     return [unet.get_parameter(name) for name in group_names(unet, "kv")]
@@ -421,7 +422,7 @@ def test_the_fastest_way_that_fits_is_chosen(make_request, monkeypatch):
         scale = (compute.largest_micro_batch or 4) / 4 if compute.checkpointing == "on" else 1
         return Estimate(0, 0 if is_offloaded else 8, int(100 * needs[1, compute.checkpointing.replace("auto", "off")] * scale), 0, 0)
 
-    monkeypatch.setattr("cul_core.estimate.estimate_step", estimate)
+    monkeypatch.setattr("cul_core.training.memory_plan.estimate_step", estimate)
     request, cpu = make_request(batch_size=4), torch.device("cpu")
 
     def way(free, checkpointing="auto", dtype="bfloat16"):
@@ -454,7 +455,7 @@ def test_the_command_line_says_how_to_compute(tmp_path, monkeypatch):
     def run(*arguments, compute, **options):
         raise Asked(compute)
 
-    monkeypatch.setattr("cul_core.training.run_step", run)
+    monkeypatch.setattr("cul_core.training.step.run_step", run)
     with pytest.raises(Asked) as asked:
         main(["unlearn", "Lava", "--out", str(tmp_path / "x.safetensors"), "--dtype", "bfloat16", "--checkpointing", "on", "--compile"])
     assert asked.value.args == (Compute("bfloat16", "on", True),)

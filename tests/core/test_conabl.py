@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from cul_core.concepts import Concept
-from cul_core.config import TrainingConfig
-from cul_core.diffusion import generator_for
-from cul_core.errors import ConceptError, ModelError
-from cul_core.families import MINI, SD1
-from cul_core.methods.base import StepContext
+from cul_core.base.errors import ConceptError, ModelError
+from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAbl, ConAblConfig, masked_error
-from cul_core.params import group_names
-from cul_core.training import _first_token_blocked, run_step
+from cul_core.models.family import MINI, SD1
+from cul_core.models.sampling import generator_for
+from cul_core.models.weight_roles import group_names
+from cul_core.parts.step_context import StepContext
+from cul_core.parts.training_config import TrainingConfig
+from cul_core.training.loop import _first_token_blocked
+from cul_core.training.step import run_step
 
 
 def context_for(bundle, concepts, anchor_prompts, latents, previous=(), batch_size=2):

@@ -7,21 +7,22 @@ from functools import partial
 import pytest
 import torch
 
-from cul_core.bundle import swapped_weights
-from cul_core.chain import weights_of
-from cul_core.concepts import Concept
-from cul_core.conditioning import target_vector
-from cul_core.config import TrainingConfig
-from cul_core.diffusion import generator_for
-from cul_core.errors import Cancelled
-from cul_core.methods.base import StepContext
+from cul_core.base.errors import Cancelled
+from cul_core.concepts.concept import Concept
+from cul_core.history.unlearn_model import weights_of
 from cul_core.methods.conabl import ConAblConfig
-from cul_core.params import group_names
+from cul_core.models.diffusers_network import swapped_weights
+from cul_core.models.sampling import generator_for
+from cul_core.models.weight_roles import group_names
+from cul_core.parts.prompt_vectors import target_vector
+from cul_core.parts.step_context import StepContext
+from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers.distillation import Distillation, DistillationConfig, held_prompts
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.selft import SelFTConfig
 from cul_core.regularizers.weight_anchor import L1SPConfig, L2SPConfig
-from cul_core.training import Callbacks, run_step
+from cul_core.training.callbacks import Callbacks
+from cul_core.training.step import run_step
 
 QUICK = DistillationConfig(trajectories=2, trajectory_steps=3)
 

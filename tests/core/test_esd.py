@@ -6,17 +6,19 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from cul_core.concepts import Concept
-from cul_core.config import TrainingConfig
-from cul_core.diffusion import NoiseSchedule, generator_for
-from cul_core.embeddings import Embeddings
-from cul_core.errors import Cancelled, ConfigError
-from cul_core.methods.base import StepContext
+from cul_core.base.errors import Cancelled, ConfigError
+from cul_core.concepts.concept import Concept
 from cul_core.methods.esd import ESD, ESDConfig, erasing_goal
-from cul_core.params import group_names
+from cul_core.models.noise_process import NoiseSchedule
+from cul_core.models.sampling import generator_for
+from cul_core.models.text_conditioning import Embeddings
+from cul_core.models.trajectory_buffer import TrajectoryBuffer, run_trajectory
+from cul_core.models.weight_roles import group_names
+from cul_core.parts.step_context import StepContext
+from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers.projection import ProjectionConfig
-from cul_core.training import Callbacks, run_step
-from cul_core.trajectories import TrajectoryBuffer, run_trajectory
+from cul_core.training.callbacks import Callbacks
+from cul_core.training.step import run_step
 
 SHORT = {"trajectories": 2, "trajectory_steps": 4}
 

@@ -4,19 +4,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cul_core.chain import UnlearnModel, read_history
-from cul_core.errors import ConfigError
-from cul_core.evaluation.drift import drift_map, drift_of, short_name, total_drift
-from cul_core.export import patch_names, save_difference, save_lora
-from cul_core.training import run_step
+from cul_core.base.errors import ConfigError
+from cul_core.history.step_record import read_history
+from cul_core.history.unlearn_model import UnlearnModel
+from cul_core.output.drift import drift_map, drift_of, short_name, total_drift
+from cul_core.output.lora import patch_names, save_difference, save_lora
+from cul_core.training.step import run_step
 
 
 @pytest.fixture(scope="module")
 def edited(random_model, bundles, anchors):
-    from cul_core.concepts import Concept
-    from cul_core.config import TrainingConfig
+    from cul_core.concepts.concept import Concept
     from cul_core.methods.conabl import ConAblConfig
-    from cul_core.training import Request
+    from cul_core.parts.training_config import TrainingConfig
+    from cul_core.requests.request import Request
 
     request = Request((Concept("Lava"),), ConAblConfig(), training=TrainingConfig(iterations=3, batch_size=2), anchor_count=8,
                       anchor_prompts=("A star image.", "a house"))  # fmt: skip

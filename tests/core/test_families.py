@@ -24,27 +24,29 @@ from sd_layout import (
 )
 from torch import nn
 
-from cul_core.anchors import AnchorStore
-from cul_core.bundle import ModelBundle
-from cul_core.checkpoint import difference, open_model, save_checkpoint
+from cul_core.base.errors import Cancelled, ModelError
 from cul_core.cli import main
-from cul_core.concepts import Concept
-from cul_core.conditioning import prompt_rows
-from cul_core.config import TrainingConfig
-from cul_core.diffusion import SamplerConfig
-from cul_core.errors import Cancelled, ModelError
-from cul_core.evaluation.drift import drift_of, short_name
-from cul_core.export import save_difference, save_lora
-from cul_core.families import FAMILIES, MINI, SD1, SD2, SDXL, family_of
-from cul_core.loading import BundleCache, _build_text_encoder, checkpoint_key_map, detect_family, load_bundle, load_tokenizer, text_tensors
+from cul_core.concepts.concept import Concept
+from cul_core.files.safetensors_format import read_header
 from cul_core.methods import METHODS
-from cul_core.params import group_names, is_kv
-from cul_core.presets import PRESETS, preset
+from cul_core.models.diffusers_network import ModelBundle
+from cul_core.models.family import FAMILIES, MINI, SD1, SD2, SDXL
+from cul_core.models.load_diffusers import BundleCache, _build_text_encoder, checkpoint_key_map, load_bundle, load_tokenizer, text_tensors
+from cul_core.models.recognize import detect_family, family_of
+from cul_core.models.sampling import SamplerConfig
+from cul_core.models.weight_roles import group_names, is_kv
+from cul_core.output.checkpoint import difference, open_model, save_checkpoint
+from cul_core.output.drift import drift_of, short_name
+from cul_core.output.lora import save_difference, save_lora
+from cul_core.parts.prompt_vectors import prompt_rows
+from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.weight_anchor import L1SPConfig, L2SPConfig
-from cul_core.safetensor_files import read_header
-from cul_core.training import Request, run_step
+from cul_core.requests.presets import PRESETS, preset
+from cul_core.requests.request import Request
+from cul_core.store.anchors import AnchorStore
+from cul_core.training.step import run_step
 
 
 @pytest.fixture
@@ -261,7 +263,7 @@ def test_what_a_user_sets_wins_over_the_family(stub, tmp_path, monkeypatch, caps
         assert settings["device"] == torch.device("cpu")
         raise Cancelled("stop")
 
-    monkeypatch.setattr("cul_core.training.run_step", stop)
+    monkeypatch.setattr("cul_core.training.step.run_step", stop)
     out = ["--out", str(tmp_path / "out.safetensors")]
     main(["unlearn", "Van Gogh", "--model", str(stub), "--learning-rate", "1e-6", *out])
     assert (seen[0].iterations, seen[0].learning_rate) == (1000, 1e-6)

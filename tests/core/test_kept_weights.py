@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cul_core.errors import Cancelled, ModelError
-from cul_core.eviction import hold
-from cul_core.kept_weights import keep_weights
-from cul_core.loading import Source
-from cul_core.locks import lock_of, try_locked
-from cul_core.safetensor_files import read_header
+from cul_core.base.errors import Cancelled, ModelError
+from cul_core.files.locks import lock_of, try_locked
+from cul_core.files.safetensors_format import read_header
+from cul_core.models.source import Source
+from cul_core.store.eviction import hold
+from cul_core.store.model_snapshots import keep_weights
 
 
 def tensors():

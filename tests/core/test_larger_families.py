@@ -11,24 +11,27 @@ from safetensors.torch import load_file, save_file
 from sd_layout import UNET, sd2_shapes, write_hollow, xl_shapes
 from short import SHORT
 
-from cul_core.anchors import AnchorStore
-from cul_core.checkpoint import difference, open_model, save_checkpoint
-from cul_core.diffusion import NoiseSchedule, SamplerConfig, generator_for, sample_latents
-from cul_core.embeddings import Embeddings
-from cul_core.errors import ModelError
-from cul_core.export import save_difference, save_lora
-from cul_core.families import SDXL, V_PREDICTION
-from cul_core.loading import checkpoint_key_map, detect_family, load_bundle
+from cul_core.base.errors import ModelError
+from cul_core.files.safetensors_format import read_header
 from cul_core.methods import METHODS
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.esd import ESDConfig
-from cul_core.params import group_names, is_kv
+from cul_core.models.family import SDXL, V_PREDICTION
+from cul_core.models.load_diffusers import checkpoint_key_map, load_bundle
+from cul_core.models.noise_process import NoiseSchedule
+from cul_core.models.recognize import detect_family
+from cul_core.models.sampling import SamplerConfig, generator_for, sample_latents
+from cul_core.models.text_conditioning import Embeddings
+from cul_core.models.trajectory_buffer import run_trajectory
+from cul_core.models.weight_roles import group_names, is_kv
+from cul_core.output.checkpoint import difference, open_model, save_checkpoint
+from cul_core.output.lora import save_difference, save_lora
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.selft import SelFTConfig
-from cul_core.safetensor_files import read_header
-from cul_core.training import Callbacks, run_step
-from cul_core.trajectories import run_trajectory
+from cul_core.store.anchors import AnchorStore
+from cul_core.training.callbacks import Callbacks
+from cul_core.training.step import run_step
 
 ESD = ESDConfig(trajectories=2, trajectory_steps=4)
 only_xl = pytest.mark.parametrize("tiny_model", ["sdxl"], indirect=True)

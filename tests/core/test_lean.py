@@ -8,7 +8,7 @@ from diffusers.models.activations import GEGLU
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cul_core.lean import LeanConv2d, LeanLinear, lean, product
+from cul_core.models.frozen_layers import LeanConv2d, LeanLinear, lean, product
 
 _LAYERS = {
     "linear": (nn.Linear(40, 24), (3, 7, 40)),
@@ -87,7 +87,7 @@ def test_a_trained_layer_is_pytorchs_to_the_bit(name):
 def test_products_without_onednn(monkeypatch):
     _, ours, rows = _pair("linear")
     expected = _run(ours, rows)
-    monkeypatch.setattr("cul_core.lean._HAS_ONEDNN", False)
+    monkeypatch.setattr("cul_core.models.frozen_layers._HAS_ONEDNN", False)
     for a, b in zip(expected[:2], _run(ours, rows)[:2], strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
     assert torch.equal(product(rows, ours.weight, ours.bias), nn.functional.linear(rows, ours.weight, ours.bias))

@@ -5,13 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cul_core.anchors import AnchorStore
-from cul_core.cli import main
-from cul_core.concepts import Concept
-from cul_core.diffusion import SamplerConfig, generator_for, sample_latents
-from cul_core.errors import Cancelled, ConceptError
-from cul_core.evaluation.pictures import to_image
-from cul_core.memorized import (
+from cul_core.audits.memorization import (
     MEMORIZED,
     MemorizedConfig,
     captions_without_copies,
@@ -23,7 +17,13 @@ from cul_core.memorized import (
     read_picture,
     sorted_captions,
 )
+from cul_core.base.errors import Cancelled, ConceptError
+from cul_core.cli import main
+from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAblConfig
+from cul_core.models.sampling import SamplerConfig, generator_for, sample_latents
+from cul_core.output.charts import to_image
+from cul_core.store.anchors import AnchorStore
 
 CAPTION = "A house image in Lava style."
 QUICK = replace(MEMORIZED, anchor_count=4, anchor_sampler=SamplerConfig(steps=4), training=replace(MEMORIZED.training, batch_size=2))
@@ -133,8 +133,8 @@ def test_picture_and_paraphrases_are_read_from_files(tmp_path):
 
 
 def test_command_forgets_a_memorized_picture(original, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cul_core.memorized.MEMORIZED", QUICK)
-    monkeypatch.setattr("cul_core.memorized.MemorizedConfig", lambda: TWO)
+    monkeypatch.setattr("cul_core.audits.memorization.MEMORIZED", QUICK)
+    monkeypatch.setattr("cul_core.audits.memorization.MemorizedConfig", lambda: TWO)
     to_image(original).save(tmp_path / "a.png")
     (tmp_path / "p.txt").write_text("a house\nan image of a house\n", encoding="utf-8")
     command = ["unlearn", CAPTION, "--picture", str(tmp_path / "a.png"), "--iterations", "1"]

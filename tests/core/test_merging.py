@@ -9,20 +9,21 @@ import pytest
 import torch
 from conftest import write_random_checkpoint
 
-from cul_core.chain import StepRecord, UnlearnModel, read_history
-from cul_core.checkpoint import open_model, save_checkpoint
+from cul_core.base.errors import ConfigError, ModelError, TrainingError
+from cul_core.base.topk import cut_at, kept_count
 from cul_core.cli import main
-from cul_core.config import TrainingConfig
-from cul_core.errors import ConfigError, ModelError, TrainingError
-from cul_core.evaluation.report import history_text, merge_text
-from cul_core.largest import cut_at, kept_count
-from cul_core.merge_models import merge
-from cul_core.merging import MERGERS
-from cul_core.merging.task_arithmetic import TaskArithmeticConfig
-from cul_core.merging.ties import TiesConfig, elect_signs
-from cul_core.merging.uniform import UniformConfig
-from cul_core.store import StepStore
-from cul_core.training import run_step
+from cul_core.history.step_record import StepRecord, read_history
+from cul_core.history.unlearn_model import UnlearnModel
+from cul_core.mergers import MERGERS
+from cul_core.mergers.merge import merge
+from cul_core.mergers.task_arithmetic import TaskArithmeticConfig
+from cul_core.mergers.ties import TiesConfig, elect_signs
+from cul_core.mergers.uniform import UniformConfig
+from cul_core.output.checkpoint import open_model, save_checkpoint
+from cul_core.output.report import history_text, merge_text
+from cul_core.parts.training_config import TrainingConfig
+from cul_core.store.steps import StepStore
+from cul_core.training.step import run_step
 
 WHOLE = TiesConfig(strength=1.0, keep_fraction=1.0)
 EXAMPLE = ([4, -1, 0.5, 2], [-3, 2, 0.1, 2.5], [1, -2, -0.2, -6])
@@ -242,9 +243,9 @@ def train(random_model, bundles, anchors):
     """One step of two iterations from the random model, or from another one."""
 
     def run(target, model=random_model, **settings):
-        from cul_core.concepts import Concept
+        from cul_core.concepts.concept import Concept
         from cul_core.methods.conabl import ConAblConfig
-        from cul_core.training import Request
+        from cul_core.requests.request import Request
 
         training = TrainingConfig(**({"iterations": 2, "batch_size": 2} | settings))
         request = Request(

@@ -9,16 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cul_core.bundle import swapped_weights
-from cul_core.diffusion import SamplerConfig, generator_for, sample_latents
-from cul_core.families import MINI
 from cul_core.minicanvas import models
-from cul_core.minicanvas.figures import autoencoder_figures
 from cul_core.minicanvas.judge import Judge, take
 from cul_core.minicanvas.render import render, render_background
 from cul_core.minicanvas.suites import STYLE_SUITE
-from cul_core.minicanvas.tokenizer_build import learn_merges
-from cul_core.minicanvas.train import _worthless_pictures
+from cul_core.minicanvas.training.figures import autoencoder_figures
+from cul_core.minicanvas.training.tokenizer_build import learn_merges
+from cul_core.minicanvas.training.train import _worthless_pictures
 from cul_core.minicanvas.world import (
     EVALUATION_TEMPLATE,
     OBJECTS,
@@ -29,7 +26,10 @@ from cul_core.minicanvas.world import (
     all_texts,
     caption,
     styles_in,
-)  # fmt: skip
+)
+from cul_core.models.diffusers_network import swapped_weights
+from cul_core.models.family import MINI
+from cul_core.models.sampling import SamplerConfig, generator_for, sample_latents
 
 
 def test_the_world_has_ten_objects_and_three_groups_that_share_every_family():

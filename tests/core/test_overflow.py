@@ -6,21 +6,21 @@ import pytest
 import torch
 from short import SHORT
 
-from cul_core.compute import Compute
-from cul_core.concepts import Concept
-from cul_core.conditioning import target_vector
-from cul_core.loading import BundleCache
+from cul_core.base.registry import Entry
+from cul_core.concepts.concept import Concept
 from cul_core.methods import METHODS
 from cul_core.methods.base import Method
 from cul_core.methods.sculpmem import SculpMem, SculpMemConfig
-from cul_core.params import group_names
-from cul_core.registry import Entry
+from cul_core.models.load_diffusers import BundleCache
+from cul_core.models.weight_roles import group_names
+from cul_core.parts.prompt_vectors import target_vector
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.base import Regularizer
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.selft import SelFTConfig
 from cul_core.regularizers.weight_anchor import L1SPConfig
-from cul_core.training import run_step
+from cul_core.training.compute import Compute
+from cul_core.training.step import run_step
 
 FP16 = Compute(dtype="float16")
 RETAIN = ("Navy_Stripes", "Lava")

@@ -2,13 +2,13 @@
 
 import pytest
 
-from cul_core.checkpoint import open_model
 from cul_core.minicanvas.demo import run_demo
 from cul_core.minicanvas.judge import Judge, evaluate
 from cul_core.minicanvas.suites import STYLE_SUITE
 from cul_core.minicanvas.world import REQUEST_ORDERS
-from cul_core.presets import preset
-from cul_core.training import run_step
+from cul_core.output.checkpoint import open_model
+from cul_core.requests.presets import preset
+from cul_core.training.step import run_step
 
 TARGETS = REQUEST_ORDERS["a"][:4]
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cul_core.concepts import Concept
-from cul_core.conditioning import prompt_rows, target_vector
-from cul_core.diffusion import SamplerConfig
-from cul_core.errors import ConceptError
-from cul_core.families import MINI
-from cul_core.merge_models import merge
-from cul_core.merging.ties import TiesConfig
-from cul_core.merging.uniform import UniformConfig
+from cul_core.base.errors import ConceptError
+from cul_core.concepts.captions import anchor_prompts
+from cul_core.concepts.concept import Concept
+from cul_core.mergers.merge import merge
+from cul_core.mergers.ties import TiesConfig
+from cul_core.mergers.uniform import UniformConfig
 from cul_core.methods.base import Method
-from cul_core.params import is_kv
-from cul_core.prompts import anchor_prompts
+from cul_core.models.family import MINI
+from cul_core.models.sampling import SamplerConfig
+from cul_core.models.weight_roles import is_kv
+from cul_core.parts.prompt_vectors import prompt_rows, target_vector
 from cul_core.regularizers.projection import (
     GradientProjection,
     ProjectionConfig,
@@ -26,7 +26,8 @@ from cul_core.regularizers.projection import (
     orthonormal_basis,
     regularized_projector,
 )
-from cul_core.training import _update, run_step
+from cul_core.training.loop import _update
+from cul_core.training.step import run_step
 
 
 def rows_of(kind: str) -> torch.Tensor:

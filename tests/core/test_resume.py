@@ -11,17 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from short import SHORT
 
-from cul_core import store as stores
-from cul_core.errors import Cancelled, CheckpointError, MemoryShortError, TrainingError
+from cul_core.base.errors import Cancelled, CheckpointError, MemoryShortError, TrainingError
+from cul_core.files.safetensors_format import write_sealed
 from cul_core.methods import METHODS
 from cul_core.methods.base import LossParts
 from cul_core.methods.conabl import ConAbl
-from cul_core.presets import PRESETS
 from cul_core.regularizers import REGULARIZERS
-from cul_core.resume import joined, split
-from cul_core.safetensor_files import write_sealed
-from cul_core.store import StepState, StepStore
-from cul_core.training import Callbacks, run_step
+from cul_core.requests.presets import PRESETS
+from cul_core.store import steps as stores
+from cul_core.store.step_state import StepState
+from cul_core.store.steps import StepStore
+from cul_core.training.callbacks import Callbacks
+from cul_core.training.resume import joined, split
+from cul_core.training.step import run_step
 
 SHORTER = {"esd": {"refresh_every": 2}, "distillation": {"refresh_every": 2}, "sculpmem": {"warm_up": 2, "interval": 1}}
 
@@ -258,7 +260,7 @@ def test_a_state_of_other_versions_or_another_device_is_not_used(runner, make_re
     request = make_request()
     whole, *_ = runner(request)
     path = kept(runner, request, tmp_path / "s.safetensors", after=2)
-    monkeypatch.setattr("cul_core.resume.library_versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr("cul_core.training.resume.library_versions", lambda: {"torch": "0.1"})
     keeper = StepState(path, request, 1e9)
     assert runner(request, keeper)[0].content_hash == whole.content_hash
     assert keeper.resumed_at == 0 and "other versions" in caplog.text
@@ -372,7 +374,7 @@ def test_memory_that_ends_in_a_measurement_leaves_the_state(runner, get_or_train
         def measured(*_):
             raise torch.OutOfMemoryError("out of memory, as injected by a test")
 
-        patch.setattr("cul_core.training.EarlyStopping.is_time", measured)
+        patch.setattr("cul_core.training.step.EarlyStopping.is_time", measured)
         with pytest.raises(MemoryShortError, match=r"it goes on from iteration 1 of 4\.$"):
             get_or_train(store, request)
     outcome = get_or_train(store, request)

@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from cul_core.evaluation.pictures import COLOURS, Line, chart, labelled_grid
-from cul_core.evaluation.scores import METRICS, Shot, Verdict, harmonic_mean, score, table
+from cul_core.audits.classifier_scores import METRICS, Shot, Verdict, harmonic_mean, score, table
+from cul_core.output.charts import COLOURS, Line, chart, labelled_grid
 
 
 def shots(role, style, verdicts):

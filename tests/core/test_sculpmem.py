@@ -8,20 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from cul_core.bundle import swapped_weights
-from cul_core.concepts import Concept
-from cul_core.conditioning import target_vector
-from cul_core.config import TrainingConfig
-from cul_core.diffusion import SamplerConfig, generator_for
-from cul_core.errors import ConfigError
-from cul_core.families import MINI, SD1
-from cul_core.methods.base import StepContext
+from cul_core.base.errors import ConfigError
+from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.sculpmem import SculpMem, SculpMemConfig, exchanged, largest, turnover_at
-from cul_core.params import group_names
-from cul_core.presets import preset
+from cul_core.models.diffusers_network import swapped_weights
+from cul_core.models.family import MINI, SD1
+from cul_core.models.sampling import SamplerConfig, generator_for
+from cul_core.models.weight_roles import group_names
+from cul_core.parts.prompt_vectors import target_vector
+from cul_core.parts.step_context import StepContext
+from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers.projection import GradientProjection, ProjectionConfig
-from cul_core.training import Callbacks, run_step
+from cul_core.requests.presets import preset
+from cul_core.training.callbacks import Callbacks
+from cul_core.training.step import run_step
 
 AUTHORS = {"loss": "sm", "teacher": "student", "block_first_token": False, "form": "reference", "preservation": 1.0, "distillation": 1.0}
 """The authors' own method, with the term that their code overwrites."""

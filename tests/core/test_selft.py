@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cul_core.concepts import Concept
-from cul_core.conditioning import target_vector
-from cul_core.diffusion import NoiseSchedule
-from cul_core.errors import Cancelled, ConfigError, TrainingError
-from cul_core.families import SD1
+from cul_core.base.errors import Cancelled, ConfigError, TrainingError
+from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAblConfig
-from cul_core.presets import preset
+from cul_core.models.family import SD1
+from cul_core.models.noise_process import NoiseSchedule
+from cul_core.parts.prompt_vectors import target_vector
 from cul_core.regularizers.projection import GradientProjection, ProjectionConfig
 from cul_core.regularizers.selft import SelFT, SelFTConfig, importance_scores, scoring_texts, top_masks
-from cul_core.training import Callbacks, run_step
+from cul_core.requests.presets import preset
+from cul_core.training.callbacks import Callbacks
+from cul_core.training.step import run_step
 
 QUICK = SelFTConfig(states=4)
 

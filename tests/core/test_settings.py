@@ -8,19 +8,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cul_core.concepts import KINDS, Concept, ConceptList, parse_concept, parse_keep, parse_requests
-from cul_core.conditioning import decoy_concepts, vocabulary_words
-from cul_core.config import Config, TrainingConfig, setting, stable_hash
-from cul_core.diffusion import NoiseSchedule, SamplerConfig
-from cul_core.errors import ConceptError, ConfigError
-from cul_core.families import MINI, SD1
+from cul_core.base.config import Config, setting, stable_hash
+from cul_core.base.errors import ConceptError, ConfigError
+from cul_core.base.registry import Registry
+from cul_core.concepts.captions import anchor_prompts
+from cul_core.concepts.concept import KINDS, Concept
+from cul_core.concepts.parsing import ConceptList, parse_concept, parse_keep, parse_requests
 from cul_core.methods import METHODS
-from cul_core.presets import PRESETS, preset
-from cul_core.prompts import anchor_prompts, preview_prompts
-from cul_core.registry import Registry
+from cul_core.models.family import MINI, SD1
+from cul_core.models.noise_process import NoiseSchedule
+from cul_core.models.sampling import SamplerConfig
+from cul_core.parts.prompt_vectors import decoy_concepts, vocabulary_words
+from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.projection import ProjectionConfig
-from cul_core.training import Request
+from cul_core.requests.presets import PRESETS, preset
+from cul_core.requests.previews import preview_prompts
+from cul_core.requests.request import Request
 
 # --- concepts
 

@@ -6,15 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cul_core.concepts import Concept
-from cul_core.config import TrainingConfig, stable_hash
-from cul_core.errors import Cancelled, ConceptError, ConfigError, TrainingError
-from cul_core.evaluation.scores import Verdict
+from cul_core.audits.classifier_scores import Verdict
+from cul_core.base.config import stable_hash
+from cul_core.base.errors import Cancelled, ConceptError, ConfigError, TrainingError
+from cul_core.concepts.concept import Concept
 from cul_core.minicanvas.judge import measure_for
 from cul_core.minicanvas.world import OBJECTS, styles_in
-from cul_core.presets import preset
-from cul_core.stopping import EarlyStopping
-from cul_core.training import Callbacks, Request, run_step
+from cul_core.parts.training_config import TrainingConfig
+from cul_core.requests.presets import preset
+from cul_core.requests.request import Request
+from cul_core.training.callbacks import Callbacks
+from cul_core.training.early_stopping import EarlyStopping
+from cul_core.training.step import run_step
 
 
 @pytest.fixture

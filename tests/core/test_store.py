@@ -7,16 +7,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cul_core import eviction
-from cul_core.anchors import AnchorStore
-from cul_core.chain import StepRecord, UnlearnModel, read_history
-from cul_core.diffusion import SamplerConfig
-from cul_core.errors import Cancelled, CheckpointError
-from cul_core.merge_models import merge
-from cul_core.merging.uniform import UniformConfig
-from cul_core.safetensor_files import read_sealed, write_sealed
-from cul_core.store import PARTS, StepState, StepStore, step_key
-from cul_core.training import StepReport, run_step
+from cul_core.base.errors import Cancelled, CheckpointError
+from cul_core.files.safetensors_format import read_sealed, write_sealed
+from cul_core.history.step_record import StepRecord, read_history
+from cul_core.history.unlearn_model import UnlearnModel
+from cul_core.mergers.merge import merge
+from cul_core.mergers.uniform import UniformConfig
+from cul_core.models.sampling import SamplerConfig
+from cul_core.store import eviction
+from cul_core.store.anchors import AnchorStore
+from cul_core.store.step_state import StepState
+from cul_core.store.steps import PARTS, StepStore, step_key
+from cul_core.training.step import StepReport, run_step
 
 
 @pytest.fixture

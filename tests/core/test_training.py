@@ -8,19 +8,22 @@ import pytest
 import torch
 from short import SHORT
 
-from cul_core.chain import UnlearnModel
-from cul_core.concepts import Concept
-from cul_core.errors import Cancelled, ConceptError, ConfigError, TrainingError
-from cul_core.merge_models import merge
-from cul_core.merging.uniform import UniformConfig
+from cul_core.base.errors import Cancelled, ConceptError, ConfigError, TrainingError
+from cul_core.base.registry import Registry
+from cul_core.concepts.concept import Concept
+from cul_core.history.unlearn_model import UnlearnModel
+from cul_core.mergers.merge import merge
+from cul_core.mergers.uniform import UniformConfig
 from cul_core.methods import METHODS
 from cul_core.methods.base import LossParts, Method
 from cul_core.methods.conabl import ConAbl, ConAblConfig
-from cul_core.params import GROUPS, group_names
-from cul_core.registry import Registry
+from cul_core.models.weight_roles import GROUPS, group_names
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.base import Regularizer
-from cul_core.training import Callbacks, Request, _update, run_step
+from cul_core.requests.request import Request
+from cul_core.training.callbacks import Callbacks
+from cul_core.training.loop import _update
+from cul_core.training.step import run_step
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def test_the_edits_of_a_step_or_a_merge_are_hashed_once(step, random_model, make
     first, _ = step(make_request("Lava", iterations=1))
     for model in (random_model, first):
         assert model.content_hash
-    monkeypatch.setattr("cul_core.chain.hashlib", SimpleNamespace(sha256=sha256))
+    monkeypatch.setattr("cul_core.history.unlearn_model.hashlib", SimpleNamespace(sha256=sha256))
     edited, report = step(make_request("Frost", iterations=1), first)
     assert edited.content_hash == report.record.result and len(hashed) == 1
     assert edited.history == (*first.history, report.record)
@@ -166,7 +169,7 @@ def test_a_closed_form_method_runs_in_the_same_step(step, make_request, monkeypa
         def edit(self, context):
             return {name: 2 * weight for name, weight in context.start.items()}
 
-    monkeypatch.setattr("cul_core.training.METHODS", methods)
+    monkeypatch.setattr("cul_core.training.step.METHODS", methods)
     config = methods.get("double").config()
     edited, report = step(make_request(method=config, regularizers=[entry.config() for entry in REGULARIZERS]))
     assert len(edited.edits) == 14 and report.losses == ()
@@ -201,7 +204,7 @@ def pull(monkeypatch):
     registry = Registry("regularizer")
     registry.register("pull", config=type("PullConfig", (ConAblConfig,), {}), display_name="Pull", description="d", paper="p",
                       families=("mini",), groups=("kv",))(Pull)  # fmt: skip
-    monkeypatch.setattr("cul_core.training.REGULARIZERS", registry)
+    monkeypatch.setattr("cul_core.training.step.REGULARIZERS", registry)
 
     def config(**factors):
         monkeypatch.setattr(Pull, "factors", factors)

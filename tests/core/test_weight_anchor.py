@@ -7,7 +7,7 @@ import torch
 
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.weight_anchor import L1SP, L2SP, L1SPConfig, L2SPConfig
-from cul_core.training import run_step
+from cul_core.training.step import run_step
 
 W0 = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[0.5, -1.0]])}  # N = 4
 START = {"a": torch.tensor([1.5, 2.0]), "b": torch.tensor([[0.5, -2.0]])}

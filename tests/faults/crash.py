@@ -22,24 +22,28 @@ from pathlib import Path
 
 import torch
 
-from cul_core import anchors, safetensor_files, training
-from cul_core import store as stores
-from cul_core.checkpoint import open_model, save_checkpoint
-from cul_core.concepts import Concept
-from cul_core.config import TrainingConfig
-from cul_core.diffusion import SamplerConfig
-from cul_core.loading import BundleCache
+from cul_core.concepts.concept import Concept
+from cul_core.files import safetensors_format as safetensor_files
+from cul_core.files.safetensors_format import read_sealed
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.esd import ESDConfig
 from cul_core.methods.sculpmem import SculpMemConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
+from cul_core.models.load_diffusers import BundleCache
+from cul_core.models.sampling import SamplerConfig
+from cul_core.output.checkpoint import open_model, save_checkpoint
+from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers.distillation import DistillationConfig
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.selft import SelFTConfig
 from cul_core.regularizers.weight_anchor import L2SPConfig
-from cul_core.safetensor_files import read_sealed
-from cul_core.store import StepStore, step_key
-from cul_core.training import Callbacks, Request, run_step
+from cul_core.requests.request import Request
+from cul_core.store import anchors
+from cul_core.store import steps as stores
+from cul_core.store.steps import StepStore, step_key
+from cul_core.training import step as training
+from cul_core.training.callbacks import Callbacks
+from cul_core.training.step import run_step
 
 TARGETS = ("Candy_Stripes", "Lava", "Frost", "Denim", "Blueprint", "Neon_Cyan")
 PROMPTS = ("A star image.", "a house", "an image of a cat", "a picture of a boat")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cul_core.errors import CulError
+from cul_core.base.errors import CulError
 
 LONGEST_SECONDS = 5
 

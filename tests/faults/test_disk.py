@@ -13,21 +13,25 @@ import torch
 from crash import Trouble
 from PIL import Image
 
-from cul_core.anchors import _AnchorFile
-from cul_core.chain import StepRecord, UnlearnModel
-from cul_core.checkpoint import open_model, save_checkpoint, save_edits
+from cul_core.base.errors import CheckpointError, TrainingError
 from cul_core.cli import _write_json
-from cul_core.concepts import Concept
-from cul_core.errors import CheckpointError, TrainingError
-from cul_core.evaluation.pictures import save_picture
-from cul_core.export import save_difference, save_lora
-from cul_core.kept_weights import keep_weights
-from cul_core.loading import checkpoint_key_map
+from cul_core.concepts.concept import Concept
+from cul_core.files.atomic_write import write_atomically
+from cul_core.files.safetensors_format import read_header, read_sealed
+from cul_core.history.step_record import StepRecord
+from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.safetensor_files import read_header, read_sealed, write_atomically
-from cul_core.store import StepState, StepStore
-from cul_core.training import Request, StepReport
+from cul_core.models.load_diffusers import checkpoint_key_map
+from cul_core.output.charts import save_picture
+from cul_core.output.checkpoint import open_model, save_checkpoint, save_edits
+from cul_core.output.lora import save_difference, save_lora
+from cul_core.requests.request import Request
+from cul_core.store.anchors import _AnchorFile
+from cul_core.store.model_snapshots import keep_weights
+from cul_core.store.step_state import StepState
+from cul_core.store.steps import StepStore
+from cul_core.training.step import StepReport
 
 NAME = "mid_block.attentions.0.transformer_blocks.0.attn2.to_{}.weight"
 ERRORS = (errno.ENOSPC, errno.EROFS, errno.EIO)
@@ -166,7 +170,7 @@ def test_a_files_mode_follows_the_umask_which_is_never_changed(umask, tmp_path, 
 
 def test_a_name_that_another_process_took_for_its_unfinished_file_is_left_alone(tmp_path, monkeypatch, count):
     tokens = iter(["same", "other"])
-    monkeypatch.setattr("cul_core.safetensor_files.secrets.token_hex", lambda count: next(tokens))
+    monkeypatch.setattr("cul_core.files.safetensors_format.secrets.token_hex", lambda count: next(tokens))
     (tmp_path / ".a.same.cul-part").write_bytes(b"theirs")
     write_atomically(tmp_path / "a.json", lambda file: file.write(b"ours"))
     assert (tmp_path / ".a.same.cul-part").read_bytes() == b"theirs"
@@ -195,7 +199,7 @@ def denied_first(times, call):
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("cul_core.safetensor_files.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("cul_core.files.safetensors_format.time.sleep", lambda seconds: None)
 
 
 def test_a_file_that_is_open_for_a_moment_is_replaced_after_it(tmp_path, monkeypatch, no_waiting, count):

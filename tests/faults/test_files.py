@@ -11,14 +11,14 @@ import pytest
 import torch
 from crash import requests
 
-from cul_core import eviction
-from cul_core.checkpoint import open_model, save_checkpoint
-from cul_core.errors import Cancelled, ModelError
-from cul_core.loading import BundleCache
-from cul_core.locks import lock_of, try_locked
+from cul_core.base.errors import Cancelled, ModelError
+from cul_core.files.locks import lock_of, try_locked
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.store import StepStore
-from cul_core.training import run_step
+from cul_core.models.load_diffusers import BundleCache
+from cul_core.output.checkpoint import open_model, save_checkpoint
+from cul_core.store import eviction
+from cul_core.store.steps import StepStore
+from cul_core.training.step import run_step
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_a_damaged_file_of_the_store_is_never_used(part, trained, original, requ
 
             assert store.get_or_train(original, request_, train).note == ""
         else:
-            from cul_core.anchors import _AnchorFile
+            from cul_core.store.anchors import _AnchorFile
 
             assert _AnchorFile(path, 0).read(24) == []
         assert not path.exists()
@@ -220,7 +220,7 @@ def test_who_waits_for_another_process_can_cancel(original, request_, tmp_path):
     state = store._path("states", "abc")
     with try_locked(lock_of(tmp_path / "locks", state)) as is_ours, try_locked(lock_of(tmp_path / "locks", state)) as is_theirs:
         assert is_ours and not is_theirs
-    from cul_core.store import step_key
+    from cul_core.store.steps import step_key
 
     with try_locked(lock_of(tmp_path / "locks", store._path("states", step_key(original, request_)))), pytest.raises(Cancelled):
         store.get_or_train(original, request_, None, cancel)

@@ -14,22 +14,27 @@ import torch
 from refusals import entry, is_one_sentence, refused, write_file
 from safetensors.torch import load_file, save_file
 
-from cul_core.chain import UnlearnModel, read_history
-from cul_core.checkpoint import load_edits, open_continued, open_model, save_checkpoint, save_edits
+from cul_core.base.errors import CheckpointError, ConfigError, ModelError
 from cul_core.cli import main
-from cul_core.concepts import Concept
-from cul_core.errors import CheckpointError, ConfigError, ModelError
-from cul_core.evaluation.pictures import labelled_grid
-from cul_core.evaluation.report import history_text, model_text
-from cul_core.families import MINI, UNET_PREFIX
-from cul_core.loading import detect_family, load_bundle, source_of
-from cul_core.merge_models import merge
-from cul_core.merging.ties import TiesConfig
+from cul_core.concepts.concept import Concept
+from cul_core.files.atomic_write import write_atomically
+from cul_core.files.paths import free_path
+from cul_core.files.safetensors_format import check_header, read_header, write_sealed
+from cul_core.history.step_record import read_history
+from cul_core.history.unlearn_model import UnlearnModel
+from cul_core.mergers.merge import merge
+from cul_core.mergers.ties import TiesConfig
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.safetensor_files import check_header, free_path, read_header, write_atomically, write_sealed
-from cul_core.store import StepState
-from cul_core.training import Request
+from cul_core.models.family import MINI, UNET_PREFIX
+from cul_core.models.load_diffusers import load_bundle
+from cul_core.models.recognize import detect_family
+from cul_core.models.source import source_of
+from cul_core.output.charts import labelled_grid
+from cul_core.output.checkpoint import load_edits, open_continued, open_model, save_checkpoint, save_edits
+from cul_core.output.report import history_text, model_text
+from cul_core.requests.request import Request
+from cul_core.store.step_state import StepState
 
 GOOD = {"a": entry()}
 FOUR = bytes(4)

@@ -12,18 +12,21 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from refusals import is_one_sentence, write_file
 
-from cul_core.auxiliary import parse_names
-from cul_core.chain import read_history
-from cul_core.concepts import LONGEST_NAME, Concept, parse_concept, parse_keep, parse_requests
-from cul_core.config import TrainingConfig, canonical_json
-from cul_core.diffusion import SamplerConfig
-from cul_core.errors import CheckpointError, ConceptError, CulError, ModelError
-from cul_core.evaluation.report import history_text
+from cul_core.base.config import canonical_json
+from cul_core.base.errors import CheckpointError, ConceptError, CulError, ModelError
+from cul_core.concepts.concept import LONGEST_NAME, Concept
+from cul_core.concepts.name_lists import parse_names
+from cul_core.concepts.parsing import parse_concept, parse_keep, parse_requests
+from cul_core.files.paths import check_portable
+from cul_core.files.safetensors_format import _BITS, read_header
+from cul_core.history.step_record import read_history
 from cul_core.methods import METHODS
-from cul_core.presets import preset
+from cul_core.models.sampling import SamplerConfig
+from cul_core.output.report import history_text
+from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers import REGULARIZERS
-from cul_core.safetensor_files import _BITS, check_portable, read_header
-from cul_core.training import Request
+from cul_core.requests.presets import preset
+from cul_core.requests.request import Request
 
 SETTINGS = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 CONFIGS = [TrainingConfig, SamplerConfig, *(entry.config for registry in (METHODS, REGULARIZERS) for entry in registry)]

@@ -9,22 +9,24 @@ from dataclasses import replace
 import pytest
 from refusals import is_one_sentence, refused
 
-from cul_core.auxiliary import parse_names
+from cul_core.audits.memorization import MemorizedConfig, read_paraphrases, read_picture
+from cul_core.base.config import Config, canonical_json, check_number, limits
+from cul_core.base.errors import ConceptError, ConfigError, shown
+from cul_core.base.registry import Registry
 from cul_core.cli import main
-from cul_core.concepts import MOST_NAMES, Concept, ConceptList, check_text, parse_concept, parse_keep, parse_requests
-from cul_core.config import Config, TrainingConfig, canonical_json, check_number, limits
-from cul_core.diffusion import SamplerConfig
-from cul_core.errors import ConceptError, ConfigError, shown
-from cul_core.evaluation.report import printable
-from cul_core.memorized import MemorizedConfig, read_paraphrases, read_picture
-from cul_core.merging import MERGERS
+from cul_core.concepts.concept import MOST_NAMES, Concept, check_text
+from cul_core.concepts.name_lists import parse_names
+from cul_core.concepts.parsing import ConceptList, parse_concept, parse_keep, parse_requests
+from cul_core.files.paths import check_portable
+from cul_core.mergers import MERGERS
 from cul_core.methods import METHODS
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.presets import PRESETS, preset
-from cul_core.registry import Registry
+from cul_core.models.sampling import SamplerConfig
+from cul_core.output.report import printable
+from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers import REGULARIZERS
-from cul_core.safetensor_files import check_portable
-from cul_core.training import Request
+from cul_core.requests.presets import PRESETS, preset
+from cul_core.requests.request import Request
 
 UNSEEN = [
     "\x00",

@@ -13,7 +13,7 @@ from hosts import HOW, NEWEST, Host
 from refusals import entry, is_one_sentence, write_file
 from safetensors.torch import load_file, save_file
 
-from cul_core import errors
+from cul_core.base import errors
 from cul_core.minicanvas.models import CHECKPOINT_PATH
 
 OURS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.CulError)} - {"CulError"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cul_core.safetensor_files import read_header, read_sealed
+from cul_core.files.safetensors_format import read_header, read_sealed
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}

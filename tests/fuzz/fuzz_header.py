@@ -14,10 +14,10 @@ from pathlib import Path
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-with atheris.instrument_imports(include=["cul_core.safetensor_files"]):
-    from cul_core.safetensor_files import read_header
+with atheris.instrument_imports(include=["cul_core.files.safetensors_format"]):
+    from cul_core.files.safetensors_format import read_header
 
-from cul_core.errors import ModelError
+from cul_core.base.errors import ModelError
 
 PATH = Path(tempfile.mkdtemp()) / "fuzzed.safetensors"
 SEEDS = [

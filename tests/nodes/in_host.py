@@ -45,7 +45,7 @@ with torch.no_grad():
 
 hosted, training, types, chain, concepts = (
     importlib.import_module(f"continual-unlearning.{name}")
-    for name in ("nodes._host", "nodes.unlearn", "nodes._types", "cul_core.checkpoint", "cul_core.concepts")
+    for name in ("nodes._host", "nodes.unlearn", "nodes._types", "cul_core.output.checkpoint", "cul_core.concepts.concept")
 )
 
 

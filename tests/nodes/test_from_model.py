@@ -9,9 +9,9 @@ from graphs import CLIP, CUL, MODEL, VAE, Graph
 from safetensors.torch import save_file
 from test_unlearning import pixels, sampled_by_stock_nodes, steps_trained
 
-from cul_core.chain import read_history
-from cul_core.loading import load_bundle
+from cul_core.history.step_record import read_history
 from cul_core.minicanvas.models import CHECKPOINT_PATH
+from cul_core.models.load_diffusers import load_bundle
 
 MODULES = {
     "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v": (128, 128),

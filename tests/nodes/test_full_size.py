@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sd_layout import checkpoint_shapes, write_random
 
-from cul_core.chain import read_history
+from cul_core.history.step_record import read_history
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from short import SHORT
 
-from cul_core.chain import read_history
+from cul_core.history.step_record import read_history
 from cul_core.methods import METHODS
 from cul_core.minicanvas.models import CHECKPOINT_PATH
 

@@ -1,0 +1,109 @@
+"""Frozen settings that travel as JSON and have a stable hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .errors import ConfigError, shown
+
+_LARGEST = {int: 2**31 - 1, float: 1e12}
+_LONGEST_TEXT = 100_000
+"""Characters: a thousand names of a hundred."""
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def stable_hash(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of all settings: JSON round trip, and checks of choices and ranges at construction.
+
+    A field's metadata may hold `choices` (tuple), `minimum`, `maximum` and `help`; nodes and the command line read them too. With
+    `added_later` the field is left out of the JSON at its default, so that what was hashed before it was there keeps its hash.
+
+    Raises:
+        ConfigError: a value is not among its choices or outside its range, or a JSON key is unknown.
+    """
+
+    registry_name: ClassVar[str] = ""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, rules = getattr(self, field.name), field.metadata
+            if "help" in rules and type(value) is not type(field.default) and (type(value), type(field.default)) != (int, float):
+                raise ConfigError(f"{field.name} is {shown(value)}; give a value of type {type(field.default).__name__}.")
+            if "choices" in rules and value not in rules["choices"]:
+                choices = ", ".join(map(str, rules["choices"]))
+                raise ConfigError(f"{field.name} is {shown(value)}; choose one of {choices}.")
+            if "help" in rules and isinstance(value, str) and len(value) > _LONGEST_TEXT:
+                raise ConfigError(f"{field.name} has {len(value)} characters; give at most {_LONGEST_TEXT}.")
+            if "help" in rules and type(value) in _LARGEST:
+                check_number(field.name, value, *limits(field))
+
+    def to_json(self) -> dict[str, Any]:
+        values = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
+                  if not (field.metadata.get("added_later") and getattr(self, field.name) == field.default)}  # fmt: skip
+        return {"name": self.registry_name, **values} if self.registry_name else values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> typing.Self:
+        check_object(f"JSON of a {cls.__name__}", values)
+        if values.get("name", cls.registry_name) != cls.registry_name:
+            raise ConfigError(f"The JSON of a {cls.__name__} is that of {shown(values['name'])}; give its own.")
+        values = {key: value for key, value in values.items() if key != "name"}
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := values.keys() - known:
+            raise ConfigError(f"{cls.__name__} has no setting {shown(min(map(str, unknown)))}; it has {', '.join(sorted(known))}.")
+        for field in dataclasses.fields(cls):
+            if field.default is dataclasses.MISSING and field.name not in values:
+                raise ConfigError(f"{cls.__name__} lacks its {field.name}; give one.")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def check_object(what: str, values: Any, needed: Iterable[str] = ()) -> None:
+    """Raises ConfigError for what is no JSON object with the needed keys."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"The {what} is {shown(values)}; give an object.")
+    if missing := [key for key in needed if key not in values]:
+        raise ConfigError(f"The {what} lacks {missing[0]!r}; give it.")
+
+
+def check_number(name: str, value: Any, low: float | None, high: float | None, kind: type = float) -> None:
+    """Raises ConfigError unless `value` is a number of that kind, or an integer, between the limits; NaN lies between none."""
+    if type(value) not in (int, kind):
+        raise ConfigError(f"{name} is {shown(value)}; give a value of type {kind.__name__}.")
+    if not (-math.inf if low is None else low) <= value <= (math.inf if high is None else high) or abs(value) == math.inf:
+        raise ConfigError(f"{name} is {shown(value)}; give a number between {low} and {high}.")
+
+
+def limits(field: dataclasses.Field) -> tuple[float, float]:
+    """Least and largest value of a number: those of its setting, or what is beyond all sense and still safe to compute with."""
+    largest = _LARGEST[type(field.default)]
+    return field.metadata.get("minimum", -largest), field.metadata.get("maximum", largest)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_json()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def setting(default: Any, help: str, *, choices: tuple | None = None, minimum: float | None = None,
+            maximum: float | None = None, added_later: bool | None = None) -> Any:  # fmt: skip
+    """A dataclass field with a default, a help text for tooltips, and its allowed values; the default of one `added_later` must stay."""
+    rules = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "added_later": added_later}
+    return dataclasses.field(default=default, metadata={k: v for k, v in rules.items() if v is not None})

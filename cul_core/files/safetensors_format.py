@@ -1,0 +1,331 @@
+"""Safetensors files without their weights: reading a header, and writing so that nothing half-written is ever left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..base.errors import CheckpointError, ModelError, shown
+from .atomic_write import write_atomically
+
+_LARGEST_HEADER = 50_000_000
+"""Bytes; half of the format's own limit, for a header is read several times."""
+_MOST_VALUES = 1_000_000
+"""Values of JSON in a header, by its commas and opening brackets: what makes reading cost time and memory. Stable Diffusion XL has as
+many, in forty megabytes, with two hundred steps of all its weights in its history."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's code of every dtype that is written."""
+_ONLY_READ = {
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+EDITABLE = {code: DTYPES[code] for code in ("F16", "BF16", "F32")}
+"""Dtypes of weights that an edit can be added to."""
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_BITS = {code: 8 * dtype.itemsize for code, dtype in (DTYPES | _ONLY_READ).items()} | {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    **dict.fromkeys(("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    "U16": 16,
+    "U32": 32,
+    **dict.fromkeys(("C64", "U64"), 64),
+}
+"""Bits of one element, also of the dtypes that are neither read nor written."""
+_MISFITS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What a header raises that is not as the format wants it."""
+_SEAL = "sha256"
+
+
+def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
+    """(tensor entries by name, metadata, offset of the first data byte) of a safetensors file.
+
+    Entries are as the format wants them: every dtype known, every tensor as long as its shape says, one behind the other, none twice.
+
+    Raises:
+        ModelError: no such file, a pickle, not a safetensors file, or one that ends too early.
+    """
+    if path.suffix.lower() in (".ckpt", ".bin", ".pt", ".pth"):
+        raise ModelError(
+            f"{shown(path.name)} is a pickle, which can run code when opened; convert it to .safetensors and choose that file."
+        )
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("a folder, pipe or device")
+        size = status.st_size
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if not 2 <= length <= size - 8:
+                raise ValueError("impossible header length")
+            if length > _LARGEST_HEADER:
+                raise ValueError("header too large")
+            header, metadata, end = _checked(file.read(length))
+    except FileNotFoundError as error:
+        raise ModelError(f"There is no file {shown(path.name)} in {shown(str(path.parent))}; check the name.") from error
+    except (OSError, struct.error, *_MISFITS) as error:
+        raise ModelError(f"{shown(path.name)} cannot be read as a safetensors file; choose a .safetensors checkpoint "
+                         "or download it again.") from error  # fmt: skip
+    if size != 8 + length + end:
+        raise ModelError(f"{path.name!r} has {size} bytes where its header announces {8 + length + end}; it was cut short "
+                         "or altered, so copy or download it again.")  # fmt: skip
+    return header, metadata, 8 + length
+
+
+def check_header(text: bytes) -> None:
+    """Raises ValueError for a header that is too large to be read by others, or by us."""
+    if len(text) > _LARGEST_HEADER or sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise ValueError("header too large")
+
+
+def _checked(text: bytes) -> tuple[dict[str, dict], dict[str, str], int]:
+    """(tensor entries by name, metadata, length of the data) of a header's text. Raises one of `_MISFITS`."""
+    header = _parsed(text)
+    metadata = {} if (found := header.pop("__metadata__", None)) is None else found
+    return header, metadata, _check_entries(header, metadata)
+
+
+def _parsed(text: bytes) -> dict[str, dict]:
+    """A header that means the same to every reader: UTF-8 from its first brace on, no key twice, no number that JSON does not have."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    def refuse(literal: str) -> None:
+        raise ValueError(f"{literal} is no JSON")
+
+    check_header(text)
+    if text[:1] != b"{":
+        raise ValueError("does not begin with a brace")
+    return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+
+
+def _check_entries(header: dict[str, dict], metadata: dict[str, str]) -> int:
+    """Where the data end. Raises ValueError, KeyError, TypeError or AttributeError for entries that the format does not allow."""
+    for text in (*header, *metadata.keys(), *metadata.values()):
+        text.encode()  # lone surrogates are no text
+    spans = []
+    for entry in header.values():
+        if entry.keys() != {"dtype", "shape", "data_offsets"} or not isinstance(entry["shape"], list):
+            raise ValueError("not the entry of a tensor")
+        begin, end = entry["data_offsets"]
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in (begin, end, *entry["shape"])):
+            raise ValueError("a size that is no whole number")
+        bits = _BITS[entry["dtype"]]
+        for number in entry["shape"]:
+            if (bits := bits * number) >= 1 << 66:
+                raise ValueError("impossible shape")
+        if bits != 8 * (end - begin):
+            raise ValueError("a tensor that is not as long as its shape says")
+        spans.append((begin, end))
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise ValueError("tensors overlap, or have gaps between them")
+        position = end
+    return position
+
+
+class OpenedFile:
+    """The tensors of an open safetensors file. They are read, not mapped: each has memory of its own, none stays when it is dropped, and
+    what happens to the file later happens to none of them.
+    """
+
+    def __init__(self, file: BinaryIO, header: Mapping[str, dict], start: int, name: str):
+        self._file, self._header, self._start, self._name = file, header, start, name
+
+    def keys(self) -> list[str]:
+        return list(self._header)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """One tensor on the CPU, as it is stored.
+
+        Raises:
+            ModelError: the file cannot be read, became shorter, or stores it in a dtype that PyTorch lacks.
+        """
+        entry = self._header[name]
+        if (dtype := (DTYPES | _ONLY_READ).get(entry["dtype"])) is None:
+            raise ModelError(f"{self._name!r} stores {shown(name)} as {entry['dtype']}, which cannot be read; choose an fp16, bf16 or fp32 "
+                             "checkpoint.")  # fmt: skip
+        tensor = torch.empty(entry["shape"], dtype=dtype)
+        data = _bytes_of(tensor)
+        try:
+            self._file.seek(self._start + entry["data_offsets"][0])
+            if self._file.readinto(data) == len(data):
+                return tensor
+            reason = "it became shorter"
+        except OSError as error:
+            reason = error.strerror
+        raise ModelError(f"{self._name!r} can no longer be read ({reason}); copy or download it again.")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[OpenedFile]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ModelError: the file cannot be read, or its entries contradict each other.
+    """
+    header, _, start = read_header(path)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ModelError(f"{path.name!r} can no longer be read ({error.strerror}); put it back.") from error
+    with file:
+        yield OpenedFile(file, header, start, path.name)
+
+
+def tensor_entries(tensors: Mapping[str, Tensor]) -> dict[str, dict]:
+    """Header entries by name, in the order of the data.
+
+    Larger elements come first, so that every tensor is aligned to its own size.
+
+    Raises:
+        CheckpointError: a tensor has a dtype that is not written.
+    """
+    entries, end = {}, 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name]
+        if tensor.dtype not in _CODES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{shown(name)} is {dtype}, which is not written; turn it into fp32.")
+        begin, end = end, end + tensor.element_size() * math.prod(tensor.shape)
+        shape = list(tensor.shape)
+        entries[name] = {"dtype": _CODES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    return entries
+
+
+def packed_header(
+    name: str,
+    entries: Mapping[str, dict],
+    metadata: Mapping[str, str],
+    alignment: int = 8,
+    start: int = 0,
+) -> bytes:
+    """The beginning of a file: the length of its header, and the header, padded with spaces.
+
+    Args:
+        name: the file's, for errors.
+        entries: of the tensors; see `tensor_entries`.
+        metadata: text by name.
+        alignment: the padding makes the data begin at a multiple of it, ...
+        start: ... or as many bytes behind one as this lies.
+
+    Raises:
+        CheckpointError: the file could not be read again.
+    """
+    text = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
+    text += b" " * ((start - 8 - len(text)) % alignment)
+    try:
+        _checked(text)
+    except _MISFITS as error:
+        raise CheckpointError(
+            f"{name!r} could not be read again ({shown(str(error))}); begin with a file that holds less "
+            "metadata, or train fewer iterations."
+        ) from error
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; equal tensors and metadata make equal files.
+
+    One tensor at a time is copied from its device.
+
+    Raises:
+        CheckpointError: the folder cannot be written or is full, or the file could not be read again. Nothing
+            is left behind then.
+    """
+    entries = tensor_entries(tensors)
+    header = packed_header(path.name, entries, metadata)
+
+    def write(file: BinaryIO) -> None:
+        file.write(header)
+        for name in entries:
+            file.write(_bytes_of(tensors[name]))
+
+    write_atomically(path, write)
+
+
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """`write_tensors` with one more entry at the end: the SHA-256 of all before it."""
+    entries = tensor_entries(tensors)
+    if _SEAL in entries:
+        raise CheckpointError(f"{path.name!r} has a tensor {_SEAL!r}, the name of its seal; give it another name.")
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    seal = {"dtype": "U8", "shape": [32], "data_offsets": [end, end + 32]}
+    header = packed_header(path.name, {**entries, _SEAL: seal}, metadata)
+
+    def write(file: BinaryIO) -> None:
+        digest = hashlib.sha256()
+        for part in (header, *(_bytes_of(tensors[name]) for name in entries)):
+            digest.update(part)
+            file.write(part)
+        file.write(digest.digest())
+
+    write_atomically(path, write)
+
+
+def read_sealed(path: Path, unsealed: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file by `write_sealed`, in memory of their own, so that nothing happens to them when the file changes.
+
+    Args:
+        path: the file.
+        unsealed: whether a file without a seal, by an older version, is read too.
+
+    Raises:
+        ModelError: there is no such file, or it is no safetensors file.
+        CheckpointError: its contents are not what was written.
+    """
+    header, metadata, start = read_header(path)
+    damaged = CheckpointError(f"{path.name!r} is damaged: its contents are not those that were written; remove it.")
+    if _SEAL not in header and not unsealed:
+        raise damaged
+    tensors, digest = {}, hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            digest.update(file.read(start))
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                (begin, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
+                if file.tell() != start + begin or math.prod(entry["shape"]) * dtype.itemsize != end - begin:
+                    raise damaged
+                tensor = torch.empty(entry["shape"], dtype=dtype)
+                data = _bytes_of(tensor)
+                if file.readinto(data) != len(data):
+                    raise damaged
+                if name == _SEAL:
+                    if bytes(data) != digest.digest():
+                        raise damaged
+                else:
+                    tensors[name] = tensor
+                    digest.update(data)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise damaged from error
+    return tensors, metadata
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor: its own memory if it is contiguous and on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

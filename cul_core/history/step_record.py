@@ -1,0 +1,138 @@
+"""The central value, `UnlearnModel`: a source file, edits away from its pretrained weights, and how they came about."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import CheckpointError, shown
+from ..concepts.concept import KINDS, LONGEST_NAME
+from ..files.safetensors_format import read_header
+
+FORMAT = "1"
+_MOST_RECORDS = 10_000
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One forgetting step, or a merge of finished models, as it is written into files.
+
+    Args:
+        request: JSON of the `Request` (concepts, method, regularizers, training, seed). Of a merge: no `concepts`, for it forgets
+            nothing that the records before it have not; `merge`, the merger's config; `models`, the content hashes of what was merged;
+            `last_steps`, the `result` of each model's last record (null without one): a model opened from a file is rounded to the
+            file's dtype and has another hash than the step that made it.
+        losses: last value of each named part of the loss.
+        drift: parameter name -> [distance from the pretrained weights, distance moved by this step] (Frobenius norms).
+        parent: content hash of the model the step began from; of a merge, that of the pretrained model.
+        result: content hash of the model it made.
+        seconds: wall time of the step.
+        finished: time of completion, ISO 8601, UTC.
+        versions: library versions.
+    """
+
+    request: dict[str, Any]
+    losses: dict[str, float]
+    drift: dict[str, list[float]]
+    parent: str
+    result: str
+    seconds: float
+    finished: str
+    versions: dict[str, str]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(concept["target"] for concept in self.request["concepts"])
+
+    @property
+    def is_merge(self) -> bool:
+        return "merge" in self.request
+
+
+def read_history(path: Path) -> tuple[tuple[StepRecord, ...], dict[str, Any] | None]:
+    """(history, source description) from the header of any file we wrote; ((), None) for a file we did not write.
+
+    Raises:
+        ModelError: unreadable file.
+        CheckpointError: our header entries are damaged, not what we write, or from a newer version.
+    """
+    _, metadata, _ = read_header(path)
+    if "cul_format" not in metadata:
+        return (), None
+    if metadata["cul_format"] != FORMAT:
+        raise CheckpointError(f"{path.name!r} has history format {shown(metadata['cul_format'])}, this version reads {FORMAT!r}; "
+                              "update continual-unlearning.")  # fmt: skip
+    try:
+        records, source = json.loads(metadata["cul_history"]), json.loads(metadata["cul_source"])
+        _check(isinstance(records, list) and len(records) <= _MOST_RECORDS)
+        source = {name: source[name] for name in ("name", "size", "sha256")}
+        _check(_is_text(source["name"]) and _is_number(source["size"]) and _is_text(source["sha256"], 64))
+        history = tuple(map(record_from_json, records))
+        _check(sum(len(record.targets) for record in history) <= _MOST_RECORDS)
+        return history, source
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"The history in {path.name!r} is damaged; use the file it was copied from.") from error
+
+
+def record_from_json(values: dict[str, Any]) -> StepRecord:
+    """A record as it stands in a file, which anybody may have written: everything in it is of the type that those who read it expect.
+
+    Characters are not checked here: whoever shows a record escapes them, and whoever trains on its concepts builds `Concept`s.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: it is no record.
+    """
+    record = StepRecord(**values)
+    request = record.request
+    _check_plain(values, levels=8)
+    for concept in request["concepts"]:
+        _check(concept.keys() == {"target", "kind", "anchor"} and concept["kind"] in KINDS)
+        _check(all(_is_text(concept[name], LONGEST_NAME) for name in ("target", "anchor")))
+    if record.is_merge:
+        _check(_is_text(request["merge"]["name"]) and not request["concepts"])
+        _check(len(request["models"]) == len(request["last_steps"]))
+        _check(all(map(_is_text, request["models"])) and all(step is None or _is_text(step) for step in request["last_steps"]))
+    else:
+        _check(bool(request["concepts"]) and all(_is_text(part["name"]) for part in (request["method"], *request["regularizers"])))
+        _check(all(type(request["training"][name]) is int for name in ("iterations", "seed")))
+    _check(all(map(_is_number, (record.seconds, *record.losses.values()))))
+    _check(all(len(pair) == 2 and all(map(_is_number, pair)) for pair in record.drift.values()))
+    _check(all(map(_is_text, (record.parent, record.result, record.finished, *record.versions.values()))))
+    return record
+
+
+def _check(is_so: bool) -> None:
+    if not is_so:
+        raise ValueError("not what a record holds")
+
+
+def _check_plain(value: Any, levels: int) -> None:
+    """Raises ValueError for JSON nested deeper than `levels`, and for numbers that cannot be written again."""
+    if isinstance(value, dict | list):
+        _check(levels > 0)
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_plain(item, levels - 1)
+    elif not isinstance(value, str | bool | type(None)):
+        _check(_is_number(value))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= 1e30
+
+
+def _is_text(value: Any, longest: int = 255) -> bool:
+    return isinstance(value, str) and len(value) <= longest
+
+
+def library_versions() -> dict[str, str]:
+    """Package name -> installed version, of the packages that results depend on."""
+    found = {}
+    for package in ("continual-unlearning", "torch", "diffusers", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,63 @@
+"""Makes the tokenizer folder: byte-level BPE in CLIP's format, in which every word of the world is one token.
+
+    python -m cul_core.minicanvas.tokenizer_build
+
+Merges are learnt the usual way (the most frequent pair first) until no word is left in pieces. Ids: 256 byte symbols, the
+same ending a word, one per merge, start, end. Any other text still encodes, in smaller pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+
+from ...models.family import MINI
+from ..world import all_texts
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def _byte_symbols() -> list[str]:
+    """GPT-2's printable stand-ins for the 256 byte values."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [value for value in range(256) if value not in printable]
+    return [chr(value) for value in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """BPE merges after which each of `words` (lower-case ASCII) is a single token."""
+    split = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
+    merges = []
+    while pairs := Counter(pair for pieces in split for pair in zip(pieces, pieces[1:], strict=False)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for pieces in split:
+            i = 0
+            while i < len(pieces) - 1:
+                if (pieces[i], pieces[i + 1]) == best:
+                    pieces[i : i + 2] = ["".join(best)]
+                i += 1
+    return merges
+
+
+def main() -> None:
+    words = re.findall(r"[a-z]+", " ".join(all_texts()).lower())
+    merges = learn_merges(words)
+    symbols = _byte_symbols()
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges), START, END]
+    MINI.tokenizer_folder.mkdir(exist_ok=True)
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+
+    def write(name: str, text: str) -> None:
+        (MINI.tokenizer_folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+    write("vocab.json", json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
+    write("merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
+    write("special_tokens_map.json", json.dumps(special, indent=1))
+    write("tokenizer_config.json", json.dumps(
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special}, indent=1))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""From one .safetensors file to a `ModelBundle`, offline, and the map between diffusers names and checkpoint keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import ModelError
+from ..files.safetensors_format import OpenedFile, opened, read_header
+from .diffusers_network import ModelBundle
+from .family import MINI, UNET_PREFIX, VAE_PREFIX, Family, TextEncoder
+from .frozen_layers import lean
+from .recognize import detect_family
+from .source import Source, source_of
+
+_DIFFUSERS = ((0, 33), (0, 40))  # tested from the first up to, not including, the second; pyproject.toml says the same
+
+
+def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, str]:
+    """Diffusers parameter name -> checkpoint key, by running diffusers' own converter on names instead of tensors."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint  # not public: used only here
+
+    names = {name: name for name in checkpoint_names if name.startswith(UNET_PREFIX)}
+    mapped = convert_ldm_unet_checkpoint(dict(names), dict(unet_config))
+    if sorted(mapped.values()) != sorted(names):
+        raise ModelError("the UNet's tensors do not match its family's layout one to one")
+    return mapped
+
+
+def checkpoint_key_map(path: Path) -> dict[str, str]:
+    """`unet_key_map` of a checkpoint file."""
+    header, _, _ = read_header(path)
+    with _naming(path):
+        return unet_key_map(list(header), _unet_config(detect_family(path)))
+
+
+@lru_cache(maxsize=8)
+def _unet_config(family: Family) -> Mapping[str, Any]:
+    """All constructor arguments of the UNet, also those that the package leaves at their defaults."""
+    return build_unet(family).config
+
+
+def require_diffusers() -> None:
+    """Raises ModelError with the command that mends it when diffusers is missing or of a version that was not tested."""
+    try:
+        found = version("diffusers")
+    except PackageNotFoundError:
+        found = None
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found or "")[:2])
+    if found is None or not _DIFFUSERS[0] <= numbers < _DIFFUSERS[1]:
+        state = "is not installed" if found is None else f"has version {found}"
+        bounds = ">={}.{},<{}.{}".format(*_DIFFUSERS[0], *_DIFFUSERS[1])
+        raise ModelError(f'The package diffusers {state}, where {bounds} is needed; run in this Python environment: '
+                         f'pip install "diffusers{bounds}"')  # fmt: skip
+
+
+def text_tensors(kind: TextEncoder, tensors: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+    """Weights of a text encoder by its own names, from those of a checkpoint; what it has no place for is left out.
+
+    Old files and newer text models both lack the `text_model.` level. diffusers' own converter splits and renames OpenCLIP's.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(kind.prefix)}
+    if kind.is_open_clip:
+        from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint  # not public: used only here
+
+        tensors = convert_open_clip_checkpoint(encoder, tensors, prefix=kind.prefix)
+    level = "text_model."
+    ours = {name.removeprefix(level): name for name in encoder.state_dict()}
+    found = {name.removeprefix(kind.prefix).removeprefix(level): tensor for name, tensor in tensors.items()}
+    return {ours[inner]: tensor for inner, tensor in found.items() if inner in ours}
+
+
+def _build_text_encoder(family: Family, kind: TextEncoder) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(**family.config(kind.config))
+    with torch.device("meta"):
+        encoder = (CLIPTextModelWithProjection if kind.is_pooled else CLIPTextModel)(config)
+    for module in encoder.modules():
+        if "position_ids" in dict(module.named_buffers(recurse=False)):  # no checkpoint's, so no weights fill it
+            module.position_ids = torch.arange(config.max_position_embeddings)[None]
+    return _lean(encoder, family)
+
+
+def build_unet(family: Family) -> nn.Module:
+    require_diffusers()
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(family.config("unet"))
+    return _lean(unet, family)
+
+
+def _lean(network: nn.Module, family: Family) -> nn.Module:
+    """`lean`, but for MiniCanvas, whose layers are too small to gain."""
+    return network if family == MINI else lean(network)
+
+
+def _fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Give a module built on the meta device its weights, in `dtype`; every name must be there and no other."""
+    try:
+        module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors}, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"the {type(module).__name__} weights are incomplete or of another shape") from error
+    return module.eval().requires_grad_(False)
+
+
+def load_tokenizer(family: Family, folder: Path | str | None = None) -> object:
+    """The family's own tokenizer, else the one in `folder`: CLIP's `vocab.json` and `merges.txt`. Pads with the end token.
+
+    Raises:
+        ModelError: there is no folder, or it does not hold the tokenizer that the family's text encoder was trained with.
+    """
+    folder = family.tokenizer_folder or folder
+    wanted = "a folder that holds CLIP's vocab.json and merges.txt"
+    if folder is None:
+        raise ModelError(f"{family.display_name} needs CLIP's tokenizer, which does not come with this package; give {wanted} "
+                         "(--tokenizer on the command line).")  # fmt: skip
+    for name in ("vocab.json", "merges.txt"):
+        if not (Path(folder) / name).is_file():
+            raise ModelError(f"The tokenizer folder {str(folder)!r} has no {name}; give {wanted}.")
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # its parser raises bare Exceptions
+        raise ModelError(f"The tokenizer in {str(folder)!r} cannot be read ({error}); give {wanted}.") from error
+    config = family.config("text_encoder")
+    tokens = [config[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")]
+    found = [len(tokenizer.get_vocab()), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if found != tokens:
+        raise ModelError(f"The tokenizer in {str(folder)!r} has {found[0]} tokens, start {found[1]} and end {found[2]}, where "
+                         f"{family.display_name} has {tokens[0]}, {tokens[1]} and {tokens[2]}; give {wanted}.")  # fmt: skip
+    tokenizer.pad_token = tokenizer.eos_token  # Stable Diffusion 2's copy of the same tokenizer pads with another one
+    return tokenizer
+
+
+def load_bundle(path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder: Path | str | None = None) -> ModelBundle:
+    """Load UNet, text encoder, tokenizer and, for families that need it, autoencoder; takes nothing from the network.
+
+    Args:
+        path: a checkpoint of a supported family.
+        dtype: of the UNet in memory, whatever the file's is; the rest is fp32.
+        tokenizer_folder: see `load_tokenizer`; not looked at for families whose tokenizer comes with the package.
+
+    Raises:
+        ModelError: unreadable file, unsupported architecture, missing tensors, no tokenizer, or diffusers is not installed.
+    """
+    family = detect_family(path)
+    require_diffusers()
+    tokenizer = load_tokenizer(family, tokenizer_folder)
+    with _naming(path):
+        return _load_bundle(path, family, tokenizer, dtype)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What is wrong with the contents of a file is said with its name."""
+    try:
+        yield
+    except ModelError as error:
+        if path.name in str(error):
+            raise
+        raise ModelError(f"{path.name!r} does not fit its family: {error}; choose an unmodified checkpoint.") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # by diffusers' converters, for names they do not know
+        raise ModelError(f"{path.name!r} does not fit its family: the names or shapes of its tensors are others; choose an unmodified "
+                         "checkpoint.") from error  # fmt: skip
+
+
+def _load_bundle(path: Path, family: Family, tokenizer: object, dtype: torch.dtype) -> ModelBundle:
+    unet = build_unet(family)
+    with opened(path) as file:
+        names = list(file.keys())
+        unet_names = unet_key_map(names, unet.config)
+        _fill(unet, ((ours, file.get_tensor(key)) for ours, key in unet_names.items()), dtype)  # one at a time in both precisions
+        autoencoder = _load_tiny_autoencoder(file, names) if family.has_decoder else None
+    to_open = None
+    if autoencoder is None and family.has_config("vae"):
+        to_open = partial(load_autoencoder, path, family.config("vae"))
+    return ModelBundle(
+        family, unet, load_text_encoders(path, family), tokenizer, autoencoder, to_open,
+        None if family.has_decoder else partial(load_text_encoders, path, family),  # a family as small as that keeps all in memory
+        partial(_read_unet, path, unet_names),
+    )  # fmt: skip
+
+
+def _read_unet(path: Path, keys: Mapping[str, str], names: Sequence[str]) -> dict[str, Tensor]:
+    with opened(path) as file:
+        return {name: file.get_tensor(keys[name]).float() for name in names}
+
+
+def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
+    """The family's text encoders from a checkpoint, on the CPU, in fp32: prompts are encoded once, and their exactness is cheap.
+
+    Raises:
+        ModelError: unreadable file, or tensors that are missing or of another shape.
+    """
+    encoders = []
+    with _naming(path), opened(path) as file:
+        for kind in family.text_encoders:
+            encoder = _build_text_encoder(family, kind)
+            # in fp32 at once: never all of them in both precisions
+            tensors = {name: file.get_tensor(name).float() for name in file.keys() if name.startswith(kind.prefix)}
+            encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder).items()))
+    return tuple(encoders)
+
+
+def load_autoencoder(path: Path, config: dict) -> nn.Module:
+    """Stable Diffusion's autoencoder from a checkpoint, by diffusers' own key conversion, in fp32.
+
+    Args:
+        path: the checkpoint.
+        config: constructor arguments of `AutoencoderKL`.
+
+    Raises:
+        ModelError: unreadable file, or tensors that are missing or of another shape.
+    """
+    with _naming(path), opened(path) as file:
+        return _kl_autoencoder({name: file.get_tensor(name) for name in file.keys() if name.startswith(VAE_PREFIX)}, config)
+
+
+def _kl_autoencoder(tensors: dict[str, Tensor], config: dict) -> nn.Module:
+    require_diffusers()
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint  # not public: used only here
+
+    with torch.device("meta"):
+        autoencoder = AutoencoderKL.from_config(config)
+    return _fill(autoencoder, convert_ldm_vae_checkpoint(tensors, config).items())
+
+
+def tiny_autoencoder_key(name: str) -> str:
+    """Checkpoint key of an `AutoencoderTiny` tensor; the host's decoder has its clamp at index 0."""
+    part, _, index, rest = name.split(".", 3)
+    shift = 1 if part == "decoder" else 0
+    return f"{VAE_PREFIX}taesd_{part}.{int(index) + shift}.{rest}"
+
+
+def _load_tiny_autoencoder(file: OpenedFile, names: list[str]) -> nn.Module:
+    from diffusers import AutoencoderTiny
+
+    with torch.device("meta"):
+        autoencoder = AutoencoderTiny()
+    keys = {name: tiny_autoencoder_key(name) for name in autoencoder.state_dict()}
+    if missing := set(keys.values()) - set(names):
+        raise ModelError(f"the autoencoder tensor {min(missing)!r} is missing")
+    return _fill(autoencoder, ((name, file.get_tensor(key)) for name, key in keys.items()))
+
+
+class BundleCache:
+    """Keeps the bundle of one source, the last used; `free` gives its memory back.
+
+    Args:
+        tokenizer_folder: for families whose tokenizer does not come with this package (see `load_tokenizer`).
+    """
+
+    def __init__(self, tokenizer_folder: Path | str | None = None):
+        self._tokenizer_folder = tokenizer_folder
+        self._slot: tuple[str, ModelBundle] | None = None
+
+    def get(self, source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> ModelBundle:
+        """The bundle of a source whose UNet computes in `dtype`, on a device."""
+        key = f"{source.sha256} {dtype}"
+        if self._slot is None or self._slot[0] != key:
+            self._slot = None
+            if source_of(source.path).sha256 != source.sha256:
+                raise ModelError(f"{source.path.name!r} has changed since the model was opened; open it again.")
+            self._slot = (key, load_bundle(source.path, dtype, self._tokenizer_folder))
+        bundle, device = self._slot[1], torch.empty(0, device=device).device  # with its number
+        return bundle if bundle.device == device else bundle.to(device)
+
+    def free(self) -> None:
+        self._slot = None

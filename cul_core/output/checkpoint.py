@@ -1,0 +1,216 @@
+"""Files we write: edited checkpoints (the source streamed, only edited tensors replaced) and exact fp32 edits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..base.errors import CheckpointError, ModelError, TrainingError, shown
+from ..files.atomic_write import write_atomically
+from ..files.paths import free_path
+from ..files.safetensors_format import EDITABLE, opened, packed_header, read_header, write_tensors
+from ..history.step_record import read_history
+from ..history.unlearn_model import UnlearnModel
+from ..models.load_diffusers import checkpoint_key_map
+from ..models.recognize import detect_family
+from ..models.source import Source, source_of
+
+_CHUNK, _PAGE = 8 << 20, 4096
+_SHORTER = "The source checkpoint became shorter while it was being copied; leave it in place and save again."
+_VALUES = 1 << 18  # they stay in the processor's cache
+
+
+def save_checkpoint(
+    model: UnlearnModel, path: Path | str, on_chunk: Callable[[], None] = lambda: None, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write the model as a full checkpoint in its source's key layout and dtypes; returns the path written.
+
+    Every byte of tensors that were not edited is the source's. An existing file is not overwritten: the name gets a counter.
+    `on_chunk` runs for every 8 MiB and may raise to cancel; nothing is left behind then. `metadata` joins the header's entries.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or an edited tensor has a dtype that cannot hold the edit.
+        ModelError: the source file is no longer the one the model was opened from.
+        TrainingError: an edit is not finite, or too large for the source's dtype.
+    """
+    path = free_path(Path(path))
+    _check_source(model.source)
+    header, inherited, start = read_header(model.source.path)
+    keys = checkpoint_key_map(model.source.path) if model.edits else {}
+    replaced = sorted((tuple(header[keys[name]]["data_offsets"]), name) for name in model.edits)
+    for _, name in replaced:
+        if header[keys[name]]["dtype"] not in EDITABLE:
+            raise CheckpointError(f"{keys[name]!r} is stored as {header[keys[name]]['dtype']}, which cannot hold an edit; "
+                                  "start from an fp16, bf16 or fp32 checkpoint.")  # fmt: skip
+        if not _is_finite(model.edits[name]):
+            raise TrainingError(f"The edit of {name!r} holds values that are not finite; repeat the step with a lower learning rate.")
+    entries = {**inherited, **(metadata or {}), **model.metadata()}
+    # data begin as far into a page as in the source, so that whole pages are copied
+    beginning = packed_header(path.name, header, entries, alignment=_PAGE, start=start)
+
+    def write(out: BinaryIO) -> None:
+        out.write(beginning)
+        with _opened_source(model.source) as source:
+            position = 0
+            for (begin, end), name in replaced:
+                _copy(source, out, start + position, begin - position, on_chunk)
+                stored = header[keys[name]]["dtype"]
+                if not _add(source, out, start + begin, model.edits[name], EDITABLE[stored]):
+                    raise TrainingError(f"The edit of {name!r} is too large for {stored}, so values are not finite; repeat the step with a "
+                                        "lower learning rate.")  # fmt: skip
+                position = end
+            _copy(source, out, start + position, model.source.size - start - position, on_chunk)
+        _check_source(model.source)  # it may have changed while it was copied
+
+    write_atomically(path, write)
+    return path
+
+
+def _check_source(source: Source) -> None:
+    if source_of(source.path).sha256 != source.sha256:
+        raise ModelError(f"{source.path.name!r} has changed since the model was opened; put the old file back or start again.")
+
+
+def _opened_source(source: Source) -> BinaryIO:
+    try:
+        return source.path.open("rb")
+    except OSError as error:
+        raise ModelError(f"{source.path.name!r} can no longer be read ({error.strerror}); put it back and save again.") from error
+
+
+def _add(source: BinaryIO, out: BinaryIO, begin: int, edit: Tensor, dtype: torch.dtype) -> bool:
+    """Append the stored values plus their edit, added in fp32; false when a sum is not finite in `dtype`."""
+    source.seek(begin)
+    data = bytearray(min(edit.numel(), _VALUES) * dtype.itemsize)
+    values, sums = torch.frombuffer(data, dtype=dtype), torch.empty(min(edit.numel(), _VALUES))
+    for delta in edit.flatten().split(_VALUES):
+        count = len(delta)
+        if source.readinto(memoryview(data)[: count * dtype.itemsize]) < count * dtype.itemsize:
+            raise ModelError(_SHORTER)
+        values[:count] = torch.add(values[:count], delta, out=sums[:count])
+        if not _is_finite(values[:count]):
+            return False
+        out.write(memoryview(data)[: count * dtype.itemsize])
+    return True
+
+
+def _is_finite(values: Tensor) -> bool:
+    return bool(values.sum(dtype=torch.float32).isfinite() or values.isfinite().all())  # the sum is quicker
+
+
+def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Callable[[], None]) -> None:
+    """Append a range of one file to another: inside the kernel where the system can, otherwise through a buffer."""
+    out.flush()
+    buffer = None
+    while length > 0:
+        on_chunk()
+        moved = 0
+        if buffer is None:
+            try:
+                moved = os.copy_file_range(source.fileno(), out.fileno(), min(_CHUNK, length), begin)
+            except (AttributeError, OSError):  # not on this system, or not between these files; a full disk says so again below
+                pass
+        if not moved:
+            buffer = memoryview(bytearray(_CHUNK)) if buffer is None else buffer
+            source.seek(begin)
+            moved = source.readinto(buffer[:length])
+            out.write(buffer[:moved])
+        if not moved:
+            raise ModelError(_SHORTER)
+        begin, length = begin + moved, length - moved
+
+
+def save_edits(model: UnlearnModel, path: Path | str) -> Path:
+    """Write the exact fp32 edits with their history; `load_edits` gives back the same model, bit for bit."""
+    path = free_path(Path(path))
+    write_tensors(path, model.edits, model.metadata())
+    return path
+
+
+def load_edits(path: Path | str, source: Source) -> UnlearnModel:
+    """The model whose edits `path` holds, on top of its source file.
+
+    Raises:
+        CheckpointError: the edits belong to another source, or do not fit it.
+    """
+    path = Path(path)
+    history, made_from = read_history(path)
+    if made_from is None or made_from["sha256"] != source.sha256:
+        raise CheckpointError(f"The edits in {path.name!r} belong to {shown(made_from['name'] if made_from else 'no model')}, "
+                              f"not to {source.path.name!r}; open that file instead.")  # fmt: skip
+    (header, _, _), (entries, _, _) = read_header(source.path), read_header(path)
+    keys = checkpoint_key_map(source.path)
+    for name, entry in entries.items():
+        if name not in keys or entry["shape"] != header[keys[name]]["shape"] or entry["dtype"] != "F32":
+            raise CheckpointError(f"The edit {shown(name)} in {path.name!r} fits no weight of {source.path.name!r}; use the file it was "
+                                  "copied from.")  # fmt: skip
+    with opened(path) as file:
+        edits = {name: file.get_tensor(name) for name in file.keys()}
+    return UnlearnModel(source, detect_family(source.path), edits, history)
+
+
+def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
+    """Edits by diffusers name between two checkpoints of one layout, in fp32; equal tensors are left out.
+
+    Raises:
+        ModelError: they are not of one layout.
+    """
+    edits, shapes = {}, [{name: entry["shape"] for name, entry in read_header(file)[0].items()} for file in (path, pretrained)]
+    with opened(path) as edited, opened(pretrained) as base:
+        for name, key in checkpoint_key_map(pretrained).items():
+            if shapes[0].get(key) != shapes[1][key]:
+                raise ModelError(f"{path.name!r} lacks {key!r} as {pretrained.name!r} has it, so it was not made from that file; choose "
+                                 "an unmodified checkpoint.")  # fmt: skip
+            delta = edited.get_tensor(key).float() - base.get_tensor(key).float()
+            if delta.any():
+                edits[name] = delta
+    return edits
+
+
+def open_model(path: Path | str, pretrained: Path | str | None = None) -> UnlearnModel:
+    """The model in a checkpoint file.
+
+    An edited checkpoint keeps its history. Without `pretrained` its own weights count as the pretrained ones from here on;
+    with `pretrained`, the file it was made from, drift stays measured from there (edits rounded to the file's dtype).
+
+    Raises:
+        ModelError: unreadable or unsupported file, or `pretrained` is not the file the checkpoint was made from.
+    """
+    path = Path(path)
+    family = detect_family(path)
+    history, made_from = read_history(path)
+    own = source_of(path)
+    original = own if pretrained is None else source_of(Path(pretrained))
+    if original.sha256 == own.sha256:
+        return UnlearnModel(own, family, {}, history)
+    if made_from is None:
+        raise ModelError(f"{path.name!r} was not written by continual-unlearning, so {original.path.name!r} cannot be what it was made "
+                         "from; leave the pretrained file out.")  # fmt: skip
+    if original.sha256 != made_from["sha256"]:
+        raise ModelError(f"{original.path.name!r} is not the file that {path.name!r} was made from; choose {shown(made_from['name'])} "
+                         "or leave the pretrained file out.")  # fmt: skip
+    return UnlearnModel(original, family, difference(path, original.path), history)
+
+
+def open_continued(path: Path, candidates: Iterable[Path]) -> UnlearnModel:
+    """`open_model`, with drift measured from the file that an edited checkpoint was made from if that is among `candidates`.
+
+    Raises:
+        ModelError: unreadable or unsupported file.
+    """
+    _, made_from = read_history(path)
+    if made_from is not None:
+        for other in candidates:
+            try:
+                same_name = other.name == made_from["name"] and other.stat().st_size == made_from["size"]
+                is_source = same_name and source_of(other).sha256 == made_from["sha256"]
+            except (OSError, ModelError):
+                continue  # a damaged neighbour is not the source
+            if is_source:
+                return open_model(path, other)
+    return open_model(path)

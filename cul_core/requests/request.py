@@ -1,0 +1,104 @@
+"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..base.config import Config, check_number, check_object, stable_hash
+from ..base.errors import ConfigError, shown
+from ..concepts.concept import LONGEST_PROMPT, Concept, check_count, check_text
+from ..methods import METHODS
+from ..models.sampling import SamplerConfig
+from ..parts.training_config import TrainingConfig
+from ..regularizers import REGULARIZERS
+
+_MOST_PROMPTS = 100_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """One forgetting step: what, how, with which restraint, and how to train.
+
+    Args:
+        concepts: forgotten together in this step.
+        method: config of a registered method.
+        regularizers: configs of registered regularizers; their hooks run in this order.
+        training: iterations, batch, learning rate, parameter group, seed.
+        retain: concepts declared as to be kept.
+        anchor_prompts: prompts whose pictures, made by the pretrained model, serve as anchors.
+        anchor_count: number of anchor latents; prompts repeat in turn.
+        anchor_sampler: how they are sampled.
+        anchor_seed: their seed; apart from the training seed, so that runs share them.
+    """
+
+    concepts: tuple[Concept, ...]
+    method: Config
+    regularizers: tuple[Config, ...] = ()
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    retain: tuple[Concept, ...] = ()
+    anchor_prompts: tuple[str, ...] = ()
+    anchor_count: int = 100
+    anchor_sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    anchor_seed: int = 0
+
+    def __post_init__(self):
+        if not self.concepts:
+            raise ConfigError("The request names no concept; give at least one target.")
+        for name, kind in (("concepts", Concept), ("retain", Concept), ("regularizers", Config), ("anchor_prompts", str)):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
+                raise ConfigError(f"{name} of the request is {shown(values)}; give a tuple of type {kind.__name__}.")
+        for name, kind in (("training", TrainingConfig), ("anchor_sampler", SamplerConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name} of the request is {shown(getattr(self, name))}; give a {kind.__name__}.")
+        check_count("names to forget", self.concepts)
+        check_count("names to keep", self.retain)
+        check_count("anchor prompts", self.anchor_prompts, _MOST_PROMPTS)
+        check_number("anchor_count", self.anchor_count, 1, 10_000, int)
+        check_number("anchor_seed", self.anchor_seed, 0, 2**64 - 1, int)
+        for concept in self.concepts:
+            concept.check_forgettable()
+        for prompt in self.anchor_prompts:
+            check_text("anchor prompt", prompt, LONGEST_PROMPT)
+        if not self.anchor_prompts:
+            raise ConfigError("The request has no anchor prompts; give some captions of pictures that must stay.")
+        METHODS.of(self.method)
+        for config in self.regularizers:
+            REGULARIZERS.of(config)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "concepts": [concept.to_json() for concept in self.concepts],
+            "method": self.method.to_json(),
+            "regularizers": [config.to_json() for config in self.regularizers],
+            "training": self.training.to_json(),
+            "retain": [concept.to_json() for concept in self.retain],
+            "anchor_prompts": list(self.anchor_prompts),
+            "anchor_count": self.anchor_count,
+            "anchor_sampler": self.anchor_sampler.to_json(),
+            "anchor_seed": self.anchor_seed,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Request:
+        check_object("request", values, [field.name for field in fields(cls)])
+        for name in ("concepts", "regularizers", "retain", "anchor_prompts"):
+            if not isinstance(values[name], list | tuple):
+                raise ConfigError(f"{name} of the request is {shown(values[name])}; give a list.")
+        return cls(
+            concepts=tuple(map(Concept.from_json, values["concepts"])),
+            method=METHODS.from_json(values["method"]),
+            regularizers=tuple(map(REGULARIZERS.from_json, values["regularizers"])),
+            training=TrainingConfig.from_json(values["training"]),
+            retain=tuple(map(Concept.from_json, values["retain"])),
+            anchor_prompts=tuple(values["anchor_prompts"]),
+            anchor_count=values["anchor_count"],
+            anchor_sampler=SamplerConfig.from_json(values["anchor_sampler"]),
+            anchor_seed=values["anchor_seed"],
+        )
+
+    @property
+    def hash(self) -> str:
+        return stable_hash(self.to_json())

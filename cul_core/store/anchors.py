@@ -1,0 +1,127 @@
+"""Anchor latents: pictures of the anchor prompts as the pretrained model draws them, made once and kept."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..base.config import stable_hash
+from ..base.errors import Cancelled, CheckpointError, ModelError
+from ..files.atomic_write import leftovers
+from ..files.locks import lock_of, locked
+from ..files.safetensors_format import read_sealed, write_sealed
+from ..models.diffusers_network import ModelBundle
+from ..models.free_memory import release_memory
+from ..models.sampling import SamplerConfig, generator_for, sample_latents
+from ..models.source import Source
+
+logger = logging.getLogger(__name__)
+
+
+def anchor_generator(seed: int, number: int) -> torch.Generator:
+    """Where the noise of a request's anchor picture comes from."""
+    return generator_for(seed, "anchor", number)
+
+
+class AnchorStore:
+    """Content-addressed anchor latents, in memory and, when a folder is given, on disk. Safe to delete at any time.
+
+    A file holds the pictures made so far: whoever is stopped goes on there.
+
+    Args:
+        folder: made when first written to.
+        locks: folder of lock files, by which of several processes that need the same pictures only one draws them.
+        every_seconds: time between writings of unfinished ones.
+    """
+
+    def __init__(self, folder: Path | str | None = None, locks: Path | None = None, every_seconds: float = 10.0):
+        self._folder, self._locks, self._every = Path(folder) if folder is not None else None, locks, every_seconds
+        self._memory: dict[str, Tensor] = {}
+        self.used: set[Path] = set()
+
+    def anchor_latents(
+        self, source: Source, bundle: ModelBundle, prompts: Sequence[str], count: int, sampler: SamplerConfig, seed: int,
+        should_stop: Callable[[], bool] = lambda: False, on_batch: Callable[[int, int], None] = lambda done, count: None,
+    ) -> Tensor:  # fmt: skip
+        """(count, c, h, w) latents on the CPU, always by the weights of `source`; prompts repeat in turn.
+
+        `bundle` must hold those weights. `on_batch(done, count)` runs after each batch that is sampled. Raises Cancelled when
+        `should_stop` says so.
+        """
+        key = stable_hash([source.sha256, list(prompts), count, sampler.to_json(), seed, "anchors-2"])
+        if key not in self._memory:
+            file = _AnchorFile(self._folder / f"anchors-{key[:32]}.safetensors", self._every) if self._folder else None
+
+            def check(done: int) -> None:
+                on_batch(done, count)
+                if file is not None:
+                    file.offer(batches)
+                if should_stop():
+                    raise Cancelled(f"Cancelled after {done} of {count} anchor pictures; the input model is unchanged.")
+
+            def wait() -> None:
+                if should_stop():
+                    raise Cancelled("Cancelled while another process draws the anchor pictures; the input model is unchanged.")
+
+            with locked(lock_of(self._locks, file.path), wait) if file and self._locks else nullcontext():
+                batches = file.read(count) if file is not None else []
+                if sum(map(len, batches)) < count:
+                    repeated = [prompts[i % len(prompts)] for i in range(count)]
+                    generators = [anchor_generator(seed, i) for i in range(count)]
+                    try:
+                        sample_latents(bundle, repeated, generators, sampler, check, batches=batches, keeps_text_encoders=False)
+                    finally:
+                        if file is not None:
+                            file.write(batches)
+                    release_memory(bundle.device)
+            self._memory[key] = torch.cat(batches)
+            if file is not None:
+                self.used.add(file.path)
+        return self._memory[key]
+
+
+class _AnchorFile:
+    """Pictures made so far, on disk. They can be drawn again: what goes wrong here fails no step."""
+
+    def __init__(self, path: Path, every_seconds: float):
+        self.path, self._every = path, every_seconds
+        self._written, self._due = 0, time.monotonic() + every_seconds
+
+    def read(self, count: int) -> list[Tensor]:
+        """The pictures in the file, as one batch; none if it is not there, or damaged (it is removed then)."""
+        with suppress(OSError):
+            for path in leftovers(self.path.parent, self.path.stem):
+                path.unlink()
+        if not self.path.is_file():
+            return []
+        try:
+            latents = read_sealed(self.path)[0]["latents"]
+        except (ModelError, CheckpointError, KeyError) as error:
+            logger.warning("stored anchor pictures are damaged and are drawn again: %s", error)
+            with suppress(OSError):
+                self.path.unlink()
+            return []
+        self._written = len(latents)
+        if self._written < count:
+            logger.info("went on after %d of %d anchor pictures", self._written, count)
+        return [latents]
+
+    def offer(self, batches: Sequence[Tensor]) -> None:
+        if time.monotonic() >= self._due:
+            self.write(batches)
+            self._due = time.monotonic() + self._every
+
+    def write(self, batches: Sequence[Tensor]) -> None:
+        if (made := sum(map(len, batches))) == self._written:
+            return
+        try:
+            write_sealed(self.path, {"latents": torch.cat(list(batches))}, {})
+            self._written = made
+        except CheckpointError as error:
+            logger.warning("anchor pictures are not kept for later steps: %s", error)

@@ -1,0 +1,242 @@
+"""The step store: finished and unfinished steps by content, so that no training is repeated or lost when a program ends or forgets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from ..base.config import canonical_json, stable_hash
+from ..base.errors import CheckpointError, MemoryShortError, TrainingError
+from ..files.atomic_write import leftovers
+from ..files.locks import lock_of, locked
+from ..files.safetensors_format import read_header, read_sealed, write_sealed
+from ..history.step_record import StepRecord, read_history
+from ..history.unlearn_model import UnlearnModel
+from ..requests.request import Request
+from ..training.step import StepReport
+from .anchors import AnchorStore
+from .eviction import Evictor, Links, StoredFile, hold, remove, stored_files
+from .step_state import _UNREADABLE, EVERY_SECONDS, StepState
+
+logger = logging.getLogger(__name__)
+_RESULTS_VERSION = 2
+"""Raise it when the same request on the same model starts to give another result."""
+PARTS = ("steps", "anchors", "states")
+"""Folders of the store: finished steps, anchor pictures, and the states of unfinished steps."""
+_RECENT_SECONDS = 24 * 3600.0
+
+
+def step_key(model: UnlearnModel, request: Request) -> str:
+    """What a step's result depends on, as a SHA-256 in hex: the model, what it forgot before, the request, and this code's version."""
+    return stable_hash([model.content_hash, list(model.forgotten), request.to_json(), _RESULTS_VERSION])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A step that was trained or found: the edited model, its report, and a note for people on where it comes from (", resumed ...")."""
+
+    model: UnlearnModel
+    report: StepReport
+    note: str = ""
+
+
+class StepStore:
+    """Finished steps, states of unfinished ones, and anchor latents in a folder, bounded in size.
+
+    Beyond the bound, the chain of steps that was used longest ago goes first, its last step first (see `eviction.Evictor`).
+    What this process has made or read stays, with all the steps it builds on, and so does what any process has used within a day,
+    unless the disk is nearly full. The state of a step that any process is training stays too.
+    Several processes may share the folder. Deleting it is always safe.
+
+    Args:
+        folder: made when first written to.
+        largest_bytes: bound on all files together; None follows the disk's room.
+        every_seconds: takes the place of `EVERY_SECONDS`; 0 is after every update.
+    """
+
+    def __init__(self, folder: Path | str, largest_bytes: int | None = None, every_seconds: float | None = None):
+        self._folder = Path(folder)
+        self._every = EVERY_SECONDS if every_seconds is None else every_seconds
+        self._locks = self._folder / "locks"
+        folders = [self._folder / part for part in PARTS]
+        self._evictor = Evictor(folders, self._locks, largest_bytes, _RECENT_SECONDS, _links_of)
+        self.anchors = AnchorStore(self._folder / "anchors", self._locks, self._every)
+
+    def _path(self, part: str, key: str) -> Path:
+        return self._folder / part / f"{key}.safetensors"
+
+    def get(self, model: UnlearnModel, request: Request) -> tuple[UnlearnModel, StepReport] | None:
+        """The result of an earlier identical step; None if there is none, or if its file is damaged (it is removed then)."""
+        path = self._path("steps", step_key(model, request))
+        if not path.is_file():
+            return None
+        try:
+            edits, metadata = read_sealed(path, unsealed=True)
+            values = json.loads(metadata["cul_step"])
+            record = StepRecord(**values["record"])
+            edited = model.with_step(edits, record)
+            if edited.content_hash != record.result:
+                raise CheckpointError("its weights are not those it announces")
+        except _UNREADABLE as error:
+            logger.warning("a stored step is damaged and is trained again: %s", error)
+            remove(path)
+            return None
+        self._use(path)
+        return edited, StepReport(record, tuple(values["losses"]), values["figures"])
+
+    def put(self, model: UnlearnModel, request: Request, edited: UnlearnModel, report: StepReport) -> None:
+        """Keep a finished step.
+
+        Raises:
+            CheckpointError: the folder cannot be written, or its disk has no room.
+        """
+        key = step_key(model, request)
+        path, freed = self._path("steps", key), _size_of(self._path("states", key))  # it takes its state's place
+        self._evictor.make_room(edited.nbytes() - freed)
+        values = {"record": asdict(report.record), "losses": report.losses, "figures": dict(report.figures)}
+        write_sealed(path, edited.edits, edited.metadata() | {"cul_step": canonical_json(values)})
+        self._use(path, *self.anchors.used)
+        self._evict(-freed)
+
+    def get_or_train(
+        self, model: UnlearnModel, request: Request, train: Callable[[StepState], tuple[UnlearnModel, StepReport]],
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> Outcome:  # fmt: skip
+        """The step's result: found, or trained now, from where an earlier run was stopped, and kept. Of several processes one trains.
+
+        Args:
+            model: where the step begins.
+            request: what it forgets and how.
+            train: trains it, with this `keeper`.
+            on_wait: runs several times a second while another process trains this step; may raise to wait no longer.
+        """
+        begun, path = time.monotonic(), self._path("states", step_key(model, request))
+        found = self.get(model, request)
+        if found is None:
+            with locked(lock_of(self._locks, path), on_wait):
+                found = self.get(model, request)  # another process may have made it meanwhile
+                if found is None:
+                    needs = _ancestors(model.content_hash, model.history)
+                    return self._trained(model, request, train, StepState(path, request, self._every, needs))
+        remove(path)  # of a process that was killed between keeping the one and removing the other
+        logger.info("took a finished step from the store in %.1f s: %s", time.monotonic() - begun, ", ".join(found[1].record.targets))
+        return Outcome(*found, ", kept from an earlier run")
+
+    def _trained(
+        self, model: UnlearnModel, request: Request, train: Callable[[StepState], tuple[UnlearnModel, StepReport]], state: StepState
+    ) -> Outcome:
+        for part in ("steps", "states"):
+            for path in leftovers(self._folder / part, state.path.stem):  # nobody else writes these now
+                remove(path)
+        try:
+            edited, report = train(state)
+        except TrainingError:
+            state.discard()
+            raise
+        except MemoryShortError as error:
+            if not state.kept_at:
+                raise
+            raise MemoryShortError(
+                f"{str(error).removesuffix('.')}; run the step again with more free memory, it goes on from "
+                f"iteration {state.kept_at} of {request.training.iterations}."
+            ) from error
+        note = f", resumed at iteration {state.resumed_at}" if state.resumed_at else ""
+        try:
+            self.put(model, request, edited, report)
+        except CheckpointError as error:  # costs the next run its time, not this one its result
+            logger.warning("the finished step is not kept for later runs: %s", error)
+            return Outcome(edited, report, f"{note}. Not kept for later runs: {error}")
+        state.discard()
+        return Outcome(edited, report, note)
+
+    # --- what there is, and how much of it may stay
+
+    def files(self, *parts: str) -> list[StoredFile]:
+        """Every whole file, the least recently used first."""
+        return stored_files(self._folder / part for part in parts)
+
+    def _use(self, *paths: Path) -> None:
+        """These are the most recently used from here on, and stay while this process runs."""
+        self._evictor.touch(*paths)
+        for path in paths:
+            hold(path)
+
+    def _evict(self, incoming: int = 0) -> None:
+        self._evictor.evict(incoming)
+
+    def clear(self, *parts: str) -> str:
+        """Remove what is in these of `PARTS`, but for files that a process is working on; says what was removed, as a line of text."""
+        removed = freed = kept = 0
+        for _, size, path in self.files(*parts):
+            if self._evictor.remove_unlocked(path):
+                removed, freed = removed + 1, freed + size
+            else:
+                kept += 1
+        self._evictor.remove_leftovers(self._folder / part for part in parts)
+        return f"removed {removed} files, {freed / 1e6:.1f} MB" + (f"; {kept} are in use or cannot be removed, and stay" if kept else "")
+
+    def describe(self) -> str:
+        """What is in the store, as text: a line for each kind of file, and one for each step."""
+        lines = []
+        for part, what in zip(PARTS, ("finished steps", "sets of anchor pictures", "unfinished steps"), strict=True):
+            files = self.files(part)
+            lines.append(f"{len(files)} {what}, {sum(size for _, size, _ in files) / 1e6:.1f} MB")
+            if part != "anchors":
+                lines += [f"  {_described(path)}, {size / 1e6:.1f} MB" for _, size, path in reversed(files)]
+        return "\n".join(lines)
+
+
+def _ancestors(parent: str, history: Iterable[StepRecord]) -> frozenset[str]:
+    """Content hashes of the models on the way to `parent`, itself included; behind a merge, those of all merged models."""
+    made_by = {record.result: record for record in history}
+    found, open_ends = set(), [parent]
+    while open_ends:
+        if (name := open_ends.pop()) not in found:
+            found.add(name)
+            if (record := made_by.get(name)) is not None:
+                open_ends += record.request["models"] if record.is_merge else [record.parent]
+    return frozenset(found)
+
+
+def _links_of(path: Path) -> Links:
+    """How a file of the store stands in its chain; an anchor's or a damaged one in none."""
+    if path.parent.name not in ("steps", "states"):
+        return Links()
+    try:
+        status = path.stat()
+        return _read_links(path, status.st_size, status.st_mtime_ns)
+    except (OSError, *_UNREADABLE):
+        return Links()
+
+
+@lru_cache(maxsize=4096)
+def _read_links(path: Path, size: int, modified: int) -> Links:
+    history, _ = read_history(path)
+    if history:
+        return Links(history[-1].result, _ancestors(history[-1].parent, history))
+    _, metadata, _ = read_header(path)
+    return Links(needs=frozenset(json.loads(metadata["cul_state"])["needs"]))
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _described(path: Path) -> str:
+    try:
+        _, metadata, _ = read_header(path)
+        if "cul_step" in metadata:
+            record = StepRecord(**json.loads(metadata["cul_step"])["record"])
+            return f"{', '.join(record.targets)} ({record.finished}, {record.request['training']['iterations']} iterations)"
+        values = json.loads(metadata["cul_state"])
+        return f"{', '.join(values['targets'])} (stopped after iteration {values['state']['iteration']} of {values['iterations']})"
+    except _UNREADABLE:
+        return "a damaged file"

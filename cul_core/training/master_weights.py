@@ -1,0 +1,169 @@
+"""The trained weights in fp32 and their optimizer, beside a network that may compute with rounded copies of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import TrainingError
+from ..parts.training_config import TrainingConfig
+
+_FIRST_SCALE, _GROWS_AFTER, _MOST_OVERFLOWS = 2.0**16, 1000, 20
+
+
+class LossScale:
+    """Keeps small gradients from vanishing in fp16: a power of two that multiplies losses, halved when a gradient overflows and
+    doubled after many that did not (Micikevicius et al., arXiv 1710.03740). Always 1 unless it `is_needed`."""
+
+    def __init__(self, is_needed: bool):
+        self.is_needed, self.value = is_needed, _FIRST_SCALE if is_needed else 1.0
+        self._good = self._overflows = 0
+
+    def note(self, is_finite: bool) -> None:
+        """Adapts to whether the last update's gradients were finite.
+
+        Raises:
+            TrainingError: they were not for many updates in a row.
+        """
+        if is_finite:
+            self._good, self._overflows = self._good + 1, 0
+            if self._good % _GROWS_AFTER == 0:
+                self.value *= 2
+            return
+        self._good, self._overflows, self.value = 0, self._overflows + 1, self.value / 2
+        if self._overflows >= _MOST_OVERFLOWS:
+            raise TrainingError(f"The gradients overflowed fp16 in {self._overflows} updates in a row; choose bfloat16 or float32.")
+
+
+class Masters:
+    """fp32 masters of a network's trained parameters, with AdamW; owns all that an update needs beside gradients.
+
+    Where the network computes in fp32, they are its very parameters. Otherwise its parameters are rounded copies, renewed after every
+    update. With `is_offloaded` masters, moments and gradients rest in the CPU's memory, and visit the device one tensor at a time.
+
+    Args:
+        parameters: name -> parameter of the network, which holds the step's start in the dtype it computes in.
+        start: name -> the step's start in fp32.
+        training: settings of the optimizer.
+        is_offloaded: see above; means nothing where the masters are the network's own.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor], training: TrainingConfig, is_offloaded: bool):
+        first = next(iter(parameters.values()))
+        self._copies, self.device, self.dtype = parameters, first.device, first.dtype
+        self.are_own = first.dtype == torch.float32
+        self._home = torch.device("cpu") if is_offloaded and not self.are_own else self.device
+        if self.are_own:
+            self.weights: Mapping[str, nn.Parameter] = parameters
+        else:
+            self.weights = {name: nn.Parameter(start[name].to(self._home, copy=True)) for name in parameters}
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+        self.scale = LossScale(first.dtype == torch.float16)
+        self._gradients: dict[str, Tensor] = {}
+        self._arrived: dict[str, Tensor] = {}
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Within the block the network's parameters take gradients, which `keep` and `gather` see and nothing else."""
+        handles = []
+        try:
+            for name, copy in self._copies.items():
+                copy.requires_grad_(True)
+                handles.append(copy.register_post_accumulate_grad_hook(partial(self._take, name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for copy in self._copies.values():
+                copy.requires_grad_(False)
+                copy.grad = None
+
+    def _take(self, name: str, copy: nn.Parameter) -> None:
+        self._arrived[name], copy.grad = copy.grad.to(self._home, torch.float32), None
+
+    def keep(self) -> None:
+        """The gradients that arrived since the last `keep` or `forget` count."""
+        for name, gradient in self._arrived.items():
+            if name in self._gradients:
+                self._gradients[name] += gradient
+            else:
+                self._gradients[name] = gradient
+        self._arrived.clear()
+
+    def forget(self) -> None:
+        """They do not, because a backward pass broke off."""
+        self._arrived.clear()
+        for copy in self._copies.values():
+            copy.grad = None
+
+    def gather(self) -> bool:
+        """Gives every master the gradient of the unscaled loss; False, and none, if one overflowed in fp16: this update is left out.
+
+        Raises:
+            TrainingError: see `LossScale.note`.
+        """
+        is_finite = True
+        for name, weight in self.weights.items():
+            gradient = self._gradients.pop(name, None)
+            gradient = torch.zeros_like(weight) if gradient is None else gradient
+            if not self.are_own and weight.grad is not None:  # of a penalty, which is a function of the masters
+                gradient += weight.grad
+            if self.scale.is_needed:
+                gradient /= self.scale.value
+                is_finite = is_finite and bool(torch.isfinite(gradient).all())
+            weight.grad = gradient
+        if self.scale.is_needed:
+            self.scale.note(is_finite)
+        if not is_finite:
+            self.optimizer.zero_grad()
+        return is_finite
+
+    @contextmanager
+    def on_device(self, name: str) -> Iterator[nn.Parameter]:
+        """Within the block a master, its gradient and its moments are on the device; at its end the network's copy is what it became."""
+        weight = self.weights[name]
+        if self._home != self.device:
+            self._move(weight, self.device)
+        try:
+            yield weight
+        finally:
+            if not self.are_own:
+                self._copies[name].data.copy_(weight.data)
+            if self._home != self.device:
+                self._move(weight, self._home)
+
+    def _move(self, weight: nn.Parameter, device: torch.device) -> None:
+        gradient, weight.grad = weight.grad, None
+        weight.data = weight.data.to(device)
+        weight.grad = None if gradient is None else gradient.to(device)
+        moments = self.optimizer.state.get(weight, {})
+        moments.update({key: value.to(device) for key, value in moments.items() if isinstance(value, Tensor) and value.ndim})
+
+    def state(self) -> dict[str, Any]:
+        """What updates have changed, for `restore`: weights, AdamW's moments, the scale. Tensors are its own."""
+        moments = self.optimizer.state
+        return {
+            "weights": {name: weight.detach() for name, weight in self.weights.items()},
+            "moments": [dict(moments[weight]) if weight in moments else {} for weight in self.weights.values()],
+            "scale": vars(self.scale),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; raises one of Python's own errors if it is of other weights."""
+        for name, weight in self.weights.items():
+            weight.copy_(state["weights"][name])
+            if not self.are_own:
+                self._copies[name].copy_(weight)
+        moments = {number: values for number, values in enumerate(state["moments"]) if values}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        vars(self.scale).update(state["scale"])
+
+    def values(self) -> dict[str, Tensor]:
+        """Copies of the masters."""
+        return {name: weight.detach().clone() for name, weight in self.weights.items()}

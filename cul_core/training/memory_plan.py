@@ -1,0 +1,276 @@
+"""What a step will need, found before it starts: the network runs on tensors without data, and bytes and operations are counted."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+from ..base.config import canonical_json
+from ..methods import METHODS
+from ..models.diffusers_network import ModelBundle
+from ..models.family import MINI, Family
+from ..models.frozen_layers import product
+from ..models.load_diffusers import build_unet
+from ..models.text_conditioning import Embeddings
+from ..models.weight_roles import group_names
+from .compute import Compute
+
+if TYPE_CHECKING:
+    from ..requests.request import Request
+
+_LIBRARIES_BYTES, _GAPS = 500_000_000, 0.1
+_SHARE_OF_MATMUL = 0.5
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the network itself takes for a number of pictures. Activations are those at the worst moment, without weights.
+
+    Args:
+        training_bytes: activations of a forward pass and its backward pass, with no more than one gradient of a weight.
+        kept_bytes: of these, what the forward pass leaves for the backward pass.
+        teacher_bytes: activations of a forward pass without gradients.
+        forward_flops: floating point operations of a forward pass; a multiplication and an addition are two.
+        backward_flops: those of a backward pass, with all that it computes again.
+    """
+
+    training_bytes: int
+    kept_bytes: int
+    teacher_bytes: int
+    forward_flops: int
+    backward_flops: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step needs of its device.
+
+    All but the last two are counted or follow from numbers of weights. Not counted is what regularizers keep and compute for themselves.
+
+    Args:
+        network_bytes: the UNet in the dtype it computes in.
+        trained_bytes: fp32 masters, moments, gradients and exact values of the trained group, if they rest on the device.
+        passes_bytes: activations at the worst moment; a teacher's copy of the trained group, if that moment is its.
+        anchor_bytes: anchor latents and the encoded prompts that go with them.
+        margin_bytes: what is not derived but guessed: the device's libraries, and gaps between allocations.
+        seconds: of all updates; derived from operations, a short measurement of the device's rate, and the guess that a network
+            reaches half of that. It may well be off by a factor of two. None if the rate was not measured.
+        anchor_seconds: likewise of drawing the anchor pictures, if they are not kept from an earlier step.
+    """
+
+    network_bytes: int
+    trained_bytes: int
+    passes_bytes: int
+    anchor_bytes: int
+    margin_bytes: int
+    seconds: float | None = None
+    anchor_seconds: float | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.network_bytes + self.trained_bytes + self.passes_bytes + self.anchor_bytes + self.margin_bytes
+
+    def sentence(self, free_bytes: int | None) -> str:
+        """For users, such as 'Needs about 5.1 GB and 4 min; 7.2 GB are free.'"""
+        spent = "" if self.seconds is None else f" and {_minutes(self.seconds)}"
+        anchors = f", after up to {_minutes(self.anchor_seconds)} for anchor pictures" if self.anchor_seconds else ""
+        free = "" if free_bytes is None else f"; {free_bytes / 1e9:.1f} GB are free"
+        return f"Needs about {self.memory_bytes / 1e9:.1f} GB{spent}{anchors}{free}."
+
+
+def _minutes(seconds: float) -> str:
+    return f"{max(round(seconds / 60), 1)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class _Count(TorchDispatchMode):
+    """Bytes of the tensors that operations made and that are still there (`now`), the most there ever were (`most`), and `flops`.
+
+    PyTorch's own counter of these, whose formulas this uses, holds on to tensors that checkpointing would let go.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.most = self.flops = 0
+        self._weights = [weight.untyped_storage() for weight in weights]
+        self._known = weakref.WeakSet(self._weights)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=made)
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self._change(storage.nbytes())
+                weakref.finalize(storage, self._change, -storage.nbytes())
+        return made
+
+    def _change(self, count: int) -> None:
+        self.now += count
+        self.most = max(self.most, self.now)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Without a device PyTorch writes attention out with all its scores; devices have kernels that never hold them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+        return func(*args, **(kwargs or {}))
+
+
+@lru_cache(maxsize=8)
+def _network(family: Family, config: str, dtype: torch.dtype) -> nn.Module:
+    unet = build_unet(family)  # `config` is what tells variants of a family apart
+    for weight in unet.parameters():
+        weight.data = weight.data.to(dtype)
+    return unet
+
+
+@lru_cache(maxsize=64)
+def _passes(family: Family, config: str, dtype: torch.dtype, group: str, rows: int, is_checkpointed: bool) -> Passes:
+    unet = _network(family, config, dtype)
+    trained = [unet.get_parameter(name) for name in group_names(unet, group)]
+    pooled = [kind for kind in family.text_encoders if kind.is_pooled]
+    pooled = torch.empty(rows, family.config(pooled[0].config)["projection_dim"], device="meta") if pooled else None
+    embeddings = Embeddings(torch.empty(rows, 77, unet.config.cross_attention_dim, device="meta"), pooled)
+    inputs = torch.empty(rows, *family.latent_shape, device="meta"), torch.empty(rows, dtype=torch.long, device="meta"), embeddings
+    bundle = ModelBundle(family, unet, (), None, None)
+
+    def drop(weight: nn.Parameter) -> None:
+        weight.grad = None
+
+    def again(module: nn.Module, *args: object) -> object:
+        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _FusedAttention()))
+
+    unet.requires_grad_(False)
+    with torch.no_grad(), _FusedAttention(), _Count(unet.parameters()) as teacher:
+        bundle.predict(*inputs)
+    handles = [weight.requires_grad_(True).register_post_accumulate_grad_hook(drop) for weight in trained]
+    try:
+        if is_checkpointed:
+            unet.enable_gradient_checkpointing(again)
+        with _FusedAttention(), _Count(unet.parameters()) as student:
+            output = bundle.predict(*inputs)
+            kept, forward = student.now, student.flops
+            torch.autograd.backward(output, torch.empty_like(output))
+        return Passes(student.most, kept, teacher.most, forward, student.flops - forward)
+    finally:
+        unet.disable_gradient_checkpointing()
+        for handle in handles:
+            handle.remove()
+
+
+def passes(family: Family, dtype: torch.dtype, group: str, rows: int, is_checkpointed: bool = False) -> Passes:
+    """See `Passes`, for `rows` pictures and training of `group`; kept for the next call."""
+    return _passes(family, canonical_json(family.config("unet")), dtype, group, rows, is_checkpointed)
+
+
+def estimate_step(
+    family: Family, request: Request, device: torch.device | str, compute: Compute, *, is_edited: bool = False, is_offloaded: bool = False,
+    with_seconds: bool = True,
+) -> Estimate:  # fmt: skip
+    """What a step of `request` needs.
+
+    Args:
+        family: of the model.
+        request: what is to be done.
+        device: where.
+        compute: how; with checkpointing `auto` there is none.
+        is_edited: whether the step starts from other weights than the pretrained ones.
+        is_offloaded: whether the trained group's masters rest in the CPU's memory.
+        with_seconds: whether to measure the device's rate, unless that was done before.
+    """
+    device, dtype, training = torch.device(device), compute.dtype_on(device), request.training
+    method = METHODS.of(request.method).cls(request.method)
+    unet = _network(family, canonical_json(family.config("unet")), dtype)
+    trained = sum(unet.get_parameter(name).numel() for name in group_names(unet, training.group))
+    batch, is_checkpointed, micro = training.batch_size, compute.checkpointing == "on", compute.largest_micro_batch
+    rows = batch * method.student_calls  # all their graphs are there at a time
+    is_split = 0 < micro < batch
+    taken = passes(family, dtype, training.group, micro if is_split else rows, is_checkpointed)
+    asked = batch * method.teacher_calls
+    teacher = passes(family, dtype, training.group, min(asked, micro) if micro else asked, is_checkpointed) if asked else taken
+    network = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
+    # gradient, two moments, and the student's own weights; exact W0 where the network has it rounded; start
+    resting = 0 if is_offloaded else trained * 4 * (4 + (dtype != torch.float32) + is_edited)
+    worst = max(taken.training_bytes, teacher.teacher_bytes + (dtype != torch.float32) * trained * dtype.itemsize)
+    needs_anchors = method.needs_anchor_latents
+    prompts = len(set(request.anchor_prompts)) * (1 + len(request.concepts))
+    numbers = request.anchor_count * torch.Size(family.latent_shape).numel() + prompts * 77 * unet.config.cross_attention_dim
+    anchors = 4 * numbers * needs_anchors
+    margin = int(_GAPS * worst) + _LIBRARIES_BYTES if device.type == "cuda" else 0
+    estimate = Estimate(network, resting, worst, anchors, margin)
+    if not with_seconds:
+        return estimate
+    each = taken.forward_flops / (micro if is_split else rows)
+    backward = taken.backward_flops / (micro if is_split else rows)
+    flops = rows * (each * (1 + is_split) + backward) + asked * each
+    rate = _SHARE_OF_MATMUL * matmul_rate(device, dtype)
+    drawn = request.anchor_count * request.anchor_sampler.steps * 2 * needs_anchors
+    return replace(estimate, seconds=training.iterations * flops / rate, anchor_seconds=drawn * each / rate)
+
+
+@lru_cache(maxsize=8)
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations a second of products of square matrices; takes a fifth of a second."""
+    side = 4096 if device.type == "cuda" else 512
+    matrix = torch.zeros(side, side, device=device, dtype=dtype)
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    product(matrix, matrix)  # the first call loads the libraries
+    begun, count = wait(), 0
+    while (now := wait()) - begun < 0.2:
+        product(matrix, matrix)
+        count += 1
+    return 2 * side**3 * max(count, 1) / (now - begun)
+
+
+def _ways(compute: Compute, batch: int, can_offload: bool) -> Iterator[tuple[Compute, bool]]:
+    """(compute, whether masters are offloaded), from fast to small."""
+    checkpointing = ("off", "on") if compute.checkpointing == "auto" else (compute.checkpointing,)
+    whole = compute.largest_micro_batch or batch
+    for is_offloaded in (False, True)[: 1 + can_offload]:
+        for choice in checkpointing:
+            yield replace(compute, checkpointing=choice), is_offloaded
+        micro = min(whole, batch) // 2
+        while micro:
+            yield replace(compute, checkpointing=checkpointing[-1], largest_micro_batch=micro), is_offloaded
+            micro //= 2
+
+
+def planned(
+    family: Family, request: Request, device: torch.device, compute: Compute, free_bytes: int | None, is_edited: bool = False
+) -> tuple[Compute, bool, Estimate | None]:
+    """(compute with nothing left to choose, whether masters are offloaded, what that needs): the fastest that fits into the free memory.
+
+    The smallest if none fits, and as it was asked for where nobody knows what is free. No estimate for MiniCanvas, which fits anywhere.
+    """
+    if family == MINI:
+        return compute, False, None
+    can_offload = compute.dtype_on(device) != torch.float32  # otherwise the network trains its own weights
+    for way, is_offloaded in _ways(compute, request.training.batch_size, can_offload):
+        found = estimate_step(family, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded, with_seconds=False)
+        if free_bytes is None or found.memory_bytes <= free_bytes:
+            break
+    if way.checkpointing == "off" and compute.checkpointing == "auto":  # it may still be turned on, should memory run out
+        way = replace(way, checkpointing="auto")
+    return way, is_offloaded, estimate_step(family, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded)

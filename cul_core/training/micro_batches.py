@@ -1,0 +1,185 @@
+"""The network in training as its losses see it: predictions whose gradients are taken later, in parts if memory is short."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..base.errors import MemoryShortError
+from ..models.diffusers_network import ModelBundle
+from ..models.free_memory import release_memory
+from ..models.text_conditioning import Embeddings
+from .compute import Compute
+from .master_weights import Masters
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Inputs = tuple[Tensor, Tensor, Embeddings]
+
+
+@dataclass
+class _Call:
+    """One prediction: what went in; what the loss saw, cut off from the network; the network's own output, unless memory was short."""
+
+    inputs: Inputs
+    seen: Tensor
+    output: Tensor | None
+
+
+class Student:
+    """Predicts (see `diffusion.Predict`), and later takes the gradients of any loss of its predictions.
+
+    A loss is a function of tensors that are cut off from the network. `backward` first takes the loss's gradients by these, then
+    those of the network by its weights, one call after the other, the last one first: the chain rule in two steps, which gives the
+    same sums in the same order. So a call may run the network on a few pictures at a time, without a graph, and again with one in
+    `backward` (Gao et al., arXiv 2101.06983): the loss is still that of the whole batch, whatever it is, and is made once, so that
+    nothing random is drawn again. That takes one more forward pass. Where inputs need gradients themselves, nothing is cut.
+
+    When the device runs out of memory, the same call goes on with half the pictures at a time, down to one, then with checkpointing.
+
+    Args:
+        bundle: its UNet holds the weights in training.
+        compute: largest micro batch, whether to use checkpointing, and whether to compile.
+        say: told what is done about short memory or a failed compilation.
+    """
+
+    def __init__(self, bundle: ModelBundle, compute: Compute, say: Callable[[str], None]):
+        self._bundle, self._compute, self._say = bundle, compute, say
+        self._rows, self._calls = compute.largest_micro_batch, []
+        self._is_checkpointed = False
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Within the block the UNet checkpoints and is compiled as it was asked for."""
+        unet = self._bundle.unet
+        try:
+            if self._compute.checkpointing == "on":
+                self._checkpoint()
+            if not self._compute.compile:
+                yield
+                return
+            import torch._dynamo
+
+            # hooks come and go (see `training._first_token_blocked`), which compiled code does not look for otherwise
+            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+                unet.compile()
+                yield
+        finally:
+            self._calls.clear()
+            unet.disable_gradient_checkpointing()
+            unet._compiled_call_impl = None
+
+    def _checkpoint(self) -> None:
+        self._bundle.unet.enable_gradient_checkpointing()
+        self._is_checkpointed = True
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, embeddings: Embeddings) -> Tensor:
+        unet = self._bundle.unet
+        if unet._compiled_call_impl is not None:
+            try:
+                return self._bundle.predict(latents, timesteps, embeddings)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ImportError, OSError, NotImplementedError) as error:  # what missing or unfit compilers raise
+                logger.warning("the network could not be compiled", exc_info=error)
+                unet._compiled_call_impl = None
+                self._say("The network could not be compiled here; the step goes on without.")
+        return self._bundle.predict(latents, timesteps, embeddings)
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, embeddings: Embeddings) -> Tensor:
+        inputs = latents, timesteps, embeddings
+        if not torch.is_grad_enabled():
+            return self._in_parts(inputs)
+        if latents.requires_grad or embeddings.text.requires_grad:
+            return self._predict(*inputs)
+        with torch.enable_grad():
+            output = self._fitting(len(latents), lambda: self._predict(*inputs)) if self._fits(len(latents)) else None
+        if output is None:
+            with torch.no_grad():
+                seen = self._in_parts(inputs)
+        else:
+            seen = output.detach()
+        self._calls.append(_Call(inputs, seen.requires_grad_(), output))
+        return self._calls[-1].seen
+
+    def backward(self, loss: Tensor, masters: Masters) -> None:
+        """Adds the gradients of a loss, which is made of predictions since the last call of this and of the masters, to theirs."""
+        calls, self._calls = self._calls, []
+        (loss * masters.scale.value).backward()
+        masters.keep()
+        while calls:
+            self._backward(calls.pop(), masters)
+
+    def _backward(self, call: _Call, masters: Masters) -> None:
+        gradient, done, rows = call.seen.grad, 0, len(call.seen)
+        if gradient is None:  # the loss is no function of it
+            return
+        while done < rows:
+            part = slice(done, rows if self._fits(rows - done) else done + self._rows)
+
+            def through(part: slice = part) -> bool:
+                output, call.output = call.output, None
+                if output is None:
+                    output = self._predict(*_rows(call.inputs, part))
+                torch.autograd.backward(output, gradient[part])
+                return True
+
+            if self._fitting(part.stop - part.start, through):
+                masters.keep()
+                done = part.stop
+            else:
+                masters.forget()
+
+    def _fits(self, rows: int) -> bool:
+        return not self._rows or rows <= self._rows
+
+    def _in_parts(self, inputs: Inputs) -> Tensor:
+        done, rows, said = 0, len(inputs[0]), []
+        while done < rows:
+            part = slice(done, rows if self._fits(rows - done) else done + self._rows)
+            output = self._fitting(part.stop - part.start, lambda part=part: self._predict(*_rows(inputs, part)))
+            if output is not None:
+                said.append(output)
+                done = part.stop
+        return torch.cat(said) if len(said) > 1 else said[0]
+
+    def _fitting(self, rows: int, attempt: Callable[[], T]) -> T | None:
+        """What the attempt gives; None if the device ran out of memory, once the next attempt will need less.
+
+        Raises:
+            MemoryShortError: there is nothing left to save.
+        """
+        try:
+            return attempt()
+        except torch.OutOfMemoryError:
+            pass  # its frames hold tensors until here
+        release_memory(self._bundle.device)
+        if rows > 1:
+            self._rows = rows // 2
+            self._say(f"Memory ran out; the step goes on with {self._rows} of {rows} pictures at a time.")
+        elif not self._is_checkpointed and self._compute.checkpointing != "off":
+            self._checkpoint()
+            self._say("Memory ran out with one picture at a time; the step goes on with checkpointing, which takes a third more time.")
+        else:
+            raise MemoryShortError(out_of_memory(self._bundle, self._is_checkpointed))
+        return None
+
+
+def _rows(inputs: Inputs, part: slice) -> Inputs:
+    if part == slice(0, len(inputs[0])):
+        return inputs
+    latents, timesteps, embeddings = inputs
+    return latents[part], timesteps[part] if timesteps.ndim else timesteps, embeddings[part]
+
+
+def out_of_memory(bundle: ModelBundle, is_checkpointed: bool) -> str:
+    """The sentence that a step ends with when nothing more can be saved."""
+    remedy = "choose a smaller parameter group, or another device" if is_checkpointed else "allow checkpointing (auto)"
+    return (f"The memory of {bundle.device} is too short to train {bundle.family.display_name}, even one picture at a time "
+            f"{'with' if is_checkpointed else 'without'} checkpointing; close what else uses it, {remedy}.")  # fmt: skip
