@@ -33,7 +33,7 @@ from cul_core.history.step_record import library_versions
 from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.models.load_diffusers import BundleCache
+from cul_core.models.load_diffusers import NetworkCache
 from cul_core.models.sampling import SamplerConfig
 from cul_core.output.checkpoint import open_model
 from cul_core.parts.training_config import TrainingConfig
@@ -114,11 +114,11 @@ class _Bench:
 
     def __init__(self, model: UnlearnModel, device: str, tokenizer: Path | None):
         self._model, self._device = model, device
-        self._bundles, self._store = BundleCache(tokenizer), AnchorStore()
+        self._networks, self._store = NetworkCache(tokenizer), AnchorStore()
 
     def step(self, iterations: int, batch: int, compute: Compute, callbacks: Callbacks | None = None) -> None:
         run_step(self._model, _request(iterations, batch), device=self._device, callbacks=callbacks, store=self._store,
-                 bundles=self._bundles, compute=compute)  # fmt: skip
+                 networks=self._networks, compute=compute)  # fmt: skip
 
     def flops(self, dtype: str) -> int:
         """Operations of one iteration for one picture, counted as they run: what two iterations have more than one."""

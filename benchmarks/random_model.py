@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from cul_core.models.family import SD1
-from cul_core.models.load_diffusers import load_autoencoder, load_bundle
+from cul_core.models.load_diffusers import load_autoencoder, load_network
 
 _LAYOUT = Path(__file__).resolve().parents[1] / "tests" / "core"
 
@@ -29,11 +29,11 @@ def write_folder(checkpoint: Path, tokenizer: Path, folder: Path) -> Path:
     """The same values of Stable Diffusion 1.x as published repositories have them, without a safety checker: 2.1 GB more."""
     making = folder.with_suffix(".part")
     shutil.rmtree(making, ignore_errors=True)
-    bundle = load_bundle(checkpoint, torch.float16, tokenizer)
-    bundle.unet.save_pretrained(making / "unet")
+    network = load_network(checkpoint, torch.float16, tokenizer)
+    network.unet.save_pretrained(making / "unet")
     load_autoencoder(checkpoint, SD1.config("vae")).half().save_pretrained(making / "vae")
     level = "text_model."
-    text = {level + name.removeprefix(level): value.half().contiguous() for name, value in bundle.text_encoders[0].state_dict().items()
+    text = {level + name.removeprefix(level): value.half().contiguous() for name, value in network.text_encoders[0].state_dict().items()
             if not name.endswith("position_ids")}  # fmt: skip
     (making / "text_encoder").mkdir()
     save_file(text, making / "text_encoder" / "model.safetensors", metadata={"format": "pt"})

@@ -58,11 +58,11 @@ def model_of(source: Path):
     """The source with an edit on every key and value matrix of its cross-attentions."""
     from cul_core.files.safetensors_format import read_header
     from cul_core.models.load_diffusers import checkpoint_key_map
-    from cul_core.models.weight_roles import is_kv
+    from cul_core.models.weight_roles import reads_text
     from cul_core.output.checkpoint import open_model
 
     header, _, _ = read_header(source)
-    keys = {name: key for name, key in checkpoint_key_map(source).items() if is_kv(name)}
+    keys = {name: key for name, key in checkpoint_key_map(source).items() if reads_text(name)}
     model = open_model(source)
     return type(model)(model.source, model.family, {name: torch.full(header[key]["shape"], 1e-3) for name, key in keys.items()})
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .base.errors import Cancelled, ConfigError, CulError, shown
+from .base.errors import Cancelled, ConfigError, CulError, brief_repr
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def _usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # unknown name, no such device, or PyTorch built without it
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(
-            f"--device is {shown(name)}, which PyTorch cannot use here ({shown(reason)}); give cpu, or a device of this machine."
+            f"--device is {brief_repr(name)}, which PyTorch cannot use here ({brief_repr(reason)}); give cpu, or a device of this machine."
         ) from error
 
 
@@ -107,13 +107,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _unlearn(arguments: argparse.Namespace) -> None:
-    from .audits.memorization import MEMORIZED, memorized_request, pixel_correlation, read_paraphrases, read_picture
+    from .audits.memorization import MEMORIZATION, memorization_request, pixel_correlation, read_paraphrases, read_picture
     from .concepts.captions import anchor_prompts
     from .concepts.concept import Concept
     from .concepts.parsing import parse_concept
     from .files.paths import check_writable
     from .models.family import MINI
-    from .models.load_diffusers import BundleCache
+    from .models.load_diffusers import NetworkCache
     from .models.recognize import detect_family
     from .output.checkpoint import open_model, save_checkpoint
     from .regularizers.projection import ProjectionConfig
@@ -127,13 +127,13 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     is_picture = arguments.picture is not None
     if is_picture != (arguments.paraphrases is not None) or (is_picture and len(arguments.target) != 1):
         raise ConfigError("A memorized picture needs its caption as the only target, --picture and --paraphrases; give all three.")
-    chosen = (MEMORIZED if is_picture else preset(arguments.preset)).for_family(detect_family(arguments.model))
+    chosen = (MEMORIZATION if is_picture else preset(arguments.preset)).for_family(detect_family(arguments.model))
     given = {name: getattr(arguments, name) for name in ("iterations", "learning_rate", "evaluate_every")}
     overrides = {name: value for name, value in given.items() if value is not None}
     chosen = replace(chosen, training=replace(chosen.training, **overrides))
     if arguments.auxiliary is not None:
         if not any(isinstance(part, ProjectionConfig) for part in chosen.regularizers):
-            raise ConfigError(f"--auxiliary is {shown(arguments.auxiliary)}, which preset {arguments.preset!r} does not use; leave it out, "
+            raise ConfigError(f"--auxiliary is {brief_repr(arguments.auxiliary)}, which preset {arguments.preset!r} does not use; leave it out, "
                               "or choose a preset with gradient projection.")  # fmt: skip
         chosen = replace(chosen, regularizers=tuple(
             replace(part, auxiliary=arguments.auxiliary) if isinstance(part, ProjectionConfig) else part for part in chosen.regularizers
@@ -155,10 +155,10 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     device = _usable_device(arguments.device)
     model = open_model(arguments.model, arguments.pretrained)
     show = _ProgressLine()
-    bundles = BundleCache(arguments.tokenizer)
+    networks = NetworkCache(arguments.tokenizer)
     if is_picture:
-        bundle = bundles.get(model.source, device, compute.dtype_on(device))
-        request, rates = memorized_request(bundle, concepts[0].name, paraphrases, similarity, retain=keep, seed=arguments.seed,
+        network = networks.get(model.source, device, compute.dtype_on(device))
+        request, rates = memorization_request(network, concepts[0].name, paraphrases, similarity, retain=keep, seed=arguments.seed,
                                            chosen=chosen)  # fmt: skip
         for prompt, rate in rates.items():
             _say(f"{rate:4.0%} copies: {prompt}")
@@ -171,13 +171,13 @@ def _unlearn(arguments: argparse.Namespace) -> None:
         from .minicanvas.judge import measure_for
 
         measure = measure_for(request)
-    train = partial(run_step, model, request, device=device, bundles=bundles, callbacks=watch, measure=measure, compute=compute)
+    train = partial(run_step, model, request, device=device, networks=networks, callbacks=watch, measure=measure, compute=compute)
     note = ""
     if arguments.store is None:
         edited, report = train(store=AnchorStore())
     else:
         store = StepStore(arguments.store)
-        outcome = store.get_or_train(model, request, lambda keeper: train(store=store.anchors, keeper=keeper))
+        outcome = store.get_or_train(model, request, lambda state_store: train(store=store.anchors, state_store=state_store))
         edited, report, note = outcome.model, outcome.report, outcome.note
     path = save_checkpoint(edited, out)
     _say(f"forgot {', '.join(c.name for c in request.concepts)} in {report.record.seconds:.1f} s{note}")
@@ -203,7 +203,9 @@ def _merge(arguments: argparse.Namespace) -> None:
     values = {option: value for option, value in given.items() if value is not None}
     for option in values:
         if option not in {field.name for field in fields(entry.config)}:
-            raise ConfigError(f"--{option.replace('_', '-')} is {shown(values[option])}, which {entry.name} does not use; leave it out.")
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is {brief_repr(values[option])}, which {entry.name} does not use; leave it out."
+            )
     config = entry.config.from_json(values)
     _can_write(arguments.out, arguments.json)
     original = source_of(arguments.pretrained)
@@ -212,7 +214,7 @@ def _merge(arguments: argparse.Namespace) -> None:
         if made_from is None:
             raise ModelError(f"{file.name!r} is no checkpoint that continual-unlearning has edited; merge only such files.")
         if made_from["sha256"] != original.sha256:
-            raise ModelError(f"{file.name!r} was made from {shown(made_from['name'])} and not from {original.path.name!r}; give the file "
+            raise ModelError(f"{file.name!r} was made from {brief_repr(made_from['name'])} and not from {original.path.name!r}; give the file "
                              "that all of them were made from as --pretrained.")  # fmt: skip
     merged = merge([open_model(file, original.path) for file in arguments.file], config)
     path = save_checkpoint(merged, arguments.out)
@@ -229,7 +231,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from .minicanvas.suites import suite_of
     from .minicanvas.world import OBJECTS, STYLE_BY_NAME
     from .models.family import MINI
-    from .models.load_diffusers import BundleCache
+    from .models.load_diffusers import NetworkCache
     from .output.checkpoint import open_model
 
     _within("--pictures", arguments.pictures, 1, 1000)
@@ -242,9 +244,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     unknown = [name for name in arguments.target or () if name not in [target.replace("_", " ") for target in targets] + targets]
     if unknown:
         known = ", ".join(OBJECTS if suite.domain == "object" else STYLE_BY_NAME)
-        raise ConceptError(f"MiniCanvas has no {suite.domain} {shown(unknown[0])} to score; choose among {known}, of one kind at a time.")
+        raise ConceptError(
+            f"MiniCanvas has no {suite.domain} {brief_repr(unknown[0])} to score; choose among {known}, of one kind at a time."
+        )
     show, total = _ProgressLine(), len(suite.shots(targets, arguments.pictures))
-    scores = evaluate(BundleCache().get(model.source), model, Judge(), targets, seed=arguments.seed, suite=suite,
+    scores = evaluate(NetworkCache().get(model.source), model, Judge(), targets, seed=arguments.seed, suite=suite,
                       per_cell=arguments.pictures,
                       on_batch=lambda done: show(min(done / total, 1), 0.085 * max(total - done, 0)))  # fmt: skip
     values = scores.to_json()

@@ -9,7 +9,7 @@ from pathlib import Path
 import folder_paths
 from comfy.cli_args import args
 
-from ..cul_core.base.errors import CheckpointError, ModelError, shown
+from ..cul_core.base.errors import CheckpointError, ModelError, brief_repr
 from ..cul_core.files.paths import check_portable, free_path
 
 _STORE = "unlearning_chains"
@@ -27,8 +27,8 @@ def store_folder() -> Path:
     return Path(folder_paths.get_folder_paths(_STORE)[0])
 
 
-def kept_weights() -> Path:
-    """Where the weights of native models lie that have no file (see `kept_weights.keep_weights`)."""
+def model_snapshots() -> Path:
+    """Where the weights of native models lie that have no file (see `kept_weights.snapshot_model`)."""
     return store_folder() / "sources"
 
 
@@ -48,7 +48,7 @@ def model_path(name: str, *kinds: str) -> Path:
         for kind in kinds:
             if path := folder_paths.get_full_path(kind, name):
                 return Path(path)
-    raise ModelError(f"There is no file {shown(name)} in ComfyUI's {' or '.join(kinds)}; press R and choose one of the list.")
+    raise ModelError(f"There is no file {brief_repr(name)} in ComfyUI's {' or '.join(kinds)}; press R and choose one of the list.")
 
 
 def output_path(prefix: str) -> Path:
@@ -61,7 +61,7 @@ def output_path(prefix: str) -> Path:
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     except OSError as error:
-        raise CheckpointError(f"Nothing can be written to {shown(prefix)} ({error.strerror}); choose another folder.") from error
+        raise CheckpointError(f"Nothing can be written to {brief_repr(prefix)} ({error.strerror}); choose another folder.") from error
     return free_path(Path(folder) / f"{name}_{counter:05}_.safetensors")
 
 

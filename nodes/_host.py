@@ -19,7 +19,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
 
-from ..cul_core.base.errors import ModelError, shown
+from ..cul_core.base.errors import ModelError, brief_repr
 from ..cul_core.output.lora import patch_names
 from ._types import LoadedModel
 
@@ -40,7 +40,7 @@ def load_native(path: Path) -> tuple[Any, Any, Any]:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"ComfyUI cannot load {path.name!r} ({shown(reason)}); choose an unmodified checkpoint.") from error
+        raise ModelError(f"ComfyUI cannot load {path.name!r} ({brief_repr(reason)}); choose an unmodified checkpoint.") from error
     return model, clip, vae
 
 

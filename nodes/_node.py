@@ -9,7 +9,7 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 
 from ..cul_core.base.config import check_number
-from ..cul_core.base.errors import ConfigError, CulError, shown
+from ..cul_core.base.errors import ConfigError, CulError, brief_repr
 from ._types import CARRIED
 
 
@@ -53,5 +53,5 @@ def _checked(cls: type[io.ComfyNode], values: dict[str, Any]) -> dict[str, Any]:
         if kind in (int, float):
             check_number(entry.id, value, entry.min, entry.max, kind)
         elif type(value) is not kind if kind in (str, bool) else not isinstance(value, kind):
-            raise ConfigError(f"{entry.id} is {shown(value)}; give or connect a {entry.get_io_type()}.")
+            raise ConfigError(f"{entry.id} is {brief_repr(value)}; give or connect a {entry.get_io_type()}.")
     return {name: value for name, value in values.items() if value is not None}

@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io, ui
 from ..cul_core.audits.classifier_scores import LABELS, METRICS, table
 from ..cul_core.base.errors import ModelError
 from ..cul_core.models.family import MINI
-from ..cul_core.models.load_diffusers import BundleCache
+from ..cul_core.models.load_diffusers import NetworkCache
 from ..cul_core.output.charts import metric_chart
 from ..cul_core.output.drift import drift_map, drift_of, total_drift
 from ..cul_core.output.report import model_text
@@ -50,7 +50,7 @@ class EvaluateForgetting(UnlearningNode):
         from ..cul_core.minicanvas.suites import suite_of
 
         suite, targets = suite_of([concept["target"] for concept in model.value.forgotten])
-        total, bundles = len(suite.shots(targets, pictures)), BundleCache()
+        total, networks = len(suite.shots(targets, pictures)), NetworkCache()
         progress = _host.Progress(total)
 
         def on_batch(done: int) -> None:
@@ -58,8 +58,8 @@ class EvaluateForgetting(UnlearningNode):
             progress.update(done)
             progress.say(f"picture {done} of {total}", now=False)
 
-        with _host.normal_tensors(), _host.training_device(bundles.free) as device:
-            scores = evaluate(bundles.get(model.value.source, device), model.value, Judge(), targets, seed=sampling_seed,
+        with _host.normal_tensors(), _host.training_device(networks.free) as device:
+            scores = evaluate(networks.get(model.value.source, device), model.value, Judge(), targets, seed=sampling_seed,
                               suite=suite, per_cell=pictures, on_batch=on_batch)  # fmt: skip
         requests = model.value.requests
         label = f"after {requests}" if requests else "untouched"

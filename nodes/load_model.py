@@ -13,7 +13,7 @@ from ..cul_core.models.recognize import detect_family, family_of, unet_dtypes
 from ..cul_core.output.checkpoint import open_continued
 from ..cul_core.output.report import model_text
 from ..cul_core.store.eviction import hold
-from ..cul_core.store.model_snapshots import keep_weights
+from ..cul_core.store.model_snapshots import snapshot_model
 from . import _folders, _host
 from ._node import UnlearningNode
 from ._types import LoadedModel, model_outputs
@@ -64,7 +64,7 @@ class LoadModel(UnlearningNode):
         path = _folders.model_path(checkpoint, "checkpoints")
         listed = (_folders.model_path(name, "checkpoints") for name in _folders.model_files("checkpoints"))
         with _host.normal_tensors():
-            value = open_continued(path, itertools.chain(listed, _folders.kept_weights().glob("*.safetensors")))
+            value = open_continued(path, itertools.chain(listed, _folders.model_snapshots().glob("*.safetensors")))
         hold(value.source.path, value.source)  # it may be one of the kept weights
         loaded = LoadedModel(value, *_host.load_native(value.source.path))
         _host.Progress(1).say(_described(value))
@@ -109,7 +109,7 @@ class UnlearnFromModel(UnlearningNode):
         weights = _host.weights_of(model, clip, vae)
         if any(not any(name.startswith(encoder.prefix) for name in weights) for encoder in family.text_encoders):
             raise ModelError(f"The CLIP is not one of {family.display_name}; connect the CLIP that came with the MODEL.")
-        source = keep_weights(_folders.kept_weights(), weights, on_tensor)
+        source = snapshot_model(_folders.model_snapshots(), weights, on_tensor)
         _made.add(source.path)
         value = UnlearnModel(source, detect_family(source.path))
         if value.family.prediction_type != _host.prediction_type(model):

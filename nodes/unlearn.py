@@ -12,7 +12,7 @@ from ..cul_core.concepts.captions import anchor_prompts
 from ..cul_core.concepts.concept import KINDS
 from ..cul_core.concepts.parsing import ConceptList, parse_keep, parse_requests
 from ..cul_core.history.unlearn_model import UnlearnModel
-from ..cul_core.models.load_diffusers import BundleCache, require_diffusers
+from ..cul_core.models.load_diffusers import NetworkCache, require_diffusers
 from ..cul_core.output.charts import labelled_grid, loss_curve
 from ..cul_core.output.report import brief_text, step_text
 from ..cul_core.requests.presets import PRESETS, preset
@@ -20,7 +20,7 @@ from ..cul_core.requests.previews import preview_prompts
 from ..cul_core.requests.request import Request
 from ..cul_core.store.steps import StepStore
 from ..cul_core.training.callbacks import Callbacks
-from ..cul_core.training.resume import StateKeeper
+from ..cul_core.training.resume import StateStore
 from ..cul_core.training.step import StepReport, run_step
 from . import _folders, _host
 from ._node import UnlearningNode
@@ -116,15 +116,15 @@ class _Watch:
 
 def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int) -> io.NodeOutput:
     require_diffusers()
-    store, bundles, value, reports = StepStore(_folders.store_folder()), BundleCache(_host.clip_tokenizer()), loaded.value, []
+    store, networks, value, reports = StepStore(_folders.store_folder()), NetworkCache(_host.clip_tokenizer()), loaded.value, []
     watch = _Watch(loaded, requests, preview_every)
     with _host.normal_tensors():
         for request in requests:
 
-            def train(keeper: StateKeeper, model: UnlearnModel = value, request: Request = request) -> tuple[UnlearnModel, StepReport]:
-                with _host.training_device(bundles.free) as device:
+            def train(state_store: StateStore, model: UnlearnModel = value, request: Request = request) -> tuple[UnlearnModel, StepReport]:
+                with _host.training_device(networks.free) as device:
                     return run_step(model, request, device=device, callbacks=watch.callbacks(request), store=store.anchors,
-                                    bundles=bundles, keeper=keeper)  # fmt: skip
+                                    networks=networks, state_store=state_store)  # fmt: skip
 
             outcome = store.get_or_train(value, request, train, watch.waiting)
             value = outcome.model

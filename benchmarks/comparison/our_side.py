@@ -14,7 +14,7 @@ from cul_core.concepts.concept import Concept
 from cul_core.history.step_record import library_versions
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.models.family import FAMILIES
-from cul_core.models.load_diffusers import BundleCache
+from cul_core.models.load_diffusers import NetworkCache
 from cul_core.models.sampling import SamplerConfig
 from cul_core.output.checkpoint import open_model, save_edits
 from cul_core.parts.training_config import TrainingConfig
@@ -61,7 +61,7 @@ def main() -> None:
 
     def run() -> Path:
         model = open_model(job["checkpoint"])
-        edited, _ = run_step(model, request, callbacks=Callbacks(on_progress=marks.updated), bundles=BundleCache(job["tokenizer"]))
+        edited, _ = run_step(model, request, callbacks=Callbacks(on_progress=marks.updated), networks=NetworkCache(job["tokenizer"]))
         return save_edits(edited, Path(job["out"]) / "edits.safetensors")
 
     written = marks.timed("run", run)()

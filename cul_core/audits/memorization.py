@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..base.config import Config, setting
-from ..base.errors import ConceptError, shown
+from ..base.errors import ConceptError, brief_repr
 from ..concepts.concept import Concept, check_count, check_text
 from ..methods.conabl import ConAblConfig
-from ..models.diffusers_network import ModelBundle
+from ..models.diffusers_network import DiffusersNetwork
 from ..models.sampling import SamplerConfig, generator_for, sample_latents
 from ..parts.training_config import TrainingConfig
 from ..requests.presets import Preset
@@ -28,7 +28,7 @@ from ..store.anchors import anchor_generator
 Similarity = Callable[[Tensor], Tensor]
 """Pictures (b, 3, h, w) in [0, 1] -> how similar each is to the memorized one (b,), 1 for equal ones."""
 
-MEMORIZED = Preset(
+MEMORIZATION = Preset(
     "One memorized picture, by all weights, while its paraphrases go on drawing their own.",
     ConAblConfig(teacher="pretrained", preservation=1.0), (), TrainingConfig(learning_rate=1e-4, group="full"),
     # 5e-7 times a batch of 2, twice that with preservation
@@ -37,7 +37,7 @@ MEMORIZED = Preset(
 
 
 @dataclass(frozen=True)
-class MemorizedConfig(Config):
+class MemorizationConfig(Config):
     """When a picture is a copy, and how often a prompt has to draw copies to be a target or an anchor; as in the authors' code."""
 
     pictures: int = setting(10, "Pictures of every prompt that are compared with the memorized one.", minimum=1, maximum=1000)
@@ -82,7 +82,7 @@ def read_picture(path: Path) -> Tensor:
         with Image.open(path) as image:
             return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1) / 255
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConceptError(f"The picture {path.name!r} cannot be read ({shown(str(error))}); give a PNG or JPEG file.") from error
+        raise ConceptError(f"The picture {path.name!r} cannot be read ({brief_repr(str(error))}); give a PNG or JPEG file.") from error
 
 
 def read_paraphrases(path: Path) -> list[str]:
@@ -102,22 +102,22 @@ def read_paraphrases(path: Path) -> list[str]:
     return found
 
 
-def memorized_request(
-    bundle: ModelBundle, caption: str, paraphrases: Sequence[str], similarity: Similarity, *, seed: int, anchor_seed: int = 0,
-    retain: Sequence[Concept] = (), chosen: Preset | None = None, config: MemorizedConfig | None = None,
+def memorization_request(
+    network: DiffusersNetwork, caption: str, paraphrases: Sequence[str], similarity: Similarity, *, seed: int, anchor_seed: int = 0,
+    retain: Sequence[Concept] = (), chosen: Preset | None = None, config: MemorizationConfig | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Request, dict[str, float]]:  # fmt: skip
     """(a step that forgets the picture, share of copies of the caption and of every paraphrase).
 
     Args:
-        bundle: the pretrained model.
+        network: the pretrained model.
         caption: what draws the memorized picture.
         paraphrases: other captions of such a picture; about twenty give both kinds.
         similarity: to the memorized picture.
         seed: of the training.
         anchor_seed: of all pictures.
         retain: concepts declared as to be kept.
-        chosen: how to train and to sample; if not given, `MEMORIZED` as it is for this family.
+        chosen: how to train and to sample; if not given, `MEMORIZATION` as it is for this family.
         config: thresholds.
         check: called after each batch of pictures; may raise to stop.
 
@@ -125,36 +125,36 @@ def memorized_request(
         ConceptError: the caption does not draw the picture, or too few paraphrases draw anything else.
         ModelError: the model's pictures cannot be decoded here.
     """
-    chosen, config, caption = chosen or MEMORIZED.for_family(bundle.family), config or MemorizedConfig(), caption.strip()
+    chosen, config, caption = chosen or MEMORIZATION.for_family(network.family), config or MemorizationConfig(), caption.strip()
     sampler = chosen.anchor_sampler
-    rates = copy_rates(bundle, [caption, *paraphrases], similarity, config, sampler, anchor_seed, check)
+    rates = copy_rates(network, [caption, *paraphrases], similarity, config, sampler, anchor_seed, check)
     concepts, anchors = sorted_captions(caption, rates, config)
-    prompts = captions_without_copies(bundle, anchors, similarity, config, sampler, chosen.anchor_count, anchor_seed, check)
+    prompts = captions_without_copies(network, anchors, similarity, config, sampler, chosen.anchor_count, anchor_seed, check)
     return chosen.request(concepts, retain=retain, anchor_prompts=prompts, seed=seed, anchor_seed=anchor_seed), rates
 
 
 def copy_rates(
-    bundle: ModelBundle, prompts: Sequence[str], similarity: Similarity, config: MemorizedConfig, sampler: SamplerConfig, seed: int,
+    network: DiffusersNetwork, prompts: Sequence[str], similarity: Similarity, config: MemorizationConfig, sampler: SamplerConfig, seed: int,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:  # fmt: skip
     """Prompt -> share of its pictures that are copies, for distinct prompts; each depends on its own prompt alone."""
     prompts = list(dict.fromkeys(prompts))
     generators = [generator_for(seed, "copies", prompt, i) for prompt in prompts for i in range(config.pictures)]
     repeated = [prompt for prompt in prompts for _ in range(config.pictures)]
-    found = _are_copies(bundle, repeated, generators, similarity, config, sampler, check)
+    found = _are_copies(network, repeated, generators, similarity, config, sampler, check)
     copies = found.view(-1, config.pictures).sum(1).tolist()
     return {prompt: number / config.pictures for prompt, number in zip(prompts, copies, strict=True)}  # 3 / 10 is 0.3, not a bit more
 
 
 def sorted_captions(
-    caption: str, rates: Mapping[str, float], config: MemorizedConfig | None = None
+    caption: str, rates: Mapping[str, float], config: MemorizationConfig | None = None
 ) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
     """(the caption and the paraphrases to forget with it, those to be anchors, the least memorized first), from their rates.
 
     Raises:
         ConceptError: the caption itself is as good as an anchor, or there are too few of these.
     """
-    config = config or MemorizedConfig()
+    config = config or MemorizationConfig()
     if rates[caption] <= config.anchor_rate:
         raise ConceptError(f"{caption!r} draws the memorized picture in only {rates[caption]:.0%} of its pictures, which leaves nothing to "
                            "forget; check the caption, the picture and how they are compared.")  # fmt: skip
@@ -170,7 +170,7 @@ def sorted_captions(
 
 
 def captions_without_copies(
-    bundle: ModelBundle, anchors: Sequence[str], similarity: Similarity, config: MemorizedConfig, sampler: SamplerConfig, count: int,
+    network: DiffusersNetwork, anchors: Sequence[str], similarity: Similarity, config: MemorizationConfig, sampler: SamplerConfig, count: int,
     seed: int, check: Callable[[], None] = lambda: None,
 ) -> tuple[str, ...]:  # fmt: skip
     """One caption per anchor picture of a request, in turn: the next one where the picture would be a copy.
@@ -184,7 +184,7 @@ def captions_without_copies(
         if not missing:
             break
         generators = [anchor_generator(seed, i) for i in missing]
-        found = _are_copies(bundle, [*missing.values()], generators, similarity, config, sampler, check)
+        found = _are_copies(network, [*missing.values()], generators, similarity, config, sampler, check)
         chosen |= {i: prompt for (i, prompt), is_copy in zip(missing.items(), found.tolist(), strict=True) if not is_copy}
     if len(chosen) < count:
         raise ConceptError(f"{count - len(chosen)} of {count} anchor pictures are copies of the memorized one whichever of the "
@@ -193,11 +193,11 @@ def captions_without_copies(
 
 
 def _are_copies(
-    bundle: ModelBundle, prompts: Sequence[str], generators: Sequence[torch.Generator], similarity: Similarity, config: MemorizedConfig,
+    network: DiffusersNetwork, prompts: Sequence[str], generators: Sequence[torch.Generator], similarity: Similarity, config: MemorizationConfig,
     sampler: SamplerConfig, check: Callable[[], None],
 ) -> Tensor:  # fmt: skip
     """For one new picture of each prompt, whether it is a copy."""
-    latents = sample_latents(bundle, prompts, generators, sampler, lambda done: check())
-    with bundle.with_autoencoder():
-        values = [similarity(bundle.decode(part.to(bundle.device))).cpu() for part in latents.split(bundle.family.sampling_batch)]
+    latents = sample_latents(network, prompts, generators, sampler, lambda done: check())
+    with network.with_autoencoder():
+        values = [similarity(network.decode(part.to(network.device))).cpu() for part in latents.split(network.family.sampling_batch)]
     return torch.cat(values) > config.copy_similarity

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .errors import ConfigError, shown
+from .errors import ConfigError, brief_repr
 
 _LARGEST = {int: 2**31 - 1, float: 1e12}
 _LONGEST_TEXT = 100_000
@@ -45,10 +45,10 @@ class Config:
         for field in dataclasses.fields(self):
             value, rules = getattr(self, field.name), field.metadata
             if "help" in rules and type(value) is not type(field.default) and (type(value), type(field.default)) != (int, float):
-                raise ConfigError(f"{field.name} is {shown(value)}; give a value of type {type(field.default).__name__}.")
+                raise ConfigError(f"{field.name} is {brief_repr(value)}; give a value of type {type(field.default).__name__}.")
             if "choices" in rules and value not in rules["choices"]:
                 choices = ", ".join(map(str, rules["choices"]))
-                raise ConfigError(f"{field.name} is {shown(value)}; choose one of {choices}.")
+                raise ConfigError(f"{field.name} is {brief_repr(value)}; choose one of {choices}.")
             if "help" in rules and isinstance(value, str) and len(value) > _LONGEST_TEXT:
                 raise ConfigError(f"{field.name} has {len(value)} characters; give at most {_LONGEST_TEXT}.")
             if "help" in rules and type(value) in _LARGEST:
@@ -63,11 +63,11 @@ class Config:
     def from_json(cls, values: dict[str, Any]) -> typing.Self:
         check_object(f"JSON of a {cls.__name__}", values)
         if values.get("name", cls.registry_name) != cls.registry_name:
-            raise ConfigError(f"The JSON of a {cls.__name__} is that of {shown(values['name'])}; give its own.")
+            raise ConfigError(f"The JSON of a {cls.__name__} is that of {brief_repr(values['name'])}; give its own.")
         values = {key: value for key, value in values.items() if key != "name"}
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := values.keys() - known:
-            raise ConfigError(f"{cls.__name__} has no setting {shown(min(map(str, unknown)))}; it has {', '.join(sorted(known))}.")
+            raise ConfigError(f"{cls.__name__} has no setting {brief_repr(min(map(str, unknown)))}; it has {', '.join(sorted(known))}.")
         for field in dataclasses.fields(cls):
             if field.default is dataclasses.MISSING and field.name not in values:
                 raise ConfigError(f"{cls.__name__} lacks its {field.name}; give one.")
@@ -77,7 +77,7 @@ class Config:
 def check_object(what: str, values: Any, needed: Iterable[str] = ()) -> None:
     """Raises ConfigError for what is no JSON object with the needed keys."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"The {what} is {shown(values)}; give an object.")
+        raise ConfigError(f"The {what} is {brief_repr(values)}; give an object.")
     if missing := [key for key in needed if key not in values]:
         raise ConfigError(f"The {what} lacks {missing[0]!r}; give it.")
 
@@ -85,9 +85,9 @@ def check_object(what: str, values: Any, needed: Iterable[str] = ()) -> None:
 def check_number(name: str, value: Any, low: float | None, high: float | None, kind: type = float) -> None:
     """Raises ConfigError unless `value` is a number of that kind, or an integer, between the limits; NaN lies between none."""
     if type(value) not in (int, kind):
-        raise ConfigError(f"{name} is {shown(value)}; give a value of type {kind.__name__}.")
+        raise ConfigError(f"{name} is {brief_repr(value)}; give a value of type {kind.__name__}.")
     if not (-math.inf if low is None else low) <= value <= (math.inf if high is None else high) or abs(value) == math.inf:
-        raise ConfigError(f"{name} is {shown(value)}; give a number between {low} and {high}.")
+        raise ConfigError(f"{name} is {brief_repr(value)}; give a number between {low} and {high}.")
 
 
 def limits(field: dataclasses.Field) -> tuple[float, float]:

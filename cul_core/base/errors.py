@@ -7,7 +7,7 @@ _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 120
 
 
-def shown(value: Any) -> str:
+def brief_repr(value: Any) -> str:
     """`repr` for an error, cut so that a sentence stays one whatever it is about."""
     try:
         return _BRIEF.repr(value)

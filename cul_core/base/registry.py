@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .config import Config, check_object
-from .errors import ConfigError, shown
+from .errors import ConfigError, brief_repr
 
 T = TypeVar("T")
 
@@ -48,13 +48,13 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> Entry[T]:
         if not isinstance(name, str) or name not in self._entries:
-            raise ConfigError(f"There is no {self.kind} {shown(name)}; choose one of {', '.join(self._entries)}.")
+            raise ConfigError(f"There is no {self.kind} {brief_repr(name)}; choose one of {', '.join(self._entries)}.")
         return self._entries[name]
 
     def of(self, config: Config) -> Entry[T]:
         """The entry that a config belongs to."""
         if not isinstance(config, Config):
-            raise ConfigError(f"A {self.kind} is needed where there is {shown(config)}; choose one of {', '.join(self._entries)}.")
+            raise ConfigError(f"A {self.kind} is needed where there is {brief_repr(config)}; choose one of {', '.join(self._entries)}.")
         return self.get(config.registry_name)
 
     def from_json(self, values: Any) -> Config:

@@ -14,7 +14,7 @@ _HALF, _BINS = 16, 1 << 16
 
 
 @dataclass(frozen=True)
-class Cut:
+class TopK:
     """Where the largest entries begin.
 
     Args:
@@ -26,7 +26,7 @@ class Cut:
     bits: int
     ties: Mapping[str, int]
 
-    def kept(self, name: str, tensor: Tensor) -> Tensor:
+    def mask(self, name: str, tensor: Tensor) -> Tensor:
         """Mask of the kept entries, of the tensor's shape."""
         bits = _bits_of(tensor)
         mask, level = bits > self.bits, (bits == self.bits).flatten().nonzero()[: self.ties.get(name, 0)]
@@ -34,12 +34,12 @@ class Cut:
         return mask
 
 
-def kept_count(fraction: float, size: int) -> int:
+def count_of_fraction(fraction: float, size: int) -> int:
     """floor(fraction * size), the fraction taken as the decimal number it is written as: 0.29 of 100 are 29, not 28."""
     return math.floor(Fraction(repr(float(fraction))) * size)
 
 
-def cut_at(tensors: Mapping[str, Tensor], count: int, order: Sequence[str] | None = None) -> Cut:
+def top_k(tensors: Mapping[str, Tensor], count: int, order: Sequence[str] | None = None) -> TopK:
     """The cut that keeps exactly `count` entries of all tensors together, of any shapes; all of them if there are not more.
 
     Entries of equal magnitude are taken by tensor, in `order` (of the names, if it is not given), then in memory order. The first
@@ -47,9 +47,9 @@ def cut_at(tensors: Mapping[str, Tensor], count: int, order: Sequence[str] | Non
     no tensor is sorted.
     """
     if count >= sum(tensor.numel() for tensor in tensors.values()):
-        return Cut(-1, {})
+        return TopK(-1, {})
     if count <= 0:
-        return Cut(torch.iinfo(torch.int32).max, {})
+        return TopK(torch.iinfo(torch.int32).max, {})
     upper, above = _bin_of(sum(_counts(_bits_of(tensor) >> _HALF) for tensor in tensors.values()), count)
     in_bin = (bits[bits >> _HALF == upper] & (_BINS - 1) for bits in map(_bits_of, tensors.values()))
     lower, between = _bin_of(sum(map(_counts, in_bin)), count - above)
@@ -57,7 +57,7 @@ def cut_at(tensors: Mapping[str, Tensor], count: int, order: Sequence[str] | Non
     for name in sorted(tensors) if order is None else order:
         ties[name] = min(left, int((_bits_of(tensors[name]) == bits).sum()))
         left -= ties[name]
-    return Cut(bits, ties)
+    return TopK(bits, ties)
 
 
 def _bits_of(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..base.config import Config
-from ..base.errors import ConceptError, shown
+from ..base.errors import ConceptError, brief_repr
 
 KINDS = ("style", "object", "celebrity", "character", "memorized")
 SUGGESTED_ANCHORS = {"celebrity": "person", "character": "person"}
@@ -41,11 +41,11 @@ def _as_whole_words(name: str) -> re.Pattern:
 def check_text(what: str, text: str, longest: int = LONGEST_NAME) -> None:
     """Raises ConceptError for what is no text, is too long, or has characters that act instead of being seen."""
     if not isinstance(text, str):
-        raise ConceptError(f"The {what} is {shown(text)}; give text.")
+        raise ConceptError(f"The {what} is {brief_repr(text)}; give text.")
     if len(text) > longest:
-        raise ConceptError(f"The {what} {shown(text[:40])}... has {len(text)} characters; give at most {longest}.")
+        raise ConceptError(f"The {what} {brief_repr(text[:40])}... has {len(text)} characters; give at most {longest}.")
     if found := _UNSEEN.search(text):
-        raise ConceptError(f"The {what} {shown(text)} holds the control character {found[0]!a}; type it anew.")
+        raise ConceptError(f"The {what} {brief_repr(text)} holds the control character {found[0]!a}; type it anew.")
 
 
 def check_count(what: str, items: Sequence, most: int = MOST_NAMES) -> None:
@@ -81,11 +81,11 @@ class Concept(Config):
         check_text("target", self.target)
         check_text("anchor", self.anchor)
         if self.kind not in KINDS:
-            raise ConceptError(f"Concept kind {shown(self.kind)} is unknown; choose one of {', '.join(KINDS)}.")
+            raise ConceptError(f"Concept kind {brief_repr(self.kind)} is unknown; choose one of {', '.join(KINDS)}.")
         if not display_name(self.target):
-            raise ConceptError(f"The target is empty ({shown(self.target)}); type the name of what should be forgotten.")
+            raise ConceptError(f"The target is empty ({brief_repr(self.target)}); type the name of what should be forgotten.")
         if display_name(self.anchor).lower() == display_name(self.target).lower():
-            raise ConceptError(f"Anchor and target are both {shown(self.target)}; choose an anchor that differs from the target.")
+            raise ConceptError(f"Anchor and target are both {brief_repr(self.target)}; choose an anchor that differs from the target.")
 
     @property
     def name(self) -> str:
@@ -101,7 +101,7 @@ class Concept(Config):
         if self.kind != "style" and not display_name(self.anchor):
             becomes = {"memorized": "a caption that says the same and does not draw that picture"}
             mend = becomes.get(self.kind, "the word it should become, such as 'horse' for 'dog'")
-            raise ConceptError(f"Concept {shown(self.target)} of kind {self.kind!r} has no anchor; give {mend}.")
+            raise ConceptError(f"Concept {brief_repr(self.target)} of kind {self.kind!r} has no anchor; give {mend}.")
 
     def in_the_place_of(self, anchor: str) -> Concept:
         """This concept where a target with that anchor stands in a prompt; itself if it has an anchor, or is what that says."""

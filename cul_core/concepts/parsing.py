@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..base.errors import ConceptError, shown
+from ..base.errors import ConceptError, brief_repr
 from .concept import KINDS, SUGGESTED_ANCHORS, Concept, check_count
 
 
@@ -62,5 +62,5 @@ def parse_requests(text: str, kind: str = "style", anchor: str = "") -> list[tup
     check_count("names to forget", [name for names in lines for name in names])
     requests = [tuple(parse_concept(name, kind, anchor) for name in names) for names in lines]
     if not requests:
-        raise ConceptError(f"The list of requests is empty ({shown(text)}); type one concept per line.")
+        raise ConceptError(f"The list of requests is empty ({brief_repr(text)}); type one concept per line.")
     return requests

@@ -7,7 +7,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from ..base.errors import CheckpointError, shown
+from ..base.errors import CheckpointError, brief_repr
 
 _RESERVED = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]", re.IGNORECASE)
 _LONGEST_PART = 200  # of the 255 bytes that file systems allow; the rest is for counters and the ending
@@ -37,7 +37,7 @@ def check_name(path: Path) -> None:
         return  # whoever writes will see
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{shown(str(path))} cannot be the name of a file ({reason}); give another name.") from error
+        raise CheckpointError(f"{brief_repr(str(path))} cannot be the name of a file ({reason}); give another name.") from error
 
 
 def check_portable(name: str) -> None:
@@ -60,7 +60,7 @@ def check_portable(name: str) -> None:
             reason = "it holds characters that cannot be seen"
         else:
             continue
-        raise CheckpointError(f"{shown(name)} cannot be the beginning of a file name: {reason}; give another one.")
+        raise CheckpointError(f"{brief_repr(name)} cannot be the beginning of a file name: {reason}; give another one.")
 
 
 def check_writable(folder: Path) -> None:
@@ -75,4 +75,4 @@ def check_writable(folder: Path) -> None:
             file.write(b"x")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"The folder {shown(str(folder))} cannot be written ({reason}); choose another one.") from error
+        raise CheckpointError(f"The folder {brief_repr(str(folder))} cannot be written ({reason}); choose another one.") from error

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..base.errors import CheckpointError, ModelError, shown
+from ..base.errors import CheckpointError, ModelError, brief_repr
 from .atomic_write import write_atomically
 
 _LARGEST_HEADER = 50_000_000
@@ -68,7 +68,7 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
     """
     if path.suffix.lower() in (".ckpt", ".bin", ".pt", ".pth"):
         raise ModelError(
-            f"{shown(path.name)} is a pickle, which can run code when opened; convert it to .safetensors and choose that file."
+            f"{brief_repr(path.name)} is a pickle, which can run code when opened; convert it to .safetensors and choose that file."
         )
     try:
         status = path.stat()
@@ -83,9 +83,9 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
                 raise ValueError("header too large")
             header, metadata, end = _checked(file.read(length))
     except FileNotFoundError as error:
-        raise ModelError(f"There is no file {shown(path.name)} in {shown(str(path.parent))}; check the name.") from error
+        raise ModelError(f"There is no file {brief_repr(path.name)} in {brief_repr(str(path.parent))}; check the name.") from error
     except (OSError, struct.error, *_MISFITS) as error:
-        raise ModelError(f"{shown(path.name)} cannot be read as a safetensors file; choose a .safetensors checkpoint "
+        raise ModelError(f"{brief_repr(path.name)} cannot be read as a safetensors file; choose a .safetensors checkpoint "
                          "or download it again.") from error  # fmt: skip
     if size != 8 + length + end:
         raise ModelError(f"{path.name!r} has {size} bytes where its header announces {8 + length + end}; it was cut short "
@@ -168,7 +168,7 @@ class OpenedFile:
         """
         entry = self._header[name]
         if (dtype := (DTYPES | _ONLY_READ).get(entry["dtype"])) is None:
-            raise ModelError(f"{self._name!r} stores {shown(name)} as {entry['dtype']}, which cannot be read; choose an fp16, bf16 or fp32 "
+            raise ModelError(f"{self._name!r} stores {brief_repr(name)} as {entry['dtype']}, which cannot be read; choose an fp16, bf16 or fp32 "
                              "checkpoint.")  # fmt: skip
         tensor = torch.empty(entry["shape"], dtype=dtype)
         data = _bytes_of(tensor)
@@ -211,7 +211,7 @@ def tensor_entries(tensors: Mapping[str, Tensor]) -> dict[str, dict]:
         tensor = tensors[name]
         if tensor.dtype not in _CODES:
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{shown(name)} is {dtype}, which is not written; turn it into fp32.")
+            raise CheckpointError(f"{brief_repr(name)} is {dtype}, which is not written; turn it into fp32.")
         begin, end = end, end + tensor.element_size() * math.prod(tensor.shape)
         shape = list(tensor.shape)
         entries[name] = {"dtype": _CODES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
@@ -243,7 +243,7 @@ def packed_header(
         _checked(text)
     except _MISFITS as error:
         raise CheckpointError(
-            f"{name!r} could not be read again ({shown(str(error))}); begin with a file that holds less "
+            f"{name!r} could not be read again ({brief_repr(str(error))}); begin with a file that holds less "
             "metadata, or train fewer iterations."
         ) from error
     return struct.pack("<Q", len(text)) + text

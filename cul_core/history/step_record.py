@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import CheckpointError, shown
+from ..base.errors import CheckpointError, brief_repr
 from ..concepts.concept import KINDS, LONGEST_NAME
 from ..files.safetensors_format import read_header
 
@@ -63,7 +63,7 @@ def read_history(path: Path) -> tuple[tuple[StepRecord, ...], dict[str, Any] | N
     if "cul_format" not in metadata:
         return (), None
     if metadata["cul_format"] != FORMAT:
-        raise CheckpointError(f"{path.name!r} has history format {shown(metadata['cul_format'])}, this version reads {FORMAT!r}; "
+        raise CheckpointError(f"{path.name!r} has history format {brief_repr(metadata['cul_format'])}, this version reads {FORMAT!r}; "
                               "update continual-unlearning.")  # fmt: skip
     try:
         records, source = json.loads(metadata["cul_history"]), json.loads(metadata["cul_source"])

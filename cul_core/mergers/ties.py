@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base.config import setting
-from ..base.topk import cut_at, kept_count
+from ..base.topk import count_of_fraction, top_k
 from ..models.weight_roles import GROUPS
 from .base import MERGERS, Deltas, Merger, WeightedConfig, names_in, weighted_sum
 
@@ -60,15 +60,15 @@ class Ties(Merger):
         cuts, majority = None, None
         if config.trim == "global":
             size = sum(next(delta[name] for delta in deltas if name in delta).numel() for name in names)
-            cuts = [cut_at(delta, self._kept(size)) for delta in deltas]
+            cuts = [top_k(delta, self._kept(size)) for delta in deltas]
 
         def trimmed(name: str) -> list[tuple[float, Tensor]]:
             parts = []
             for number, delta in enumerate(deltas):
                 if name in delta:
                     tensor = delta[name]
-                    cut = cuts[number] if cuts else cut_at({name: tensor}, self._kept(tensor.numel()))
-                    parts.append((weights[number], tensor * cut.kept(name, tensor)))
+                    cut = cuts[number] if cuts else top_k({name: tensor}, self._kept(tensor.numel()))
+                    parts.append((weights[number], tensor * cut.mask(name, tensor)))
             return parts
 
         if cuts:
@@ -78,7 +78,7 @@ class Ties(Merger):
             yield name, (config.strength * merge_agreeing(parts, elect_signs(weighted_sum(parts), majority), config.function)).float()
 
     def _kept(self, size: int) -> int:
-        return kept_count(self.config.keep_fraction, size) + self.config.keep_one_more
+        return count_of_fraction(self.config.keep_fraction, size) + self.config.keep_one_more
 
 
 def elect_signs(total: Tensor, majority: int | None = None) -> Tensor:

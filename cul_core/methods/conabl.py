@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.config import Config, setting
 from ..base.errors import ConceptError
-from ..models.text_conditioning import Embeddings
+from ..models.text_conditioning import Conditioning
 from ..parts.anchor_augmentation import anchor_pool
 from ..parts.step_context import StepContext
 from .base import METHODS, LossParts, Method, Predict
@@ -78,8 +78,8 @@ class ConAbl(Method):
 
     def prepare(self, context: StepContext) -> None:
         self._schedule, self._latents, self._batch = context.schedule, context.anchor_latents, context.training.batch_size
-        bundle, config, captions = context.bundle, self.config, context.anchor_prompts
-        self._prediction_type = bundle.family.prediction_type
+        network, config, captions = context.network, self.config, context.anchor_prompts
+        self._prediction_type = network.family.prediction_type
         named = (*context.concepts, *context.previous)
         usable = [i for i, caption in enumerate(captions) if not any(other.mentioned_in(caption) for other in named)]
         rewritten = []
@@ -89,7 +89,7 @@ class ConAbl(Method):
                 raise ConceptError(f"No anchor prompt can be turned into one for {concept.target!r}; add prompts that name its "
                                    f"anchor ({concept.anchor or 'any caption without a style'!r}) and not the target.")  # fmt: skip
         self._pool = pool = anchor_pool(
-            bundle, context.anchor_latents, versions=config.augmentations, flip=config.flip, border=config.border_mask,
+            network, context.anchor_latents, versions=config.augmentations, flip=config.flip, border=config.border_mask,
             generator=context.generator, check=context.check,
         )  # fmt: skip
         rows: dict[str, int] = {}
@@ -109,7 +109,7 @@ class ConAbl(Method):
         self._earlier = [pairs(prompts) for prompts in again if prompts]
         self._preserved = [(i, row(captions[i])) for i in usable]
         self._prompts = list(rows)
-        self._embeddings = bundle.encode(self._prompts)
+        self._embeddings = network.encode(self._prompts)
 
     def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
         pictures, targets = self._draw(generator)
@@ -146,7 +146,7 @@ class ConAbl(Method):
         timesteps = torch.randint(self._schedule.timesteps, (len(clean),), generator=generator).to(clean.device)
         return self._schedule.add_noise(clean, noise, timesteps), timesteps, noise
 
-    def _draw_anchors(self, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor, Embeddings], Tensor]:
+    def _draw_anchors(self, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor, Conditioning], Tensor]:
         """(z_t, t, E(p)) of a batch of anchors as they are, and what a perfect model would say there."""
         drawn = torch.randint(len(self._preserved), (self._batch,), generator=generator).tolist()
         anchors, prompts = zip(*(self._preserved[i] for i in drawn), strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.config import Config, setting
-from ..models.text_conditioning import Embeddings
+from ..models.text_conditioning import Conditioning
 from ..models.trajectory_buffer import TrajectoryBuffer
 from ..parts.step_context import StepContext
 from .base import METHODS, LossParts, Method, Predict
@@ -80,15 +80,15 @@ class ESD(Method):
         self.teacher_calls = 2 + bool(config.erase_from.strip())
 
     def prepare(self, context: StepContext) -> None:
-        bundle, config = context.bundle, self.config
+        network, config = context.network, self.config
         self._batch = context.training.batch_size
-        self._null = bundle.encode([""])
-        self._concepts = bundle.encode([concept.prompt for concept in context.concepts])
+        self._null = network.encode([""])
+        self._concepts = network.encode([concept.prompt for concept in context.concepts])
         self._is_narrow = bool(config.erase_from.strip())
-        self._wider = bundle.encode([config.erase_from.strip()] * len(context.concepts)) if self._is_narrow else self._concepts
+        self._wider = network.encode([config.erase_from.strip()] * len(context.concepts)) if self._is_narrow else self._concepts
         self._buffer = TrajectoryBuffer(
-            self._wider, self._null, bundle.family.latent_shape,
-            lambda: context.schedule.ddim(bundle.family.prediction_type, config.trajectory_steps),
+            self._wider, self._null, network.family.latent_shape,
+            lambda: context.schedule.ddim(network.family.prediction_type, config.trajectory_steps),
             lambda number: context.generator("trajectory", number),
             guidance_scale=config.guidance_scale, size=config.trajectories, refresh_every=config.refresh_every,
         )  # fmt: skip
@@ -105,7 +105,7 @@ class ESD(Method):
         concept, wider = self._concepts[picks], self._wider[picks]
         prompts = [self._null.expand(self._batch), concept, *([wider] if self._is_narrow else [])]
         count = len(prompts)
-        predicted = teacher(latents.repeat(count, 1, 1, 1), timesteps.repeat(count), Embeddings.cat(prompts)).chunk(count)
+        predicted = teacher(latents.repeat(count, 1, 1, 1), timesteps.repeat(count), Conditioning.cat(prompts)).chunk(count)
         goal = erasing_goal(predicted[0], predicted[1], predicted[-1], self.config.negative_guidance)
         loss = (student(latents, timesteps, wider) - goal).square().mean()
         return LossParts(loss, {"unlearn": loss.item()})

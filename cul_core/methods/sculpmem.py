@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from ..base.config import setting
 from ..base.errors import ConfigError
-from ..base.topk import cut_at, kept_count
+from ..base.topk import count_of_fraction, top_k
 from ..models.diffusers_network import swapped_weights
 from ..models.sampling import sample_latents
-from ..models.text_conditioning import Embeddings
+from ..models.text_conditioning import Conditioning
 from ..parts.anchor_augmentation import AnchorPool
 from ..parts.step_context import StepContext
 from .base import METHODS, LossParts, Predict, Weights
@@ -66,13 +66,13 @@ def turnover_at(turnover: float, epoch: float, epochs: float) -> float:
 
 def largest(scores: Tensor, count: int) -> Tensor:
     """Boolean mask of exactly the `count` largest magnitudes; of equal ones the first win."""
-    return cut_at({"": scores}, count).kept("", scores)
+    return top_k({"": scores}, count).mask("", scores)
 
 
 def exchanged(mask: Tensor, scores: Tensor, share: float) -> Tensor:
     """The mask after its lowest-scored entries, this share (at least one), gave way to as many of the highest-scored others."""
     active = int(mask.sum())
-    count = min(max(1, kept_count(share, active)), active, mask.numel() - active)
+    count = min(max(1, count_of_fraction(share, active)), active, mask.numel() - active)
     result = torch.empty_like(mask)
     for side, kept in ((mask, active - count), (~mask, count)):
         result[side] = largest(scores[side], kept)
@@ -124,11 +124,11 @@ class SculpMem(ConAbl):
         if config.warm_up >= training.iterations > 0:
             raise ConfigError(f"A warm-up of {config.warm_up} iterations leaves none of {training.iterations} to train with a mask; "
                               f"shorten it, to about {max(1, training.iterations // 20)}.")  # fmt: skip
-        self._unet, self._start = context.bundle.unet, context.start
+        self._unet, self._start = context.network.unet, context.start
         self._epoch = math.ceil(len(context.anchor_prompts) / training.batch_size)
         self._epochs = math.ceil(training.iterations / self._epoch)
         self._seen, self._masks = 0, {}
-        self._previous = context.bundle.encode([concept.prompt for concept in context.previous]) if context.previous else None
+        self._previous = context.network.encode([concept.prompt for concept in context.previous]) if context.previous else None
         if config.loss == "sm":
             self._draw_targets(context)
 
@@ -142,9 +142,9 @@ class SculpMem(ConAbl):
                 pairs[i] = (len(rows) - 1, rows[-1:])
         self._anchor_rows = anchor_rows
         generators = [context.generator("target picture", i) for i in range(len(rows))]
-        latents = sample_latents(context.bundle, [self._prompts[row] for row in rows], generators, context.anchor_sampler,
+        latents = sample_latents(context.network, [self._prompts[row] for row in rows], generators, context.anchor_sampler,
                                  lambda done: context.check())  # fmt: skip
-        self._pool = AnchorPool(range(len(rows)), [""] * len(rows), latents.to(context.bundle.device))
+        self._pool = AnchorPool(range(len(rows)), [""] * len(rows), latents.to(context.network.device))
 
     def prepare_mask(self, context: StepContext, coordinates: Callable[[str], Tensor | None]) -> None:
         in_update = self.config.form == "update"
@@ -184,13 +184,13 @@ class SculpMem(ConAbl):
         loss = (student(noisy, timesteps, self._embeddings[targets]) - truth).square().mean()
         return LossParts(loss, {"learn": loss.item()})
 
-    def _draw_held(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Embeddings]:
+    def _draw_held(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Conditioning]:
         """(z_t, t, embeddings) of anchors with their own prompts, and, if there are any, then with those of earlier targets."""
         (noisy, timesteps, anchors), _ = self._draw_anchors(generator)
         if self._previous is None:
             return noisy, timesteps, anchors
         previous = self._previous[torch.randint(len(self._previous), (self._batch,), generator=generator)]
-        return noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), Embeddings.cat([anchors, previous])
+        return noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), Conditioning.cat([anchors, previous])
 
     # --- the mask
 
@@ -214,7 +214,7 @@ class SculpMem(ConAbl):
         for name, scores in self._scores.items():
             before = self._masks.get(name)
             if before is None:
-                after = largest(scores, kept_count(self.config.active_fraction, scores.numel()))
+                after = largest(scores, count_of_fraction(self.config.active_fraction, scores.numel()))
             else:
                 after = exchanged(before, scores, share)
             self._masks[name] = after

@@ -27,7 +27,7 @@ from ..files.locks import try_locked
 from ..files.paths import free_path
 from ..mergers.merge import merge
 from ..mergers.ties import TiesConfig
-from ..models.load_diffusers import BundleCache
+from ..models.load_diffusers import NetworkCache
 from ..output.charts import PAPER_PANELS, metric_chart, save_picture, stacked
 from ..output.checkpoint import open_model
 from ..requests.presets import Preset, preset
@@ -168,22 +168,22 @@ class Run:
 
 def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
     """One line per mark. Finished steps come from the store, so that an interrupted run goes on where it was."""
-    pretrained, store, bundles, judge = open_model(models.CHECKPOINT_PATH), StepStore(store_folder), BundleCache(), Judge()
+    pretrained, store, networks, judge = open_model(models.CHECKPOINT_PATH), StepStore(store_folder), NetworkCache(), Judge()
     model, trained, lines, setting = pretrained, [], [], run.cell.setting
     for k in range(1, max(marks) + 1):
         if setting == "simultaneous" and k not in marks:
             continue
         begun, request = model if setting == "sequential" else pretrained, run.request(k)
         measure = measure_for(request, judge) if request.training.evaluate_every else None
-        train = partial(run_step, begun, request, store=store.anchors, bundles=bundles, measure=measure)
-        outcome = store.get_or_train(begun, request, lambda keeper, train=train: train(keeper=keeper))
+        train = partial(run_step, begun, request, store=store.anchors, networks=networks, measure=measure)
+        outcome = store.get_or_train(begun, request, lambda state_store, train=train: train(state_store=state_store))
         model, report = outcome.model, outcome.report
         trained.append(model)
         if setting == "ties" and k in marks:
             model = merge(trained, run.merger(k))
         if k in marks:
             scores = evaluate(
-                bundles.get(model.source), model, judge, run.suite.orders[run.order][:k], seed=run.seed, suite=run.suite,
+                networks.get(model.source), model, judge, run.suite.orders[run.order][:k], seed=run.seed, suite=run.suite,
                 per_cell=run.pictures, across=run.across(k),
             )  # fmt: skip
             drift = sum(delta.square().sum().item() for delta in model.edits.values()) ** 0.5

@@ -23,7 +23,7 @@ from PIL import Image
 from ..audits.classifier_scores import METRICS, Shot
 from ..files.paths import free_path
 from ..history.unlearn_model import UnlearnModel
-from ..models.load_diffusers import BundleCache
+from ..models.load_diffusers import NetworkCache
 from ..models.sampling import SamplerConfig
 from ..models.source import source_of
 from ..output.charts import labelled_grid, metric_chart, save_picture, to_image
@@ -71,7 +71,7 @@ class Plan:
         return 2 if k == 12 else 1
 
     @property
-    def shown(self) -> list[tuple[str, str]]:
+    def brief_repr(self) -> list[tuple[str, str]]:
         """The columns of the grid of pictures: (style, role)."""
         groups = {"forgotten": self.targets, "declared": styles_in("declared"), "hidden": styles_in("hidden")}
         return [(style, role) for role, styles in groups.items() for style in styles[:4]]
@@ -82,7 +82,7 @@ class _Worker:
     """What a worker process loads once and keeps for all its jobs."""
 
     progress: multiprocessing.Queue
-    bundles: BundleCache
+    networks: NetworkCache
     judge: Judge
 
 
@@ -92,7 +92,7 @@ _worker: _Worker | None = None
 def _start_worker(progress: multiprocessing.Queue) -> None:
     global _worker
     prepare_worker()
-    _worker = _Worker(progress, BundleCache(), Judge())
+    _worker = _Worker(progress, NetworkCache(), Judge())
 
 
 def _edits_path(plan: Plan, run: str, k: int) -> Path:
@@ -106,7 +106,7 @@ def _model_after(plan: Plan, run: str | None, k: int) -> UnlearnModel:
 def _make_anchors(plan: Plan) -> None:
     source = source_of(plan.model_path)
     AnchorStore(plan.folder).anchor_latents(
-        source, _worker.bundles.get(source), STYLE_SUITE.captions(plan.targets[:1]), ANCHOR_COUNT, SamplerConfig(), plan.seed
+        source, _worker.networks.get(source), STYLE_SUITE.captions(plan.targets[:1]), ANCHOR_COUNT, SamplerConfig(), plan.seed
     )
 
 
@@ -123,7 +123,7 @@ def _run_chain(plan: Plan, run: str) -> float:
             seed=plan.seed * 1000 + k,
             anchor_seed=plan.seed,
         )
-        model, report = run_step(model, request, callbacks=callbacks, store=store, bundles=_worker.bundles)
+        model, report = run_step(model, request, callbacks=callbacks, store=store, networks=_worker.networks)
         seconds.append(report.record.seconds)
         if k in plan.marks:
             save_edits(model, _edits_path(plan, run, k))
@@ -140,7 +140,7 @@ def _evaluate(plan: Plan, run: str | None, k: int) -> dict:
 
     model = _model_after(plan, run, k)
     return evaluate(
-        _worker.bundles.get(model.source), model, _worker.judge, plan.targets[:k],
+        _worker.networks.get(model.source), model, _worker.judge, plan.targets[:k],
         seed=plan.seed, per_cell=plan.per_cell(k), across=plan.objects, on_batch=on_batch,
     ).to_json()  # fmt: skip
 
@@ -150,7 +150,7 @@ def _draw_row(plan: Plan, run: str | None) -> list[Image.Image]:
     model, names = _model_after(plan, run, len(plan.targets)), itertools.cycle(OBJECTS)
     shots = [Shot(EVALUATION_TEMPLATE.format(object=name, style=STYLE_BY_NAME[style].display_name), style, name, "picture", 0)
              for (style, _), name in zip(plan.shown, names, strict=False)]  # fmt: skip
-    return [to_image(picture) for picture in take(_worker.bundles.get(model.source), model, shots, plan.seed)]
+    return [to_image(picture) for picture in take(_worker.networks.get(model.source), model, shots, plan.seed)]
 
 
 _JOBS = {"anchors": _make_anchors, "chain": _run_chain, "scores": _evaluate, "row": _draw_row}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..audits.classifier_scores import Scores, Shot, Verdict, score
 from ..base.errors import ConceptError
 from ..history.unlearn_model import UnlearnModel, weights_of
-from ..models.diffusers_network import ModelBundle, swapped_weights
+from ..models.diffusers_network import DiffusersNetwork, swapped_weights
 from ..models.sampling import SamplerConfig, generator_for, sample_latents
 from ..requests.request import Request
 from ..training.early_stopping import Measure
@@ -37,28 +37,28 @@ class Judge:
 
 
 def take(
-    bundle: ModelBundle, model: UnlearnModel, shots: Sequence[Shot], seed: int, sampler: SamplerConfig | None = None,
+    network: DiffusersNetwork, model: UnlearnModel, shots: Sequence[Shot], seed: int, sampler: SamplerConfig | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Tensor:  # fmt: skip
     """Pictures (n, 3, 64, 64) in [0, 1] of the shots; each depends on its own shot and the seed alone."""
-    pretrained = {name: p.data for name, p in bundle.unet.named_parameters() if name in model.edits}
-    with swapped_weights(bundle.unet, weights_of(model, pretrained)):
-        return _draw(bundle, shots, seed, sampler or SamplerConfig(), on_batch)
+    pretrained = {name: p.data for name, p in network.unet.named_parameters() if name in model.edits}
+    with swapped_weights(network.unet, weights_of(model, pretrained)):
+        return _draw(network, shots, seed, sampler or SamplerConfig(), on_batch)
 
 
-def _draw(bundle: ModelBundle, shots: Sequence[Shot], seed: int, sampler: SamplerConfig, on_batch: Callable[[int], None]) -> Tensor:
+def _draw(network: DiffusersNetwork, shots: Sequence[Shot], seed: int, sampler: SamplerConfig, on_batch: Callable[[int], None]) -> Tensor:
     generators = [generator_for(seed, "picture", shot.style, shot.object, shot.index) for shot in shots]
-    latents = sample_latents(bundle, [shot.prompt for shot in shots], generators, sampler, on_batch)
-    return torch.cat([bundle.decode(part) for part in latents.to(bundle.device).split(64)]).cpu()
+    latents = sample_latents(network, [shot.prompt for shot in shots], generators, sampler, on_batch)
+    return torch.cat([network.decode(part) for part in latents.to(network.device).split(64)]).cpu()
 
 
 def evaluate(
-    bundle: ModelBundle, model: UnlearnModel, judge: Judge, targets: Sequence[str], *, seed: int, suite: Suite = STYLE_SUITE,
+    network: DiffusersNetwork, model: UnlearnModel, judge: Judge, targets: Sequence[str], *, seed: int, suite: Suite = STYLE_SUITE,
     per_cell: int = 1, across: Sequence[str] | None = None, on_batch: Callable[[int], None] = lambda done: None,
 ) -> Scores:  # fmt: skip
     """Scores of `model` after `targets` of a suite were forgotten, asked across these names (all of the suite's if not given)."""
     shots = suite.shots(targets, per_cell, across)
-    return score(shots, judge(take(bundle, model, shots, seed, on_batch=on_batch)), suite.domain)
+    return score(shots, judge(take(network, model, shots, seed, on_batch=on_batch)), suite.domain)
 
 
 _FEW = 10
@@ -88,9 +88,9 @@ def measure_for(request: Request, judge: Judge | None = None) -> Measure:
         rest += [shot for i, shot in enumerate(shots) if i not in picked]
     judge = judge or Judge()
 
-    def measure(bundle: ModelBundle, check: Callable[[], None]) -> tuple[float, float] | None:
+    def measure(network: DiffusersNetwork, check: Callable[[], None]) -> tuple[float, float] | None:
         def seen(shots: list[Shot]) -> list[Verdict]:
-            return judge(_draw(bundle, shots, request.training.seed, SamplerConfig(), lambda done: check())) if shots else []
+            return judge(_draw(network, shots, request.training.seed, SamplerConfig(), lambda done: check())) if shots else []
 
         verdicts = seen(few)
         scores = score(few, verdicts, suite.domain)

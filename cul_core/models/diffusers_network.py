@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from ..base.errors import ModelError
 from .family import Family
 from .free_memory import release_memory
-from .pruned_decoder import compact_decoder
-from .text_conditioning import Embeddings
+from .pruned_decoder import prune_decoder
+from .text_conditioning import Conditioning
 
 _CACHED_PROMPTS = 1024
 _ROOM = 1.5
 
 
 @dataclass
-class ModelBundle:
+class DiffusersNetwork:
     """UNet, text encoders, tokenizer and autoencoder of one source file, all frozen. Not a value: nodes never pass it on.
 
     `text_encoders` are in the order of the family's; none after `free_text_encoders`, until `open_text_encoders` loads them for a
@@ -37,7 +37,7 @@ class ModelBundle:
     open_autoencoder: Callable[[], nn.Module] | None = field(default=None, repr=False)
     open_text_encoders: Callable[[], tuple[nn.Module, ...]] | None = field(default=None, repr=False)
     read_weights: Callable[[Sequence[str]], dict[str, Tensor]] | None = field(default=None, repr=False)
-    _prompts: dict[str, Embeddings] = field(default_factory=dict, repr=False)
+    _prompts: dict[str, Conditioning] = field(default_factory=dict, repr=False)
     _decoder: nn.Module | None = field(default=None, repr=False)
     _scores: tuple[str, dict[str, Tensor]] | None = field(default=None, repr=False)
 
@@ -50,7 +50,7 @@ class ModelBundle:
         """What the UNet computes in."""
         return next(self.unet.parameters()).dtype
 
-    def to(self, device: torch.device | str) -> ModelBundle:
+    def to(self, device: torch.device | str) -> DiffusersNetwork:
         """Moves the UNet and the autoencoder, and returns itself; the text encoders follow for the next prompts, if there is room."""
         layout = torch.channels_last if torch.device(device).type == "cuda" else torch.preserve_format  # where convolutions gain by it
         self.unet.to(device, memory_format=layout)
@@ -81,7 +81,7 @@ class ModelBundle:
         return self._scores[1]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Embeddings:
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The prompts as the family's text encoders see them (see `families.TextEncoder`), on the device. Each distinct prompt is
         encoded once; of more than `_CACHED_PROMPTS` the least recently asked for are forgotten, never those of this call."""
         missing = sorted(set(prompts) - self._prompts.keys())
@@ -92,7 +92,7 @@ class ModelBundle:
             self._prompts.update(zip(part, self._encode(self.token_ids(part).to(device)).to("cpu"), strict=True))
         for prompt in dict.fromkeys(prompts):
             self._prompts[prompt] = self._prompts.pop(prompt)
-        encoded = Embeddings.cat(self._prompts[prompt] for prompt in prompts).to(self.device)
+        encoded = Conditioning.cat(self._prompts[prompt] for prompt in prompts).to(self.device)
         for prompt in list(self._prompts)[: -max(_CACHED_PROMPTS, len(set(prompts)))]:
             del self._prompts[prompt]
         return encoded
@@ -111,7 +111,7 @@ class ModelBundle:
             encoder.to(device)
         return device
 
-    def _encode(self, ids: Tensor) -> Embeddings:
+    def _encode(self, ids: Tensor) -> Conditioning:
         rows, pooled = [], None
         after_end = (ids == self.tokenizer.eos_token_id).cumsum(1) > 1
         for kind, encoder in zip(self.family.text_encoders, self.text_encoders, strict=True):
@@ -120,9 +120,9 @@ class ModelBundle:
             rows.append(output.hidden_states[-2] if kind.skips_last else output.last_hidden_state)
             if kind.is_pooled:
                 pooled = output.text_embeds
-        return Embeddings(torch.cat(rows, -1), pooled)
+        return Conditioning(torch.cat(rows, -1), pooled)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Embeddings) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Conditioning) -> Tensor:
         """Raw output (b, c, h, w) of the UNet for (b, c, h, w) latents at timesteps (b,) or (): the one way in which it is called.
 
         It computes in its own dtype; what goes in and comes out is of the latents' dtype.
@@ -182,7 +182,7 @@ class ModelBundle:
         if not self.family.has_decoder:
             return self.autoencoder.decode(latents / self.family.latent_scale).sample.div(2).add(0.5).clamp(0, 1)
         if self._decoder is None:
-            self._decoder = compact_decoder(self.autoencoder.decoder.layers).to(memory_format=torch.channels_last)
+            self._decoder = prune_decoder(self.autoencoder.decoder.layers).to(memory_format=torch.channels_last)
         clamped = 3 * (latents / self.family.latent_scale / 3).tanh()
         return self._decoder(clamped).clamp(0, 1)
 

@@ -77,7 +77,7 @@ def _is_trained(module: nn.Module) -> bool:
     return any(weight.requires_grad for weight in module.parameters(recurse=False))
 
 
-class LeanLinear(nn.Linear):
+class FrozenLinear(nn.Linear):
     """`torch.nn.Linear`, by oneDNN while it is frozen."""
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class LeanLinear(nn.Linear):
         return _Linear.apply(rows, self.weight, self.bias)
 
 
-class LeanConv2d(nn.Conv2d):
+class FrozenConv2d(nn.Conv2d):
     """`torch.nn.Conv2d` that keeps its input only while it is trained itself."""
 
     def forward(self, picture: Tensor) -> Tensor:
@@ -107,14 +107,14 @@ def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
     """PyTorch's and diffusers' layers -> ours; diffusers is loaded for it."""
     from diffusers.models.activations import GEGLU
 
-    class LeanGEGLU(GEGLU):
+    class FrozenGEGLU(GEGLU):
         def forward(self, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return _Gate.apply(self.proj(rows))
 
-    return {nn.Linear: LeanLinear, nn.Conv2d: LeanConv2d, GEGLU: LeanGEGLU}
+    return {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d, GEGLU: FrozenGEGLU}
 
 
-def lean(network: nn.Module) -> nn.Module:
+def replace_frozen_layers(network: nn.Module) -> nn.Module:
     """Turns the layers of a network into those of this module, and returns it."""
     for module in network.modules():
         module.__class__ = _kinds().get(type(module), type(module))

@@ -1,4 +1,4 @@
-"""From one .safetensors file to a `ModelBundle`, offline, and the map between diffusers names and checkpoint keys."""
+"""From one .safetensors file to a `DiffusersNetwork`, offline, and the map between diffusers names and checkpoint keys."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..base.errors import ModelError
 from ..files.safetensors_format import OpenedFile, opened, read_header
-from .diffusers_network import ModelBundle
+from .diffusers_network import DiffusersNetwork
 from .family import MINI, UNET_PREFIX, VAE_PREFIX, Family, TextEncoder
-from .frozen_layers import lean
+from .frozen_layers import replace_frozen_layers
 from .recognize import detect_family
 from .source import Source, source_of
 
@@ -87,7 +87,7 @@ def _build_text_encoder(family: Family, kind: TextEncoder) -> nn.Module:
     for module in encoder.modules():
         if "position_ids" in dict(module.named_buffers(recurse=False)):  # no checkpoint's, so no weights fill it
             module.position_ids = torch.arange(config.max_position_embeddings)[None]
-    return _lean(encoder, family)
+    return _with_frozen_layers(encoder, family)
 
 
 def build_unet(family: Family) -> nn.Module:
@@ -96,12 +96,12 @@ def build_unet(family: Family) -> nn.Module:
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(family.config("unet"))
-    return _lean(unet, family)
+    return _with_frozen_layers(unet, family)
 
 
-def _lean(network: nn.Module, family: Family) -> nn.Module:
+def _with_frozen_layers(network: nn.Module, family: Family) -> nn.Module:
     """`lean`, but for MiniCanvas, whose layers are too small to gain."""
-    return network if family == MINI else lean(network)
+    return network if family == MINI else replace_frozen_layers(network)
 
 
 def _fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -143,7 +143,7 @@ def load_tokenizer(family: Family, folder: Path | str | None = None) -> object:
     return tokenizer
 
 
-def load_bundle(path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder: Path | str | None = None) -> ModelBundle:
+def load_network(path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder: Path | str | None = None) -> DiffusersNetwork:
     """Load UNet, text encoder, tokenizer and, for families that need it, autoencoder; takes nothing from the network.
 
     Args:
@@ -158,7 +158,7 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder
     require_diffusers()
     tokenizer = load_tokenizer(family, tokenizer_folder)
     with _naming(path):
-        return _load_bundle(path, family, tokenizer, dtype)
+        return _load_network(path, family, tokenizer, dtype)
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def _naming(path: Path) -> Iterator[None]:
                          "checkpoint.") from error  # fmt: skip
 
 
-def _load_bundle(path: Path, family: Family, tokenizer: object, dtype: torch.dtype) -> ModelBundle:
+def _load_network(path: Path, family: Family, tokenizer: object, dtype: torch.dtype) -> DiffusersNetwork:
     unet = build_unet(family)
     with opened(path) as file:
         names = list(file.keys())
@@ -185,7 +185,7 @@ def _load_bundle(path: Path, family: Family, tokenizer: object, dtype: torch.dty
     to_open = None
     if autoencoder is None and family.has_config("vae"):
         to_open = partial(load_autoencoder, path, family.config("vae"))
-    return ModelBundle(
+    return DiffusersNetwork(
         family, unet, load_text_encoders(path, family), tokenizer, autoencoder, to_open,
         None if family.has_decoder else partial(load_text_encoders, path, family),  # a family as small as that keeps all in memory
         partial(_read_unet, path, unet_names),
@@ -255,8 +255,8 @@ def _load_tiny_autoencoder(file: OpenedFile, names: list[str]) -> nn.Module:
     return _fill(autoencoder, ((name, file.get_tensor(key)) for name, key in keys.items()))
 
 
-class BundleCache:
-    """Keeps the bundle of one source, the last used; `free` gives its memory back.
+class NetworkCache:
+    """Keeps the network of one source, the last used; `free` gives its memory back.
 
     Args:
         tokenizer_folder: for families whose tokenizer does not come with this package (see `load_tokenizer`).
@@ -264,18 +264,18 @@ class BundleCache:
 
     def __init__(self, tokenizer_folder: Path | str | None = None):
         self._tokenizer_folder = tokenizer_folder
-        self._slot: tuple[str, ModelBundle] | None = None
+        self._slot: tuple[str, DiffusersNetwork] | None = None
 
-    def get(self, source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> ModelBundle:
-        """The bundle of a source whose UNet computes in `dtype`, on a device."""
+    def get(self, source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersNetwork:
+        """The network of a source whose UNet computes in `dtype`, on a device."""
         key = f"{source.sha256} {dtype}"
         if self._slot is None or self._slot[0] != key:
             self._slot = None
             if source_of(source.path).sha256 != source.sha256:
                 raise ModelError(f"{source.path.name!r} has changed since the model was opened; open it again.")
-            self._slot = (key, load_bundle(source.path, dtype, self._tokenizer_folder))
-        bundle, device = self._slot[1], torch.empty(0, device=device).device  # with its number
-        return bundle if bundle.device == device else bundle.to(device)
+            self._slot = (key, load_network(source.path, dtype, self._tokenizer_folder))
+        network, device = self._slot[1], torch.empty(0, device=device).device  # with its number
+        return network if network.device == device else network.to(device)
 
     def free(self) -> None:
         self._slot = None

@@ -29,7 +29,7 @@ def _live(conv: nn.Conv2d, columns: Tensor) -> Tensor:
     return (alive if conv.bias is None else alive + conv.bias.data.abs()).nonzero().flatten()
 
 
-def compact_decoder(layers: nn.Sequential) -> nn.Sequential:
+def prune_decoder(layers: nn.Sequential) -> nn.Sequential:
     """A decoder equal to `layers` (of diffusers' `DecoderTiny`) up to rounding, of live channels only."""
     live, out, last = torch.arange(layers[0].in_channels), [], len(layers) - 1
     for index, layer in enumerate(layers):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..base.config import Config, setting
-from .diffusers_network import ModelBundle
+from .diffusers_network import DiffusersNetwork
 from .noise_process import NoiseSchedule
-from .text_conditioning import Embeddings
+from .text_conditioning import Conditioning
 
-Predict = Callable[[Tensor, Tensor, Embeddings], Tensor]
+Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(latents (b, c, h, w), timesteps (b,), embeddings of b prompts) -> raw UNet output (b, c, h, w)."""
 
 
@@ -34,7 +34,7 @@ def generator_for(seed: int, *purpose: object) -> torch.Generator:
 
 @torch.no_grad()
 def sample_latents(
-    bundle: ModelBundle, prompts: Sequence[str], generators: Sequence[torch.Generator], sampler: SamplerConfig,
+    network: DiffusersNetwork, prompts: Sequence[str], generators: Sequence[torch.Generator], sampler: SamplerConfig,
     on_batch: Callable[[int], None] = lambda done: None, batch_size: int | None = None, batches: list[Tensor] | None = None,
     keeps_text_encoders: bool = True,
 ) -> Tensor:  # fmt: skip
@@ -46,22 +46,22 @@ def sample_latents(
     of this size; those sampled now are appended. Without `keeps_text_encoders` their memory is free meanwhile: sampling many pictures
     takes long, and loading the encoders again does not.
     """
-    device, family = bundle.device, bundle.family
+    device, family = network.device, network.family
     schedule = NoiseSchedule(ends_in_noise=family.ends_in_noise)
     batch_size = batch_size or family.sampling_batch
     noise = torch.stack([torch.randn(family.latent_shape, generator=generator) for generator in generators])
-    contexts, null = bundle.encode(prompts), bundle.encode([""])
+    contexts, null = network.encode(prompts), network.encode([""])
     if not keeps_text_encoders:
-        bundle.free_text_encoders()
+        network.free_text_encoders()
     done = [] if batches is None else batches
     for start in range(sum(map(len, done)), len(prompts), batch_size):
         index = (torch.arange(start, start + batch_size)).clamp(max=len(prompts) - 1)
         latents = noise[index].to(device)
-        context = Embeddings.cat([null.expand(batch_size), contexts[index]])
+        context = Conditioning.cat([null.expand(batch_size), contexts[index]])
         solver = schedule.solver(family.prediction_type, sampler.steps)
         for t in solver.timesteps:
             pair = torch.cat([latents, latents])
-            empty, full = bundle.predict(pair, t, context).chunk(2)
+            empty, full = network.predict(pair, t, context).chunk(2)
             latents = solver.step(empty + sampler.guidance_scale * (full - empty), t, latents).prev_sample
         done.append(latents[: len(prompts) - start].cpu())
         on_batch(min(start + batch_size, len(prompts)))

@@ -1,4 +1,4 @@
-"""From one .safetensors file to a `ModelBundle`, offline, and the map between diffusers names and checkpoint keys."""
+"""From one .safetensors file to a `DiffusersNetwork`, offline, and the map between diffusers names and checkpoint keys."""
 
 from __future__ import annotations
 

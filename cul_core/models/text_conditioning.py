@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Embeddings:
+class Conditioning:
     """A batch of encoded prompts.
 
     Args:
@@ -22,7 +22,7 @@ class Embeddings:
     pooled: Tensor | None = None
 
     @classmethod
-    def cat(cls, parts: Iterable[Embeddings]) -> Embeddings:
+    def cat(cls, parts: Iterable[Conditioning]) -> Conditioning:
         """One batch of several of one family."""
         parts = list(parts)
         pooled = [part.pooled for part in parts]
@@ -31,19 +31,19 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.text)
 
-    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Embeddings:
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Conditioning:
         """Those prompts, as a batch; a single number gives a batch of one."""
         return self._each(lambda tensor: tensor[[index] if isinstance(index, int) else index])
 
-    def expand(self, count: int) -> Embeddings:
+    def expand(self, count: int) -> Conditioning:
         """`count` times the only prompt."""
         return self._each(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
-    def to(self, device: torch.device | str) -> Embeddings:
+    def to(self, device: torch.device | str) -> Conditioning:
         return self._each(lambda tensor: tensor.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Embeddings:
-        return Embeddings(change(self.text), None if self.pooled is None else change(self.pooled))
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(change(self.text), None if self.pooled is None else change(self.pooled))
 
     @property
     def device(self) -> torch.device:

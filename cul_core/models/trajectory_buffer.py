@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .sampling import Predict
-from .text_conditioning import Embeddings
+from .text_conditioning import Conditioning
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class StateBatch:
 
 @torch.no_grad()
 def run_trajectory(
-    predict: Predict, embeddings: Embeddings, null: Embeddings, noise: Tensor, scheduler: Any, guidance_scale: float, prompt: int = 0
+    predict: Predict, embeddings: Conditioning, null: Conditioning, noise: Tensor, scheduler: Any, guidance_scale: float, prompt: int = 0
 ) -> Trajectory:
     """The trajectory of one picture. It is sampled alone, so that it is the same bits in any company.
 
@@ -56,7 +56,7 @@ def run_trajectory(
         prompt: number to keep with it.
     """
     device = embeddings.device
-    pair = Embeddings.cat([null, embeddings])
+    pair = Conditioning.cat([null, embeddings])
     latents = noise.to(device)[None] * scheduler.init_noise_sigma
     states, scales = [], []
     for timestep in scheduler.timesteps:
@@ -83,7 +83,7 @@ class TrajectoryBuffer:
     """
 
     def __init__(
-        self, embeddings: Embeddings, null: Embeddings, latent_shape: tuple[int, int, int], scheduler: Callable[[], Any],
+        self, embeddings: Conditioning, null: Conditioning, latent_shape: tuple[int, int, int], scheduler: Callable[[], Any],
         generator: Callable[[int], torch.Generator], *, guidance_scale: float = 3.0, size: int = 8, refresh_every: int = 25,
     ):  # fmt: skip
         self._embeddings, self._null, self._shape = embeddings, null, latent_shape

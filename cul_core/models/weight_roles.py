@@ -31,6 +31,6 @@ def group_names(unet: nn.Module, group: str) -> list[str]:
     return names
 
 
-def is_kv(name: str) -> bool:
+def reads_text(name: str) -> bool:
     """Whether a parameter reads text embeddings directly: a cross-attention key or value matrix, (out, d)."""
     return re.search(GROUPS["kv"], name) is not None

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..base.errors import CheckpointError, ModelError, TrainingError, shown
+from ..base.errors import CheckpointError, ModelError, TrainingError, brief_repr
 from ..files.atomic_write import write_atomically
 from ..files.paths import free_path
 from ..files.safetensors_format import EDITABLE, opened, packed_header, read_header, write_tensors
@@ -141,13 +141,13 @@ def load_edits(path: Path | str, source: Source) -> UnlearnModel:
     path = Path(path)
     history, made_from = read_history(path)
     if made_from is None or made_from["sha256"] != source.sha256:
-        raise CheckpointError(f"The edits in {path.name!r} belong to {shown(made_from['name'] if made_from else 'no model')}, "
+        raise CheckpointError(f"The edits in {path.name!r} belong to {brief_repr(made_from['name'] if made_from else 'no model')}, "
                               f"not to {source.path.name!r}; open that file instead.")  # fmt: skip
     (header, _, _), (entries, _, _) = read_header(source.path), read_header(path)
     keys = checkpoint_key_map(source.path)
     for name, entry in entries.items():
         if name not in keys or entry["shape"] != header[keys[name]]["shape"] or entry["dtype"] != "F32":
-            raise CheckpointError(f"The edit {shown(name)} in {path.name!r} fits no weight of {source.path.name!r}; use the file it was "
+            raise CheckpointError(f"The edit {brief_repr(name)} in {path.name!r} fits no weight of {source.path.name!r}; use the file it was "
                                   "copied from.")  # fmt: skip
     with opened(path) as file:
         edits = {name: file.get_tensor(name) for name in file.keys()}
@@ -192,7 +192,7 @@ def open_model(path: Path | str, pretrained: Path | str | None = None) -> Unlear
         raise ModelError(f"{path.name!r} was not written by continual-unlearning, so {original.path.name!r} cannot be what it was made "
                          "from; leave the pretrained file out.")  # fmt: skip
     if original.sha256 != made_from["sha256"]:
-        raise ModelError(f"{original.path.name!r} is not the file that {path.name!r} was made from; choose {shown(made_from['name'])} "
+        raise ModelError(f"{original.path.name!r} is not the file that {path.name!r} was made from; choose {brief_repr(made_from['name'])} "
                          "or leave the pretrained file out.")  # fmt: skip
     return UnlearnModel(original, family, difference(path, original.path), history)
 

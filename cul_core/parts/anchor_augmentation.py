@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..models.diffusers_network import ModelBundle
+from ..models.diffusers_network import DiffusersNetwork
 
 _FAR, _NEAR = ("A far away ", "A very small "), ("A zoomed in ", "A close up ")
 _GREY = 0.5
@@ -75,7 +75,7 @@ class AnchorPool:
 
 
 def anchor_pool(
-    bundle: ModelBundle, latents: Tensor, *, versions: int, flip: bool, border: bool, generator: Callable[..., torch.Generator],
+    network: DiffusersNetwork, latents: Tensor, *, versions: int, flip: bool, border: bool, generator: Callable[..., torch.Generator],
     check: Callable[[], None] = lambda: None,
 ) -> AnchorPool:  # fmt: skip
     """`versions` placements of every anchor in place of its own latents, or these if there are none; all also mirrored if `flip`.
@@ -83,7 +83,7 @@ def anchor_pool(
     Without either, nothing is decoded or encoded.
 
     Args:
-        bundle: the model whose autoencoder decodes and encodes the pictures.
+        network: the model whose autoencoder decodes and encodes the pictures.
         latents: (n, c, h, w) of the anchors.
         versions: placements of each.
         flip: whether every picture is there in both orientations.
@@ -94,25 +94,25 @@ def anchor_pool(
     Raises:
         ModelError: there is no autoencoder.
     """
-    cells, frame = latents.shape[-1], bundle.family.image_size_px
+    cells, frame = latents.shape[-1], network.family.image_size_px
     margin = round(cells / 64) if border else 0
     whole = Placement(frame, frame)
     if not (versions or flip):
         masks = whole.mask(cells, margin).expand(len(latents), -1, -1).to(latents.device) if margin else None
         return AnchorPool(range(len(latents)), [""] * len(latents), latents, masks)
     prefixes, encoded, masks = [], [], []
-    with bundle.with_autoencoder():
+    with network.with_autoencoder():
         for number, latent in enumerate(latents):
             check()
             random = generator("augmentation", number)
-            picture = bundle.decode(latent[None])
+            picture = network.decode(latent[None])
             places = [Placement.draw(frame, random) for _ in range(versions)] or [whole]
             placed = [(place.apply(picture), place.mask(cells, margin), place.prefix(random)) for place in places]
             if flip:
                 placed += [(shown.flip(-1), mask.flip(-1), prefix) for shown, mask, prefix in placed]
             for index, (shown, mask, prefix) in enumerate(placed):
                 is_the_anchor = not versions and index == 0
-                encoded.append(latent[None] if is_the_anchor else bundle.encode_pictures(shown, random))
+                encoded.append(latent[None] if is_the_anchor else network.encode_pictures(shown, random))
                 masks.append(mask)
                 prefixes.append(prefix)
     each = len(placed)

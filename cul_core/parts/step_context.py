@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..concepts.concept import Concept
-from ..models.diffusers_network import ModelBundle
+from ..models.diffusers_network import DiffusersNetwork
 from ..models.noise_process import NoiseSchedule
 from ..models.sampling import SamplerConfig
 from .training_config import TrainingConfig
@@ -20,7 +20,7 @@ class StepContext:
     """Everything of one step that methods and regularizers may read.
 
     Args:
-        bundle: the frozen model; its UNet holds W0 outside `student` and `teacher` calls.
+        network: the frozen model; its UNet holds W0 outside `student` and `teacher` calls.
         concepts: what this step forgets.
         retain: concepts declared as to be kept.
         previous: concepts forgotten by earlier steps.
@@ -36,7 +36,7 @@ class StepContext:
         anchor_sampler: how pictures to train on are sampled.
     """
 
-    bundle: ModelBundle
+    network: DiffusersNetwork
     concepts: tuple[Concept, ...]
     retain: tuple[Concept, ...]
     previous: tuple[Concept, ...]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..base.config import Config, setting
 from ..concepts.concept import LONGEST_PROMPT, Concept, check_count, check_text, display_name
 from ..models.sampling import Predict
-from ..models.text_conditioning import Embeddings
+from ..models.text_conditioning import Conditioning
 from ..models.trajectory_buffer import TrajectoryBuffer
 from ..parts.step_context import StepContext
 from .base import REGULARIZERS, Regularizer
@@ -81,11 +81,11 @@ class _Held:
     """Prompts whose pictures stay as a teacher draws them, and states of these pictures; `weight` is that of their term."""
 
     def __init__(self, name: str, weight: float, prompts: Sequence[str], context: StepContext, config: DistillationConfig):
-        bundle = context.bundle
-        self.weight, self._embeddings, self._count = weight, bundle.encode(prompts), config.batch_size
+        network = context.network
+        self.weight, self._embeddings, self._count = weight, network.encode(prompts), config.batch_size
         self._buffer = TrajectoryBuffer(
-            self._embeddings, bundle.encode([""]), bundle.family.latent_shape,
-            lambda: context.schedule.ddim(bundle.family.prediction_type, config.trajectory_steps),
+            self._embeddings, network.encode([""]), network.family.latent_shape,
+            lambda: context.schedule.ddim(network.family.prediction_type, config.trajectory_steps),
             lambda number: context.generator("distillation", name, number),
             guidance_scale=config.guidance_scale, size=config.trajectories, refresh_every=config.refresh_every,
         )  # fmt: skip
@@ -96,7 +96,7 @@ class _Held:
     def restore(self, state: dict[str, Any]) -> None:
         self._buffer.restore(state)
 
-    def draw(self, teacher: Predict, generator: torch.Generator) -> tuple[Tensor, Tensor, Embeddings, Tensor]:
+    def draw(self, teacher: Predict, generator: torch.Generator) -> tuple[Tensor, Tensor, Conditioning, Tensor]:
         """(latents, timesteps, encoded prompts, what the teacher predicts there) of some states."""
         states = self._buffer.draw(teacher, self._count, generator)
         inputs = states.latents, states.timesteps, self._embeddings[list(states.prompts)]
@@ -148,6 +148,6 @@ class Distillation(Regularizer):
         if not drawn:
             return {}
         latents, timesteps, embeddings, goals = zip(*drawn, strict=True)
-        predicted = student(torch.cat(latents), torch.cat(timesteps), Embeddings.cat(embeddings))
+        predicted = student(torch.cat(latents), torch.cat(timesteps), Conditioning.cat(embeddings))
         errors = (predicted - torch.cat(goals)).square().sum(1).mean((1, 2)).chunk(len(drawn))
         return {name: held.weight * error.mean() for (name, held), error in zip(self._held.items(), errors, strict=True)}

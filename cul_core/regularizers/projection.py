@@ -13,8 +13,8 @@ from ..base.config import Config, setting
 from ..base.errors import ConceptError
 from ..concepts.concept import Concept, display_name
 from ..concepts.name_lists import LISTS, listed_names, parse_names
-from ..models.diffusers_network import ModelBundle
-from ..models.weight_roles import is_kv
+from ..models.diffusers_network import DiffusersNetwork
+from ..models.weight_roles import reads_text
 from ..parts.prompt_vectors import ROWS, decoy_concepts, prompt_rows, target_vector
 from ..parts.step_context import StepContext
 from .base import REGULARIZERS, Regularizer
@@ -124,14 +124,14 @@ class GradientProjection(Regularizer):
     config: ProjectionConfig
 
     def prepare(self, context: StepContext) -> None:
-        bundle = context.bundle
-        made_up = decoy_concepts(bundle, context.concepts, _CENTRE_NAMES, context.generator("centre"))
-        centre = torch.stack([target_vector(bundle, concept) for concept in made_up]).mean(0)
-        targets = torch.stack([target_vector(bundle, concept) for concept in context.concepts]) - centre
+        network = context.network
+        made_up = decoy_concepts(network, context.concepts, _CENTRE_NAMES, context.generator("centre"))
+        centre = torch.stack([target_vector(network, concept) for concept in made_up]).mean(0)
+        targets = torch.stack([target_vector(network, concept) for concept in context.concepts]) - centre
         names = {concept.name.lower() for concept in context.concepts}
         kept = [concept for concept in (*context.retain, *(context.previous if self.config.protect_previous else ()))
                 if concept.name.lower() not in names]  # fmt: skip
-        kept = [concept for concept in kept if _cosine(target_vector(bundle, concept) - centre, targets).max() <= _NEAR_TARGET_COSINE]
+        kept = [concept for concept in kept if _cosine(target_vector(network, concept) - centre, targets).max() <= _NEAR_TARGET_COSINE]
         auxiliary, self._report = self._auxiliary(context, kept, centre, targets)
         kept += auxiliary
         if not kept and not self.config.decoys:
@@ -140,7 +140,7 @@ class GradientProjection(Regularizer):
         self._projector = self._basis = self._damper = self._complement = None
         left = targets
         if kept:
-            rows = torch.cat([self._rows(bundle, concept) for concept in kept])
+            rows = torch.cat([self._rows(network, concept) for concept in kept])
             if self.config.form == "reference":
                 self._projector = regularized_projector(rows)
                 left = targets @ self._projector.double()
@@ -164,35 +164,35 @@ class GradientProjection(Regularizer):
         if self._complement is not None:
             self._complement = self._complement.float()
 
-    def _rows(self, bundle: ModelBundle, concept: Concept) -> Tensor:
-        return prompt_rows(bundle, [concept.prompt], self.config.rows, concept.name)
+    def _rows(self, network: DiffusersNetwork, concept: Concept) -> Tensor:
+        return prompt_rows(network, [concept.prompt], self.config.rows, concept.name)
 
     def _auxiliary(
         self, context: StepContext, kept: list[Concept], centre: Tensor, targets: Tensor
     ) -> tuple[list[Concept], dict[str, float]]:
         """Auxiliary names to keep beside `kept`, and how many were taken, left out, and not even read."""
-        bundle = context.bundle
+        network = context.network
         typed = parse_names(self.config.auxiliary_names, context.concepts[0].kind)
         listed = listed_names(self.config.auxiliary, [concept.kind for concept in context.concepts])
         if not typed and not listed:
             return [], {}
         known = [concept for concept in listed
-                 if not bundle.family.closed_vocabulary or bundle.token_count(concept.name) == len(concept.name.split())]  # fmt: skip
+                 if not network.family.closed_vocabulary or network.token_count(concept.name) == len(concept.name.split())]  # fmt: skip
         if listed and not known:
-            raise ConceptError(f"{bundle.family.display_name} knows none of the names that auxiliary {self.config.auxiliary!r} would keep; "
+            raise ConceptError(f"{network.family.display_name} knows none of the names that auxiliary {self.config.auxiliary!r} would keep; "
                                "choose another list, or type names it knows as auxiliary_names.")  # fmt: skip
-        bundle.encode([concept.prompt for concept in (*typed, *known)])  # many at a time
-        basis = orthonormal_basis(torch.cat([targets[:0], *(self._rows(bundle, concept) for concept in kept)]))
+        network.encode([concept.prompt for concept in (*typed, *known)])  # many at a time
+        basis = orthonormal_basis(torch.cat([targets[:0], *(self._rows(network, concept) for concept in kept)]))
         found, seen, excluded = [], {concept.prompt.lower() for concept in kept}, 0
         for number, concept in enumerate((*typed, *known)):
             if concept.prompt.lower() in seen:
                 continue
             seen.add(concept.prompt.lower())
-            rows = self._rows(bundle, concept)
+            rows = self._rows(network, concept)
             fresh = rows - rows @ basis @ basis.T
             wider = torch.cat([basis, orthonormal_basis(fresh)], dim=1) if fresh.norm() > 1e-6 * rows.norm() else basis
             takes_too_much = number >= len(typed) and _shares(targets - targets @ wider @ wider.T, targets).min() < _LEAST_BESIDE_LISTS
-            is_near = _cosine(target_vector(bundle, concept) - centre, targets).max() > _NEAR_TARGET_COSINE
+            is_near = _cosine(target_vector(network, concept) - centre, targets).max() > _NEAR_TARGET_COSINE
             if takes_too_much or is_near or any(target.mentioned_in(concept.name) for target in context.concepts):
                 excluded += 1
             else:
@@ -202,11 +202,11 @@ class GradientProjection(Regularizer):
     def _damped(self, context: StepContext, kept: list[Concept], auxiliary: list[Concept]) -> tuple[Tensor, Tensor]:
         """(M, S^1/2), each (d, d) in fp64."""
         generator = context.generator("decoys")
-        decoys = decoy_concepts(context.bundle, context.concepts, self.config.decoys, generator)
+        decoys = decoy_concepts(context.network, context.concepts, self.config.decoys, generator)
         anchor = display_name(context.concepts[0].anchor)
 
         def moment(prompts: list[str]) -> Tensor:
-            rows = prompt_rows(context.bundle, prompts, "all")
+            rows = prompt_rows(context.network, prompts, "all")
             return rows.T @ rows / rows.square().sum()
 
         def sentences(concepts: Sequence[Concept], count: int) -> list[str]:
@@ -230,16 +230,16 @@ class GradientProjection(Regularizer):
         return mean, vectors @ torch.diag(gains.sqrt()) @ vectors.T
 
     def coordinates(self, name: str) -> Tensor | None:
-        return self._complement if is_kv(name) else None
+        return self._complement if reads_text(name) else None
 
     def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
         for matrix in (self._projector, self._damper):
-            if matrix is not None and is_kv(name):
+            if matrix is not None and reads_text(name):
                 gradient = gradient @ matrix
         return gradient
 
     def constrain(self, name: str, change: Tensor, mask: Tensor | None) -> Tensor | None:
-        if not is_kv(name) or (self._basis is None and self._damper is None):
+        if not reads_text(name) or (self._basis is None and self._damper is None):
             return None
         if self._damper is not None:
             change = change @ self._damper

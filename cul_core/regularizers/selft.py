@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..base.config import Config, setting, stable_hash
 from ..base.errors import ConfigError, TrainingError
-from ..base.topk import cut_at, kept_count
+from ..base.topk import count_of_fraction, top_k
 from ..concepts.concept import Concept, display_name
-from ..models.text_conditioning import Embeddings
+from ..models.text_conditioning import Conditioning
 from ..parts.step_context import StepContext
 from .base import REGULARIZERS, Regularizer
 
@@ -70,8 +70,8 @@ def top_masks(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         if not torch.isfinite(score).all():
             raise TrainingError(f"The importance of {name!r} for the target is not finite; the model's weights are damaged, start from "
                                 "another checkpoint.")  # fmt: skip
-    cut = cut_at(scores, count, order=list(scores))
-    return {name: cut.kept(name, score) for name, score in scores.items()}
+    cut = top_k(scores, count, order=list(scores))
+    return {name: cut.mask(name, score) for name, score in scores.items()}
 
 
 @REGULARIZERS.register(
@@ -109,9 +109,9 @@ class SelFT(Regularizer):
     def prepare_mask(self, context: StepContext, coordinates: Callable[[str], Tensor | None]) -> None:
         in_update = self.config.form == "update"
         self._bases = {name: basis for name in context.start if in_update and (basis := coordinates(name)) is not None}
-        scores = context.bundle.scores(self._key(context), lambda: self._scores(context))
+        scores = context.network.scores(self._key(context), lambda: self._scores(context))
         total = sum(score.numel() for score in scores.values())
-        count = kept_count(self.config.kept_fraction, total)
+        count = count_of_fraction(self.config.kept_fraction, total)
         if not count:
             raise ConfigError(f"A kept fraction of {self.config.kept_fraction:g} lets none of {total} weights change; raise it to "
                               f"{1 / total:.1g} or more.")  # fmt: skip
@@ -129,7 +129,7 @@ class SelFT(Regularizer):
             digest.update(basis.cpu().numpy().tobytes())
         settings = self.config.to_json() | {"kept_fraction": None, "form": None}
         return stable_hash([context.origin, sorted(context.start), [scoring_texts(concept) for concept in context.concepts], settings,
-                            context.training.seed, str(context.bundle.device), digest.hexdigest()])  # fmt: skip
+                            context.training.seed, str(context.network.device), digest.hexdigest()])  # fmt: skip
 
     def _in_coordinates(self, name: str, matrix: Tensor) -> Tensor:
         if name not in self._bases:
@@ -139,7 +139,7 @@ class SelFT(Regularizer):
 
     def _scores(self, context: StepContext) -> dict[str, Tensor]:
         """Score of every trained weight, or of every coordinate where bases say so, in fp32 on the CPU."""
-        parameters = {name: p for name, p in context.bundle.unet.named_parameters() if name in context.start}
+        parameters = {name: p for name, p in context.network.unet.named_parameters() if name in context.start}
         weights = {name: self._in_coordinates(name, context.start[name]) for name in parameters}
         gradients = ([self._in_coordinates(name, gradient.to(weights[name])) for name, gradient in zip(parameters, state, strict=True)]
                      for state in self._gradients(context, list(parameters.values())))  # fmt: skip
@@ -147,24 +147,24 @@ class SelFT(Regularizer):
 
     def _gradients(self, context: StepContext, parameters: list[Tensor]) -> Iterator[Sequence[Tensor]]:
         """Gradient of the loss at every visited state, in the order of `parameters`."""
-        bundle, guidance = context.bundle, self.config.guidance_scale
-        solver = context.schedule.ddim(bundle.family.prediction_type, self.config.states, "leading")
+        network, guidance = context.network, self.config.guidance_scale
+        solver = context.schedule.ddim(network.family.prediction_type, self.config.states, "leading")
 
-        def predict(latents: Tensor, t: Tensor, embeddings: Embeddings) -> Tensor:
-            return bundle.predict(latents.expand(len(embeddings), -1, -1, -1), t, embeddings)
+        def predict(latents: Tensor, t: Tensor, embeddings: Conditioning) -> Tensor:
+            return network.predict(latents.expand(len(embeddings), -1, -1, -1), t, embeddings)
 
         def step(empty: Tensor, full: Tensor, t: Tensor, latents: Tensor) -> Tensor:
             return solver.step(empty + guidance * (full - empty), t, latents).prev_sample
 
         for number, concept in enumerate(context.concepts):
             target_text, anchor_text = scoring_texts(concept)
-            target = bundle.encode([target_text])
-            others = bundle.encode(["", anchor_text] if anchor_text else [""])
+            target = network.encode([target_text])
+            others = network.encode(["", anchor_text] if anchor_text else [""])
             for seed in range(self.config.seeds):
                 generator = context.generator(f"selft/{number}/{seed}")
 
                 def noise(generator: torch.Generator = generator) -> Tensor:
-                    return torch.randn(1, *bundle.family.latent_shape, generator=generator).to(bundle.device)
+                    return torch.randn(1, *network.family.latent_shape, generator=generator).to(network.device)
 
                 latents = noise()
                 for k, t in enumerate(solver.timesteps):
@@ -174,7 +174,7 @@ class SelFT(Regularizer):
                         for earlier in solver.timesteps[:k]:
                             context.check()
                             with torch.no_grad():
-                                empty, full = predict(latents, earlier, Embeddings.cat([others[:1], target])).split(1)
+                                empty, full = predict(latents, earlier, Conditioning.cat([others[:1], target])).split(1)
                             latents = step(empty, full, earlier, latents)
                     with torch.no_grad():
                         known = predict(latents, t, others)  # of the empty prompt and of the anchor, which for a style is the same

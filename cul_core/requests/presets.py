@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..base.config import Config
-from ..base.errors import ConfigError, shown
+from ..base.errors import ConfigError, brief_repr
 from ..concepts.concept import Concept
 from ..methods.conabl import ConAblConfig
 from ..methods.esd import ESDConfig
@@ -199,5 +199,5 @@ def preset(name: str) -> Preset:
         ConfigError: there is none.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise ConfigError(f"There is no preset {shown(name)}; choose one of {', '.join(PRESETS)}.")
+        raise ConfigError(f"There is no preset {brief_repr(name)}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..base.config import Config, check_number, check_object, stable_hash
-from ..base.errors import ConfigError, shown
+from ..base.errors import ConfigError, brief_repr
 from ..concepts.concept import LONGEST_PROMPT, Concept, check_count, check_text
 from ..methods import METHODS
 from ..models.sampling import SamplerConfig
@@ -49,10 +49,10 @@ class Request:
         for name, kind in (("concepts", Concept), ("retain", Concept), ("regularizers", Config), ("anchor_prompts", str)):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
-                raise ConfigError(f"{name} of the request is {shown(values)}; give a tuple of type {kind.__name__}.")
+                raise ConfigError(f"{name} of the request is {brief_repr(values)}; give a tuple of type {kind.__name__}.")
         for name, kind in (("training", TrainingConfig), ("anchor_sampler", SamplerConfig)):
             if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name} of the request is {shown(getattr(self, name))}; give a {kind.__name__}.")
+                raise ConfigError(f"{name} of the request is {brief_repr(getattr(self, name))}; give a {kind.__name__}.")
         check_count("names to forget", self.concepts)
         check_count("names to keep", self.retain)
         check_count("anchor prompts", self.anchor_prompts, _MOST_PROMPTS)
@@ -86,7 +86,7 @@ class Request:
         check_object("request", values, [field.name for field in fields(cls)])
         for name in ("concepts", "regularizers", "retain", "anchor_prompts"):
             if not isinstance(values[name], list | tuple):
-                raise ConfigError(f"{name} of the request is {shown(values[name])}; give a list.")
+                raise ConfigError(f"{name} of the request is {brief_repr(values[name])}; give a list.")
         return cls(
             concepts=tuple(map(Concept.from_json, values["concepts"])),
             method=METHODS.from_json(values["method"]),

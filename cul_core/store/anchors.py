@@ -16,7 +16,7 @@ from ..base.errors import Cancelled, CheckpointError, ModelError
 from ..files.atomic_write import leftovers
 from ..files.locks import lock_of, locked
 from ..files.safetensors_format import read_sealed, write_sealed
-from ..models.diffusers_network import ModelBundle
+from ..models.diffusers_network import DiffusersNetwork
 from ..models.free_memory import release_memory
 from ..models.sampling import SamplerConfig, generator_for, sample_latents
 from ..models.source import Source
@@ -46,12 +46,12 @@ class AnchorStore:
         self.used: set[Path] = set()
 
     def anchor_latents(
-        self, source: Source, bundle: ModelBundle, prompts: Sequence[str], count: int, sampler: SamplerConfig, seed: int,
+        self, source: Source, network: DiffusersNetwork, prompts: Sequence[str], count: int, sampler: SamplerConfig, seed: int,
         should_stop: Callable[[], bool] = lambda: False, on_batch: Callable[[int, int], None] = lambda done, count: None,
     ) -> Tensor:  # fmt: skip
         """(count, c, h, w) latents on the CPU, always by the weights of `source`; prompts repeat in turn.
 
-        `bundle` must hold those weights. `on_batch(done, count)` runs after each batch that is sampled. Raises Cancelled when
+        `network` must hold those weights. `on_batch(done, count)` runs after each batch that is sampled. Raises Cancelled when
         `should_stop` says so.
         """
         key = stable_hash([source.sha256, list(prompts), count, sampler.to_json(), seed, "anchors-2"])
@@ -75,11 +75,11 @@ class AnchorStore:
                     repeated = [prompts[i % len(prompts)] for i in range(count)]
                     generators = [anchor_generator(seed, i) for i in range(count)]
                     try:
-                        sample_latents(bundle, repeated, generators, sampler, check, batches=batches, keeps_text_encoders=False)
+                        sample_latents(network, repeated, generators, sampler, check, batches=batches, keeps_text_encoders=False)
                     finally:
                         if file is not None:
                             file.write(batches)
-                    release_memory(bundle.device)
+                    release_memory(network.device)
             self._memory[key] = torch.cat(batches)
             if file is not None:
                 self.used.add(file.path)

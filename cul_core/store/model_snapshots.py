@@ -22,7 +22,7 @@ _RECENT_SECONDS = 3600.0
 """How long a file counts as used by another process: short, for writing it again takes less than a step."""
 
 
-def keep_weights(
+def snapshot_model(
     folder: Path, tensors: Mapping[str, Tensor], on_tensor: Callable[[int, int], None] = lambda done, count: None,
     largest_bytes: int = 32 << 30,
 ) -> Source:  # fmt: skip

@@ -27,7 +27,7 @@ _UNREADABLE = (ModelError, CheckpointError, KeyError, TypeError, ValueError)
 
 
 class StepState:
-    """The state of a step in training, in a file; see `resume.StateKeeper`.
+    """The state of a step in training, in a file; see `resume.StateStore`.
 
     Args:
         path: of the file.

@@ -112,7 +112,7 @@ class StepStore:
         Args:
             model: where the step begins.
             request: what it forgets and how.
-            train: trains it, with this `keeper`.
+            train: trains it, with this `state_store`.
             on_wait: runs several times a second while another process trains this step; may raise to wait no longer.
         """
         begun, path = time.monotonic(), self._path("states", step_key(model, request))

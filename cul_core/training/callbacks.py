@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..models.diffusers_network import ModelBundle
+from ..models.diffusers_network import DiffusersNetwork
 from ..models.sampling import SamplerConfig, generator_for, sample_latents
 
 _PREVIEW_SAMPLER = SamplerConfig(steps=8)
@@ -51,10 +51,10 @@ class Callbacks:
     preview_every: int = 0
     on_message: Callable[[str], None] = lambda text: None
 
-    def preview(self, bundle: ModelBundle, iteration: int, iterations: int) -> None:
+    def preview(self, network: DiffusersNetwork, iteration: int, iterations: int) -> None:
         """Sample and hand over a preview if it is time for one."""
         if self.preview_every and self.preview_prompts and (iteration % self.preview_every == 0 or iteration == iterations):
             generators = [generator_for(0, "preview", i) for i in range(len(self.preview_prompts))]
-            batch_size = min(len(generators), bundle.family.sampling_batch)
-            latents = sample_latents(bundle, self.preview_prompts, generators, _PREVIEW_SAMPLER, batch_size=batch_size)
+            batch_size = min(len(generators), network.family.sampling_batch)
+            latents = sample_latents(network, self.preview_prompts, generators, _PREVIEW_SAMPLER, batch_size=batch_size)
             self.on_preview(iteration, latents)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..base.errors import ConfigError, TrainingError
-from ..models.diffusers_network import ModelBundle
+from ..models.diffusers_network import DiffusersNetwork
 from ..parts.training_config import TrainingConfig
 
-Measure = Callable[[ModelBundle, Callable[[], None]], tuple[float, float] | None]
+Measure = Callable[[DiffusersNetwork, Callable[[], None]], tuple[float, float] | None]
 """(the model as it is now, raises Cancelled if the caller wants to stop) -> (UA, RA) in percent: how much of what the step forgets is
 gone, and how much of the rest is left; None if that was not measured, which ends the step with an error.
 
@@ -54,7 +54,7 @@ class EarlyStopping:
         self.weights = state["weights"] and {name: weight.to(device) for name, weight in state["weights"].items()}
         self.figures = state["figures"]
 
-    def is_time(self, iteration: int, bundle: ModelBundle, parameters: Mapping[str, Tensor], check: Callable[[], None]) -> bool:
+    def is_time(self, iteration: int, network: DiffusersNetwork, parameters: Mapping[str, Tensor], check: Callable[[], None]) -> bool:
         """Whether to stop after this update, once it is measured if it is due.
 
         Raises:
@@ -63,7 +63,7 @@ class EarlyStopping:
         training = self._training
         if not training.evaluate_every or (iteration % training.evaluate_every and iteration != training.iterations):
             return False
-        measured = self._measure(bundle, check)
+        measured = self._measure(network, check)
         if measured is None or not all(map(math.isfinite, measured)):
             raise TrainingError(f"The measurement after iteration {iteration} of {training.iterations} gave {measured} instead of two "
                                 "percentages, so nobody knows when to stop; set evaluate_every to 0.")  # fmt: skip

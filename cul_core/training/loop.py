@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from ..base.errors import Cancelled, ConfigError, TrainingError
 from ..methods.base import Method
 from ..models.diffusers_network import swapped_weights
-from ..models.weight_roles import is_kv
+from ..models.weight_roles import reads_text
 from ..parts.step_context import StepContext
 from ..parts.training_config import TrainingConfig
 from ..regularizers.base import Regularizer
 from .callbacks import Callbacks, Progress
 from .compute import Compute
 from .early_stopping import EarlyStopping
-from .master_weights import Masters
-from .micro_batches import Student
-from .resume import Loop, StateKeeper
+from .master_weights import MasterWeights
+from .micro_batches import MicroBatchedModel
+from .resume import Loop, StateStore
 
 
 def _coordinates(regularizers: list[Regularizer], name: str) -> Tensor | None:
@@ -40,15 +40,15 @@ def _coordinates(regularizers: list[Regularizer], name: str) -> Tensor | None:
 
 def _train(
     context: StepContext, method: Method, regularizers: list[Regularizer], callbacks: Callbacks, stopping: EarlyStopping,
-    keeper: StateKeeper | None, compute: Compute, is_offloaded: bool,
+    state_store: StateStore | None, compute: Compute, is_offloaded: bool,
 ) -> tuple[dict[str, Tensor], list[float], dict[str, float], float]:  # fmt: skip
     """(new weights, the best if they were measured; loss of every update; last value of each part of the loss; seconds of training that
     earlier runs have spent on it).
     """
-    training, unet = context.training, context.bundle.unet
+    training, unet = context.training, context.network.unet
     parameters = {name: parameter for name, parameter in unet.named_parameters() if name in context.start}
     generator = context.generator("batches")
-    student = Student(context.bundle, compute, callbacks.on_message)
+    student = MicroBatchedModel(context.network, compute, callbacks.on_message)
 
     def stop_if_asked() -> None:
         if callbacks.should_stop():
@@ -59,7 +59,7 @@ def _train(
         with torch.no_grad(), swapped_weights(unet, weights):
             return student(*inputs)
 
-    blocked = [module for name, module in unet.named_modules() if method.blocks_first_token and is_kv(f"{name}.weight")]
+    blocked = [module for name, module in unet.named_modules() if method.blocks_first_token and reads_text(f"{name}.weight")]
     pretrained, start = partial(teacher, context.pretrained), partial(teacher, context.start)
 
     def terms() -> Iterator[tuple[Tensor, Mapping[str, float]]]:
@@ -77,30 +77,30 @@ def _train(
                 yield sum(named.values()), {name: term.item() for name, term in named.items()}
 
     with _student_weights(context, parameters):
-        masters = Masters(parameters, context.start, training, is_offloaded)
+        masters = MasterWeights(parameters, context.start, training, is_offloaded)
         optimizer = masters.optimizer
         with masters.collecting(), student.ready():
             with _first_token_blocked(blocked):
                 for part in (method, *regularizers):
                     part.prepare_mask(context, partial(_coordinates, regularizers))
-            loop = Loop(masters, generator, (method, *regularizers, stopping), keeper)
+            loop = Loop(masters, generator, (method, *regularizers, stopping), state_store)
 
             def is_over() -> bool:
                 """Measures and shows what the last update made, if it is time to; whether it was the last of all."""
                 done, iterations = loop.iteration, training.iterations
                 if not done:
                     return not iterations
-                is_last = stopping.is_time(done, context.bundle, masters.weights, stop_if_asked) or done == iterations
-                callbacks.preview(context.bundle, done, done if is_last else iterations)
+                is_last = stopping.is_time(done, context.network, masters.weights, stop_if_asked) or done == iterations
+                callbacks.preview(context.network, done, done if is_last else iterations)
                 return is_last
 
-            callbacks.preview(context.bundle, 0, training.iterations)
+            callbacks.preview(context.network, 0, training.iterations)
             with loop.kept(training.iterations):
                 iteration = loop.iteration
                 while not is_over():
                     iteration = loop.iteration + 1
                     stop_if_asked()
-                    context.bundle.free_text_encoders()  # all prompts are encoded by now, but for a caller's own
+                    context.network.free_text_encoders()  # all prompts are encoded by now, but for a caller's own
                     if training.schedule == "linear":
                         optimizer.param_groups[0]["lr"] = training.learning_rate * (1 - (iteration - 1) / training.iterations)
                     total, parts = 0.0, {}
@@ -176,8 +176,8 @@ def _allowed(
 @contextmanager
 def _student_weights(context: StepContext, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Within the block the UNet holds the step's start, in weights that may change; then W0 again."""
-    if context.bundle.dtype == torch.float32:
-        with swapped_weights(context.bundle.unet, {name: weight.clone() for name, weight in context.start.items()}):
+    if context.network.dtype == torch.float32:
+        with swapped_weights(context.network.unet, {name: weight.clone() for name, weight in context.start.items()}):
             yield
         return
     try:  # in place: W0 is rounded in the UNet, and exact elsewhere

@@ -40,7 +40,7 @@ class LossScale:
             raise TrainingError(f"The gradients overflowed fp16 in {self._overflows} updates in a row; choose bfloat16 or float32.")
 
 
-class Masters:
+class MasterWeights:
     """fp32 masters of a network's trained parameters, with AdamW; owns all that an update needs beside gradients.
 
     Where the network computes in fp32, they are its very parameters. Otherwise its parameters are rounded copies, renewed after every
@@ -57,11 +57,11 @@ class Masters:
         first = next(iter(parameters.values()))
         self._copies, self.device, self.dtype = parameters, first.device, first.dtype
         self.are_own = first.dtype == torch.float32
-        self._home = torch.device("cpu") if is_offloaded and not self.are_own else self.device
+        self._storage_device = torch.device("cpu") if is_offloaded and not self.are_own else self.device
         if self.are_own:
             self.weights: Mapping[str, nn.Parameter] = parameters
         else:
-            self.weights = {name: nn.Parameter(start[name].to(self._home, copy=True)) for name in parameters}
+            self.weights = {name: nn.Parameter(start[name].to(self._storage_device, copy=True)) for name in parameters}
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
         self.scale = LossScale(first.dtype == torch.float16)
         self._gradients: dict[str, Tensor] = {}
@@ -84,7 +84,7 @@ class Masters:
                 copy.grad = None
 
     def _take(self, name: str, copy: nn.Parameter) -> None:
-        self._arrived[name], copy.grad = copy.grad.to(self._home, torch.float32), None
+        self._arrived[name], copy.grad = copy.grad.to(self._storage_device, torch.float32), None
 
     def keep(self) -> None:
         """The gradients that arrived since the last `keep` or `forget` count."""
@@ -127,15 +127,15 @@ class Masters:
     def on_device(self, name: str) -> Iterator[nn.Parameter]:
         """Within the block a master, its gradient and its moments are on the device; at its end the network's copy is what it became."""
         weight = self.weights[name]
-        if self._home != self.device:
+        if self._storage_device != self.device:
             self._move(weight, self.device)
         try:
             yield weight
         finally:
             if not self.are_own:
                 self._copies[name].data.copy_(weight.data)
-            if self._home != self.device:
-                self._move(weight, self._home)
+            if self._storage_device != self.device:
+                self._move(weight, self._storage_device)
 
     def _move(self, weight: nn.Parameter, device: torch.device) -> None:
         gradient, weight.grad = weight.grad, None

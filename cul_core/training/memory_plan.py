@@ -20,11 +20,11 @@ from torch.utils.flop_counter import flop_registry
 
 from ..base.config import canonical_json
 from ..methods import METHODS
-from ..models.diffusers_network import ModelBundle
+from ..models.diffusers_network import DiffusersNetwork
 from ..models.family import MINI, Family
 from ..models.frozen_layers import product
 from ..models.load_diffusers import build_unet
-from ..models.text_conditioning import Embeddings
+from ..models.text_conditioning import Conditioning
 from ..models.weight_roles import group_names
 from .compute import Compute
 
@@ -147,9 +147,9 @@ def _passes(family: Family, config: str, dtype: torch.dtype, group: str, rows: i
     trained = [unet.get_parameter(name) for name in group_names(unet, group)]
     pooled = [kind for kind in family.text_encoders if kind.is_pooled]
     pooled = torch.empty(rows, family.config(pooled[0].config)["projection_dim"], device="meta") if pooled else None
-    embeddings = Embeddings(torch.empty(rows, 77, unet.config.cross_attention_dim, device="meta"), pooled)
+    embeddings = Conditioning(torch.empty(rows, 77, unet.config.cross_attention_dim, device="meta"), pooled)
     inputs = torch.empty(rows, *family.latent_shape, device="meta"), torch.empty(rows, dtype=torch.long, device="meta"), embeddings
-    bundle = ModelBundle(family, unet, (), None, None)
+    network = DiffusersNetwork(family, unet, (), None, None)
 
     def drop(weight: nn.Parameter) -> None:
         weight.grad = None
@@ -159,13 +159,13 @@ def _passes(family: Family, config: str, dtype: torch.dtype, group: str, rows: i
 
     unet.requires_grad_(False)
     with torch.no_grad(), _FusedAttention(), _Count(unet.parameters()) as teacher:
-        bundle.predict(*inputs)
+        network.predict(*inputs)
     handles = [weight.requires_grad_(True).register_post_accumulate_grad_hook(drop) for weight in trained]
     try:
         if is_checkpointed:
             unet.enable_gradient_checkpointing(again)
         with _FusedAttention(), _Count(unet.parameters()) as student:
-            output = bundle.predict(*inputs)
+            output = network.predict(*inputs)
             kept, forward = student.now, student.flops
             torch.autograd.backward(output, torch.empty_like(output))
         return Passes(student.most, kept, teacher.most, forward, student.flops - forward)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ..base.errors import MemoryShortError
-from ..models.diffusers_network import ModelBundle
+from ..models.diffusers_network import DiffusersNetwork
 from ..models.free_memory import release_memory
-from ..models.text_conditioning import Embeddings
+from ..models.text_conditioning import Conditioning
 from .compute import Compute
-from .master_weights import Masters
+from .master_weights import MasterWeights
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Inputs = tuple[Tensor, Tensor, Embeddings]
+Inputs = tuple[Tensor, Tensor, Conditioning]
 
 
 @dataclass
@@ -32,7 +32,7 @@ class _Call:
     output: Tensor | None
 
 
-class Student:
+class MicroBatchedModel:
     """Predicts (see `diffusion.Predict`), and later takes the gradients of any loss of its predictions.
 
     A loss is a function of tensors that are cut off from the network. `backward` first takes the loss's gradients by these, then
@@ -44,20 +44,20 @@ class Student:
     When the device runs out of memory, the same call goes on with half the pictures at a time, down to one, then with checkpointing.
 
     Args:
-        bundle: its UNet holds the weights in training.
+        network: its UNet holds the weights in training.
         compute: largest micro batch, whether to use checkpointing, and whether to compile.
         say: told what is done about short memory or a failed compilation.
     """
 
-    def __init__(self, bundle: ModelBundle, compute: Compute, say: Callable[[str], None]):
-        self._bundle, self._compute, self._say = bundle, compute, say
+    def __init__(self, network: DiffusersNetwork, compute: Compute, say: Callable[[str], None]):
+        self._network, self._compute, self._say = network, compute, say
         self._rows, self._calls = compute.largest_micro_batch, []
         self._is_checkpointed = False
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Within the block the UNet checkpoints and is compiled as it was asked for."""
-        unet = self._bundle.unet
+        unet = self._network.unet
         try:
             if self._compute.checkpointing == "on":
                 self._checkpoint()
@@ -76,23 +76,23 @@ class Student:
             unet._compiled_call_impl = None
 
     def _checkpoint(self) -> None:
-        self._bundle.unet.enable_gradient_checkpointing()
+        self._network.unet.enable_gradient_checkpointing()
         self._is_checkpointed = True
 
-    def _predict(self, latents: Tensor, timesteps: Tensor, embeddings: Embeddings) -> Tensor:
-        unet = self._bundle.unet
+    def _predict(self, latents: Tensor, timesteps: Tensor, embeddings: Conditioning) -> Tensor:
+        unet = self._network.unet
         if unet._compiled_call_impl is not None:
             try:
-                return self._bundle.predict(latents, timesteps, embeddings)
+                return self._network.predict(latents, timesteps, embeddings)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ImportError, OSError, NotImplementedError) as error:  # what missing or unfit compilers raise
                 logger.warning("the network could not be compiled", exc_info=error)
                 unet._compiled_call_impl = None
                 self._say("The network could not be compiled here; the step goes on without.")
-        return self._bundle.predict(latents, timesteps, embeddings)
+        return self._network.predict(latents, timesteps, embeddings)
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, embeddings: Embeddings) -> Tensor:
+    def __call__(self, latents: Tensor, timesteps: Tensor, embeddings: Conditioning) -> Tensor:
         inputs = latents, timesteps, embeddings
         if not torch.is_grad_enabled():
             return self._in_parts(inputs)
@@ -108,7 +108,7 @@ class Student:
         self._calls.append(_Call(inputs, seen.requires_grad_(), output))
         return self._calls[-1].seen
 
-    def backward(self, loss: Tensor, masters: Masters) -> None:
+    def backward(self, loss: Tensor, masters: MasterWeights) -> None:
         """Adds the gradients of a loss, which is made of predictions since the last call of this and of the masters, to theirs."""
         calls, self._calls = self._calls, []
         (loss * masters.scale.value).backward()
@@ -116,7 +116,7 @@ class Student:
         while calls:
             self._backward(calls.pop(), masters)
 
-    def _backward(self, call: _Call, masters: Masters) -> None:
+    def _backward(self, call: _Call, masters: MasterWeights) -> None:
         gradient, done, rows = call.seen.grad, 0, len(call.seen)
         if gradient is None:  # the loss is no function of it
             return
@@ -159,7 +159,7 @@ class Student:
             return attempt()
         except torch.OutOfMemoryError:
             pass  # its frames hold tensors until here
-        release_memory(self._bundle.device)
+        release_memory(self._network.device)
         if rows > 1:
             self._rows = rows // 2
             self._say(f"Memory ran out; the step goes on with {self._rows} of {rows} pictures at a time.")
@@ -167,7 +167,7 @@ class Student:
             self._checkpoint()
             self._say("Memory ran out with one picture at a time; the step goes on with checkpointing, which takes a third more time.")
         else:
-            raise MemoryShortError(out_of_memory(self._bundle, self._is_checkpointed))
+            raise MemoryShortError(out_of_memory(self._network, self._is_checkpointed))
         return None
 
 
@@ -178,8 +178,8 @@ def _rows(inputs: Inputs, part: slice) -> Inputs:
     return latents[part], timesteps[part] if timesteps.ndim else timesteps, embeddings[part]
 
 
-def out_of_memory(bundle: ModelBundle, is_checkpointed: bool) -> str:
+def out_of_memory(network: DiffusersNetwork, is_checkpointed: bool) -> str:
     """The sentence that a step ends with when nothing more can be saved."""
     remedy = "choose a smaller parameter group, or another device" if is_checkpointed else "allow checkpointing (auto)"
-    return (f"The memory of {bundle.device} is too short to train {bundle.family.display_name}, even one picture at a time "
+    return (f"The memory of {network.device} is too short to train {network.family.display_name}, even one picture at a time "
             f"{'with' if is_checkpointed else 'without'} checkpointing; close what else uses it, {remedy}.")  # fmt: skip

@@ -11,16 +11,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..base.errors import CheckpointError, MemoryShortError, TrainingError, shown
+from ..base.errors import CheckpointError, MemoryShortError, TrainingError, brief_repr
 from ..history.step_record import library_versions
-from .master_weights import Masters
+from .master_weights import MasterWeights
 
 logger = logging.getLogger(__name__)
 State = dict[str, Any]
 """Nested dicts (with text as keys), lists and tuples of tensors, text, numbers, truth values and None."""
 
 
-class StateKeeper(Protocol):
+class StateStore(Protocol):
     """Where the state of a step stays while it trains. A state that cannot be kept never fails the step."""
 
     def load(self, origin: Mapping[str, Any]) -> State | None:
@@ -57,13 +57,13 @@ class Loop:
         masters: what is trained, and its optimizer.
         generator: the one that updates draw from.
         parts: whatever else updates change.
-        keeper: where the state stays, if anywhere.
+        state_store: where the state stays, if anywhere.
     """
 
     def __init__(
-        self, masters: Masters, generator: torch.Generator, parts: Sequence[Resumable], keeper: StateKeeper | None
+        self, masters: MasterWeights, generator: torch.Generator, parts: Sequence[Resumable], state_store: StateStore | None
     ):  # fmt: skip
-        self._masters, self._generator, self._parts, self._keeper = masters, generator, parts, keeper
+        self._masters, self._generator, self._parts, self._keeper = masters, generator, parts, state_store
         self.iteration, self.losses, self.terms = 0, [], {}
         self.earlier_seconds, self._begun = 0.0, time.monotonic()
         self._marked: State | None = None
@@ -173,7 +173,7 @@ def _split_dict(tree: dict[str, Any], path: str) -> tuple[dict[str, Any], dict[s
     values, tensors = {}, {}
     for key, value in tree.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"The state at {path!r} has the key {shown(key)}; give it text as keys.")
+            raise CheckpointError(f"The state at {path!r} has the key {brief_repr(key)}; give it text as keys.")
         values[key], found = split(value, f"{path}/{key.replace('~', '~0').replace('/', '~1')}")
         tensors |= found
     return ({"plain": values} if _mark_of(values) else values), tensors

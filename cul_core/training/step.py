@@ -18,9 +18,9 @@ from ..concepts.concept import Concept
 from ..history.step_record import StepRecord, library_versions
 from ..history.unlearn_model import UnlearnModel, weights_of
 from ..methods import METHODS
-from ..models.diffusers_network import ModelBundle, swapped_weights
+from ..models.diffusers_network import DiffusersNetwork, swapped_weights
 from ..models.free_memory import free_memory, release_memory
-from ..models.load_diffusers import BundleCache
+from ..models.load_diffusers import NetworkCache
 from ..models.noise_process import NoiseSchedule
 from ..models.sampling import generator_for
 from ..models.weight_roles import group_names
@@ -34,7 +34,7 @@ from .early_stopping import EarlyStopping, Measure
 from .loop import _train
 from .memory_plan import planned
 from .micro_batches import out_of_memory
-from .resume import StateKeeper
+from .resume import StateStore
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class StepReport:
 
 def run_step(
     model: UnlearnModel, request: Request, *, device: torch.device | str = "cpu", callbacks: Callbacks | None = None,
-    store: AnchorStore | None = None, bundles: BundleCache | None = None, measure: Measure | None = None,
-    keeper: StateKeeper | None = None, compute: Compute | None = None,
+    store: AnchorStore | None = None, networks: NetworkCache | None = None, measure: Measure | None = None,
+    state_store: StateStore | None = None, compute: Compute | None = None,
 ) -> tuple[UnlearnModel, StepReport]:  # fmt: skip
     """Forget `request.concepts`: (the edited model, a report). Same seed, device and versions give the same bits on a CPU.
 
@@ -61,9 +61,9 @@ def run_step(
         device: where to compute.
         callbacks: progress and cancelling.
         store: anchor latents shared between steps; made here if not given.
-        bundles: loaded models shared between steps.
+        networks: loaded models shared between steps.
         measure: how early stopping measures, if the request asks for it.
-        keeper: where the state stays of which a step that is stopped goes on, to the same bits as one that is not.
+        state_store: where the state stays of which a step that is stopped goes on, to the same bits as one that is not.
         compute: precision, and what to do about memory.
 
     Raises:
@@ -73,20 +73,20 @@ def run_step(
         MemoryShortError: the device's memory is too short; the state that is kept then is a good one.
         Cancelled: `callbacks.should_stop` said so.
     """
-    callbacks, store, bundles, compute = callbacks or Callbacks(), store or AnchorStore(), bundles or BundleCache(), compute or Compute()
+    callbacks, store, networks, compute = callbacks or Callbacks(), store or AnchorStore(), networks or NetworkCache(), compute or Compute()
     begun = time.monotonic()
     _check_supported(model, request)
     stopping = EarlyStopping(request.training, measure)
-    bundle = bundles.get(model.source, device, compute.dtype_on(device))
+    network = networks.get(model.source, device, compute.dtype_on(device))
     try:
-        edits, drift, losses, parts, figures, earlier = _step(model, request, bundle, callbacks, store, stopping, keeper, compute)
+        edits, drift, losses, parts, figures, earlier = _step(model, request, network, callbacks, store, stopping, state_store, compute)
     except torch.OutOfMemoryError:
         is_short = True  # what the step held is free only when its frames are, after this block
     else:
         is_short = False
     if is_short:
-        release_memory(bundle.device)
-        raise MemoryShortError(out_of_memory(bundle, is_checkpointed=True))
+        release_memory(network.device)
+        raise MemoryShortError(out_of_memory(network, is_checkpointed=True))
     result = UnlearnModel(model.source, model.family, edits)
     record = StepRecord(
         request=request.to_json(), losses=parts, drift=drift, parent=model.content_hash, result=result.content_hash,
@@ -98,45 +98,45 @@ def run_step(
 
 
 def _step(
-    model: UnlearnModel, request: Request, bundle: ModelBundle, callbacks: Callbacks, store: AnchorStore, stopping: EarlyStopping,
-    keeper: StateKeeper | None, compute: Compute,
+    model: UnlearnModel, request: Request, network: DiffusersNetwork, callbacks: Callbacks, store: AnchorStore, stopping: EarlyStopping,
+    state_store: StateStore | None, compute: Compute,
 ) -> tuple[dict[str, Tensor], dict[str, list[float]], list[float], dict[str, float], dict[str, float], float]:  # fmt: skip
     """(edits of the new model, drift by name, loss of every update, last value of each part of the loss, figures, seconds of earlier
     runs).
     """
-    names = group_names(bundle.unet, request.training.group)
-    compute, is_offloaded = _planned(model, bundle, request, compute, callbacks)
-    home = torch.device("cpu") if is_offloaded else bundle.device
-    pretrained = {name: weight.to(home) for name, weight in bundle.exact(names).items()}
+    names = group_names(network.unet, request.training.group)
+    compute, is_offloaded = _planned(model, network, request, compute, callbacks)
+    home = torch.device("cpu") if is_offloaded else network.device
+    pretrained = {name: weight.to(home) for name, weight in network.exact(names).items()}
     start = weights_of(model, pretrained)
     outside = {name: delta for name, delta in model.edits.items() if name not in pretrained}
     method = METHODS.of(request.method).cls(request.method)
     regularizers = [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
     if any(part.needs_anchor_latents for part in (method, *regularizers)):
         latents = store.anchor_latents(
-            model.source, bundle, request.anchor_prompts, request.anchor_count, request.anchor_sampler, request.anchor_seed,
+            model.source, network, request.anchor_prompts, request.anchor_count, request.anchor_sampler, request.anchor_seed,
             should_stop=callbacks.should_stop, on_batch=callbacks.on_anchors,
         )  # fmt: skip
     else:
-        latents = torch.empty(0, *bundle.family.latent_shape)
+        latents = torch.empty(0, *network.family.latent_shape)
     context = StepContext(
-        bundle=bundle, concepts=request.concepts, retain=request.retain,
+        network=network, concepts=request.concepts, retain=request.retain,
         previous=tuple(Concept.from_json(values) for values in model.forgotten),
         anchor_prompts=tuple(request.anchor_prompts[i % len(request.anchor_prompts)] for i in range(request.anchor_count)),
-        anchor_latents=latents.to(bundle.device), pretrained=pretrained, start=start, training=request.training,
+        anchor_latents=latents.to(network.device), pretrained=pretrained, start=start, training=request.training,
         generator=partial(generator_for, request.training.seed),
-        schedule=NoiseSchedule(ends_in_noise=bundle.family.ends_in_noise),
+        schedule=NoiseSchedule(ends_in_noise=network.family.ends_in_noise),
         origin=stable_hash([model.content_hash, request.method.to_json()]), check=partial(_check_going_on, callbacks),
         anchor_sampler=request.anchor_sampler,
     )  # fmt: skip
-    edited = {name: weight + outside[name].to(weight.device) for name, weight in bundle.exact(list(outside)).items()}
-    with swapped_weights(bundle.unet, edited):
+    edited = {name: weight + outside[name].to(weight.device) for name, weight in network.exact(list(outside)).items()}
+    with swapped_weights(network.unet, edited):
         for part in (method, *regularizers):
             part.prepare(context)
         if method.is_closed_form:
             weights, losses, parts, earlier = method.edit(context), [], {}, 0.0
         else:
-            weights, losses, parts, earlier = _train(context, method, regularizers, callbacks, stopping, keeper, compute, is_offloaded)
+            weights, losses, parts, earlier = _train(context, method, regularizers, callbacks, stopping, state_store, compute, is_offloaded)
     figures = {name: value for regularizer in regularizers for name, value in regularizer.report().items()} | stopping.figures
 
     edits, drift = dict(outside), {}
@@ -153,13 +153,13 @@ def _step(
 
 
 def _planned(
-    model: UnlearnModel, bundle: ModelBundle, request: Request, compute: Compute, callbacks: Callbacks
+    model: UnlearnModel, network: DiffusersNetwork, request: Request, compute: Compute, callbacks: Callbacks
 ) -> tuple[Compute, bool]:  # fmt: skip
     """(how to compute, whether masters rest in the CPU's memory), chosen for the free memory; the user is told what that needs."""
-    free = free_memory(bundle.device)
+    free = free_memory(network.device)
     if free is not None:
-        free += sum(weight.numel() * weight.element_size() for weight in bundle.unet.parameters())  # is there, and counted in the estimate
-    compute, is_offloaded, estimate = planned(bundle.family, request, bundle.device, compute, free, bool(model.edits))
+        free += sum(weight.numel() * weight.element_size() for weight in network.unet.parameters())  # is there, and counted in the estimate
+    compute, is_offloaded, estimate = planned(network.family, request, network.device, compute, free, bool(model.edits))
     if estimate is not None:
         callbacks.on_message(estimate.sentence(free))
     return compute, is_offloaded

@@ -14,7 +14,7 @@ from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas import models
 from cul_core.minicanvas.training.pack import checkpoint_tensors, write_weights
 from cul_core.models.family import FAMILIES, MINI, V_PREDICTION
-from cul_core.models.load_diffusers import BundleCache, load_tokenizer
+from cul_core.models.load_diffusers import NetworkCache, load_tokenizer
 from cul_core.output.checkpoint import open_model
 from cul_core.parts.training_config import TrainingConfig
 from cul_core.requests.request import Request
@@ -41,9 +41,9 @@ def random_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def bundles():
+def networks():
     """Two caches, so that tests of the random and of the shipped model do not reload each other's."""
-    return {"random": BundleCache(), "shipped": BundleCache()}
+    return {"random": NetworkCache(), "shipped": NetworkCache()}
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +57,8 @@ def random_model(random_checkpoint):
 
 
 @pytest.fixture(scope="session")
-def random_bundle(random_model, bundles):
-    return bundles["random"].get(random_model.source)
+def random_network(random_model, networks):
+    return networks["random"].get(random_model.source)
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +67,8 @@ def shipped_model():
 
 
 @pytest.fixture(scope="session")
-def shipped_bundle(shipped_model, bundles):
-    return bundles["shipped"].get(shipped_model.source)
+def shipped_network(shipped_model, networks):
+    return networks["shipped"].get(shipped_model.source)
 
 
 @pytest.fixture(scope="session")
@@ -88,8 +88,8 @@ def tiny_checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_bundles():
-    return {name: BundleCache() for name in ("sd2", "sdxl")}
+def tiny_networks():
+    return {name: NetworkCache() for name in ("sd2", "sdxl")}
 
 
 @pytest.fixture
@@ -108,8 +108,8 @@ def tiny_model(request, tiny_checkpoints, known_tiny):
 
 
 @pytest.fixture
-def tiny_bundle(tiny_model, tiny_bundles):
-    return tiny_bundles[tiny_model.family.name].get(tiny_model.source)
+def tiny_network(tiny_model, tiny_networks):
+    return tiny_networks[tiny_model.family.name].get(tiny_model.source)
 
 
 @pytest.fixture

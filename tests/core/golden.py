@@ -27,7 +27,7 @@ from cul_core.mergers import MERGERS
 from cul_core.mergers.merge import merge
 from cul_core.minicanvas.models import CHECKPOINT_PATH
 from cul_core.models.family import FAMILIES
-from cul_core.models.load_diffusers import BundleCache, checkpoint_key_map
+from cul_core.models.load_diffusers import NetworkCache, checkpoint_key_map
 from cul_core.models.sampling import SamplerConfig
 from cul_core.models.source import Source
 from cul_core.output.checkpoint import open_model
@@ -104,13 +104,13 @@ class Golden:
     """Runs what is recorded, on one thread; models and anchors are shared."""
 
     def __init__(self):
-        self.model, self.bundles, self.anchors = open_model(CHECKPOINT_PATH), BundleCache(), AnchorStore()
+        self.model, self.networks, self.anchors = open_model(CHECKPOINT_PATH), NetworkCache(), AnchorStore()
 
     def chain(self, name: str) -> dict:
         """Two requests by a preset: hashes of the weights, losses, norms of the edits."""
         model, hashes, losses = self.model, [], []
         for number in range(len(TARGETS)):
-            model, report = run_step(model, short_request(name, model.family, number), store=self.anchors, bundles=self.bundles)
+            model, report = run_step(model, short_request(name, model.family, number), store=self.anchors, networks=self.networks)
             hashes.append(weights_hash(model))
             losses.append(list(report.losses))
         return {"hashes": hashes, "losses": losses, "norm": sum(delta.square().sum().item() for delta in model.edits.values()) ** 0.5}
@@ -120,7 +120,7 @@ class Golden:
         models = []
         for number in range(len(TARGETS)):
             request = short_request("recommended", self.model.family, number)
-            models.append(run_step(self.model, request, store=self.anchors, bundles=self.bundles)[0])
+            models.append(run_step(self.model, request, store=self.anchors, networks=self.networks)[0])
         model = merge(models, MERGERS.get(name).config())
         return {"hashes": [weights_hash(model)], "losses": [],
                 "norm": sum(delta.square().sum().item() for delta in model.edits.values()) ** 0.5}  # fmt: skip

@@ -9,7 +9,7 @@ from sd_layout import autoencoder_shapes, write_random
 from torch import nn
 
 from cul_core.base.errors import Cancelled, ModelError
-from cul_core.models.diffusers_network import ModelBundle
+from cul_core.models.diffusers_network import DiffusersNetwork
 from cul_core.models.family import SD1, SD2, SDXL
 from cul_core.models.load_diffusers import _kl_autoencoder, load_autoencoder
 from cul_core.models.sampling import SamplerConfig, generator_for, sample_latents
@@ -72,38 +72,38 @@ def test_latent_cells_count_that_lie_wholly_in_the_picture(place, margin, rows, 
 
 def test_without_augmentation_the_pool_is_the_anchors_themselves():
     latents = torch.randn(2, 4, 8, 8)
-    bundle = ModelBundle(SD1, nn.Linear(1, 1), (), None, None)  # nothing can be decoded
-    pool = anchor_pool(bundle, latents, versions=0, flip=False, border=True, generator=partial(generator_for, 0))
+    network = DiffusersNetwork(SD1, nn.Linear(1, 1), (), None, None)  # nothing can be decoded
+    pool = anchor_pool(network, latents, versions=0, flip=False, border=True, generator=partial(generator_for, 0))
     assert pool.latents is latents and pool.masks is None and [*pool.anchors] == [0, 1] and pool.prefixes == ["", ""]
 
 
 @pytest.fixture(scope="module")
-def anchor_latents(shipped_bundle):
-    return sample_latents(shipped_bundle, ["a star", "a boat"], [generator_for(0, i) for i in range(2)], SamplerConfig(steps=4))
+def anchor_latents(shipped_network):
+    return sample_latents(shipped_network, ["a star", "a boat"], [generator_for(0, i) for i in range(2)], SamplerConfig(steps=4))
 
 
-def test_flipping_alone_keeps_the_anchors_bits_and_adds_their_mirror_images(shipped_bundle, anchor_latents):
-    pool = anchor_pool(shipped_bundle, anchor_latents, versions=0, flip=True, border=False, generator=partial(generator_for, 0))
+def test_flipping_alone_keeps_the_anchors_bits_and_adds_their_mirror_images(shipped_network, anchor_latents):
+    pool = anchor_pool(shipped_network, anchor_latents, versions=0, flip=True, border=False, generator=partial(generator_for, 0))
     assert pool.anchors == [0, 0, 1, 1] and pool.masks is None
     assert torch.equal(pool.latents[::2], anchor_latents)
-    before, mirrored = shipped_bundle.decode(anchor_latents), shipped_bundle.decode(pool.latents[1::2])
+    before, mirrored = shipped_network.decode(anchor_latents), shipped_network.decode(pool.latents[1::2])
     assert (mirrored.flip(-1) - before).abs().mean() < 0.5 * (mirrored - before).abs().mean()
 
 
-def test_versions_are_in_both_orientations_with_their_masks_and_each_anchors_do_not_depend_on_the_others(shipped_bundle, anchor_latents):
-    make = partial(anchor_pool, shipped_bundle, versions=2, flip=True, border=False, generator=partial(generator_for, 0))
+def test_versions_are_in_both_orientations_with_their_masks_and_each_anchors_do_not_depend_on_the_others(shipped_network, anchor_latents):
+    make = partial(anchor_pool, shipped_network, versions=2, flip=True, border=False, generator=partial(generator_for, 0))
     pool, alone = make(anchor_latents), make(anchor_latents[:1])
     assert pool.anchors == [0] * 4 + [1] * 4 and pool.prefixes[:2] == pool.prefixes[2:4]
     assert torch.equal(pool.masks[:2].flip(-1), pool.masks[2:4])
     assert torch.equal(pool.latents[:4], alone.latents) and len(pool.latents.flatten(1).unique(dim=0)) == 8
 
 
-def test_making_versions_can_be_cancelled(shipped_bundle, anchor_latents):
+def test_making_versions_can_be_cancelled(shipped_network, anchor_latents):
     def stop():
         raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
-        anchor_pool(shipped_bundle, anchor_latents, versions=1, flip=False, border=False, generator=None, check=stop)
+        anchor_pool(shipped_network, anchor_latents, versions=1, flip=False, border=False, generator=None, check=stop)
 
 
 # --- Stable Diffusion's autoencoder
@@ -134,12 +134,12 @@ def test_autoencoder_is_loaded_for_the_pool_and_freed_after_it(small_file):
         return opened[-1]
 
     family = replace(SD1, image_size_px=64, latent_shape=(4, 8, 8))
-    bundle, latents = ModelBundle(family, nn.Linear(1, 1), (), None, None, open_it), torch.zeros(1, 4, 8, 8)
-    make = partial(anchor_pool, bundle, latents, flip=False, border=False, generator=partial(generator_for, 0))
+    network, latents = DiffusersNetwork(family, nn.Linear(1, 1), (), None, None, open_it), torch.zeros(1, 4, 8, 8)
+    make = partial(anchor_pool, network, latents, flip=False, border=False, generator=partial(generator_for, 0))
     make(versions=0)
     assert not opened
     pool = make(versions=1)
-    assert len(opened) == 1 and bundle.autoencoder is None
+    assert len(opened) == 1 and network.autoencoder is None
     place = Placement.draw(64, generator_for(0, "augmentation", 0))
     picture = (opened[0].decode(latents).sample / 2 + 0.5).clamp(0, 1)
     posterior = opened[0].encode(place.apply(picture) * 2 - 1).latent_dist

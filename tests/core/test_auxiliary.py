@@ -3,14 +3,14 @@
 import tomllib
 from pathlib import Path
 
-import cul_core.auxiliary
 import pytest
 
+import cul_core.concepts.name_lists
 from cul_core.base.errors import ConceptError
 from cul_core.concepts.concept import KINDS, Concept
 from cul_core.concepts.name_lists import LISTS, SUITABLE, listed_names, parse_names
 
-FOLDER = Path(cul_core.auxiliary.__file__).parent
+FOLDER = Path(cul_core.concepts.name_lists.__file__).parent / "lists"
 
 
 @pytest.mark.parametrize("name", LISTS)

@@ -214,10 +214,10 @@ def test_operations_of_an_iteration_are_those_of_the_network(gpu):
     from torch.utils.flop_counter import FlopCounterMode
 
     bench = gpu._Bench(gpu._open("mini", None, None), "cpu", None)
-    bundle = bench._bundles.get(bench._model.source)
-    embeddings = bundle.encode(["an image of a cat"])
+    network = bench._networks.get(bench._model.source)
+    embeddings = network.encode(["an image of a cat"])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        bundle.predict(torch.zeros(1, *bundle.family.latent_shape), torch.tensor([5]), embeddings)
+        network.predict(torch.zeros(1, *network.family.latent_shape), torch.tensor([5]), embeddings)
     forward = counter.get_total_flops()
     # one forward for the anchor, one for the target, and a backward through most of the latter that takes no gradient of most weights
     assert 2.5 * forward < bench.flops("float32") < 4 * forward

@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "cul_core").rglob("*.py"))
 LAYERS = (
     {"config", "compute", "concepts", "auxiliary", "registry", "errors", "safetensor_files", "locks", "memory", "lean",
      "eviction"},
-    {"embeddings", "families", "bundle", "loading", "kept_weights", "compact"},
+    {"embeddings", "families", "network", "loading", "kept_weights", "compact"},
     {"augmentation", "diffusion", "trajectories", "conditioning", "params", "largest", "stopping"},
     {"methods", "regularizers", "merging"},
     {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store", "merge_models",

@@ -19,11 +19,11 @@ from cul_core.history.step_record import StepRecord, read_history
 from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAbl
 from cul_core.models.family import UNET_PREFIX
-from cul_core.models.load_diffusers import checkpoint_key_map, load_bundle, require_diffusers
+from cul_core.models.load_diffusers import checkpoint_key_map, load_network, require_diffusers
 from cul_core.models.source import source_of
-from cul_core.models.weight_roles import is_kv
+from cul_core.models.weight_roles import reads_text
 from cul_core.output.checkpoint import difference, load_edits, open_continued, open_model, save_checkpoint, save_edits
-from cul_core.store.model_snapshots import keep_weights
+from cul_core.store.model_snapshots import snapshot_model
 from cul_core.training.step import run_step
 
 
@@ -32,7 +32,7 @@ def with_edits(model, request, scale=0.01):
     header, _, _ = read_header(model.source.path)
     generator = torch.Generator().manual_seed(len(model.history))
     edits = {name: scale * torch.randn(header[key]["shape"], generator=generator)
-             for name, key in checkpoint_key_map(model.source.path).items() if is_kv(name)}  # fmt: skip
+             for name, key in checkpoint_key_map(model.source.path).items() if reads_text(name)}  # fmt: skip
     result = UnlearnModel(model.source, model.family, edits).content_hash
     record = StepRecord(request.to_json(), {"unlearn": 0.5}, {name: [1.0, 1.0] for name in edits}, model.content_hash, result, 1.5,
                         "2026-01-02T03:04:05+00:00", {"torch": "2"})  # fmt: skip
@@ -78,7 +78,7 @@ def test_checkpoint_differs_from_its_source_only_in_the_edited_tensors(random_ch
     old, new = tensor_bytes(model.source.path), tensor_bytes(path)
     assert {key for key in old if old[key] != new[key]} == edited_keys
     bases, weights = load_file(model.source.path), load_file(path)
-    unet = dict(load_bundle(path).unet.named_parameters())
+    unet = dict(load_network(path).unet.named_parameters())
     for name, delta in model.edits.items():
         expected = (bases[keys[name]].float() + delta).to(dtype)
         assert torch.equal(weights[keys[name]], expected)
@@ -288,7 +288,7 @@ def test_checkpoint_with_missing_or_misshapen_tensors_is_refused_by_name(random_
     spoil(tensors)
     save_file(tensors, tmp_path / "spoilt.safetensors")
     with pytest.raises(ModelError, match="spoilt.safetensors"):
-        load_bundle(tmp_path / "spoilt.safetensors")
+        load_network(tmp_path / "spoilt.safetensors")
 
 
 def test_checkpoint_whose_tensors_overlap_is_refused_by_name(random_checkpoint, tmp_path):
@@ -297,7 +297,7 @@ def test_checkpoint_whose_tensors_overlap_is_refused_by_name(random_checkpoint, 
     header[first]["data_offsets"] = header[second]["data_offsets"]
     path = _with_header(tmp_path / "overlap.safetensors", header, random_checkpoint.read_bytes()[start:])
     with pytest.raises(ModelError, match=path.name):
-        load_bundle(path)
+        load_network(path)
 
 
 @pytest.mark.parametrize(
@@ -348,8 +348,8 @@ def test_opened_checkpoint_keeps_its_history_and_counts_its_weights_as_pretraine
 
 def test_earlier_targets_of_an_opened_checkpoint_are_previous_ones_of_the_next_step(saved, make_request, monkeypatch):
     class BlankAnchors:
-        def anchor_latents(self, source, bundle, prompts, count, *others, **settings):
-            return torch.zeros(count, *bundle.family.latent_shape)
+        def anchor_latents(self, source, network, prompts, count, *others, **settings):
+            return torch.zeros(count, *network.family.latent_shape)
 
     class Seen(Exception):
         pass
@@ -389,8 +389,8 @@ def test_pretrained_file_for_a_checkpoint_that_does_not_say_where_it_is_from_is_
         open_model(random_checkpoint, other)
 
 
-def test_chain_continued_from_disk_equals_the_chain_in_memory(random_model, make_request, anchors, bundles, tmp_path):
-    shared = {"store": anchors, "bundles": bundles["random"]}
+def test_chain_continued_from_disk_equals_the_chain_in_memory(random_model, make_request, anchors, networks, tmp_path):
+    shared = {"store": anchors, "networks": networks["random"]}
     first, _ = run_step(random_model, make_request(), **shared)
     reloaded = load_edits(save_edits(first, tmp_path / "first.safetensors"), random_model.source)
     in_memory, _ = run_step(first, make_request("Lava", retain=("Navy_Stripes",), seed=1), **shared)
@@ -469,7 +469,7 @@ def test_every_writer_packs_its_header_by_the_same_function(edited, tmp_path, mo
     save_checkpoint(edited, tmp_path / "checkpoint.safetensors")
     save_edits(edited, tmp_path / "edits.safetensors")
     write_sealed(tmp_path / "sealed.safetensors", edited.edits, {})
-    keep_weights(tmp_path, edited.edits)
+    snapshot_model(tmp_path, edited.edits)
     assert packed[:3] == ["checkpoint.safetensors", "edits.safetensors", "sealed.safetensors"]
     assert len(packed) == 4
 

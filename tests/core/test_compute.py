@@ -15,7 +15,7 @@ from cul_core.methods import METHODS
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.sculpmem import SculpMemConfig
 from cul_core.models.family import MINI, SD1
-from cul_core.models.load_diffusers import BundleCache
+from cul_core.models.load_diffusers import NetworkCache
 from cul_core.models.weight_roles import group_names
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.base import Regularizer
@@ -30,7 +30,7 @@ from cul_core.training.callbacks import Callbacks
 from cul_core.training.compute import Compute
 from cul_core.training.master_weights import LossScale
 from cul_core.training.memory_plan import Estimate, estimate_step, passes, planned
-from cul_core.training.micro_batches import Student
+from cul_core.training.micro_batches import MicroBatchedModel
 from cul_core.training.step import run_step
 
 BF16, FP16 = Compute(dtype="bfloat16"), Compute(dtype="float16")
@@ -60,16 +60,16 @@ def watching(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def low_bundles():
+def low_networks():
     """Caches of the random model in other precisions."""
-    return {name: BundleCache() for name in ("bfloat16", "float16")}
+    return {name: NetworkCache() for name in ("bfloat16", "float16")}
 
 
 @pytest.fixture
-def step(random_model, bundles, low_bundles, anchors):
+def step(random_model, networks, low_networks, anchors):
     def run(request, compute=None, model=random_model, **options):
-        cache = low_bundles.get(compute.dtype if compute else "", bundles["random"])
-        return run_step(model, request, store=anchors, bundles=cache, compute=compute, **options)
+        cache = low_networks.get(compute.dtype if compute else "", networks["random"])
+        return run_step(model, request, store=anchors, networks=cache, compute=compute, **options)
 
     return run
 
@@ -95,7 +95,7 @@ def assert_close(one, other, rtol=1e-4):
 
 
 @contextmanager
-def calls(bundle, out_of_memory=lambda rows, with_graph: False):
+def calls(network, out_of_memory=lambda rows, with_graph: False):
     """(rows, whether with a graph, its latents) of every call of the UNet; one runs out of memory where that says so."""
     seen = []
 
@@ -105,7 +105,7 @@ def calls(bundle, out_of_memory=lambda rows, with_graph: False):
             raise torch.OutOfMemoryError("out of memory, as injected by a test")
         seen.append((rows, with_graph, inputs[0].clone()))
 
-    handle = bundle.unet.register_forward_pre_hook(note)
+    handle = network.unet.register_forward_pre_hook(note)
     try:
         yield seen
     finally:
@@ -116,12 +116,12 @@ def with_graph(seen):
     return torch.cat([latents for _, has_graph, latents in seen if has_graph])
 
 
-def unet_state(bundle):
-    return {name: tensor.clone() for name, tensor in bundle.unet.state_dict().items()}
+def unet_state(network):
+    return {name: tensor.clone() for name, tensor in network.unet.state_dict().items()}
 
 
-def assert_untouched(bundle, before):
-    unet = bundle.unet
+def assert_untouched(network, before):
+    unet = network.unet
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None or p._post_accumulate_grad_hooks for p in unet.parameters())
     assert not unet.is_gradient_checkpointing and not any(module._forward_hooks for module in unet.modules())
@@ -133,9 +133,9 @@ def assert_untouched(bundle, before):
 @pytest.mark.parametrize("compute", [Compute(checkpointing="on"), Compute(largest_micro_batch=1), Compute("auto", "on", False, 3)],
                          ids=["checkpointing", "one", "three and checkpointing"])  # fmt: skip
 @pytest.mark.parametrize("name", [entry.name for entry in METHODS if not entry.cls.is_closed_form])
-def test_checkpointing_and_micro_batches_give_every_method_the_same_gradients_and_loss(name, compute, gradients, random_bundle):
+def test_checkpointing_and_micro_batches_give_every_method_the_same_gradients_and_loss(name, compute, gradients, random_network):
     method = METHODS.get(name).config(**SHORT.get(name, {}))
-    with calls(random_bundle) as seen:
+    with calls(random_network) as seen:
         changed = gradients(method, compute)
     micro = compute.largest_micro_batch
     trained = [rows for rows, has_graph, _ in seen if has_graph]
@@ -149,9 +149,9 @@ def test_losses_of_several_predictions_and_penalties_are_split_as_well(gradients
     assert_close(gradients(**parts), gradients(**parts, compute=Compute(largest_micro_batch=1)))
 
 
-def test_checkpointing_computes_again_and_gives_the_same_bits(step, make_request, random_bundle):
+def test_checkpointing_computes_again_and_gives_the_same_bits(step, make_request, random_network):
     count = []
-    handle = random_bundle.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda *_: count.append(torch.is_grad_enabled()))
+    handle = random_network.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda *_: count.append(torch.is_grad_enabled()))
     request = make_request(method=ConAblConfig(preservation=1.0), iterations=2)
     plain, _ = step(request)
     before = sum(count)
@@ -161,28 +161,28 @@ def test_checkpointing_computes_again_and_gives_the_same_bits(step, make_request
     assert again.content_hash == plain.content_hash
 
 
-def test_inputs_that_need_gradients_themselves_are_not_cut_off(random_bundle):
-    student = Student(random_bundle, Compute(), lambda text: None)
+def test_inputs_that_need_gradients_themselves_are_not_cut_off(random_network):
+    student = MicroBatchedModel(random_network, Compute(), lambda text: None)
     latents = torch.randn(2, 4, 8, 8, requires_grad=True)
-    inputs = torch.tensor([1, 2]), random_bundle.encode(["a cat", "a dog"])
+    inputs = torch.tensor([1, 2]), random_network.encode(["a cat", "a dog"])
     (given,) = torch.autograd.grad(student(latents, *inputs).sum(), latents)
-    (wanted,) = torch.autograd.grad(random_bundle.predict(latents, *inputs).sum(), latents)
+    (wanted,) = torch.autograd.grad(random_network.predict(latents, *inputs).sum(), latents)
     assert torch.equal(given, wanted) and given.abs().max() > 0
 
 
-def test_attention_is_fused(random_bundle):
-    assert {type(processor).__name__ for processor in random_bundle.unet.attn_processors.values()} == {"AttnProcessor2_0"}
+def test_attention_is_fused(random_network):
+    assert {type(processor).__name__ for processor in random_network.unet.attn_processors.values()} == {"AttnProcessor2_0"}
 
 
 # --- short memory
 
 
-def test_when_memory_runs_out_the_same_update_goes_on_in_parts_and_then_with_checkpointing(gradients, random_bundle):
+def test_when_memory_runs_out_the_same_update_goes_on_in_parts_and_then_with_checkpointing(gradients, random_network):
     told = []
-    with calls(random_bundle) as seen:
+    with calls(random_network) as seen:
         plain = gradients(ConAblConfig())
-    unet = random_bundle.unet
-    with calls(random_bundle, lambda rows, graph: graph and (rows > 1 or not unet.is_gradient_checkpointing)) as seen_again:
+    unet = random_network.unet
+    with calls(random_network, lambda rows, graph: graph and (rows > 1 or not unet.is_gradient_checkpointing)) as seen_again:
         saved = gradients(ConAblConfig(), say=told.append)
     assert_close(plain, saved)
     assert torch.equal(with_graph(seen), with_graph(seen_again))  # nothing was drawn anew
@@ -191,7 +191,7 @@ def test_when_memory_runs_out_the_same_update_goes_on_in_parts_and_then_with_che
 
 
 @pytest.mark.parametrize("regularizers", [[], [DISTILLATION]], ids=["one backward pass", "two"])
-def test_a_backward_pass_that_breaks_off_half_way_counts_for_nothing(regularizers, gradients, random_bundle):
+def test_a_backward_pass_that_breaks_off_half_way_counts_for_nothing(regularizers, gradients, random_network):
     failures, told = [], []
 
     def fail(gradient):
@@ -204,7 +204,7 @@ def test_a_backward_pass_that_breaks_off_half_way_counts_for_nothing(regularizer
             output.register_hook(fail)  # the gradients of the second half of the network have arrived by then
 
     plain = gradients(ConAblConfig(), regularizers=regularizers)
-    handle = random_bundle.unet.mid_block.register_forward_hook(watch)
+    handle = random_network.unet.mid_block.register_forward_hook(watch)
     saved = gradients(ConAblConfig(), regularizers=regularizers, say=told.append)
     handle.remove()
     assert len(failures) == len(told) == 2
@@ -217,37 +217,37 @@ def test_a_backward_pass_that_breaks_off_half_way_counts_for_nothing(regularizer
      (Compute(checkpointing="off"), "without checkpointing; .*allow checkpointing")],
 )  # fmt: skip
 def test_memory_that_is_short_for_one_picture_is_an_error_that_leaves_everything_as_it_was(
-    compute, remedy, step, make_request, random_bundle, random_model
+    compute, remedy, step, make_request, random_network, random_model
 ):
-    before = unet_state(random_bundle)
+    before = unet_state(random_network)
     said = f"even one picture at a time {remedy}"
-    with calls(random_bundle, lambda rows, graph: graph), pytest.raises(MemoryShortError, match=said):
+    with calls(random_network, lambda rows, graph: graph), pytest.raises(MemoryShortError, match=said):
         step(make_request(), compute)
-    assert_untouched(random_bundle, before)
+    assert_untouched(random_network, before)
     assert random_model.edits == {} and random_model.history == ()
 
 
-def test_memory_that_runs_out_elsewhere_is_the_same_error(step, make_request, random_bundle):
-    before = unet_state(random_bundle)
+def test_memory_that_runs_out_elsewhere_is_the_same_error(step, make_request, random_network):
+    before = unet_state(random_network)
     request = make_request(regularizers=[SelFTConfig(states=2, guidance_scale=2.5)])
     said = "memory of cpu is too short"
-    with calls(random_bundle, lambda rows, graph: graph), pytest.raises(MemoryShortError, match=said):
+    with calls(random_network, lambda rows, graph: graph), pytest.raises(MemoryShortError, match=said):
         step(request)
-    assert_untouched(random_bundle, before)
+    assert_untouched(random_network, before)
 
 
 # --- precision
 
 
 def test_masters_take_updates_that_bf16_would_lose_and_w0_is_never_rounded(
-    step, make_request, watching, low_bundles, random_model, bundles
+    step, make_request, watching, low_networks, random_model, networks
 ):
-    exact = dict(bundles["random"].get(random_model.source).unet.named_parameters())
-    bundle = low_bundles["bfloat16"].get(random_model.source, dtype=torch.bfloat16)
-    before = unet_state(bundle)
+    exact = dict(networks["random"].get(random_model.source).unet.named_parameters())
+    network = low_networks["bfloat16"].get(random_model.source, dtype=torch.bfloat16)
+    before = unet_state(network)
     assert before["conv_in.weight"].dtype == torch.bfloat16
     edited, _ = step(make_request(learning_rate=1e-5, regularizers=[watching]), BF16)
-    assert_untouched(bundle, before)
+    assert_untouched(network, before)
     assert all(gradient.dtype == torch.float32 for gradient in Watching.gradients.values())
     moved, lost, rounded = 0.0, 0.0, False
     for name, w0 in Watching.context.pretrained.items():
@@ -314,7 +314,7 @@ def test_precision_is_chosen_for_the_device_and_what_does_not_exist_is_refused()
         Compute(dtype="float64")
 
 
-def test_a_network_that_cannot_be_compiled_is_not(step, make_request, random_bundle, monkeypatch):
+def test_a_network_that_cannot_be_compiled_is_not(step, make_request, random_network, monkeypatch):
     def fail(*inputs, **named):
         raise RuntimeError("no compiler")
 
@@ -323,55 +323,55 @@ def test_a_network_that_cannot_be_compiled_is_not(step, make_request, random_bun
     edited, _ = step(make_request(), Compute(compile=True), callbacks=Callbacks(on_message=told.append))
     assert len(told) == 1 and "could not be compiled" in told[0]
     assert edited.content_hash == step(make_request())[0].content_hash
-    assert random_bundle.unet._compiled_call_impl is None
+    assert random_network.unet._compiled_call_impl is None
 
 
 # --- text encoders
 
 
-def test_text_encoders_are_gone_in_training_and_come_back_for_a_new_prompt(tiny_model, tiny_bundle, make_request, tiny_bundles):
-    before = tiny_bundle.encode(["a very new prompt"])
-    assert tiny_bundle.text_encoders
-    encoders, alive = [weakref.ref(encoder) for encoder in tiny_bundle.text_encoders], []
+def test_text_encoders_are_gone_in_training_and_come_back_for_a_new_prompt(tiny_model, tiny_network, make_request, tiny_networks):
+    before = tiny_network.encode(["a very new prompt"])
+    assert tiny_network.text_encoders
+    encoders, alive = [weakref.ref(encoder) for encoder in tiny_network.text_encoders], []
 
     def look(*progress):
         gc.collect()
-        alive.append([encoder() is not None for encoder in encoders] + list(tiny_bundle.text_encoders))
+        alive.append([encoder() is not None for encoder in encoders] + list(tiny_network.text_encoders))
 
     watch = Callbacks(on_progress=look, on_anchors=look, preview_prompts=("a cat",), preview_every=1)
-    run_step(tiny_model, make_request(iterations=2), store=AnchorStore(), bundles=tiny_bundles[tiny_model.family.name], callbacks=watch)
-    assert len(alive) > 2 and alive == [[False] * len(encoders)] * len(alive) and tiny_bundle.text_encoders == ()
-    tiny_bundle._prompts.clear()
-    after = tiny_bundle.encode(["a very new prompt"])
-    assert torch.equal(before.text, after.text) and len(tiny_bundle.text_encoders) == len(encoders)
+    run_step(tiny_model, make_request(iterations=2), store=AnchorStore(), networks=tiny_networks[tiny_model.family.name], callbacks=watch)
+    assert len(alive) > 2 and alive == [[False] * len(encoders)] * len(alive) and tiny_network.text_encoders == ()
+    tiny_network._prompts.clear()
+    after = tiny_network.encode(["a very new prompt"])
+    assert torch.equal(before.text, after.text) and len(tiny_network.text_encoders) == len(encoders)
 
 
-def test_prompts_that_are_asked_for_again_are_kept_and_never_fewer_than_one_call_needs(random_bundle, monkeypatch):
+def test_prompts_that_are_asked_for_again_are_kept_and_never_fewer_than_one_call_needs(random_network, monkeypatch):
     monkeypatch.setattr("cul_core.models.diffusers_network._CACHED_PROMPTS", 3)
-    random_bundle._prompts.clear()
+    random_network._prompts.clear()
     for prompts in (["a cat", "a dog"], ["a house", "a cat"], ["a boat"]):
-        random_bundle.encode(prompts)
-    assert list(random_bundle._prompts) == ["a house", "a cat", "a boat"]
-    assert len(random_bundle.encode(["a", "b", "c", "d", "a"])) == 5 and len(random_bundle._prompts) == 4
+        random_network.encode(prompts)
+    assert list(random_network._prompts) == ["a house", "a cat", "a boat"]
+    assert len(random_network.encode(["a", "b", "c", "d", "a"])) == 5 and len(random_network._prompts) == 4
 
 
 # --- the estimate
 
 
-def kept_by_autograd(bundle, rows):
+def kept_by_autograd(network, rows):
     """Bytes that a forward pass really keeps for the backward pass."""
     storages = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in bundle.unet.parameters()}
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.unet.parameters()}
 
     def note(tensor):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    weights = [bundle.unet.get_parameter(name) for name in group_names(bundle.unet, "kv")]
+    weights = [network.unet.get_parameter(name) for name in group_names(network.unet, "kv")]
     for weight in weights:
         weight.requires_grad_(True)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = bundle.predict(torch.randn(rows, 4, 8, 8), torch.zeros(rows, dtype=torch.long), bundle.encode(["a cat"] * rows))
+        output = network.predict(torch.randn(rows, 4, 8, 8), torch.zeros(rows, dtype=torch.long), network.encode(["a cat"] * rows))
     for weight in weights:
         weight.requires_grad_(False)
     del output
@@ -379,9 +379,9 @@ def kept_by_autograd(bundle, rows):
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_counted_activations_are_those_that_autograd_keeps(rows, random_bundle):
+def test_counted_activations_are_those_that_autograd_keeps(rows, random_network):
     counted = passes(MINI, torch.float32, "kv", rows)
-    assert counted.kept_bytes == pytest.approx(kept_by_autograd(random_bundle, rows), rel=0.1)
+    assert counted.kept_bytes == pytest.approx(kept_by_autograd(random_network, rows), rel=0.1)
     assert counted.teacher_bytes < counted.kept_bytes <= counted.training_bytes
 
 
@@ -440,11 +440,11 @@ def test_the_fastest_way_that_fits_is_chosen(make_request, monkeypatch):
     assert planned(MINI, request, cpu, Compute(), 1) == (Compute(), False, None)
 
 
-def test_what_is_needed_is_said_before_the_step_begins(tiny_model, make_request, anchors, tiny_bundles):
+def test_what_is_needed_is_said_before_the_step_begins(tiny_model, make_request, anchors, tiny_networks):
     assert Estimate(4 * 10**9, 10**9, 10**8, 0, 0, 230.0).sentence(7_200_000_000) == "Needs about 5.1 GB and 4 min; 7.2 GB are free."
     told = []
     watch = Callbacks(on_message=told.append, on_progress=lambda progress: told.append("update"))
-    run_step(tiny_model, make_request(iterations=1), store=anchors, bundles=tiny_bundles[tiny_model.family.name], callbacks=watch)
+    run_step(tiny_model, make_request(iterations=1), store=anchors, networks=tiny_networks[tiny_model.family.name], callbacks=watch)
     assert told[0].startswith("Needs about 0.0 GB and 1 min") and told[1:] == ["update"]
 
 
@@ -467,19 +467,19 @@ def test_the_command_line_says_how_to_compute(tmp_path, monkeypatch):
 @cuda
 @pytest.mark.parametrize("is_offloaded", [False, True], ids=["resting", "offloaded"])
 def test_a_step_on_a_gpu(tiny_model, make_request, anchors, monkeypatch, is_offloaded):
-    bundles, told = BundleCache(), []
+    networks, told = NetworkCache(), []
     request = make_request(**EVERYTHING)
     real = training._planned
     monkeypatch.setattr(training, "_planned", lambda *arguments: (real(*arguments)[0], is_offloaded))
     edited, report = run_step(
-        tiny_model, request, device="cuda", store=anchors, bundles=bundles, callbacks=Callbacks(on_message=told.append)
+        tiny_model, request, device="cuda", store=anchors, networks=networks, callbacks=Callbacks(on_message=told.append)
     )
-    bundle = bundles.get(tiny_model.source, "cuda", Compute().dtype_on("cuda"))
-    assert bundle.dtype in (torch.bfloat16, torch.float16) and bundle.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    network = networks.get(tiny_model.source, "cuda", Compute().dtype_on("cuda"))
+    assert network.dtype in (torch.bfloat16, torch.float16) and network.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert edited.edits and all(delta.dtype == torch.float32 and delta.device.type == "cpu" for delta in edited.edits.values())
     assert "are free" in told[0] and all(map(torch.isfinite, map(torch.tensor, report.losses)))
-    del bundle
-    bundles.free()
+    del network
+    networks.free()
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated() < 50_000_000

@@ -28,35 +28,35 @@ QUICK = DistillationConfig(trajectories=2, trajectory_steps=3)
 
 
 @pytest.fixture
-def context_for(random_bundle):
+def context_for(random_network):
     def make(target="Lava", kind="style", anchor="", *, retain=(), previous=(), captions=("a star", "a house"), iterations=0):
-        return StepContext(random_bundle, (Concept(target, kind, anchor),), retain, previous, captions, torch.empty(0, 4, 8, 8), {}, {},
+        return StepContext(random_network, (Concept(target, kind, anchor),), retain, previous, captions, torch.empty(0, 4, 8, 8), {}, {},
                            TrainingConfig(iterations=iterations), partial(generator_for, 5))  # fmt: skip
 
     return make
 
 
 @pytest.fixture
-def step(random_model, bundles, anchors, make_request):
+def step(random_model, networks, anchors, make_request):
     def run(request, model=random_model, **options):
-        return run_step(model, request, store=anchors, bundles=bundles["random"], **options)
+        return run_step(model, request, store=anchors, networks=networks["random"], **options)
 
     return run
 
 
-def predict_with(bundle, weights=None):
+def predict_with(network, weights=None):
     """The UNet's prediction, under other weights if they are given."""
 
     def predict(latents, timesteps, embeddings):
-        with swapped_weights(bundle.unet, weights or {}):
-            return bundle.predict(latents, timesteps, embeddings)
+        with swapped_weights(network.unet, weights or {}):
+            return network.predict(latents, timesteps, embeddings)
 
     return torch.no_grad()(predict)
 
 
 @contextmanager
-def trainable(bundle, names):
-    parameters = [bundle.unet.get_parameter(name).requires_grad_() for name in names]
+def trainable(network, names):
+    parameters = [network.unet.get_parameter(name).requires_grad_() for name in names]
     try:
         yield parameters
     finally:
@@ -115,8 +115,8 @@ def prepared(context_for):
     return make
 
 
-def test_both_terms_are_zero_for_a_student_that_is_both_teachers(prepared, random_bundle):
-    predict = predict_with(random_bundle)
+def test_both_terms_are_zero_for_a_student_that_is_both_teachers(prepared, random_network):
+    predict = predict_with(random_network)
     terms = prepared(previous=(Concept("Denim"),)).loss_terms(predict, predict, predict)
     # the student sees both terms' states in one call, which may cost the last bits
     assert terms.keys() == {"keep", "previous"} and all(term < 1e-10 for term in terms.values())
@@ -147,18 +147,18 @@ def test_a_term_without_weight_or_prompts_asks_no_teacher(prepared, weights, nam
     assert terms.keys() == names
 
 
-def test_no_gradient_where_keys_and_values_of_the_prompts_are_unchanged(prepared, random_bundle):
-    unet = random_bundle.unet
+def test_no_gradient_where_keys_and_values_of_the_prompts_are_unchanged(prepared, random_network):
+    unet = random_network.unet
     pretrained = {name: unet.get_parameter(name).data for name in group_names(unet, "kv")}
-    teacher, generator, sizes = predict_with(random_bundle, pretrained), torch.Generator().manual_seed(3), []
-    rows = random_bundle.encode(["", "a star"]).text.flatten(0, 1)  # all there is to keep, of 154 of 192 directions at most
+    teacher, generator, sizes = predict_with(random_network, pretrained), torch.Generator().manual_seed(3), []
+    rows = random_network.encode(["", "a star"]).text.flatten(0, 1)  # all there is to keep, of 154 of 192 directions at most
     right = torch.linalg.svd(rows.double(), full_matrices=False)[2].float()
     for protected in (torch.zeros_like(right), right):
         changes = {name: 0.1 * weight.std() * torch.randn(weight.shape, generator=generator) for name, weight in pretrained.items()}
         student = {name: weight + changes[name] - changes[name] @ protected.T @ protected for name, weight in pretrained.items()}
         distillation = prepared(captions=("a star",))
-        with swapped_weights(unet, student), trainable(random_bundle, pretrained) as parameters:
-            term = distillation.loss_terms(random_bundle.predict, teacher, teacher)["keep"]
+        with swapped_weights(unet, student), trainable(random_network, pretrained) as parameters:
+            term = distillation.loss_terms(random_network.predict, teacher, teacher)["keep"]
             sizes.append(sum(gradient.norm().item() for gradient in torch.autograd.grad(term, parameters)))
     assert sizes[1] < 1e-4 * sizes[0]
 
@@ -167,20 +167,20 @@ def test_no_gradient_where_keys_and_values_of_the_prompts_are_unchanged(prepared
 
 
 def test_teachers_are_w0_and_the_start_take_no_gradient_and_leave_the_students_weights_bit_for_bit(
-    step, random_model, random_bundle, make_request, monkeypatch
+    step, random_model, random_network, make_request, monkeypatch
 ):
     first, _ = step(make_request("Denim", learning_rate=1e-2, iterations=1))
-    pretrained = {name: random_bundle.unet.get_parameter(name).data.clone() for name in first.edits}
+    pretrained = {name: random_network.unet.get_parameter(name).data.clone() for name in first.edits}
     known = {"pretrained": pretrained, "start": weights_of(first, pretrained)}
     original, calls = Distillation.loss_terms, []
 
     def watched(self, student, pretrained, start):
         def around(name, teacher):
             def call(*inputs):
-                before = {name: random_bundle.unet.get_parameter(name).data.clone() for name in first.edits}
+                before = {name: random_network.unet.get_parameter(name).data.clone() for name in first.edits}
                 predicted = teacher(*inputs)
-                assert all(torch.equal(random_bundle.unet.get_parameter(name).data, weight) for name, weight in before.items())
-                assert not predicted.requires_grad and torch.equal(predicted, predict_with(random_bundle, known[name])(*inputs))
+                assert all(torch.equal(random_network.unet.get_parameter(name).data, weight) for name, weight in before.items())
+                assert not predicted.requires_grad and torch.equal(predicted, predict_with(random_network, known[name])(*inputs))
                 calls.append(name)
                 return predicted
 
@@ -201,22 +201,22 @@ def test_without_weights_it_changes_no_bit(step, make_request):
     assert step(make_request(regularizers=[nothing]))[0].content_hash == step(make_request())[0].content_hash
 
 
-def test_all_regularizers_together_keep_their_promises(step, random_bundle, make_request):
+def test_all_regularizers_together_keep_their_promises(step, random_network, make_request):
     others = [SelFTConfig(states=4), ProjectionConfig(), L1SPConfig(strength=5.0, form="penalty"), L2SPConfig()]
     alone, _ = step(make_request(regularizers=others))
     edited, report = step(make_request(regularizers=[*others, QUICK]))
     assert edited.content_hash != alone.content_hash and "keep" in report.record.losses
-    kept = target_vector(random_bundle, Concept("Navy_Stripes")).float()
+    kept = target_vector(random_network, Concept("Navy_Stripes")).float()
     basis = [delta for delta in edited.edits.values() if delta.any()]
     assert basis and all((delta @ kept).norm() < 1e-5 * delta.norm() * kept.norm() for delta in basis)
     assert report.figures["changeable_weights"] == int(0.05 * 1408 * 190)  # rows of all matrices x directions left by two kept concepts
 
 
-def test_cancelling_does_not_wait_for_the_pictures(step, random_bundle, make_request):
-    before, asked = {name: weight.clone() for name, weight in random_bundle.unet.state_dict().items()}, []
+def test_cancelling_does_not_wait_for_the_pictures(step, random_network, make_request):
+    before, asked = {name: weight.clone() for name, weight in random_network.unet.state_dict().items()}, []
     callbacks = Callbacks(should_stop=lambda: asked.append(1) or len(asked) > 10)
     request = make_request(method=ConAblConfig(teacher="student"), regularizers=[DistillationConfig()])
     with pytest.raises(Cancelled, match="iteration 1 of 3; the input model is unchanged"):
         step(request, callbacks=callbacks)
     assert len(asked) == 11  # before the update and each of ten sampling steps
-    assert all(torch.equal(weight, before[name]) for name, weight in random_bundle.unet.state_dict().items())
+    assert all(torch.equal(weight, before[name]) for name, weight in random_network.unet.state_dict().items())

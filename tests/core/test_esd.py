@@ -11,7 +11,7 @@ from cul_core.concepts.concept import Concept
 from cul_core.methods.esd import ESD, ESDConfig, erasing_goal
 from cul_core.models.noise_process import NoiseSchedule
 from cul_core.models.sampling import generator_for
-from cul_core.models.text_conditioning import Embeddings
+from cul_core.models.text_conditioning import Conditioning
 from cul_core.models.trajectory_buffer import TrajectoryBuffer, run_trajectory
 from cul_core.models.weight_roles import group_names
 from cul_core.parts.step_context import StepContext
@@ -31,23 +31,23 @@ class NoAnchors:
 
 
 @pytest.fixture
-def predict(random_bundle):
+def predict(random_network):
     def predict(latents, timesteps, embeddings):
         with torch.no_grad():
-            return random_bundle.predict(latents, timesteps, embeddings)
+            return random_network.predict(latents, timesteps, embeddings)
 
     return predict
 
 
 @pytest.fixture
-def prepared(random_bundle):
+def prepared(random_network):
     """A method that is ready for `loss`; arguments are its settings."""
 
     def prepare(concepts=("Lava",), seed=5, **settings):
         concepts = tuple(map(Concept, concepts))
         method = ESD(ESDConfig(**(SHORT | settings)))
         training = TrainingConfig(batch_size=3)
-        method.prepare(StepContext(random_bundle, concepts, (), (), (), torch.empty(0, 4, 8, 8), {}, {}, training,
+        method.prepare(StepContext(random_network, concepts, (), (), (), torch.empty(0, 4, 8, 8), {}, {}, training,
                                    partial(generator_for, seed)))  # fmt: skip
         return method
 
@@ -58,10 +58,10 @@ def noise(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def buffer_of(bundle, prompts=("a cat", "a house"), *, schedule=None, **settings):
+def buffer_of(network, prompts=("a cat", "a house"), *, schedule=None, **settings):
     schedule = schedule or partial(NoiseSchedule().ddim, "epsilon", 5)
     settings = {"size": 3, "refresh_every": 4} | settings
-    return TrajectoryBuffer(bundle.encode(prompts), bundle.encode([""]), (4, 8, 8), schedule,
+    return TrajectoryBuffer(network.encode(prompts), network.encode([""]), (4, 8, 8), schedule,
                             partial(generator_for, 7, "trajectory"), **settings)  # fmt: skip
 
 
@@ -81,13 +81,13 @@ def test_no_negative_guidance_leaves_a_loss_of_zero(prepared, predict):
         assert method.loss(predict, predict, torch.Generator().manual_seed(0)).total < 1e-10
 
 
-def test_a_negative_guidance_of_one_makes_the_goal_the_unconditional_prediction(random_bundle, prepared, predict):
+def test_a_negative_guidance_of_one_makes_the_goal_the_unconditional_prediction(random_network, prepared, predict):
     null, concept = noise(0, 2, 3, 4, 8, 8)
     torch.testing.assert_close(erasing_goal(null, concept, concept, 1.0), null, atol=1e-6, rtol=0)
     seen = []
 
     def student(latents, timesteps, embeddings):
-        seen.append(predict(latents, timesteps, random_bundle.encode([""]).expand(len(embeddings))))
+        seen.append(predict(latents, timesteps, random_network.encode([""]).expand(len(embeddings))))
         return seen[-1]
 
     loss = prepared(negative_guidance=1.0).loss(student, predict, torch.Generator().manual_seed(0)).total
@@ -101,13 +101,13 @@ def test_strength_is_one_more_than_the_papers(papers):
     torch.testing.assert_close(erasing_goal(null, concept, concept, 1 + papers), expected, atol=1e-5, rtol=0)
 
 
-def test_goal_and_loss_by_hand(prepared, random_bundle):
+def test_goal_and_loss_by_hand(prepared, random_network):
     method = prepared(negative_guidance=3.0, erase_from="a house")
     values = {"": 1.0, Concept("Lava").prompt: 3.0, "a house": 10.0}
 
     def teacher(latents, timesteps, embeddings):
         """Each prompt its own constant."""
-        known = random_bundle.encode(list(values)).text
+        known = random_network.encode(list(values)).text
         numbers = [list(values.values())[int((known - one).abs().sum((1, 2)).argmin())] for one in embeddings.text]
         return torch.tensor(numbers).view(-1, 1, 1, 1).expand_as(latents)
 
@@ -120,10 +120,10 @@ def test_goal_and_loss_by_hand(prepared, random_bundle):
     loss = method.loss(student, teacher, torch.Generator().manual_seed(0))
     # goal 10 - 3 (3 - 1) = 4, loss (6 - 4)^2
     assert loss.total == 4 and loss.parts == {"unlearn": 4.0}
-    assert torch.equal(asked[0].text, random_bundle.encode(["a house"] * 3).text)
+    assert torch.equal(asked[0].text, random_network.encode(["a house"] * 3).text)
 
 
-def test_several_targets_take_turns(prepared, predict, random_bundle):
+def test_several_targets_take_turns(prepared, predict, random_network):
     method = prepared(("Lava", "Denim"), trajectories=4)
     generator = torch.Generator().manual_seed(0)
     method.loss(predict, predict, generator)
@@ -144,10 +144,10 @@ def test_setting_that_cannot_work_is_refused(values, said):
 # --- the states
 
 
-def test_kept_states_are_bit_for_bit_those_of_a_run_from_the_same_seed_up_to_them(random_bundle, predict):
-    buffer = buffer_of(random_bundle)
+def test_kept_states_are_bit_for_bit_those_of_a_run_from_the_same_seed_up_to_them(random_network, predict):
+    buffer = buffer_of(random_network)
     buffer.draw(predict, 1, torch.Generator().manual_seed(0))
-    null, prompts = random_bundle.encode([""]), random_bundle.encode(["a cat", "a house"])
+    null, prompts = random_network.encode([""]), random_network.encode(["a cat", "a house"])
     assert [kept.prompt for kept in buffer.trajectories] == [0, 1, 0]
     for number, kept in enumerate(buffer.trajectories):
         assert kept.states.dtype == torch.float16 and kept.states.shape == (5, 4, 8, 8)
@@ -155,33 +155,33 @@ def test_kept_states_are_bit_for_bit_those_of_a_run_from_the_same_seed_up_to_the
             scheduler = NoiseSchedule().ddim("epsilon", 5)
             latents = torch.randn(1, 4, 8, 8, generator=generator_for(7, "trajectory", number))
             for timestep in scheduler.timesteps[:stop]:
-                empty, full = predict(torch.cat([latents, latents]), timestep, Embeddings.cat([null, prompts[kept.prompt]])).chunk(2)
+                empty, full = predict(torch.cat([latents, latents]), timestep, Conditioning.cat([null, prompts[kept.prompt]])).chunk(2)
                 latents = scheduler.step(empty + 3.0 * (full - empty), timestep, latents).prev_sample
             assert torch.equal(kept.states[stop], latents[0].half()), (number, stop)
 
 
 @pytest.mark.parametrize("fresh", [partial(NoiseSchedule().ddim, "epsilon", 5), partial(NoiseSchedule().ddim, "v_prediction", 5), euler])
-def test_a_schedulers_step_leads_from_every_kept_state_to_the_next(fresh, random_bundle, predict):
-    null, prompt = random_bundle.encode(["", "a cat"])
+def test_a_schedulers_step_leads_from_every_kept_state_to_the_next(fresh, random_network, predict):
+    null, prompt = random_network.encode(["", "a cat"])
     kept = run_trajectory(predict, prompt, null, noise(2, 4, 8, 8), fresh(), 3.0)
     assert torch.equal(kept.timesteps, fresh().timesteps)
     for i in range(4):
         state, scheduler = kept.states[i].float()[None], fresh()
         inputs = scheduler.scale_model_input(state, kept.timesteps[i])
-        empty, full = predict(inputs.expand(2, -1, -1, -1), kept.timesteps[i], Embeddings.cat([null, prompt])).chunk(2)
+        empty, full = predict(inputs.expand(2, -1, -1, -1), kept.timesteps[i], Conditioning.cat([null, prompt])).chunk(2)
         following = scheduler.step(empty + 3.0 * (full - empty), kept.timesteps[i], state).prev_sample[0]
         expected = kept.states[i + 1].float()
         assert (following - expected).abs().max() < 4e-3 * expected.abs().max()  # fp16 of both, through the network
 
 
-def test_states_of_sigma_scaled_schedulers_reach_the_network_scaled(random_bundle, predict):
+def test_states_of_sigma_scaled_schedulers_reach_the_network_scaled(random_network, predict):
     inputs, sigmas = [], euler().sigmas
 
     def watched(latents, timesteps, embeddings):
         inputs.append(latents[0].clone())
         return predict(latents, timesteps, embeddings)
 
-    buffer = buffer_of(random_bundle, schedule=euler, size=1)
+    buffer = buffer_of(random_network, schedule=euler, size=1)
     drawn = buffer.draw(watched, 40, torch.Generator().manual_seed(0))
     (kept,) = buffer.trajectories
     assert kept.states[0].float().std() > 5  # sigma of the first step is about 14
@@ -194,8 +194,8 @@ def test_states_of_sigma_scaled_schedulers_reach_the_network_scaled(random_bundl
     assert len(set(drawn.timesteps.tolist())) == 5
 
 
-def test_the_oldest_trajectory_is_replaced_every_so_many_draws_and_the_rest_stays(random_bundle, predict):
-    buffer, generator, seen = buffer_of(random_bundle), torch.Generator().manual_seed(0), []
+def test_the_oldest_trajectory_is_replaced_every_so_many_draws_and_the_rest_stays(random_network, predict):
+    buffer, generator, seen = buffer_of(random_network), torch.Generator().manual_seed(0), []
     for _ in range(10):
         buffer.draw(predict, 1, generator)
         seen.append(buffer.trajectories)
@@ -221,35 +221,35 @@ def test_states_depend_on_the_seed_of_the_step_alone(prepared, predict):
 
 
 @pytest.mark.parametrize("group", ["kv", "attn2", "non-attn2"])
-def test_training_lowers_the_loss_and_changes_only_its_group(group, random_model, random_bundle, bundles, make_request):
+def test_training_lowers_the_loss_and_changes_only_its_group(group, random_model, random_network, networks, make_request):
     method = ESDConfig(**SHORT, erase_from="a house")
     request = make_request("Denim", method=method, iterations=40, batch_size=4, learning_rate=3e-3, group=group)
-    edited, report = run_step(random_model, request, store=NoAnchors(), bundles=bundles["random"])
+    edited, report = run_step(random_model, request, store=NoAnchors(), networks=networks["random"])
     losses = torch.tensor(report.losses)
     assert losses[-10:].mean() < 0.7 * losses[:10].mean()
-    names = set(group_names(random_bundle.unet, group))
+    names = set(group_names(random_network.unet, group))
     assert edited.edits and set(edited.edits) <= names
 
 
-def test_no_anchor_pictures_are_sampled_also_with_projection(random_model, bundles, make_request):
+def test_no_anchor_pictures_are_sampled_also_with_projection(random_model, networks, make_request):
     told = []
     request = make_request(method=ESDConfig(**SHORT), regularizers=[ProjectionConfig()], iterations=1)
     callbacks = Callbacks(on_anchors=lambda done, count: told.append(done))
-    run_step(random_model, request, store=NoAnchors(), bundles=bundles["random"], callbacks=callbacks)
+    run_step(random_model, request, store=NoAnchors(), networks=networks["random"], callbacks=callbacks)
     assert not told
 
 
-def test_a_part_that_needs_anchor_pictures_gets_them(random_model, bundles, make_request, monkeypatch):
+def test_a_part_that_needs_anchor_pictures_gets_them(random_model, networks, make_request, monkeypatch):
     monkeypatch.setattr("cul_core.regularizers.projection.GradientProjection.needs_anchor_latents", True)
     request = make_request(method=ESDConfig(**SHORT), regularizers=[ProjectionConfig()], iterations=1)
     with pytest.raises(AssertionError, match="anchor pictures were asked for"):
-        run_step(random_model, request, store=NoAnchors(), bundles=bundles["random"])
+        run_step(random_model, request, store=NoAnchors(), networks=networks["random"])
 
 
-def test_teachers_differ_from_the_second_request_on(random_model, bundles, make_request):
+def test_teachers_differ_from_the_second_request_on(random_model, networks, make_request):
     def losses(model, target, teacher):
         request = make_request(target, method=ESDConfig(teacher=teacher, **SHORT), iterations=2, learning_rate=3e-2)
-        model, report = run_step(model, request, store=NoAnchors(), bundles=bundles["random"])
+        model, report = run_step(model, request, store=NoAnchors(), networks=networks["random"])
         return model, report.losses
 
     first, one = losses(random_model, "Lava", "start")
@@ -257,12 +257,12 @@ def test_teachers_differ_from_the_second_request_on(random_model, bundles, make_
     assert losses(first, "Denim", "start")[1][0] != losses(first, "Denim", "pretrained")[1][0]
 
 
-def test_cancelling_does_not_wait_for_the_pictures_of_an_update(random_model, bundles, make_request):
+def test_cancelling_does_not_wait_for_the_pictures_of_an_update(random_model, networks, make_request):
     asked = []
     callbacks = Callbacks(should_stop=lambda: asked.append(1) or len(asked) > 5)
     request = make_request(method=ESDConfig(trajectories=8, trajectory_steps=50))
     with pytest.raises(Cancelled, match="iteration 1 of 3; the input model is unchanged"):
-        run_step(random_model, request, store=NoAnchors(), bundles=bundles["random"], callbacks=callbacks)
+        run_step(random_model, request, store=NoAnchors(), networks=networks["random"], callbacks=callbacks)
     assert len(asked) == 6
 
 

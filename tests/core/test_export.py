@@ -13,7 +13,7 @@ from cul_core.training.step import run_step
 
 
 @pytest.fixture(scope="module")
-def edited(random_model, bundles, anchors):
+def edited(random_model, networks, anchors):
     from cul_core.concepts.concept import Concept
     from cul_core.methods.conabl import ConAblConfig
     from cul_core.parts.training_config import TrainingConfig
@@ -21,7 +21,7 @@ def edited(random_model, bundles, anchors):
 
     request = Request((Concept("Lava"),), ConAblConfig(), training=TrainingConfig(iterations=3, batch_size=2), anchor_count=8,
                       anchor_prompts=("A star image.", "a house"))  # fmt: skip
-    return run_step(random_model, request, store=anchors, bundles=bundles["random"])[0]
+    return run_step(random_model, request, store=anchors, networks=networks["random"])[0]
 
 
 def applied(tensors, name):
@@ -76,8 +76,8 @@ def test_nothing_to_write_and_an_impossible_rank_are_refused(random_model, edite
     assert list(tmp_path.iterdir()) == []
 
 
-def test_drift_is_measured_against_the_pretrained_tensor(random_model, random_bundle):
-    parameters = dict(random_bundle.unet.named_parameters())
+def test_drift_is_measured_against_the_pretrained_tensor(random_model, random_network):
+    parameters = dict(random_network.unet.named_parameters())
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     model = UnlearnModel(random_model.source, random_model.family, {name: 0.25 * parameters[name].data})
     (drift,) = drift_of(model)

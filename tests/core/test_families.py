@@ -29,12 +29,12 @@ from cul_core.cli import main
 from cul_core.concepts.concept import Concept
 from cul_core.files.safetensors_format import read_header
 from cul_core.methods import METHODS
-from cul_core.models.diffusers_network import ModelBundle
+from cul_core.models.diffusers_network import DiffusersNetwork
 from cul_core.models.family import FAMILIES, MINI, SD1, SD2, SDXL
-from cul_core.models.load_diffusers import BundleCache, _build_text_encoder, checkpoint_key_map, load_bundle, load_tokenizer, text_tensors
+from cul_core.models.load_diffusers import NetworkCache, _build_text_encoder, checkpoint_key_map, load_network, load_tokenizer, text_tensors
 from cul_core.models.recognize import detect_family, family_of
 from cul_core.models.sampling import SamplerConfig
-from cul_core.models.weight_roles import group_names, is_kv
+from cul_core.models.weight_roles import group_names, reads_text
 from cul_core.output.checkpoint import difference, open_model, save_checkpoint
 from cul_core.output.drift import drift_of, short_name
 from cul_core.output.lora import save_difference, save_lora
@@ -155,8 +155,8 @@ def test_text_encoders_take_every_value_of_theirs_and_no_other(family, file, lef
 
 
 def test_open_clips_joined_matrices_are_query_key_and_value_and_its_projection_is_turned(known_tiny, tiny_checkpoints):
-    file, bundle = load_file(tiny_checkpoints["sdxl"]), load_bundle(tiny_checkpoints["sdxl"])
-    ours = dict(bundle.text_encoders[1].named_parameters())
+    file, network = load_file(tiny_checkpoints["sdxl"]), load_network(tiny_checkpoints["sdxl"])
+    ours = dict(network.text_encoders[1].named_parameters())
     joined = file["conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight"].float()
     for i, letter in enumerate("qkv"):
         (weight,) = (w for name, w in ours.items() if name.endswith(f"layers.1.self_attn.{letter}_proj.weight"))
@@ -164,12 +164,12 @@ def test_open_clips_joined_matrices_are_query_key_and_value_and_its_projection_i
     assert torch.equal(ours["text_projection.weight"], file["conditioner.embedders.1.model.text_projection"].float().T)
 
 
-def test_text_encoder_of_an_old_file_is_the_same_one(random_checkpoint, random_bundle, tmp_path):
+def test_text_encoder_of_an_old_file_is_the_same_one(random_checkpoint, random_network, tmp_path):
     level = f"{TEXT}text_model."
     tensors = {name.replace(level, TEXT): tensor for name, tensor in load_file(random_checkpoint).items()}
     save_file(tensors, tmp_path / "old.safetensors")
     assert f"{TEXT}final_layer_norm.weight" in tensors
-    assert torch.equal(load_bundle(tmp_path / "old.safetensors").encode(["a cat"]).text, random_bundle.encode(["a cat"]).text)
+    assert torch.equal(load_network(tmp_path / "old.safetensors").encode(["a cat"]).text, random_network.encode(["a cat"]).text)
 
 
 # --- tokenizer and decoder
@@ -185,9 +185,9 @@ def copied(source, folder, *names):
 def test_tokenizer_that_does_not_come_with_the_package_is_asked_for(stub):
     said = "Stable Diffusion 1.x needs CLIP's tokenizer.*vocab.json and merges.txt"
     with pytest.raises(ModelError, match=said):
-        load_bundle(stub)
+        load_network(stub)
     with pytest.raises(ModelError, match=said):
-        BundleCache().get(open_model(stub).source)
+        NetworkCache().get(open_model(stub).source)
 
 
 def test_tokenizer_folder_that_does_not_fit_is_refused_by_name(stub, tmp_path):
@@ -197,13 +197,13 @@ def test_tokenizer_folder_that_does_not_fit_is_refused_by_name(stub, tmp_path):
     for folder, said in ((tmp_path / "nowhere", "has no vocab.json"), (bare, "has no merges.txt"), (broken, "cannot be read"),
                          (MINI.tokenizer_folder, "has 968 tokens.*where Stable Diffusion 1.x has 49408")):  # fmt: skip
         with pytest.raises(ModelError, match=f"{folder}.*{said}"):
-            load_bundle(stub, tokenizer_folder=folder)
+            load_network(stub, tokenizer_folder=folder)
         with pytest.raises(ModelError, match=said):
-            BundleCache(folder).get(open_model(stub).source)
+            NetworkCache(folder).get(open_model(stub).source)
 
 
 def test_family_with_a_tokenizer_of_its_own_ignores_the_folder(random_checkpoint, tmp_path):
-    assert load_bundle(random_checkpoint, tokenizer_folder=tmp_path / "nowhere").token_count("a cat") == 2
+    assert load_network(random_checkpoint, tokenizer_folder=tmp_path / "nowhere").token_count("a cat") == 2
 
 
 def test_clip_tokenizer_needs_two_files_and_pads_with_the_end(clip_tokenizer, tmp_path):
@@ -215,9 +215,9 @@ def test_clip_tokenizer_needs_two_files_and_pads_with_the_end(clip_tokenizer, tm
 
 
 def test_latents_of_a_family_without_a_decoder_are_not_decoded():
-    bundle = ModelBundle(SD1, nn.Linear(1, 1), (), None, None).to("cpu")
+    network = DiffusersNetwork(SD1, nn.Linear(1, 1), (), None, None).to("cpu")
     with pytest.raises(ModelError, match="Latents of Stable Diffusion 1.x cannot be decoded here.*decode them with the VAE"):
-        bundle.decode(torch.zeros(1, 4, 64, 64))
+        network.decode(torch.zeros(1, 4, 64, 64))
 
 
 # --- presets, registry, command line
@@ -300,15 +300,15 @@ def full_checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def full_step(full_checkpoint, clip_tokenizer):
     """(model, edited, report, [text vector (768,) of the kept, of the forgotten name]) of one update, under every regularizer at once."""
-    model, bundles = open_model(full_checkpoint), BundleCache(clip_tokenizer)
+    model, networks = open_model(full_checkpoint), NetworkCache(clip_tokenizer)
     kept, target = Concept("Claude_Monet"), Concept("Van_Gogh")
     request = Request(
         concepts=(target,), method=preset("recommended").method, retain=(kept,), anchor_prompts=("A painting of a horse.",),
         regularizers=(ProjectionConfig(decoys=8), L1SPConfig(strength=50.0), L2SPConfig(strength=25000.0, form="penalty")),
         training=TrainingConfig(iterations=1, batch_size=1, learning_rate=1e-3), anchor_count=1, anchor_sampler=SamplerConfig(steps=1),
     )  # fmt: skip
-    edited, report = run_step(model, request, store=AnchorStore(), bundles=bundles)
-    rows = [prompt_rows(bundles.get(model.source), [concept.prompt], "mean", concept.name)[0].float() for concept in (kept, target)]
+    edited, report = run_step(model, request, store=AnchorStore(), networks=networks)
+    rows = [prompt_rows(networks.get(model.source), [concept.prompt], "mean", concept.name)[0].float() for concept in (kept, target)]
     return model, edited, report, rows
 
 
@@ -321,7 +321,7 @@ def full_saved(full_step, full_checkpoint):
 def test_full_size_step_edits_keys_and_values_and_keeps_what_was_asked(full_step):
     model, edited, report, (kept, target) = full_step
     assert model.family is SD1 and not model.edits
-    assert len(edited.edits) == 32 and all(is_kv(name) for name in edited.edits)
+    assert len(edited.edits) == 32 and all(reads_text(name) for name in edited.edits)
     assert math.isfinite(report.losses[0]) and report.losses[0] > 0
     assert report.figures["protected_rank"] == 1
     for delta in edited.edits.values():

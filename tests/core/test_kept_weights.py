@@ -13,7 +13,7 @@ from cul_core.files.locks import lock_of, try_locked
 from cul_core.files.safetensors_format import read_header
 from cul_core.models.source import Source
 from cul_core.store.eviction import hold
-from cul_core.store.model_snapshots import keep_weights
+from cul_core.store.model_snapshots import snapshot_model
 
 
 def tensors():
@@ -34,7 +34,7 @@ class Lazy(torch.nn.Parameter):
 
 def test_the_file_holds_the_tensors_and_is_named_by_its_content(tmp_path):
     seen = []
-    source = keep_weights(tmp_path, tensors() | {"lazy": Lazy(torch.zeros(2))}, lambda *progress: seen.append(progress))
+    source = snapshot_model(tmp_path, tensors() | {"lazy": Lazy(torch.zeros(2))}, lambda *progress: seen.append(progress))
     found = load_file(source.path)
     assert found.keys() == {"a", "b", "lazy", "mark", "scale"}
     assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors().items())
@@ -46,14 +46,14 @@ def test_the_file_holds_the_tensors_and_is_named_by_its_content(tmp_path):
 
 
 def test_equal_tensors_are_kept_once_and_a_damaged_file_is_written_anew(tmp_path):
-    source = keep_weights(tmp_path, tensors())
+    source = snapshot_model(tmp_path, tensors())
     number = source.path.stat().st_ino
-    assert keep_weights(tmp_path, dict(reversed(tensors().items()))) == source and source.path.stat().st_ino == number
+    assert snapshot_model(tmp_path, dict(reversed(tensors().items()))) == source and source.path.stat().st_ino == number
     data = source.path.read_bytes()
     source.path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     os.utime(source.path, (1, 1))
-    assert keep_weights(tmp_path, tensors()) == source and source.path.read_bytes() == data
-    assert keep_weights(tmp_path, tensors() | {"a": torch.tensor([1.25]).half()}).path != source.path
+    assert snapshot_model(tmp_path, tensors()) == source and source.path.read_bytes() == data
+    assert snapshot_model(tmp_path, tensors() | {"a": torch.tensor([1.25]).half()}).path != source.path
 
 
 def cancelled(done, count):
@@ -72,16 +72,16 @@ def cancelled(done, count):
 )
 def test_nothing_is_left_of_what_cannot_be_kept(more, on_tensor, error, said, tmp_path):
     with pytest.raises(error, match=said):
-        keep_weights(tmp_path, tensors() | more, on_tensor)
+        snapshot_model(tmp_path, tensors() | more, on_tensor)
     assert [path for path in tmp_path.iterdir() if path.name != "locks"] == []
 
 
 def test_the_least_recently_used_goes_first(tmp_path):
-    paths = [keep_weights(tmp_path, {"a": torch.full((100,), float(value))}).path for value in range(3)]
+    paths = [snapshot_model(tmp_path, {"a": torch.full((100,), float(value))}).path for value in range(3)]
     for age, path in enumerate(paths):
         os.utime(path, (age, age))
-    keep_weights(tmp_path, {"a": torch.zeros(100)})  # used again
-    new = keep_weights(tmp_path, {"a": torch.full((100,), 9.0)}, largest_bytes=2 * paths[0].stat().st_size).path
+    snapshot_model(tmp_path, {"a": torch.zeros(100)})  # used again
+    new = snapshot_model(tmp_path, {"a": torch.full((100,), 9.0)}, largest_bytes=2 * paths[0].stat().st_size).path
     assert set(tmp_path.glob("*.safetensors")) == {paths[0], new}
 
 
@@ -91,7 +91,7 @@ def weights(number):
 
 @pytest.fixture
 def size(tmp_path_factory):
-    return keep_weights(tmp_path_factory.mktemp("one"), weights(0)).size
+    return snapshot_model(tmp_path_factory.mktemp("one"), weights(0)).size
 
 
 def age(folder):
@@ -103,25 +103,25 @@ def test_what_a_graph_uses_stays_and_goes_when_it_is_used_no_longer(tmp_path, si
     """Six models over a bound of four in one graph, whose steps run after all were kept."""
     sources = []
     for number in range(6):
-        sources.append(keep_weights(tmp_path, weights(number), largest_bytes=4 * size))
+        sources.append(snapshot_model(tmp_path, weights(number), largest_bytes=4 * size))
         age(tmp_path)
     assert all(source.path.is_file() for source in sources)
     equal = [Source(source.path, source.size, source.sha256) for source in sources[:2]]
     for source in equal:
         hold(source.path, source)
     del source, sources[:4]
-    keep_weights(tmp_path, weights(7), largest_bytes=4 * size)
+    snapshot_model(tmp_path, weights(7), largest_bytes=4 * size)
     assert {path.stem for path in tmp_path.glob("*.safetensors")} >= {source.sha256 for source in (*equal, *sources)}
     assert len(list(tmp_path.glob("*.safetensors"))) == 5
 
 
 def test_what_another_process_has_just_used_stays(tmp_path, size):
     for number in range(3):
-        keep_weights(tmp_path, weights(number))  # nothing in this process holds it
-    new = keep_weights(tmp_path, weights(3), largest_bytes=size)
+        snapshot_model(tmp_path, weights(number))  # nothing in this process holds it
+    new = snapshot_model(tmp_path, weights(3), largest_bytes=size)
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
     age(tmp_path)
-    assert keep_weights(tmp_path, weights(4), largest_bytes=size).path.is_file() and new.path.is_file()
+    assert snapshot_model(tmp_path, weights(4), largest_bytes=size).path.is_file() and new.path.is_file()
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
@@ -148,37 +148,37 @@ def failing(monkeypatch, owner, name, error, when=lambda path: True):
     ids=["open", "gone", "read only", "gone before stat", "locked"],
 )
 def test_neighbours_that_cannot_be_removed_or_looked_at_cost_nothing(owner, name, error, tmp_path, size, monkeypatch):
-    old = [keep_weights(tmp_path, weights(number)).path for number in range(3)]
+    old = [snapshot_model(tmp_path, weights(number)).path for number in range(3)]
     age(tmp_path)
     failing(monkeypatch, owner, name, error, lambda path: name == "utime" or path in old)
-    source = keep_weights(tmp_path, weights(3), largest_bytes=size)
+    source = snapshot_model(tmp_path, weights(3), largest_bytes=size)
     assert load_file(source.path)["a"][0] == 3
-    assert keep_weights(tmp_path, weights(3), largest_bytes=size) == source
+    assert snapshot_model(tmp_path, weights(3), largest_bytes=size) == source
 
 
 def test_a_file_that_is_cut_short_is_written_anew(tmp_path):
-    path = keep_weights(tmp_path, weights(1)).path
+    path = snapshot_model(tmp_path, weights(1)).path
     data = path.read_bytes()
     path.write_bytes(data[:-8])
-    assert keep_weights(tmp_path, weights(1)).path.read_bytes() == data
+    assert snapshot_model(tmp_path, weights(1)).path.read_bytes() == data
 
 
 def test_a_file_that_another_process_works_on_is_not_evicted(tmp_path, size):
-    path = keep_weights(tmp_path, weights(1)).path
+    path = snapshot_model(tmp_path, weights(1)).path
     age(tmp_path)
     with try_locked(lock_of(tmp_path / "locks", path)):
-        keep_weights(tmp_path, weights(2), largest_bytes=size)
+        snapshot_model(tmp_path, weights(2), largest_bytes=size)
         assert path.is_file()
-    keep_weights(tmp_path, weights(3), largest_bytes=size)
+    snapshot_model(tmp_path, weights(3), largest_bytes=size)
     assert not path.is_file()
 
 
 def test_who_waits_for_another_process_that_writes_the_file_can_cancel(tmp_path):
-    path = keep_weights(tmp_path, weights(1)).path
+    path = snapshot_model(tmp_path, weights(1)).path
 
     def cancel(done, count):
         if done:
             raise Cancelled("no longer")
 
     with try_locked(lock_of(tmp_path / "locks", path)), pytest.raises(Cancelled):
-        keep_weights(tmp_path, weights(1), cancel)
+        snapshot_model(tmp_path, weights(1), cancel)

@@ -17,13 +17,13 @@ from cul_core.methods import METHODS
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.esd import ESDConfig
 from cul_core.models.family import SDXL, V_PREDICTION
-from cul_core.models.load_diffusers import checkpoint_key_map, load_bundle
+from cul_core.models.load_diffusers import checkpoint_key_map, load_network
 from cul_core.models.noise_process import NoiseSchedule
 from cul_core.models.recognize import detect_family
 from cul_core.models.sampling import SamplerConfig, generator_for, sample_latents
-from cul_core.models.text_conditioning import Embeddings
+from cul_core.models.text_conditioning import Conditioning
 from cul_core.models.trajectory_buffer import run_trajectory
-from cul_core.models.weight_roles import group_names, is_kv
+from cul_core.models.weight_roles import group_names, reads_text
 from cul_core.output.checkpoint import difference, open_model, save_checkpoint
 from cul_core.output.lora import save_difference, save_lora
 from cul_core.regularizers import REGULARIZERS
@@ -43,16 +43,16 @@ def tiny_anchors():
 
 
 @pytest.fixture
-def step(tiny_model, tiny_bundles, tiny_anchors):
-    bundles = tiny_bundles[tiny_model.family.name]
-    return lambda request, **options: run_step(tiny_model, request, store=tiny_anchors, bundles=bundles, **options)
+def step(tiny_model, tiny_networks, tiny_anchors):
+    networks = tiny_networks[tiny_model.family.name]
+    return lambda request, **options: run_step(tiny_model, request, store=tiny_anchors, networks=networks, **options)
 
 
 @contextmanager
-def unet_calls(bundle):
+def unet_calls(network):
     """(latents, keyword arguments) of every call."""
     seen = []
-    handle = bundle.unet.register_forward_pre_hook(lambda module, inputs, named: seen.append((inputs[0], named)), with_kwargs=True)
+    handle = network.unet.register_forward_pre_hook(lambda module, inputs, named: seen.append((inputs[0], named)), with_kwargs=True)
     try:
         yield seen
     finally:
@@ -72,13 +72,13 @@ def test_every_method_and_regularizer_supports_all_families_or_says_so():
 
 
 @only_xl
-def test_every_call_of_the_network_gets_each_prompts_own_pooled_vector_and_the_pictures_size(step, tiny_bundle, make_request):
+def test_every_call_of_the_network_gets_each_prompts_own_pooled_vector_and_the_pictures_size(step, tiny_network, make_request):
     callbacks = Callbacks(preview_prompts=("a cat",), preview_every=3)
     regularizers = [SelFTConfig(states=2), ProjectionConfig()]
-    with unet_calls(tiny_bundle) as seen:
+    with unet_calls(tiny_network) as seen:
         step(make_request("Lava", method=ConAblConfig(), regularizers=regularizers, seed=1), callbacks=callbacks)
         step(make_request("Lava", method=ESD), callbacks=callbacks)
-    known = tiny_bundle.encode(list(tiny_bundle._prompts))
+    known = tiny_network.encode(list(tiny_network._prompts))
     assert len(known) > 5 and len(set(map(tuple, known.pooled.tolist()))) == len(known)
     used = set()
     for latents, named in seen:
@@ -90,7 +90,7 @@ def test_every_call_of_the_network_gets_each_prompts_own_pooled_vector_and_the_p
             (number,) = (known.text == row).all(-1).all(-1).nonzero().flatten().tolist()
             assert torch.equal(pooled, known.pooled[number])
             used.add(number)
-    assert len(used) > 5 and list(tiny_bundle._prompts).index("") in used
+    assert len(used) > 5 and list(tiny_network._prompts).index("") in used
 
 
 def test_pooled_text_and_size_are_as_wide_as_the_full_network_reads_them():
@@ -99,15 +99,15 @@ def test_pooled_text_and_size_are_as_wide_as_the_full_network_reads_them():
 
 
 @only_xl
-def test_a_prompt_is_the_first_encoders_rows_beside_the_seconds(tiny_bundle):
-    ids = tiny_bundle.token_ids(["a cat", ""])
+def test_a_prompt_is_the_first_encoders_rows_beside_the_seconds(tiny_network):
+    ids = tiny_network.token_ids(["a cat", ""])
     assert ids[1].tolist() == [966] + 76 * [967]
-    first, second = tiny_bundle.open_text_encoders()
+    first, second = tiny_network.open_text_encoders()
     padded = ids.clone()
     padded[0, 4:], padded[1, 2:] = 0, 0  # start, a, cat, end; start, end
     with torch.no_grad():
         one, other = first(ids, output_hidden_states=True), second(padded, output_hidden_states=True)
-    encoded = tiny_bundle.encode(["a cat", ""])
+    encoded = tiny_network.encode(["a cat", ""])
     rows = torch.cat([one.hidden_states[2], other.hidden_states[2]], -1)  # of three layers, after the second
     torch.testing.assert_close(encoded.text, rows)
     torch.testing.assert_close(encoded.pooled, other.text_embeds)
@@ -122,18 +122,18 @@ def test_a_prompt_is_the_first_encoders_rows_beside_the_seconds(tiny_bundle):
     [*((method, []) for method in configs(METHODS)), *((ESD, [regularizer]) for regularizer in configs(REGULARIZERS))],
     ids=lambda value: value.registry_name if not isinstance(value, list) else value[0].registry_name if value else "alone",
 )
-def test_methods_and_regularizers_train_it_and_change_only_their_group(method, regularizers, step, tiny_bundle, make_request):
+def test_methods_and_regularizers_train_it_and_change_only_their_group(method, regularizers, step, tiny_network, make_request):
     edited, report = step(make_request(method=method, regularizers=regularizers, iterations=2))
-    assert edited.edits and set(edited.edits) <= set(group_names(tiny_bundle.unet, "kv"))
+    assert edited.edits and set(edited.edits) <= set(group_names(tiny_network.unet, "kv"))
     assert all(torch.isfinite(torch.tensor(report.losses)))
 
 
 @only_xl
-def test_erasing_lowers_the_loss_and_changes_only_its_group(step, tiny_bundle, make_request):
+def test_erasing_lowers_the_loss_and_changes_only_its_group(step, tiny_network, make_request):
     method = ESDConfig(trajectories=1, trajectory_steps=1, erase_from="a house")  # every update has the same state
     edited, report = step(make_request("Denim", method=method, iterations=15, learning_rate=2e-3, group="attn2"))
     assert report.losses[-1] < 0.5 * report.losses[0]
-    assert edited.edits and set(edited.edits) <= set(group_names(tiny_bundle.unet, "attn2"))
+    assert edited.edits and set(edited.edits) <= set(group_names(tiny_network.unet, "attn2"))
 
 
 # --- files
@@ -173,10 +173,10 @@ def test_edits_are_exported_in_the_hosts_names(tiny_model, edited, tmp_path):
 def test_full_size_file_is_loaded_and_written_with_one_matrix_changed(shapes, width, pooled, clip_tokenizer, tmp_path):
     """7 GB on the disk and of memory for XL, in bf16; every weight is 0."""
     path = write_hollow(tmp_path / "full.safetensors", shapes())
-    encoded = load_bundle(path, torch.bfloat16, clip_tokenizer).encode(["a cat", ""])
+    encoded = load_network(path, torch.bfloat16, clip_tokenizer).encode(["a cat", ""])
     assert encoded.text.shape == (2, 77, width) and (encoded.pooled is None if pooled is None else encoded.pooled.shape == pooled)
     model = open_model(path)
-    name, key = min(item for item in checkpoint_key_map(path).items() if is_kv(item[0]))
+    name, key = min(item for item in checkpoint_key_map(path).items() if reads_text(item[0]))
     edit = torch.full(shapes()[key], 0.5)
     with safe_open(save_checkpoint(replace(model, edits={name: edit}), tmp_path / "edited.safetensors"), "pt") as file:
         assert {k for k in file.keys() if file.get_tensor(k).any()} == {key}
@@ -201,7 +201,7 @@ def test_xl_that_predicts_the_velocity_is_told_by_its_marks(tiny_model, tmp_path
     for names, noisy in ((["v_pred"], False), (["v_pred", "ztsnr"], True)):
         family = detect_family(marked(tiny_model.source.path, path, **dict.fromkeys(names, mark)))
         assert (family.prediction_type, family.ends_in_noise) == ("v_prediction", noisy)
-    assert load_bundle(path).family == open_model(path).family == family
+    assert load_network(path).family == open_model(path).family == family
 
 
 def test_sd2_that_predicts_the_velocity_is_told_by_the_spread_of_one_tensor(tmp_path):
@@ -239,9 +239,9 @@ def test_sampling_finds_the_picture_of_a_network_that_knows_it(predicted, noisy)
         signal, sigma = schedule.coefficients(timesteps.long().expand(len(latents)))
         return ((latents - signal * picture) if predicted == "epsilon" else (signal * latents - picture)) / sigma
 
-    prompts = Embeddings(torch.zeros(1, 77, 8))
-    bundle = SimpleNamespace(device="cpu", family=family, encode=lambda texts: prompts.expand(len(texts)), predict=predict)
-    (sampled,) = sample_latents(bundle, ["a cat"], [generator_for(0)], SamplerConfig(steps=6, guidance_scale=1.0))
+    prompts = Conditioning(torch.zeros(1, 77, 8))
+    network = SimpleNamespace(device="cpu", family=family, encode=lambda texts: prompts.expand(len(texts)), predict=predict)
+    (sampled,) = sample_latents(network, ["a cat"], [generator_for(0)], SamplerConfig(steps=6, guidance_scale=1.0))
     torch.testing.assert_close(sampled, picture, atol=2e-3, rtol=0)
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
     kept = run_trajectory(predict, prompts, prompts, noise, schedule.ddim(predicted, 5), 1.0)

@@ -8,7 +8,7 @@ from diffusers.models.activations import GEGLU
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cul_core.models.frozen_layers import LeanConv2d, LeanLinear, lean, product
+from cul_core.models.frozen_layers import FrozenConv2d, FrozenLinear, product, replace_frozen_layers
 
 _LAYERS = {
     "linear": (nn.Linear(40, 24), (3, 7, 40)),
@@ -28,7 +28,7 @@ def _pair(name, dtype=torch.float32):
     """(PyTorch's layer, ours, an input), with equal frozen weights."""
     layer, shape = _LAYERS[name]
     layer = copy.deepcopy(layer).to(dtype).requires_grad_(False)
-    return layer, lean(copy.deepcopy(layer)), torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return layer, replace_frozen_layers(copy.deepcopy(layer)), torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def _run(layer, rows):
@@ -99,8 +99,8 @@ def test_a_network_is_turned_in_place_and_only_where_it_is_pytorchs():
 
     network = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 1), Own(2, 2), nn.GroupNorm(1, 2))
     weights = dict(network.named_parameters())
-    assert lean(network) is network and lean(network) is network
-    assert [type(layer) for layer in network] == [LeanLinear, LeanConv2d, Own, nn.GroupNorm]
+    assert replace_frozen_layers(network) is network and replace_frozen_layers(network) is network
+    assert [type(layer) for layer in network] == [FrozenLinear, FrozenConv2d, Own, nn.GroupNorm]
     assert all(weight is weights[name] for name, weight in network.named_parameters())
 
 
@@ -108,7 +108,7 @@ class _Network(nn.Module):
     def __init__(self, is_checkpointed=False):
         super().__init__()
         torch.manual_seed(1)
-        self.layers = lean(nn.Sequential(nn.Conv2d(4, 40, 3, padding=1), nn.Flatten(2), GEGLU(36, 12), nn.Linear(12, 3)))
+        self.layers = replace_frozen_layers(nn.Sequential(nn.Conv2d(4, 40, 3, padding=1), nn.Flatten(2), GEGLU(36, 12), nn.Linear(12, 3)))
         self.requires_grad_(False)
         self.is_checkpointed = is_checkpointed
 

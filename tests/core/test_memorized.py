@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from cul_core.audits.memorization import (
-    MEMORIZED,
-    MemorizedConfig,
+    MEMORIZATION,
+    MemorizationConfig,
     captions_without_copies,
     copy_rates,
     embedding_cosine,
-    memorized_request,
+    memorization_request,
     pixel_correlation,
     read_paraphrases,
     read_picture,
@@ -26,13 +26,13 @@ from cul_core.output.charts import to_image
 from cul_core.store.anchors import AnchorStore
 
 CAPTION = "A house image in Lava style."
-QUICK = replace(MEMORIZED, anchor_count=4, anchor_sampler=SamplerConfig(steps=4), training=replace(MEMORIZED.training, batch_size=2))
-TWO = MemorizedConfig(pictures=2, fewest_anchors=2)
+QUICK = replace(MEMORIZATION, anchor_count=4, anchor_sampler=SamplerConfig(steps=4), training=replace(MEMORIZATION.training, batch_size=2))
+TWO = MemorizationConfig(pictures=2, fewest_anchors=2)
 
 
 @pytest.fixture(scope="module")
-def original(shipped_bundle):
-    return shipped_bundle.decode(sample_latents(shipped_bundle, [CAPTION], [generator_for(9)], SamplerConfig(steps=4)))[0]
+def original(shipped_network):
+    return shipped_network.decode(sample_latents(shipped_network, [CAPTION], [generator_for(9)], SamplerConfig(steps=4)))[0]
 
 
 def test_pixel_correlation_is_blind_to_size_brightness_and_contrast_and_not_to_place():
@@ -57,10 +57,10 @@ def test_embedding_cosine_compares_what_a_network_sees():
 
 def test_captions_that_copy_are_targets_and_the_least_memorized_of_the_others_are_anchors():
     rates = {"Ann at sea": 1.0, "a": 0.3, "b": 0.6, "c": 0.0, "d": 0.31, "e": 0.59, "f": 0.1, "g": 0.1, "print of Ann at Sea": 0.2}
-    concepts, anchors = sorted_captions("Ann at sea", rates, MemorizedConfig(fewest_anchors=4))
+    concepts, anchors = sorted_captions("Ann at sea", rates, MemorizationConfig(fewest_anchors=4))
     assert anchors == ("c", "f", "g", "a")
     assert concepts == (Concept("Ann at sea", "memorized", "c"), Concept("b", "memorized", "c"))
-    assert sorted_captions("Ann at sea", rates, MemorizedConfig(fewest_anchors=1, most_anchors=2))[1] == ("c", "f")
+    assert sorted_captions("Ann at sea", rates, MemorizationConfig(fewest_anchors=1, most_anchors=2))[1] == ("c", "f")
 
 
 def test_too_few_anchors_and_a_caption_that_is_not_memorized_are_refused():
@@ -70,24 +70,24 @@ def test_too_few_anchors_and_a_caption_that_is_not_memorized_are_refused():
         sorted_captions("Ann", {"Ann": 0.2, "a": 0.1})
 
 
-def test_rate_of_a_caption_does_not_depend_on_the_others(random_bundle):
+def test_rate_of_a_caption_does_not_depend_on_the_others(random_network):
     def similarity(pictures):
         return (pictures[:, 0].mean((1, 2)) * 1e6) % 1
 
     def rates(*prompts):
-        return copy_rates(random_bundle, prompts, similarity, MemorizedConfig(pictures=5), SamplerConfig(steps=1), 0)
+        return copy_rates(random_network, prompts, similarity, MemorizationConfig(pictures=5), SamplerConfig(steps=1), 0)
 
     both = rates("a star", "a cat", "a star")
     assert [*both] == ["a star", "a cat"] and both["a cat"] == rates("a cat")["a cat"]
     assert set(both.values()) <= {0, 0.2, 0.4, 0.6, 0.8, 1}
 
 
-def test_anchor_pictures_that_are_copies_are_drawn_by_another_caption(random_model, random_bundle):
-    anchors, sampler, config = ("a star", "a cat", "a cup"), SamplerConfig(steps=1), MemorizedConfig()
+def test_anchor_pictures_that_are_copies_are_drawn_by_another_caption(random_model, random_network):
+    anchors, sampler, config = ("a star", "a cat", "a cup"), SamplerConfig(steps=1), MemorizationConfig()
 
     def pictures_of(prompts):
-        latents = AnchorStore().anchor_latents(random_model.source, random_bundle, prompts, 6, sampler, 3)
-        return random_bundle.decode(latents)
+        latents = AnchorStore().anchor_latents(random_model.source, random_network, prompts, 6, sampler, 3)
+        return random_network.decode(latents)
 
     in_turn = [anchors[i % 3] for i in range(6)]
     copies = pictures_of(in_turn)[:2]
@@ -95,16 +95,18 @@ def test_anchor_pictures_that_are_copies_are_drawn_by_another_caption(random_mod
     def similarity(pictures):
         return 1 - (pictures[:, None] - copies[None]).abs().amax((2, 3, 4)).amin(1) * 1e4
 
-    prompts = captions_without_copies(random_bundle, anchors, similarity, config, sampler, 6, 3)
+    prompts = captions_without_copies(random_network, anchors, similarity, config, sampler, 6, 3)
     assert list(prompts) == ["a cat", "a cup", *in_turn[2:]]
     assert (similarity(pictures_of(prompts)) <= 0.5).all() and (similarity(copies) > 0.5).all()
     with pytest.raises(ConceptError, match="6 of 6 anchor pictures are copies of the memorized one whichever of the 3 anchors"):
-        captions_without_copies(random_bundle, anchors, lambda pictures: torch.ones(len(pictures)), config, sampler, 6, 3)
+        captions_without_copies(random_network, anchors, lambda pictures: torch.ones(len(pictures)), config, sampler, 6, 3)
 
 
-def test_memorized_picture_is_forgotten_by_all_weights_with_the_paraphrases_that_draw_it(original, shipped_model, shipped_bundle, bundles):
+def test_memorized_picture_is_forgotten_by_all_weights_with_the_paraphrases_that_draw_it(
+    original, shipped_model, shipped_network, networks
+):
     paraphrases = ("a house", "In Lava style, a picture of a house", "an image of a house")
-    request, rates = memorized_request(shipped_bundle, CAPTION, paraphrases, pixel_correlation(original), seed=5, chosen=QUICK,
+    request, rates = memorization_request(shipped_network, CAPTION, paraphrases, pixel_correlation(original), seed=5, chosen=QUICK,
                                        config=TWO)  # fmt: skip
     assert rates == {CAPTION: 1.0, "a house": 0.0, "In Lava style, a picture of a house": 1.0, "an image of a house": 0.0}
     assert [(concept.target, concept.kind) for concept in request.concepts] == [(CAPTION, "memorized"), (paraphrases[1], "memorized")]
@@ -113,12 +115,14 @@ def test_memorized_picture_is_forgotten_by_all_weights_with_the_paraphrases_that
     assert (request.training.group, request.training.seed) == ("full", 5)
 
 
-def test_drawing_pictures_to_compare_can_be_stopped(original, shipped_bundle):
+def test_drawing_pictures_to_compare_can_be_stopped(original, shipped_network):
     def stop():
         raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
-        memorized_request(shipped_bundle, CAPTION, ("a house",), pixel_correlation(original), seed=0, chosen=QUICK, config=TWO, check=stop)
+        memorization_request(
+            shipped_network, CAPTION, ("a house",), pixel_correlation(original), seed=0, chosen=QUICK, config=TWO, check=stop
+        )
 
 
 def test_picture_and_paraphrases_are_read_from_files(tmp_path):
@@ -133,8 +137,8 @@ def test_picture_and_paraphrases_are_read_from_files(tmp_path):
 
 
 def test_command_forgets_a_memorized_picture(original, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cul_core.audits.memorization.MEMORIZED", QUICK)
-    monkeypatch.setattr("cul_core.audits.memorization.MemorizedConfig", lambda: TWO)
+    monkeypatch.setattr("cul_core.audits.memorization.MEMORIZATION", QUICK)
+    monkeypatch.setattr("cul_core.audits.memorization.MemorizationConfig", lambda: TWO)
     to_image(original).save(tmp_path / "a.png")
     (tmp_path / "p.txt").write_text("a house\nan image of a house\n", encoding="utf-8")
     command = ["unlearn", CAPTION, "--picture", str(tmp_path / "a.png"), "--iterations", "1"]

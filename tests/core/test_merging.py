@@ -10,7 +10,7 @@ import torch
 from conftest import write_random_checkpoint
 
 from cul_core.base.errors import ConfigError, ModelError, TrainingError
-from cul_core.base.topk import cut_at, kept_count
+from cul_core.base.topk import count_of_fraction, top_k
 from cul_core.cli import main
 from cul_core.history.step_record import StepRecord, read_history
 from cul_core.history.unlearn_model import UnlearnModel
@@ -181,15 +181,15 @@ def test_a_cut_keeps_what_sorting_everything_keeps(kind):
     tensors = {name: change(tensor) for name, tensor in tensors.items()}
     size = sum(tensor.numel() for tensor in tensors.values())
     for count in (0, 1, 2, 57, size // 2, size - 1, size, size + 5):
-        cut, expected = cut_at(tensors, count), brute_force(tensors, count)
-        found = {name: cut.kept(name, tensor) for name, tensor in tensors.items()}
+        cut, expected = top_k(tensors, count), brute_force(tensors, count)
+        found = {name: cut.mask(name, tensor) for name, tensor in tensors.items()}
         assert all(torch.equal(found[name], expected[name]) for name in tensors), count
         assert sum(int(mask.sum()) for mask in found.values()) == min(count, size)
 
 
 @pytest.mark.parametrize(("fraction", "size", "kept"), [(0.5, 5, 2), (0.29, 100, 29), (0.1, 30, 3), (0.7, 10, 7), (1.0, 9, 9), (0.0, 9, 0)])
 def test_the_kept_fraction_is_counted_exactly(fraction, size, kept):
-    assert kept_count(fraction, size) == kept
+    assert count_of_fraction(fraction, size) == kept
     (delta,) = random_deltas(1, {"w": (size,)})
     result = merged([delta], replace(WHOLE, keep_fraction=fraction))["w"]
     assert int((result != 0).sum()) == kept
@@ -239,7 +239,7 @@ def test_every_way_of_merging_says_what_it_is_and_travels_as_json():
 
 
 @pytest.fixture(scope="module")
-def train(random_model, bundles, anchors):
+def train(random_model, networks, anchors):
     """One step of two iterations from the random model, or from another one."""
 
     def run(target, model=random_model, **settings):
@@ -251,7 +251,7 @@ def train(random_model, bundles, anchors):
         request = Request(
             (Concept(target),), ConAblConfig(), training=training, anchor_count=8, anchor_prompts=("A star image.", "a house")
         )
-        return run_step(model, request, store=anchors, bundles=bundles["random"])[0]
+        return run_step(model, request, store=anchors, networks=networks["random"])[0]
 
     return run
 
@@ -318,10 +318,10 @@ def test_records_that_differ_in_anything_are_all_told(two):
     assert history[:-1] == records
 
 
-def test_a_merged_model_is_forgotten_further_kept_and_found_again(two, train, make_request, bundles, anchors, tmp_path):
+def test_a_merged_model_is_forgotten_further_kept_and_found_again(two, train, make_request, networks, anchors, tmp_path):
     result = merge(two, TiesConfig())
     request = make_request("Dusk_Dots", iterations=2)
-    edited, report = run_step(result, request, store=anchors, bundles=bundles["random"])
+    edited, report = run_step(result, request, store=anchors, networks=networks["random"])
     assert [concept["target"] for concept in edited.forgotten] == ["Lava", "Frost", "Dusk_Dots"]
     assert edited.history[-1].parent == result.content_hash
     StepStore(tmp_path).put(result, request, edited, report)

@@ -91,37 +91,37 @@ def test_shipped_files_are_small_and_carry_the_figures_of_their_run_above_the_ba
     assert sampling["style_by_name"] >= 97 and sampling["object_by_name"] >= 96 and sampling["style_by_description"] >= 90
 
 
-def test_the_shipped_autoencoder_holds_the_bars_on_fresh_renderings(shipped_bundle):
+def test_the_shipped_autoencoder_holds_the_bars_on_fresh_renderings(shipped_network):
     class Shipped:
         def encode(self, images):
-            return shipped_bundle.autoencoder.encode(images * 2 - 1).latents
+            return shipped_network.autoencoder.encode(images * 2 - 1).latents
 
-        decode = shipped_bundle.decode
+        decode = shipped_network.decode
 
     figures = autoencoder_figures(Shipped(), seed=77, per_cell=1)
     assert figures["psnr"] >= 26 and figures["psnr_worst"] >= 20
 
 
-def test_the_compact_decoder_computes_what_the_full_one_does(shipped_bundle):
+def test_the_compact_decoder_computes_what_the_full_one_does(shipped_network):
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        full = ((shipped_bundle.autoencoder.decode(latents).sample + 1) / 2).clamp(0, 1)
-    assert torch.allclose(shipped_bundle.decode(latents), full, atol=1e-4)
-    compact, wide = (sum(p.numel() for p in m.parameters()) for m in (shipped_bundle._decoder, shipped_bundle.autoencoder.decoder))
+        full = ((shipped_network.autoencoder.decode(latents).sample + 1) / 2).clamp(0, 1)
+    assert torch.allclose(shipped_network.decode(latents), full, atol=1e-4)
+    compact, wide = (sum(p.numel() for p in m.parameters()) for m in (shipped_network._decoder, shipped_network.autoencoder.decoder))
     assert compact < 0.8 * wide
 
 
-def test_the_shipped_model_draws_what_it_is_asked(shipped_bundle, shipped_model):
+def test_the_shipped_model_draws_what_it_is_asked(shipped_network, shipped_model):
     shots = [shot for shot in STYLE_SUITE.shots([]) if shot.object in ("cat", "boat", "flower")]
-    verdicts = Judge()(take(shipped_bundle, shipped_model, shots, seed=123))
+    verdicts = Judge()(take(shipped_network, shipped_model, shots, seed=123))
     assert np.mean([v.style == s.style for s, v in zip(shots, verdicts, strict=True)]) >= 0.93
     assert np.mean([v.object == s.object for s, v in zip(shots, verdicts, strict=True)]) >= 0.90
 
 
-def test_a_picture_is_the_same_in_any_company(shipped_bundle, shipped_model):
+def test_a_picture_is_the_same_in_any_company(shipped_network, shipped_model):
     shots = STYLE_SUITE.shots(["Lava"])[::13]
-    together = take(shipped_bundle, shipped_model, shots, seed=5)
-    alone = take(shipped_bundle, shipped_model, [shots[7], shots[2]], seed=5)
+    together = take(shipped_network, shipped_model, shots, seed=5)
+    alone = take(shipped_network, shipped_model, [shots[7], shots[2]], seed=5)
     assert torch.equal(alone, together[[7, 2]])
 
 
@@ -144,14 +144,14 @@ def test_the_classifier_rejects_noise_grey_and_bare_backgrounds():
     assert all(verdict.style == "" for verdict in Judge()(noise))
 
 
-def test_the_classifier_rejects_most_pictures_of_a_deliberately_ruined_model(shipped_bundle):
+def test_the_classifier_rejects_most_pictures_of_a_deliberately_ruined_model(shipped_network):
     generator = torch.Generator().manual_seed(4)
     ruined = {name: p.data + 0.8 * p.data.std() * torch.randn(p.shape, generator=generator)
-              for name, p in shipped_bundle.unet.named_parameters() if p.dim() > 1}  # fmt: skip
+              for name, p in shipped_network.unet.named_parameters() if p.dim() > 1}  # fmt: skip
     prompts = [EVALUATION_TEMPLATE.format(object=name, style="Lava") for name in OBJECTS] * 2
-    with swapped_weights(shipped_bundle.unet, ruined):
-        latents = sample_latents(shipped_bundle, prompts, [generator_for(0, "ruined", i) for i in range(20)], SamplerConfig())
-    verdicts = Judge()(shipped_bundle.decode(latents))
+    with swapped_weights(shipped_network.unet, ruined):
+        latents = sample_latents(shipped_network, prompts, [generator_for(0, "ruined", i) for i in range(20)], SamplerConfig())
+    verdicts = Judge()(shipped_network.decode(latents))
     assert np.mean([verdict.object == "" for verdict in verdicts]) >= 0.9
     assert np.mean([verdict.style == "Lava" and verdict.object in OBJECTS for verdict in verdicts]) <= 0.1
 

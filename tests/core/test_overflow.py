@@ -11,7 +11,7 @@ from cul_core.concepts.concept import Concept
 from cul_core.methods import METHODS
 from cul_core.methods.base import Method
 from cul_core.methods.sculpmem import SculpMem, SculpMemConfig
-from cul_core.models.load_diffusers import BundleCache
+from cul_core.models.load_diffusers import NetworkCache
 from cul_core.models.weight_roles import group_names
 from cul_core.parts.prompt_vectors import target_vector
 from cul_core.regularizers import REGULARIZERS
@@ -35,7 +35,7 @@ class Overflow(Regularizer):
 
     def prepare_mask(self, context, coordinates):
         self.update = 0
-        weight = context.bundle.unet.get_parameter(min(context.start))
+        weight = context.network.unet.get_parameter(min(context.start))
         self.handles.append(weight.register_hook(lambda g: g * math.inf if self.update == self.at else g))
 
     def penalty(self, weights):
@@ -46,12 +46,12 @@ class Overflow(Regularizer):
 
 
 @pytest.fixture(scope="module")
-def low_bundles():
-    return BundleCache()
+def low_networks():
+    return NetworkCache()
 
 
 @pytest.fixture
-def step(random_model, low_bundles, anchors, make_request, monkeypatch):
+def step(random_model, low_networks, anchors, make_request, monkeypatch):
     """Runs a step in fp16 whose update `at` overflows; (edited model, report, updates left out)."""
     config = type("OverflowConfig", (L1SPConfig,), {"registry_name": "overflow"})
     entry = Entry("overflow", Overflow, config, "d", "d", "p", ("mini",), ("kv",))
@@ -66,7 +66,7 @@ def step(random_model, low_bundles, anchors, make_request, monkeypatch):
         settings = {"batch_size": 1, "retain": RETAIN} | settings
         request = make_request(regularizers=[*regularizers, config()], **settings)
         try:
-            edited, report = run_step(random_model, request, store=anchors, bundles=low_bundles, compute=FP16)
+            edited, report = run_step(random_model, request, store=anchors, networks=low_networks, compute=FP16)
         finally:
             for handle in Overflow.handles:
                 handle.remove()
@@ -104,11 +104,11 @@ def test_selft_leaves_all_but_its_share_after_an_overflow(at, step):
 
 
 @pytest.mark.parametrize("at", [1, 2])
-def test_a_projection_protects_what_it_protects_after_an_overflow(at, step, low_bundles, random_model):
+def test_a_projection_protects_what_it_protects_after_an_overflow(at, step, low_networks, random_model):
     edited, *_ = step(at, [ProjectionConfig()], iterations=3, learning_rate=1e-2, weight_decay=0.1)
-    bundle = low_bundles.get(random_model.source, "cpu", torch.float16)
-    kept = torch.stack([target_vector(bundle, Concept(name)) for name in RETAIN])
-    exact = bundle.exact(list(edited.edits))
+    network = low_networks.get(random_model.source, "cpu", torch.float16)
+    kept = torch.stack([target_vector(network, Concept(name)) for name in RETAIN])
+    exact = network.exact(list(edited.edits))
     assert len(edited.edits) == 14
     for name, delta in edited.edits.items():
         assert (delta.double() @ kept.T).norm() < 1e-5 * (exact[name].double() @ kept.T).norm()
@@ -118,10 +118,10 @@ def test_a_projection_protects_what_it_protects_after_an_overflow(at, step, low_
 
 
 @pytest.mark.parametrize("at", [2, 3])
-def test_an_overflow_in_sculpmems_warm_up_costs_no_mask(at, step, random_model, low_bundles):
+def test_an_overflow_in_sculpmems_warm_up_costs_no_mask(at, step, random_model, low_networks):
     method = SculpMemConfig(warm_up=2, interval=100, active_fraction=0.1)
     edited, *_ = step(at, method=method, iterations=5)
-    unet = low_bundles.get(random_model.source, "cpu", torch.float16).unet
+    unet = low_networks.get(random_model.source, "cpu", torch.float16).unet
     for name in group_names(unet, "kv"):
         active = math.floor(0.1 * unet.get_parameter(name).numel())
         assert 0.9 * active < changed(edited, name) <= active

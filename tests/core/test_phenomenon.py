@@ -13,13 +13,13 @@ from cul_core.training.step import run_step
 TARGETS = REQUEST_ORDERS["a"][:4]
 
 
-def retention(model, shipped_bundle):
-    scores = evaluate(shipped_bundle, model, Judge(), TARGETS, seed=4242, across=STYLE_SUITE.across[::2])
+def retention(model, shipped_network):
+    scores = evaluate(shipped_network, model, Judge(), TARGETS, seed=4242, across=STYLE_SUITE.across[::2])
     return scores, (scores.ira_declared + scores.ira_hidden) / 2
 
 
 @pytest.fixture(scope="module")
-def after_four(shipped_model, bundles, anchors):
+def after_four(shipped_model, networks, anchors):
     models = {}
     for name in ("plain", "recommended"):
         model = shipped_model
@@ -27,17 +27,17 @@ def after_four(shipped_model, bundles, anchors):
             request = preset(name).request(
                 STYLE_SUITE.concepts([target]), retain=STYLE_SUITE.keep(), anchor_prompts=STYLE_SUITE.captions([target]), seed=500 + k
             )
-            model, _ = run_step(model, request, store=anchors, bundles=bundles["shipped"])
+            model, _ = run_step(model, request, store=anchors, networks=networks["shipped"])
         models[name] = model
     return models
 
 
 def test_four_plain_requests_cost_over_twenty_points_of_retention_and_recommended_ones_less_than_half_of_that(
-    after_four, shipped_model, shipped_bundle
+    after_four, shipped_model, shipped_network
 ):
-    _, untouched = retention(shipped_model, shipped_bundle)
-    plain_scores, plain = retention(after_four["plain"], shipped_bundle)
-    scores, recommended = retention(after_four["recommended"], shipped_bundle)
+    _, untouched = retention(shipped_model, shipped_network)
+    plain_scores, plain = retention(after_four["plain"], shipped_network)
+    scores, recommended = retention(after_four["recommended"], shipped_network)
     assert plain_scores.ua > 80 and scores.ua > 80
     assert untouched - plain > 20
     assert untouched - recommended < (untouched - plain) / 2

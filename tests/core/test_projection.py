@@ -16,7 +16,7 @@ from cul_core.mergers.uniform import UniformConfig
 from cul_core.methods.base import Method
 from cul_core.models.family import MINI
 from cul_core.models.sampling import SamplerConfig
-from cul_core.models.weight_roles import is_kv
+from cul_core.models.weight_roles import reads_text
 from cul_core.parts.prompt_vectors import prompt_rows, target_vector
 from cul_core.regularizers.projection import (
     GradientProjection,
@@ -122,30 +122,30 @@ def test_reference_projector_is_only_approximate_where_the_basis_is_exact():
     assert exact < 1e-12 < reference
 
 
-def protected(random_bundle, names=("Navy_Stripes", "Lava")):
-    return torch.stack([target_vector(random_bundle, Concept(name)) for name in names])
+def protected(random_network, names=("Navy_Stripes", "Lava")):
+    return torch.stack([target_vector(random_network, Concept(name)) for name in names])
 
 
-def relative_change(model, bundle, vectors):
-    parameters = dict(bundle.unet.named_parameters())
+def relative_change(model, network, vectors):
+    parameters = dict(network.unet.named_parameters())
     return max(((delta.double() @ vectors.T).norm() / (parameters[name].double() @ vectors.T).norm()).item()
-               for name, delta in model.edits.items() if is_kv(name))  # fmt: skip
+               for name, delta in model.edits.items() if reads_text(name))  # fmt: skip
 
 
 def test_update_projection_keeps_protected_outputs_under_adam_and_weight_decay_where_the_reference_does_not(
-    random_model, random_bundle, bundles, anchors, make_request
+    random_model, random_network, networks, anchors, make_request
 ):
     changes = {}
     for form in ("update", "reference"):
         request = make_request(regularizers=[ProjectionConfig(form=form)], iterations=20, learning_rate=1e-3, weight_decay=0.01)
-        edited, _ = run_step(random_model, request, store=anchors, bundles=bundles["random"])
-        changes[form] = relative_change(edited, random_bundle, protected(random_bundle))
+        edited, _ = run_step(random_model, request, store=anchors, networks=networks["random"])
+        changes[form] = relative_change(edited, random_network, protected(random_network))
     assert changes["update"] < 1e-5
     assert changes["reference"] > 100 * changes["update"]
 
 
 @pytest.fixture
-def prepared(random_model, bundles, anchors, make_request, monkeypatch):
+def prepared(random_model, networks, anchors, make_request, monkeypatch):
     """(The projection of a step without updates, the step's report)."""
 
     def run(config, **parts):
@@ -158,13 +158,13 @@ def prepared(random_model, bundles, anchors, make_request, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(GradientProjection, "prepare", prepare)
             _, report = run_step(random_model, make_request(regularizers=[config], iterations=0, **parts), store=anchors,
-                                 bundles=bundles["random"])  # fmt: skip
+                                 networks=networks["random"])  # fmt: skip
         return seen[0], report
 
     return run
 
 
-def test_a_hundred_updates_with_weight_decay_leave_what_becomes_of_protected_text(prepared, random_bundle):
+def test_a_hundred_updates_with_weight_decay_leave_what_becomes_of_protected_text(prepared, random_network):
     projection, _ = prepared(ProjectionConfig())
     name, generator = "block.attn2.to_k.weight", torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(64, 192, generator=generator))
@@ -172,15 +172,15 @@ def test_a_hundred_updates_with_weight_decay_leave_what_becomes_of_protected_tex
     for _ in range(100):
         weight.grad = torch.randn(64, 192, generator=generator)
         _update({name: weight}, optimizer, Method(None), [projection], SimpleNamespace(max_grad_norm=0.0))
-    change, columns = (weight - before).detach().double(), protected(random_bundle).T
+    change, columns = (weight - before).detach().double(), protected(random_network).T
     assert (change @ columns).norm() < 1e-5 * (before.double() @ columns).norm()
     assert change.norm() > 0.1 * before.norm()
 
 
-def test_what_is_orthogonal_to_protected_text_and_every_other_matrix_is_left_alone(prepared, random_bundle):
+def test_what_is_orthogonal_to_protected_text_and_every_other_matrix_is_left_alone(prepared, random_network):
     """G (I - Q Q^T) = G where G Q = 0; the reference's P is only approximate, and acts on the gradient."""
-    rows = prompt_rows(random_bundle, [Concept(name).prompt for name in ("Navy_Stripes", "Lava")], "last")
-    free = complement_basis(orthonormal_basis(torch.cat([protected(random_bundle), rows])))
+    rows = prompt_rows(random_network, [Concept(name).prompt for name in ("Navy_Stripes", "Lava")], "last")
+    free = complement_basis(orthonormal_basis(torch.cat([protected(random_network), rows])))
     change = (torch.randn(64, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ free @ free.T).float()
     exact, _ = prepared(ProjectionConfig())
     reference, _ = prepared(ProjectionConfig(**ProjectionConfig.REFERENCE))
@@ -191,20 +191,20 @@ def test_what_is_orthogonal_to_protected_text_and_every_other_matrix_is_left_alo
         assert reference.transform_gradient(name, change) is change
 
 
-def test_where_everything_is_protected_nothing_changes(random_model, bundles, anchors, make_request, monkeypatch):
+def test_where_everything_is_protected_nothing_changes(random_model, networks, anchors, make_request, monkeypatch):
     monkeypatch.setattr("cul_core.regularizers.projection.prompt_rows", lambda *text: torch.eye(192, dtype=torch.float64))
     monkeypatch.setattr("cul_core.regularizers.projection.LEAST_TARGET_ENERGY", -1.0)
-    edited, report = run_step(random_model, make_request(regularizers=[ProjectionConfig()]), store=anchors, bundles=bundles["random"])
+    edited, report = run_step(random_model, make_request(regularizers=[ProjectionConfig()]), store=anchors, networks=networks["random"])
     assert report.figures["protected_rank"] == 192
     assert all(delta.abs().max() < 1e-7 for delta in edited.edits.values())
 
 
-def test_earlier_targets_are_protected_under_their_display_names(random_model, random_bundle, bundles, anchors, make_request):
-    first, _ = run_step(random_model, make_request("Neon_Cyan"), store=anchors, bundles=bundles["random"])
+def test_earlier_targets_are_protected_under_their_display_names(random_model, random_network, networks, anchors, make_request):
+    first, _ = run_step(random_model, make_request("Neon_Cyan"), store=anchors, networks=networks["random"])
     second, _ = run_step(
-        first, make_request("Lava", regularizers=[ProjectionConfig()], retain=()), store=anchors, bundles=bundles["random"]
+        first, make_request("Lava", regularizers=[ProjectionConfig()], retain=()), store=anchors, networks=networks["random"]
     )
-    vector = target_vector(random_bundle, Concept("Neon Cyan"))
+    vector = target_vector(random_network, Concept("Neon Cyan"))
     for name in first.edits:
         moved = second.edits[name] - first.edits[name]
         assert moved.abs().max() > 0
@@ -215,47 +215,47 @@ def response(model, rows):
     return sum((delta.double() @ rows.T).square().sum().item() for delta in model.edits.values()) / len(rows)
 
 
-def test_decoys_protect_names_nobody_listed(random_model, random_bundle, bundles, anchors, make_request):
+def test_decoys_protect_names_nobody_listed(random_model, random_network, networks, anchors, make_request):
     """The change acts on the target's own text as before, but less on other names in the same sentences."""
     sentences = ("In {} Style, a star image.", "a house, in {} Style.")
-    others = prompt_rows(random_bundle, [s.format(name) for name in ("paper", "grey rain", "Neon Gold") for s in sentences], "all")
-    own = prompt_rows(random_bundle, [s.format("Candy Stripes") for s in sentences], "all")
+    others = prompt_rows(random_network, [s.format(name) for name in ("paper", "grey rain", "Neon Gold") for s in sentences], "all")
+    own = prompt_rows(random_network, [s.format("Candy Stripes") for s in sentences], "all")
     spill = {}
     for decoys in (0, 60):
         regularizers = [ProjectionConfig(decoys=decoys, damping=1e-4)] if decoys else []
-        edited, _ = run_step(random_model, make_request(regularizers=regularizers, retain=()), store=anchors, bundles=bundles["random"])
+        edited, _ = run_step(random_model, make_request(regularizers=regularizers, retain=()), store=anchors, networks=networks["random"])
         spill[decoys] = response(edited, others) / response(edited, own)
     assert spill[0] > 0.8
     assert spill[60] < 0.5 * spill[0]
 
 
-def test_a_target_that_the_kept_concepts_cover_is_refused(random_model, bundles, anchors, make_request):
+def test_a_target_that_the_kept_concepts_cover_is_refused(random_model, networks, anchors, make_request):
     """Every position of a few prompts spans the whole text space: nothing would be left to change."""
     request = make_request("Candy Stripes", regularizers=[ProjectionConfig(rows="all")], retain=("Navy_Stripes", "Lava", "Aurora"))
     with pytest.raises(ConceptError, match=r"Only 0\.\d\d of 'Candy Stripes' would be left to forget"):
-        run_step(random_model, request, store=anchors, bundles=bundles["random"])
+        run_step(random_model, request, store=anchors, networks=networks["random"])
 
 
-def test_kept_concepts_too_near_the_target_are_left_out(random_model, bundles, anchors, make_request, monkeypatch):
+def test_kept_concepts_too_near_the_target_are_left_out(random_model, networks, anchors, make_request, monkeypatch):
     monkeypatch.setattr("cul_core.regularizers.projection._NEAR_TARGET_COSINE", -1.0)
     with pytest.raises(ConceptError, match="all of it says the same as the target"):
-        run_step(random_model, make_request(regularizers=[ProjectionConfig()]), store=anchors, bundles=bundles["random"])
+        run_step(random_model, make_request(regularizers=[ProjectionConfig()]), store=anchors, networks=networks["random"])
 
 
-def test_an_empty_keep_list_is_refused(random_model, bundles, anchors, make_request):
+def test_an_empty_keep_list_is_refused(random_model, networks, anchors, make_request):
     with pytest.raises(ConceptError, match="nothing to protect"):
-        run_step(random_model, make_request(regularizers=[ProjectionConfig()], retain=()), store=anchors, bundles=bundles["random"])
+        run_step(random_model, make_request(regularizers=[ProjectionConfig()], retain=()), store=anchors, networks=networks["random"])
 
 
 # --- auxiliary names
 
 
-def test_auxiliary_names_are_protected_like_a_keep_list(random_model, random_bundle, bundles, anchors, make_request):
+def test_auxiliary_names_are_protected_like_a_keep_list(random_model, random_network, networks, anchors, make_request):
     config = ProjectionConfig(auxiliary_names="object: moon, Tartan, Tartan")
-    edited, report = run_step(random_model, make_request(regularizers=[config], retain=()), store=anchors, bundles=bundles["random"])
-    rows = vectors(random_bundle, [("An image of a moon", "moon"), ("An image in the style of Tartan", "Tartan")])
-    assert relative_change(edited, random_bundle, rows) < 1e-5
-    assert relative_change(edited, random_bundle, vectors(random_bundle, [("An image in the style of moon", "moon")])) > 1e-4
+    edited, report = run_step(random_model, make_request(regularizers=[config], retain=()), store=anchors, networks=networks["random"])
+    rows = vectors(random_network, [("An image of a moon", "moon"), ("An image in the style of Tartan", "Tartan")])
+    assert relative_change(edited, random_network, rows) < 1e-5
+    assert relative_change(edited, random_network, vectors(random_network, [("An image in the style of moon", "moon")])) > 1e-4
     assert report.figures["protected_rank"] == report.figures["auxiliary_protected"] == 2
     assert report.figures["auxiliary_excluded"] == report.figures["auxiliary_unknown"] == 0
 
@@ -292,14 +292,14 @@ def test_typed_names_are_checked_where_they_are_typed():
         ProjectionConfig(auxiliary_names="Tartan\nobject:")
 
 
-def test_damping_acts_on_the_text_of_auxiliary_names(prepared, random_bundle):
+def test_damping_acts_on_the_text_of_auxiliary_names(prepared, random_network):
     """Their tokens in sentences too, not only the mean that is projected out: a style's in the target's place, an object's alone."""
     texts = (["In Tartan Style, a star image."], ["An image of a moon"])
     dampers = [
         prepared(ProjectionConfig(decoys=1, damping=1e-4, auxiliary_names=names))[0]._damper for names in ("", "Tartan, object: moon")
     ]
     for text in texts:
-        rows = prompt_rows(random_bundle, text, "all").float()
+        rows = prompt_rows(random_network, text, "all").float()
         before, after = ((rows @ damper).square().sum().item() for damper in dampers)
         assert after < 0.7 * before
 
@@ -311,19 +311,19 @@ PROMPTS = (("An image in the style of Van Gogh", "Van Gogh"), ("An image of a do
 
 
 @pytest.fixture
-def forget(bundles, anchors, make_request):
+def forget(networks, anchors, make_request):
     def run(model, concept, retain=()):
         request = make_request(regularizers=[ProjectionConfig()], retain=retain)
         request = replace(
             request, concepts=(concept,), anchor_prompts=anchor_prompts(MINI, [concept]), anchor_sampler=SamplerConfig(steps=2)
         )
-        return run_step(model, request, store=anchors, bundles=bundles["random"])
+        return run_step(model, request, store=anchors, networks=networks["random"])
 
     return run
 
 
-def vectors(bundle, prompts=PROMPTS):
-    return torch.cat([prompt_rows(bundle, [prompt], "mean", name) for prompt, name in prompts])
+def vectors(network, prompts=PROMPTS):
+    return torch.cat([prompt_rows(network, [prompt], "mean", name) for prompt, name in prompts])
 
 
 def moved_on(later, earlier, rows):
@@ -333,20 +333,20 @@ def moved_on(later, earlier, rows):
     return max(((move @ units.T).norm(dim=0).max() / move.norm()).item() for move in moves)
 
 
-def test_a_chain_of_a_style_an_object_and_a_person_keeps_what_each_step_made_of_its_target(random_model, random_bundle, forget):
+def test_a_chain_of_a_style_an_object_and_a_person_keeps_what_each_step_made_of_its_target(random_model, random_network, forget):
     style, _ = forget(random_model, REQUESTS[0], retain=("Lava",))
     both, _ = forget(style, REQUESTS[1])
     all_three, report = forget(both, REQUESTS[2])
-    rows = vectors(random_bundle)
+    rows = vectors(random_network)
     assert moved_on(both, style, rows[:1]) < 1e-5 and moved_on(all_three, both, rows[:2]) < 1e-5
-    label = vectors(random_bundle, [("An image in the style of Van_Gogh", "Van_Gogh")])
+    label = vectors(random_network, [("An image in the style of Van_Gogh", "Van_Gogh")])
     assert moved_on(both, style, label) > 1e-3  # a file's label is another text
     assert report.figures["protected_rank"] == 2
     assert [(concept["target"], concept["kind"]) for concept in all_three.forgotten] == [
         ("Van_Gogh", "style"), ("dog", "object"), ("Betty_White", "celebrity")]  # fmt: skip
 
 
-def test_requests_of_several_kinds_are_merged_and_a_chain_goes_on_from_there(random_model, random_bundle, forget):
+def test_requests_of_several_kinds_are_merged_and_a_chain_goes_on_from_there(random_model, random_network, forget):
     alone = [forget(random_model, concept, retain=("Lava", "Navy_Stripes"))[0] for concept in REQUESTS]
     assert all(model.history[0].parent == random_model.content_hash for model in alone)
     merged = merge(alone, TiesConfig(strength=1.25, keep_fraction=0.8))
@@ -354,12 +354,12 @@ def test_requests_of_several_kinds_are_merged_and_a_chain_goes_on_from_there(ran
     assert merged.history[-1].is_merge and merged.requests == 3
     later, report = forget(merged, Concept("Tartan"))
     assert report.figures["protected_rank"] == 3
-    assert moved_on(later, merged, vectors(random_bundle)) < 1e-5
+    assert moved_on(later, merged, vectors(random_network)) < 1e-5
 
 
-def test_a_weighted_sum_of_projected_steps_keeps_what_each_of_them_kept(random_model, random_bundle, forget):
+def test_a_weighted_sum_of_projected_steps_keeps_what_each_of_them_kept(random_model, random_network, forget):
     """(sum a_i D_i) c = 0 where every D_i c = 0; TIES drops entries, which breaks that."""
     alone = [forget(random_model, concept, retain=("Lava", "Navy_Stripes"))[0] for concept in REQUESTS]
-    kept = protected(random_bundle)
-    assert relative_change(merge(alone, UniformConfig()), random_bundle, kept) < 1e-5
-    assert relative_change(merge(alone, TiesConfig()), random_bundle, kept) > 1e-4
+    kept = protected(random_network)
+    assert relative_change(merge(alone, UniformConfig()), random_network, kept) < 1e-5
+    assert relative_change(merge(alone, TiesConfig()), random_network, kept) > 1e-4

@@ -48,13 +48,13 @@ def rows():
 
 
 @pytest.fixture
-def runner(random_model, random_bundle, bundles, anchors):
+def runner(random_model, random_network, networks, anchors):
     """Runs a request on the random model; further arguments are callbacks.
 
     `asks` are the questions whether to stop that are answered with no, and then with yes.
     """
 
-    def run(request, keeper=None, asks=None, model=None, **watch):
+    def run(request, state_store=None, asks=None, model=None, **watch):
         count = 0
 
         def should_stop():
@@ -62,15 +62,15 @@ def runner(random_model, random_bundle, bundles, anchors):
             count += 1
             return asks is not None and count > asks
 
-        def measure(bundle, check):
+        def measure(network, check):
             check()
-            weight = bundle.unet.get_parameter("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
+            weight = network.unet.get_parameter("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
             return 50 + 10 * torch.tanh(weight.mean()).item(), 50.0
 
-        random_bundle._scores = None  # as in a program that starts
+        random_network._scores = None  # as in a program that starts
         callbacks = Callbacks(should_stop=should_stop, **watch)
-        edited, report = run_step(model or random_model, request, callbacks=callbacks, store=anchors, bundles=bundles["random"],
-                                  measure=measure if request.training.evaluate_every else None, keeper=keeper)  # fmt: skip
+        edited, report = run_step(model or random_model, request, callbacks=callbacks, store=anchors, networks=networks["random"],
+                                  measure=measure if request.training.evaluate_every else None, state_store=state_store)  # fmt: skip
         return edited, report, count
 
     return run
@@ -187,8 +187,8 @@ def test_what_looks_like_the_files_own_marks_comes_back_too(tree):
 def test_what_would_come_back_as_something_else_is_refused(tree, said, tmp_path, make_request, caplog):
     with pytest.raises(CheckpointError, match=said):
         split(tree)
-    keeper = StepState(tmp_path / "a.safetensors", make_request(), 0)
-    keeper.save({"iteration": 1, "origin": {}, "parts": tree})
+    state_store = StepState(tmp_path / "a.safetensors", make_request(), 0)
+    state_store.save({"iteration": 1, "origin": {}, "parts": tree})
     assert not list(tmp_path.iterdir()) and "the state of the step is not kept" in caplog.text
 
 
@@ -221,9 +221,9 @@ def kept(runner, request, path, after=3):
 def test_a_step_that_is_killed_after_its_last_update_is_measured_and_finished(runner, make_request, tmp_path):
     request = make_request(evaluate_every=3)
     whole, report, _ = runner(request)
-    keeper = StepState(kept(runner, request, tmp_path / "s.safetensors"), request, 1e9)
-    resumed, again, _ = runner(request, keeper)
-    assert keeper.resumed_at == 3 and resumed.content_hash == whole.content_hash and again.figures == report.figures
+    state_store = StepState(kept(runner, request, tmp_path / "s.safetensors"), request, 1e9)
+    resumed, again, _ = runner(request, state_store)
+    assert state_store.resumed_at == 3 and resumed.content_hash == whole.content_hash and again.figures == report.figures
 
 
 def test_the_time_of_earlier_runs_counts(runner, make_request, tmp_path):
@@ -251,9 +251,9 @@ def test_a_damaged_state_is_removed_and_the_step_begins_anew(runner, make_reques
     else:
         data = b"not a state"
     path.write_bytes(data)
-    keeper = StepState(path, request, 1e9)
-    assert runner(request, keeper)[0].content_hash == whole.content_hash
-    assert keeper.resumed_at == 0 and not path.exists() and "damaged" in caplog.text
+    state_store = StepState(path, request, 1e9)
+    assert runner(request, state_store)[0].content_hash == whole.content_hash
+    assert state_store.resumed_at == 0 and not path.exists() and "damaged" in caplog.text
 
 
 def test_a_state_of_other_versions_or_another_device_is_not_used(runner, make_request, tmp_path, monkeypatch, caplog):
@@ -261,9 +261,9 @@ def test_a_state_of_other_versions_or_another_device_is_not_used(runner, make_re
     whole, *_ = runner(request)
     path = kept(runner, request, tmp_path / "s.safetensors", after=2)
     monkeypatch.setattr("cul_core.training.resume.library_versions", lambda: {"torch": "0.1"})
-    keeper = StepState(path, request, 1e9)
-    assert runner(request, keeper)[0].content_hash == whole.content_hash
-    assert keeper.resumed_at == 0 and "other versions" in caplog.text
+    state_store = StepState(path, request, 1e9)
+    assert runner(request, state_store)[0].content_hash == whole.content_hash
+    assert state_store.resumed_at == 0 and "other versions" in caplog.text
 
 
 def test_a_state_that_does_not_fit_is_refused_in_words(runner, make_request, tmp_path):
@@ -288,8 +288,8 @@ def test_a_step_that_is_stopped_while_weights_change_keeps_what_it_last_wrote(ru
     monkeypatch.setattr(ConAbl, "mask", interrupted)
     with pytest.raises(KeyboardInterrupt):
         runner(request, StepState(path, request, 0))
-    keeper = StepState(path, request, 1e9)
-    assert runner(request, keeper)[0].content_hash == whole.content_hash and keeper.resumed_at == 2
+    state_store = StepState(path, request, 1e9)
+    assert runner(request, state_store)[0].content_hash == whole.content_hash and state_store.resumed_at == 2
 
 
 # --- short memory
@@ -306,40 +306,40 @@ def get_or_train(runner, random_model):
     """Trains a request in a store; further arguments are callbacks."""
 
     def run(store, request, **watch):
-        return store.get_or_train(random_model, request, lambda keeper: runner(request, keeper, **watch)[:2])
+        return store.get_or_train(random_model, request, lambda state_store: runner(request, state_store, **watch)[:2])
 
     return run
 
 
 @contextmanager
-def memory_runs_out(bundle, is_time):
+def memory_runs_out(network, is_time):
     """Every call of the UNet runs out of memory while `is_time()`."""
 
     def fail(unet, inputs):
         if is_time():
             raise torch.OutOfMemoryError("out of memory, as injected by a test")
 
-    handle = bundle.unet.register_forward_pre_hook(fail)
+    handle = network.unet.register_forward_pre_hook(fail)
     try:
         yield
     finally:
         handle.remove()
 
 
-def runs_out_after(updates, bundle, store, request, get_or_train, is_time=lambda: True, **watch):
+def runs_out_after(updates, network, store, request, get_or_train, is_time=lambda: True, **watch):
     """The error of a step whose memory runs out once this many updates are done and `is_time()`."""
     seen = []
-    with memory_runs_out(bundle, lambda: len(seen) >= updates and is_time()):
+    with memory_runs_out(network, lambda: len(seen) >= updates and is_time()):
         with pytest.raises(MemoryShortError) as caught:
             get_or_train(store, request, on_progress=seen.append, **watch)
     assert len(seen) == updates
     return str(caught.value)
 
 
-def test_a_step_out_of_memory_goes_on_to_its_bits(runner, get_or_train, random_bundle, make_request, store):
+def test_a_step_out_of_memory_goes_on_to_its_bits(runner, get_or_train, random_network, make_request, store):
     request = make_request(iterations=10)
     whole, report, _ = runner(request)
-    said = runs_out_after(9, random_bundle, store, request, get_or_train)
+    said = runs_out_after(9, random_network, store, request, get_or_train)
     assert said.startswith("The memory of cpu is too short")
     assert said.endswith("run the step again with more free memory, it goes on from iteration 9 of 10.")
     outcome = get_or_train(store, request)
@@ -348,19 +348,19 @@ def test_a_step_out_of_memory_goes_on_to_its_bits(runner, get_or_train, random_b
     assert not store.files("states")
 
 
-def test_memory_that_ends_before_any_update_leaves_no_state(get_or_train, random_bundle, make_request, store):
-    said = runs_out_after(0, random_bundle, store, make_request(), get_or_train)
+def test_memory_that_ends_before_any_update_leaves_no_state(get_or_train, random_network, make_request, store):
+    said = runs_out_after(0, random_network, store, make_request(), get_or_train)
     assert "too short" in said and "goes on" not in said and not store.files("states")
 
 
-def test_a_preview_out_of_memory_leaves_a_state(runner, get_or_train, random_bundle, make_request, store):
+def test_a_preview_out_of_memory_leaves_a_state(runner, get_or_train, random_network, make_request, store):
     request, watch = make_request(iterations=4), {"preview_prompts": ("a cat",), "preview_every": 2}
     whole, *_ = runner(request)
 
     def is_drawn():
         return not torch.is_grad_enabled()
 
-    said = runs_out_after(2, random_bundle, store, request, get_or_train, is_drawn, **watch)
+    said = runs_out_after(2, random_network, store, request, get_or_train, is_drawn, **watch)
     assert said.endswith("it goes on from iteration 2 of 4.")
     outcome = get_or_train(store, request, **watch)
     assert outcome.note == ", resumed at iteration 2" and outcome.model.content_hash == whole.content_hash
@@ -487,9 +487,9 @@ def test_the_first_is_judged_by_size(speed, written, disk, get_or_train, make_re
     assert stopped_after(3, disk, store, make_request(iterations=5), get_or_train) == written
 
 
-def test_short_memory_keeps_any_state(disk, get_or_train, random_bundle, make_request, store, monkeypatch):
+def test_short_memory_keeps_any_state(disk, get_or_train, random_network, make_request, store, monkeypatch):
     monkeypatch.setattr(stores, "_BYTES_PER_SECOND", 1e3)
-    runs_out_after(2, random_bundle, store, make_request(), get_or_train)
+    runs_out_after(2, random_network, store, make_request(), get_or_train)
     assert disk.written == [2]
 
 

@@ -29,9 +29,9 @@ AUTHORS = {"loss": "sm", "teacher": "student", "block_first_token": False, "form
 
 
 @pytest.fixture
-def step(random_model, bundles, anchors):
+def step(random_model, networks, anchors):
     def run(request, model=random_model, **options):
-        return run_step(model, request, store=anchors, bundles=bundles["random"], **options)
+        return run_step(model, request, store=anchors, networks=networks["random"], **options)
 
     return run
 
@@ -58,17 +58,17 @@ def watched(step, monkeypatch):
 
 
 @pytest.fixture
-def prepared(random_bundle):
+def prepared(random_network):
     """A method that is ready for `loss`, and the weights that it starts from; arguments are its settings."""
 
     def prepare(concepts=("Lava",), previous=(), prompts=("a star", "a house"), iterations=100, start=None, **settings):
         if start is None:
-            parameters = dict(random_bundle.unet.named_parameters())
-            start = {name: parameters[name].data for name in group_names(random_bundle.unet, "kv")}
+            parameters = dict(random_network.unet.named_parameters())
+            start = {name: parameters[name].data for name in group_names(random_network.unet, "kv")}
         latents = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(0))
         method = SculpMem(SculpMemConfig(**settings))
         context = StepContext(
-            random_bundle, tuple(map(Concept, concepts)), (), tuple(map(Concept, previous)), prompts, latents, {}, start,
+            random_network, tuple(map(Concept, concepts)), (), tuple(map(Concept, previous)), prompts, latents, {}, start,
             TrainingConfig(batch_size=2, iterations=iterations), partial(generator_for, 5), anchor_sampler=SamplerConfig(steps=2),
         )  # fmt: skip
         method.prepare(context)
@@ -162,10 +162,10 @@ def test_in_the_form_of_the_reference_momentum_moves_what_has_left_the_mask(watc
     assert any((after[name] != before[name])[~mask].any() for name, mask in masks.items())
 
 
-def test_biases_are_not_masked_and_every_matrix_has_its_own_share(watched, random_bundle, make_request):
+def test_biases_are_not_masked_and_every_matrix_has_its_own_share(watched, random_network, make_request):
     method = SculpMemConfig(warm_up=1, active_fraction=0.3)
     seen, edited, _ = watched(make_request(method=method, group="attn2", iterations=2))
-    parameters = dict(random_bundle.unet.named_parameters())
+    parameters = dict(random_network.unet.named_parameters())
     masks = seen[-1][1]
     assert set(masks) == {name for name in edited.edits if parameters[name].ndim > 1} and len(masks) == 7 * 4
     assert all(mask.sum() == math.floor(round(0.3 * mask.numel(), 6)) for mask in masks.values())
@@ -192,7 +192,7 @@ def test_a_warm_up_that_leaves_nothing_to_train_is_refused(step, random_model, m
 
 
 @pytest.mark.parametrize("decoys", [0, 30], ids=["plain", "damped"])
-def test_mask_and_projection_hold_exactly_together(watched, random_bundle, make_request, monkeypatch, decoys):
+def test_mask_and_projection_hold_exactly_together(watched, random_network, make_request, monkeypatch, decoys):
     projections, original = [], GradientProjection.prepare
     monkeypatch.setattr(GradientProjection, "prepare", lambda self, context: projections.append(self) or original(self, context))
     request = make_request(
@@ -201,7 +201,7 @@ def test_mask_and_projection_hold_exactly_together(watched, random_bundle, make_
     )  # fmt: skip
     seen, edited, _ = watched(request)
     basis = projections[0].coordinates("x.attn2.to_k.weight").double()
-    kept = torch.stack([target_vector(random_bundle, Concept(name)) for name in ("Navy_Stripes", "Lava")])
+    kept = torch.stack([target_vector(random_network, Concept(name)) for name in ("Navy_Stripes", "Lava")])
     moves = 0
     for number in range(1, 7):
         (before, masks, _), (after, later, _) = seen[number : number + 2]
@@ -214,7 +214,7 @@ def test_mask_and_projection_hold_exactly_together(watched, random_bundle, make_
             assert coordinates[~mask].abs().max() < rounding < coordinates[mask].abs().mean()
             assert (coordinates @ basis.T - change).abs().max() < rounding
     assert moves == 3 * 14  # after 2, 4 and 6 iterations
-    parameters = dict(random_bundle.unet.named_parameters())
+    parameters = dict(random_network.unet.named_parameters())
     for name, delta in edited.edits.items():
         assert (delta.double() @ kept.T).norm() < 1e-5 * (parameters[name].double() @ kept.T).norm()
 
@@ -234,16 +234,16 @@ def test_under_a_projection_momentum_forgets_the_directions_that_leave_the_mask(
 # --- the losses
 
 
-def gradients_and_parts(bundle, method, weights, start):
+def gradients_and_parts(network, method, weights, start):
     """Gradients of the loss by the group's weights, and its parts, with the student at `weights` and the teacher at `start`."""
-    parameters = [parameter for name, parameter in bundle.unet.named_parameters() if name in weights]
-    predict = bundle.predict
+    parameters = [parameter for name, parameter in network.unet.named_parameters() if name in weights]
+    predict = network.predict
 
     def teacher(*inputs):
-        with torch.no_grad(), swapped_weights(bundle.unet, start):
+        with torch.no_grad(), swapped_weights(network.unet, start):
             return predict(*inputs)
 
-    with swapped_weights(bundle.unet, weights):
+    with swapped_weights(network.unet, weights):
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
@@ -256,20 +256,20 @@ def gradients_and_parts(bundle, method, weights, start):
 
 @pytest.mark.parametrize("previous", [(), ("Denim", "Frost")])
 @pytest.mark.parametrize("loss", ["conabl", "sm"])
-def test_distillation_is_nothing_at_the_start_and_pulls_back_from_anywhere_else(random_bundle, prepared, loss, previous):
+def test_distillation_is_nothing_at_the_start_and_pulls_back_from_anywhere_else(random_network, prepared, loss, previous):
     settings = {"loss": loss, "previous": previous, "warm_up_form": "train"}
     once, start = prepared(distillation=1.0, **settings)
     twice, _ = prepared(distillation=2.0, **settings)
     away = {name: weight + 0.02 * torch.randn(weight.shape, generator=generator_for(1, name)) for name, weight in start.items()}
     for weights, at_start in ((start, True), (away, False)):
-        (ones, parts), (twos, double) = (gradients_and_parts(random_bundle, method, weights, start) for method in (once, twice))
+        (ones, parts), (twos, double) = (gradients_and_parts(random_network, method, weights, start) for method in (once, twice))
         pull = [two - one for one, two in zip(ones, twos, strict=True)]  # the gradient of the term alone
         assert (parts["distill"] == 0) == at_start and double["distill"] == pytest.approx(2 * parts["distill"])
         assert all(bool(part.any()) != at_start for part in pull)
         assert parts["unlearn"] == double["unlearn"] > 0
 
 
-def test_distillation_by_hand_over_anchor_prompts_and_those_of_earlier_targets(random_bundle, prepared):
+def test_distillation_by_hand_over_anchor_prompts_and_those_of_earlier_targets(random_network, prepared):
     seen = []
 
     def student(noisy, timesteps, embeddings):
@@ -281,14 +281,14 @@ def test_distillation_by_hand_over_anchor_prompts_and_those_of_earlier_targets(r
     (noisy, embeddings), (again, _) = seen[0], seen[-1]
     assert torch.equal(noisy, again) and len(noisy) == 2
     assert parts["distill"] == pytest.approx(0.5 * (2 * noisy).square().mean().item())
-    own = random_bundle.encode(["a star", "a house"]).text
+    own = random_network.encode(["a star", "a house"]).text
     assert all(any(torch.equal(row, prompt) for prompt in own) for row in embeddings.text)
     seen.clear()
     chained, _ = prepared(distillation=0.5, previous=["Red_Ink"])
     parts = chained.loss(student, lambda noisy, *_: noisy, torch.Generator().manual_seed(1)).parts
     noisy, embeddings = seen[0]
     assert len(noisy) == 4 and torch.equal(noisy[:2], noisy[2:])
-    assert torch.equal(embeddings.text[2:], random_bundle.encode(["An image in the style of Red Ink"] * 2).text)
+    assert torch.equal(embeddings.text[2:], random_network.encode(["An image in the style of Red Ink"] * 2).text)
     # the mean over the anchors' prompts plus the mean over the earlier targets'
     assert parts["distill"] == pytest.approx(2 * 0.5 * (2 * noisy).square().mean().item())
 
@@ -306,7 +306,7 @@ def test_the_authors_loss_is_taken_at_one_picture_of_the_target_for_every_anchor
     assert pictures[0] < 2 <= pictures[1]  # one of the target's own, one of the earlier target's
 
 
-def test_the_authors_loss_learns_the_target_in_a_frozen_warm_up_and_forgets_it_afterwards(random_bundle, prepared):
+def test_the_authors_loss_learns_the_target_in_a_frozen_warm_up_and_forgets_it_afterwards(random_network, prepared):
     method, _ = prepared(prompts=("a star",), warm_up=1, loss="sm")
     asked = []
 
@@ -316,7 +316,7 @@ def test_the_authors_loss_learns_the_target_in_a_frozen_warm_up_and_forgets_it_a
 
     learning = method.loss(student, student, torch.Generator().manual_seed(2))
     noisy, embeddings, timesteps = asked[0]
-    assert torch.equal(embeddings.text, random_bundle.encode(["In Lava Style, a star"] * 2).text)
+    assert torch.equal(embeddings.text, random_network.encode(["In Lava Style, a star"] * 2).text)
     # z_t = signal z_0 + sigma eps, of the only picture z_0; the student says 3 z_t, and eps would be right
     signal, sigma = method._schedule.coefficients(timesteps)
     noise = (noisy - signal * method._pool.latents) / sigma

@@ -23,12 +23,12 @@ QUICK = SelFTConfig(states=4)
 
 
 @pytest.fixture
-def step(random_model, random_bundle, bundles, anchors, make_request):
-    run_step(random_model, make_request(iterations=0), store=anchors, bundles=bundles["random"])  # makes the anchors
-    random_bundle._scores = None
+def step(random_model, random_network, networks, anchors, make_request):
+    run_step(random_model, make_request(iterations=0), store=anchors, networks=networks["random"])  # makes the anchors
+    random_network._scores = None
 
     def run(request, model=random_model, **options):
-        return run_step(model, request, store=anchors, bundles=bundles["random"], **options)
+        return run_step(model, request, store=anchors, networks=networks["random"], **options)
 
     return run
 
@@ -53,14 +53,14 @@ def prepared(step, monkeypatch):
 
 
 @contextmanager
-def unet_calls(bundle):
+def unet_calls(network):
     """(latents, timestep, text rows) of every call of the UNet."""
     seen = []
 
     def note(module, inputs, kwargs):
         seen.append((inputs[0][:1].clone(), int(inputs[1].flatten()[0]), len(kwargs["encoder_hidden_states"]), torch.is_grad_enabled()))
 
-    handle = bundle.unet.register_forward_pre_hook(note, with_kwargs=True)
+    handle = network.unet.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield seen
     finally:
@@ -129,45 +129,45 @@ def test_presets_are_the_papers(name, fraction):
 # --- scoring on a model
 
 
-def test_two_calls_of_the_unet_a_state_and_one_trajectory(step, random_bundle, make_request):
-    with unet_calls(random_bundle) as calls:
+def test_two_calls_of_the_unet_a_state_and_one_trajectory(step, random_network, make_request):
+    with unet_calls(random_network) as calls:
         step(make_request(regularizers=[SelFTConfig(states=6, seeds=2)], iterations=0))
     assert len(calls) == 2 * 2 * 6
     assert [t for _, t, _, _ in calls[: 2 * 6 : 2]] == [830, 664, 498, 332, 166, 0]  # DDIM: six steps of 1000 // 6
 
 
-def test_an_object_needs_its_anchors_prediction_too(step, random_bundle, make_request):
+def test_an_object_needs_its_anchors_prediction_too(step, random_network, make_request):
     request = replace(make_request(regularizers=[QUICK], iterations=0), concepts=(Concept("cat", "object", "star"),))
-    with unet_calls(random_bundle) as calls:
+    with unet_calls(random_network) as calls:
         step(request)
     assert [rows for _, _, rows, _ in calls] == 4 * [2, 1]  # nothing and the anchor in one call, then the target
 
 
-def test_visited_states_are_those_of_runs_from_the_start_bit_for_bit(step, random_bundle, make_request):
-    with unet_calls(random_bundle) as calls:
+def test_visited_states_are_those_of_runs_from_the_start_bit_for_bit(step, random_network, make_request):
+    with unet_calls(random_network) as calls:
         step(make_request(regularizers=[QUICK], iterations=0))
     states = [(latents, t) for latents, t, _, with_gradient in calls if with_gradient]
-    noise, context = states[0][0], random_bundle.encode(["Candy Stripes Style", ""])
+    noise, context = states[0][0], random_network.encode(["Candy Stripes Style", ""])
     for k, (reached, _) in enumerate(states):
         latents, solver = noise, NoiseSchedule().ddim("epsilon", 4, "leading")
         for t in solver.timesteps[:k]:
             with torch.no_grad():
-                full, empty = (random_bundle.predict(latents, t, context[i]) for i in (0, 1))
+                full, empty = (random_network.predict(latents, t, context[i]) for i in (0, 1))
             latents = solver.step(empty + 3.0 * (full - empty), t, latents).prev_sample
         assert torch.equal(latents, reached)
 
 
-def test_the_references_trajectories_start_every_state_from_new_noise(step, random_bundle, make_request):
-    with unet_calls(random_bundle) as calls:
+def test_the_references_trajectories_start_every_state_from_new_noise(step, random_network, make_request):
+    with unet_calls(random_network) as calls:
         step(make_request(regularizers=[replace(QUICK, trajectories="per_state")], iterations=0))
     assert len(calls) == 2 * 4 + (1 + 2 + 3)  # guided steps to the second, third and fourth state
     starts = [latents for latents, t, _, with_gradient in calls if t == 750 and not with_gradient]
     assert len(starts) == 4 and not torch.equal(starts[0], starts[1])
 
 
-def test_scores_are_kept_until_anything_they_depend_on_changes(step, random_model, random_bundle, make_request):
+def test_scores_are_kept_until_anything_they_depend_on_changes(step, random_model, random_network, make_request):
     def calls(request, model=random_model):
-        with unet_calls(random_bundle) as seen:
+        with unet_calls(random_network) as seen:
             edited, _ = step(request, model=model)
         return len(seen), edited
 
@@ -190,15 +190,15 @@ def test_scores_are_kept_until_anything_they_depend_on_changes(step, random_mode
     assert calls(base, edited)[0] == trained + 6  # other weights
 
 
-def test_scoring_can_be_cancelled_and_repeats_without_kept_scores(step, random_bundle, make_request):
+def test_scoring_can_be_cancelled_and_repeats_without_kept_scores(step, random_network, make_request):
     request = make_request(regularizers=[QUICK])
-    random_bundle._scores = None
+    random_network._scores = None
     asked = []
     with pytest.raises(Cancelled, match="before the first update; the input model is unchanged"):
         step(request, callbacks=Callbacks(should_stop=lambda: asked.append(0) or len(asked) > 2))
-    assert random_bundle._scores is None
+    assert random_network._scores is None
     first, _ = step(request)
-    random_bundle._scores = None
+    random_network._scores = None
     assert step(request)[0].content_hash == first.content_hash
 
 
@@ -206,7 +206,7 @@ def test_scoring_can_be_cancelled_and_repeats_without_kept_scores(step, random_b
 
 
 @pytest.mark.parametrize("importance", ["abs", "signed", "fisher"])
-def test_exactly_the_chosen_share_changes_under_weight_decay_and_the_rest_not_by_a_bit(prepared, random_bundle, make_request, importance):
+def test_exactly_the_chosen_share_changes_under_weight_decay_and_the_rest_not_by_a_bit(prepared, random_network, make_request, importance):
     request = make_request(regularizers=[replace(QUICK, importance=importance)], iterations=4, weight_decay=0.01)
     (selft,), edited, report = prepared(request)
     total = sum(mask.numel() for mask in selft._masks.values())
@@ -238,13 +238,13 @@ def test_larger_groups_share_one_threshold(prepared, make_request):
 # --- together with a projection
 
 
-def protected(random_bundle):
-    return torch.stack([target_vector(random_bundle, Concept(name)) for name in ("Navy_Stripes", "Lava")])
+def protected(random_network):
+    return torch.stack([target_vector(random_network, Concept(name)) for name in ("Navy_Stripes", "Lava")])
 
 
-def response(edited, bundle, since=None):
+def response(edited, network, since=None):
     """Largest relative change of what a matrix makes of the protected text."""
-    parameters, rows = dict(bundle.unet.named_parameters()), protected(bundle)
+    parameters, rows = dict(network.unet.named_parameters()), protected(network)
     return max(((changed(edited, name, since).double() @ rows.T).norm() / (parameters[name].double() @ rows.T).norm()).item()
                for name in edited.edits)  # fmt: skip
 
@@ -252,7 +252,7 @@ def response(edited, bundle, since=None):
 @pytest.mark.parametrize("decoys", [0, 30], ids=["plain", "damped"])
 @pytest.mark.parametrize("selft_first", [True, False])
 def test_masked_projected_change_is_sparse_in_the_complement_and_spares_what_is_protected(
-    prepared, random_bundle, make_request, decoys, selft_first
+    prepared, random_network, make_request, decoys, selft_first
 ):
     regularizers = [QUICK, ProjectionConfig(decoys=decoys, damping=1e-3)]
     request = make_request(regularizers=regularizers if selft_first else regularizers[::-1], iterations=8, weight_decay=0.01,
@@ -266,16 +266,16 @@ def test_masked_projected_change_is_sparse_in_the_complement_and_spares_what_is_
     assert total == 1408 * 190
     for name, delta in edited.edits.items():
         coordinates = delta.double() @ basis
-        rounding = 8 * 2**-24 * (dict(random_bundle.unet.named_parameters())[name].double().norm(dim=1).max() + delta.norm())
+        rounding = 8 * 2**-24 * (dict(random_network.unet.named_parameters())[name].double().norm(dim=1).max() + delta.norm())
         assert coordinates[~selft._masks[name]].abs().max() < rounding
         assert (coordinates @ basis.T - delta.double()).abs().max() < rounding
         nonzeros += int((coordinates.abs() > rounding).sum())
     assert report.figures["changeable_weights"] == math.floor(0.05 * total)
     assert 0.8 * report.figures["changeable_weights"] < nonzeros <= report.figures["changeable_weights"]
-    assert response(edited, random_bundle) < 1e-5
+    assert response(edited, random_network) < 1e-5
 
 
-def test_one_large_update_has_exactly_the_chosen_number_of_coordinates(prepared, random_bundle, make_request):
+def test_one_large_update_has_exactly_the_chosen_number_of_coordinates(prepared, random_network, make_request):
     request = make_request(regularizers=[QUICK, ProjectionConfig()], iterations=1, learning_rate=0.1, max_grad_norm=0.0)
     (selft,), edited, report = prepared(request)
     (projection,), _, _ = prepared(request, GradientProjection)
@@ -284,7 +284,7 @@ def test_one_large_update_has_exactly_the_chosen_number_of_coordinates(prepared,
     assert sum(counts) == report.figures["changeable_weights"] == math.floor(0.05 * sum(m.numel() for m in selft._masks.values()))
 
 
-def test_updates_with_the_same_mask_stay_in_the_same_span(prepared, random_bundle, make_request):
+def test_updates_with_the_same_mask_stay_in_the_same_span(prepared, random_network, make_request):
     (short,), *_ = prepared(make_request(regularizers=[QUICK, ProjectionConfig()], iterations=1))
     (long,), *_ = prepared(make_request(regularizers=[QUICK, ProjectionConfig()], iterations=3))
     assert all(torch.equal(short._masks[name], long._masks[name]) for name in short._masks)
@@ -310,7 +310,7 @@ def test_a_mask_never_raises_the_response_of_a_damped_change_to_the_damped_text(
         assert (responses(torch.rand(64, 190, generator=generator) < share) <= responses() * (1 + 1e-4)).all()
 
 
-def test_reference_hybrid_masks_gradients_then_projects_them_and_ends_dense(prepared, random_bundle, make_request):
+def test_reference_hybrid_masks_gradients_then_projects_them_and_ends_dense(prepared, random_network, make_request):
     reference = tuple(replace(config, states=4) if isinstance(config, SelFTConfig) else config
                       for config in preset("projection_selft").regularizers)  # fmt: skip
     assert [config.form for config in reference] == ["reference", "reference"] and reference[0].kept_fraction == 0.3

@@ -163,22 +163,22 @@ def vocabulary(*words):
 
 
 def test_vocabulary_words_are_whole_words_of_letters_in_id_order():
-    bundle = vocabulary("zebra</w>", "str", "of</w>", "candy</w>", "a1b</w>", "<|end|>")
-    assert vocabulary_words(bundle.tokenizer) == ["zebra", "candy"]
+    network = vocabulary("zebra</w>", "str", "of</w>", "candy</w>", "a1b</w>", "<|end|>")
+    assert vocabulary_words(network.tokenizer) == ["zebra", "candy"]
 
 
 def test_decoys_are_of_the_targets_kind_and_never_use_its_words():
-    bundle = vocabulary("candy</w>", "stripes</w>", "lava</w>", "moon</w>", "cup</w>")
+    network = vocabulary("candy</w>", "stripes</w>", "lava</w>", "moon</w>", "cup</w>")
     targets = [Concept("Candy_Stripes"), Concept("LAVA")]
-    decoys = decoy_concepts(bundle, targets, 60, torch.Generator().manual_seed(0))
+    decoys = decoy_concepts(network, targets, 60, torch.Generator().manual_seed(0))
     assert len(decoys) == 60 and {concept.kind for concept in decoys} == {"style"}
     assert {word for concept in decoys for word in concept.name.split()} == {"moon", "cup"}
 
 
 @pytest.mark.parametrize("anchor", ["moon", "Moon", "moon_"])
 def test_decoys_leave_out_the_anchor_however_it_is_written(anchor):
-    bundle = vocabulary("moon</w>", "cup</w>")
-    decoys = decoy_concepts(bundle, [Concept("cat", "object", anchor)], 60, torch.Generator().manual_seed(0))
+    network = vocabulary("moon</w>", "cup</w>")
+    decoys = decoy_concepts(network, [Concept("cat", "object", anchor)], 60, torch.Generator().manual_seed(0))
     assert "moon" not in {concept.name for concept in decoys} and "cup" in {concept.name for concept in decoys}
 
 

@@ -21,9 +21,9 @@ from cul_core.training.step import run_step
 
 
 @pytest.fixture
-def step(random_model, bundles, anchors):
+def step(random_model, networks, anchors):
     def run(request, **options):
-        return run_step(random_model, request, store=anchors, bundles=bundles["random"], **options)
+        return run_step(random_model, request, store=anchors, networks=networks["random"], **options)
 
     return run
 
@@ -31,7 +31,7 @@ def step(random_model, bundles, anchors):
 def scripted(*measured):
     """A measurement that gives these one after the other."""
     values = iter(measured)
-    return lambda bundle, check: next(values)
+    return lambda network, check: next(values)
 
 
 def stopped(measured, iterations=4000, **settings):
@@ -88,17 +88,17 @@ def test_what_was_not_measured_is_an_error(measured):
 # --- in a step
 
 
-def test_the_best_weights_are_the_result_bit_for_bit(step, random_bundle, make_request):
+def test_the_best_weights_are_the_result_bit_for_bit(step, random_network, make_request):
     seen, values = [], iter([(10.0, 90.0), (60.0, 90.0), (30.0, 90.0)])
 
-    def measure(bundle, check):
+    def measure(network, check):
         check()
-        seen.append({name: parameter.data.clone() for name, parameter in bundle.unet.named_parameters()})
+        seen.append({name: parameter.data.clone() for name, parameter in network.unet.named_parameters()})
         return next(values)
 
     edited, report = step(make_request(evaluate_every=1), measure=measure)
     for name, delta in edited.edits.items():
-        assert torch.equal(delta, seen[1][name] - random_bundle.unet.get_parameter(name))
+        assert torch.equal(delta, seen[1][name] - random_network.unet.get_parameter(name))
         assert not torch.equal(seen[1][name], seen[2][name])
     assert report.figures == {"best_iteration": 2, "best_ua": 60.0, "best_ra": 90.0, "last_iteration": 3} and len(report.losses) == 3
 
@@ -119,13 +119,13 @@ def test_measuring_changes_no_bit_of_the_training(step, make_request):
 
 def test_a_request_that_asks_for_it_without_a_measurement_is_refused_before_anything_is_loaded(random_model, make_request):
     with pytest.raises(ConfigError, match=r"measured every 5 updates \(evaluate_every\), but there is nothing .* set it to 0"):
-        run_step(random_model, make_request(evaluate_every=5), bundles="not asked")
+        run_step(random_model, make_request(evaluate_every=5), networks="not asked")
 
 
 def test_cancelling_does_not_wait_for_a_measurement(step, make_request):
     asked = []
 
-    def measure(bundle, check):
+    def measure(network, check):
         for _ in range(100):
             check()
         return 50.0, 50.0
@@ -164,7 +164,7 @@ def test_requests_with_it_come_back_from_json(make_request):
 def asked_for(monkeypatch, request, gone):
     """(what is measured, the shots of each call) where every picture shows what it is asked for, except for targets that are gone."""
     calls = []
-    monkeypatch.setattr("cul_core.minicanvas.judge._draw", lambda bundle, shots, *rest: calls.append(shots) or shots)
+    monkeypatch.setattr("cul_core.minicanvas.judge._draw", lambda network, shots, *rest: calls.append(shots) or shots)
 
     def judge(shots):
         return [Verdict("plain" if gone(shot) else shot.style, shot.object) for shot in shots]
@@ -208,11 +208,11 @@ def test_a_target_that_nobody_can_measure_is_refused(make_request):
         measure_for(replace(make_request(), concepts=mixed), judge=len)
 
 
-def test_minicanvas_stops_early_with_the_style_gone(shipped_model, bundles, anchors):
+def test_minicanvas_stops_early_with_the_style_gone(shipped_model, networks, anchors):
     settings = {"iterations": 200, "learning_rate": 6e-4, "evaluate_every": 20, "anchor_count": 16, "batch_size": 4}
     chosen = preset("plain_ours").with_settings(settings)
     request = chosen.request([Concept("Neon_Cyan")], retain=[Concept("Neon_Pink")], anchor_prompts=["A cat image.", "a boat"], seed=1)
-    _, report = run_step(shipped_model, request, store=anchors, bundles=bundles["shipped"], measure=measure_for(request))
+    _, report = run_step(shipped_model, request, store=anchors, networks=networks["shipped"], measure=measure_for(request))
     figures = report.figures
     assert figures["best_iteration"] == figures["last_iteration"] == len(report.losses) < 200
     assert figures["best_ua"] >= 99 and figures["best_ra"] >= 50

@@ -22,10 +22,10 @@ from cul_core.training.step import StepReport, run_step
 
 
 @pytest.fixture
-def trained(random_model, bundles, anchors, make_request):
+def trained(random_model, networks, anchors, make_request):
     def train(target="Candy_Stripes", model=random_model, **settings):
         request = make_request(target, **settings)
-        return request, *run_step(model, request, store=anchors, bundles=bundles["random"])
+        return request, *run_step(model, request, store=anchors, networks=networks["random"])
 
     return train
 
@@ -112,10 +112,10 @@ def grow(folder, model, requests, largest=BOUND):
     count = 0
     for request in requests:
 
-        def train(keeper, model=model, request=request):
+        def train(state_store, model=model, request=request):
             nonlocal count
             count += 1
-            keeper.save({"iteration": 1, "weights": torch.zeros(3 * STEP_BYTES // 4)})
+            state_store.save({"iteration": 1, "weights": torch.zeros(3 * STEP_BYTES // 4)})
             return made_step(model, request)
 
         model = StepStore(folder, largest).get_or_train(model, request, train).model
@@ -173,8 +173,8 @@ def test_a_step_stays_while_an_unfinished_one_that_builds_on_it_is_used(chain_of
     model, _ = grow(tmp_path, random_model, before)
     new_process(hours_later=100, folder=tmp_path)
 
-    def train(keeper):
-        keeper.save({"iteration": 1})
+    def train(state_store):
+        state_store.save({"iteration": 1})
         new_process()
         grow(tmp_path, random_model, chain_of(6, seed=1))
         raise Cancelled("now")
@@ -247,7 +247,7 @@ def test_a_nearly_full_disk_keeps_the_beginning_of_the_chain_and_its_reserve(dis
         model, count = random_model, 0
         for request in chain_of(9):
 
-            def train(keeper, model=model, request=request):
+            def train(state_store, model=model, request=request):
                 nonlocal count
                 count += 1
                 return made_step(model, request)
@@ -272,8 +272,8 @@ def test_a_step_takes_the_place_of_its_state_on_a_nearly_full_disk(disk, chain_o
     disk(int(3.5 * STEP_BYTES))
     (request,) = chain_of(1)
 
-    def train(keeper):
-        keeper.save({"iteration": 1, "weights": torch.zeros(3 * STEP_BYTES // 4)})
+    def train(state_store):
+        state_store.save({"iteration": 1, "weights": torch.zeros(3 * STEP_BYTES // 4)})
         return made_step(random_model, request)
 
     assert StepStore(tmp_path).get_or_train(random_model, request, train).note == ""
@@ -326,10 +326,10 @@ def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(trained, rand
     assert {path.name for path in tmp_path.iterdir()} == {"steps", "locks"}
 
 
-def test_damaged_or_unwritable_anchors_are_drawn_again(random_model, random_bundle, tmp_path, caplog):
+def test_damaged_or_unwritable_anchors_are_drawn_again(random_model, random_network, tmp_path, caplog):
     def latents(folder):
         store = AnchorStore(folder)
-        return store.anchor_latents(random_model.source, random_bundle, ("a cat",), 2, SamplerConfig(steps=1), 0)
+        return store.anchor_latents(random_model.source, random_network, ("a cat",), 2, SamplerConfig(steps=1), 0)
 
     first = latents(tmp_path / "anchors")
     (path,) = (tmp_path / "anchors").iterdir()
@@ -370,11 +370,11 @@ def test_the_store_says_what_is_in_it_and_forgets_what_it_is_told_to(trained, ra
     assert "removed 2 files" in store.clear(*PARTS) and "0 finished steps, 0.0 MB" in store.describe()
 
 
-def test_anchors_go_on_where_they_were_stopped(random_model, random_bundle, tmp_path):
+def test_anchors_go_on_where_they_were_stopped(random_model, random_network, tmp_path):
     def latents(folder, stop_after=None, asked=None):
         store = AnchorStore(folder, every_seconds=0)
         done = []
-        return store.anchor_latents(random_model.source, random_bundle, ("a cat", "a dog"), 40, SamplerConfig(steps=1), 0,
+        return store.anchor_latents(random_model.source, random_network, ("a cat", "a dog"), 40, SamplerConfig(steps=1), 0,
                                     should_stop=lambda: stop_after is not None and len(done) >= stop_after,
                                     on_batch=lambda made, count: (done.append(made), asked is not None and asked.append(made)))  # fmt: skip
 

@@ -27,15 +27,15 @@ from cul_core.training.step import run_step
 
 
 @pytest.fixture
-def step(random_model, bundles, anchors):
+def step(random_model, networks, anchors):
     def run(request, model=random_model, **options):
-        return run_step(model, request, store=anchors, bundles=bundles["random"], **options)
+        return run_step(model, request, store=anchors, networks=networks["random"], **options)
 
     return run
 
 
-def unet_state(bundle):
-    return {name: tensor.clone() for name, tensor in bundle.unet.state_dict().items()}
+def unet_state(network):
+    return {name: tensor.clone() for name, tensor in network.unet.state_dict().items()}
 
 
 def same(one, other):
@@ -49,17 +49,17 @@ def short_configs(registry):
 @pytest.mark.parametrize("regularizer", [None, *short_configs(REGULARIZERS)])
 @pytest.mark.parametrize("method", short_configs(METHODS))
 def test_every_method_with_every_regularizer_repeats_bit_for_bit_and_changes_only_its_group(
-    method, regularizer, step, random_bundle, make_request
+    method, regularizer, step, random_network, make_request
 ):
     request = make_request(method=method, regularizers=[regularizer] if regularizer else [])
-    before = unet_state(random_bundle)
+    before = unet_state(random_network)
     (first, report), (second, _) = step(request), step(request)
     assert first.content_hash == second.content_hash
-    changed, group = set(first.edits), set(group_names(random_bundle.unet, "kv"))
+    changed, group = set(first.edits), set(group_names(random_network.unet, "kv"))
     assert changed == group if regularizer is None else changed and changed <= group  # a mask may spare whole matrices
     assert all(torch.isfinite(torch.tensor(report.losses))) and len(report.losses) == 3
-    assert same(unet_state(random_bundle), before)
-    assert not any(parameter.requires_grad for parameter in random_bundle.unet.parameters())
+    assert same(unet_state(random_network), before)
+    assert not any(parameter.requires_grad for parameter in random_network.unet.parameters())
 
 
 def test_the_edits_of_a_step_or_a_merge_are_hashed_once(step, random_model, make_request, monkeypatch):
@@ -88,18 +88,18 @@ def test_the_hash_that_is_carried_over_is_never_that_of_other_edits(step, make_r
 
 
 @pytest.mark.parametrize("group", ["attn2", "attn", "full"])
-def test_larger_groups_train_too(group, step, random_bundle, make_request):
+def test_larger_groups_train_too(group, step, random_network, make_request):
     edited, _ = step(make_request(group=group, iterations=2))
-    names = set(group_names(random_bundle.unet, group))
+    names = set(group_names(random_network.unet, group))
     assert set(edited.edits) <= names and len(edited.edits) > 0.5 * len(names)
 
 
-def test_groups_are_selected_by_name_and_an_unknown_or_empty_one_is_refused(random_bundle):
-    sizes = {group: len(group_names(random_bundle.unet, group)) for group in GROUPS}
+def test_groups_are_selected_by_name_and_an_unknown_or_empty_one_is_refused(random_network):
+    sizes = {group: len(group_names(random_network.unet, group)) for group in GROUPS}
     assert sizes["kv"] == 14 and sizes["attn2"] == 7 * 5 and sizes["attn"] == 2 * 7 * 5
-    assert sizes["attn2"] + sizes["non-attn2"] == sizes["full"] == len(list(random_bundle.unet.parameters()))
+    assert sizes["attn2"] + sizes["non-attn2"] == sizes["full"] == len(list(random_network.unet.parameters()))
     with pytest.raises(ConfigError, match="'xattn'"):
-        group_names(random_bundle.unet, "xattn")
+        group_names(random_network.unet, "xattn")
     with pytest.raises(ConfigError, match="selects no weight"):
         group_names(torch.nn.Linear(1, 1), "kv")
 
@@ -130,17 +130,17 @@ def test_zero_iterations_change_nothing(step, random_model, make_request):
     assert step(make_request(iterations=0))[0].content_hash == random_model.content_hash
 
 
-def test_cancelling_stops_within_an_iteration_and_leaves_the_bundle_clean(step, random_bundle, make_request):
-    before, seen = unet_state(random_bundle), []
+def test_cancelling_stops_within_an_iteration_and_leaves_the_network_clean(step, random_network, make_request):
+    before, seen = unet_state(random_network), []
     callbacks = Callbacks(on_progress=seen.append, should_stop=lambda: len(seen) >= 2)
     with pytest.raises(Cancelled, match="iteration 3 of 9"):
         step(make_request(iterations=9), callbacks=callbacks)
     assert len(seen) == 2 and seen[0].seconds_left > seen[1].seconds_left * 0.2
-    assert same(unet_state(random_bundle), before)
+    assert same(unet_state(random_network), before)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_iteration_and_the_remedy(step, random_bundle, make_request, monkeypatch):
-    before = unet_state(random_bundle)
+def test_a_loss_that_is_not_finite_stops_with_the_iteration_and_the_remedy(step, random_network, make_request, monkeypatch):
+    before = unet_state(random_network)
     original = ConAbl.loss
 
     def broken(self, student, teacher, generator):
@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_iteration_and_the_remedy(step,
     monkeypatch.setattr(ConAbl, "loss", broken)
     with pytest.raises(TrainingError, match=r"nan at iteration 1 of 3; lower the learning rate \(0.0004\)"):
         step(make_request())
-    assert same(unet_state(random_bundle), before)
+    assert same(unet_state(random_network), before)
 
 
 def test_a_request_without_concepts_or_anchor_prompts_is_refused():
@@ -182,7 +182,7 @@ class Pull(Regularizer):
 
     def prepare(self, context):
         self.name = min(context.start)
-        self.weight = context.bundle.unet.get_parameter(self.name)
+        self.weight = context.network.unet.get_parameter(self.name)
 
     def prepare_mask(self, context, coordinates):
         self.hook = self.weight.register_post_accumulate_grad_hook(lambda weight: self.events.append("backward"))
@@ -226,11 +226,11 @@ def test_terms_of_a_regularizer_have_a_backward_of_their_own_after_the_methods_a
     assert report.losses[0] == pytest.approx(sum(report.record.losses.values()), rel=1e-5)
 
 
-def test_a_term_that_is_not_finite_stops_the_step_as_the_methods_loss_does(step, random_bundle, make_request, pull):
-    before = unet_state(random_bundle)
+def test_a_term_that_is_not_finite_stops_the_step_as_the_methods_loss_does(step, random_network, make_request, pull):
+    before = unet_state(random_network)
     with pytest.raises(TrainingError, match=r"became nan at iteration 1 of 3; lower the learning rate .* or the regularizers' strengths"):
         step(make_request(regularizers=[pull(twice=2.0, broken=float("nan"))]))
-    assert same(unet_state(random_bundle), before) and not any(p.requires_grad for p in random_bundle.unet.parameters())
+    assert same(unet_state(random_network), before) and not any(p.requires_grad for p in random_network.unet.parameters())
 
 
 class Recorder(Regularizer):
@@ -285,17 +285,17 @@ def test_previews_come_from_the_same_noise_before_between_and_after_and_change_n
     assert not torch.equal(seen[0][1], seen[2][1])
 
 
-def test_a_callback_that_raises_ends_the_step_with_its_own_exception(step, make_request, random_bundle):
+def test_a_callback_that_raises_ends_the_step_with_its_own_exception(step, make_request, random_network):
     class HostInterrupt(BaseException):
         pass
 
     def interrupt():
         raise HostInterrupt
 
-    before = unet_state(random_bundle)
+    before = unet_state(random_network)
     with pytest.raises(HostInterrupt):
         step(make_request(), callbacks=Callbacks(should_stop=interrupt))
-    assert same(unet_state(random_bundle), before)
+    assert same(unet_state(random_network), before)
 
 
 def test_a_concept_to_keep_needs_no_anchor_but_a_target_does(make_request):

@@ -86,16 +86,16 @@ def test_proximal_form_adds_no_penalty_and_penalty_form_moves_no_weight():
     assert prepared(L2SP, L2SPConfig(form="penalty")).proximal("a", START["a"], 1.0) is START["a"]
 
 
-def drift_after(steps, anchor, model, bundles, anchors, make_request):
+def drift_after(steps, anchor, model, networks, anchors, make_request):
     config = L2SPConfig(strength=3e8, anchor=anchor)
     for k, target in enumerate(("Lava", "Aurora", "Denim", "Arcade")[:steps]):
         request = make_request(target, regularizers=[config], iterations=4, learning_rate=1e-3, seed=k)
-        model, _ = run_step(model, request, store=anchors, bundles=bundles)
+        model, _ = run_step(model, request, store=anchors, networks=networks)
     return sum(delta.square().sum() for delta in model.edits.values()).sqrt().item()
 
 
-def test_the_pretrained_anchor_bounds_a_chains_drift_and_the_start_anchor_does_not(random_model, bundles, anchors, make_request):
-    arguments = (random_model, bundles["random"], anchors, make_request)
+def test_the_pretrained_anchor_bounds_a_chains_drift_and_the_start_anchor_does_not(random_model, networks, anchors, make_request):
+    arguments = (random_model, networks["random"], anchors, make_request)
     growth = {anchor: drift_after(4, anchor, *arguments) / drift_after(1, anchor, *arguments) for anchor in ("pretrained", "start")}
     assert growth["start"] > 1.5 * growth["pretrained"]
 

@@ -29,7 +29,7 @@ from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.esd import ESDConfig
 from cul_core.methods.sculpmem import SculpMemConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.models.load_diffusers import BundleCache
+from cul_core.models.load_diffusers import NetworkCache
 from cul_core.models.sampling import SamplerConfig
 from cul_core.output.checkpoint import open_model, save_checkpoint
 from cul_core.parts.training_config import TrainingConfig
@@ -76,9 +76,9 @@ def requests() -> list[Request]:
     ]  # fmt: skip
 
 
-def measure(bundle, check):
+def measure(network, check):
     check()
-    weight = bundle.unet.get_parameter("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
+    weight = network.unet.get_parameter("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
     return 50 + 10 * torch.tanh(weight.mean()).item(), 50.0
 
 
@@ -204,25 +204,27 @@ class Place:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.is_file() else []
 
 
-def run_chain(place: Place, bundles: BundleCache, trouble: Trouble, largest_bytes: int) -> None:
+def run_chain(place: Place, networks: NetworkCache, trouble: Trouble, largest_bytes: int) -> None:
     """All six steps and the checkpoint, as far as they are not there; says what it does."""
     store = StepStore(place.store, largest_bytes, every_seconds=0)
     model = open_model(CHECKPOINT_PATH)
     notes = []
     for number, request in enumerate(requests()):
 
-        def train(keeper, model=model, request=request, number=number):
-            load = keeper.load
+        def train(state_store, model=model, request=request, number=number):
+            load = state_store.load
 
             def loaded(origin):
                 state = load(origin)
                 place.say("begins", number, state["iteration"] if state else 0)
                 return state
 
-            keeper.load = loaded
+            state_store.load = loaded
             with trouble.during("preparation"):
                 callbacks = Callbacks(on_progress=lambda progress: trouble.event(), should_stop=lambda: trouble.event() or False)
-                result = run_step(model, request, callbacks=callbacks, store=store.anchors, bundles=bundles, measure=measure, keeper=keeper)
+                result = run_step(
+                    model, request, callbacks=callbacks, store=store.anchors, networks=networks, measure=measure, state_store=state_store
+                )
             place.say("trained", number)
             return result
 
@@ -256,8 +258,8 @@ class Harness:
         torch.set_num_threads(1)
         self.folder, self.random, self.phase = folder, random.Random(seed), mmap.mmap(-1, 1)
         self.problems: list[str] = []
-        self.bundles = BundleCache()
-        self.bundles.get(open_model(CHECKPOINT_PATH).source)  # what takes long
+        self.networks = NetworkCache()
+        self.networks.get(open_model(CHECKPOINT_PATH).source)  # what takes long
         begun = time.monotonic()
         undisturbed = Place(folder / "undisturbed")
         self.attempt(undisturbed)
@@ -282,7 +284,7 @@ class Harness:
         def run() -> None:
             troubled = Trouble(self.phase, kill_at, **trouble)
             troubled.install()
-            run_chain(place, self.bundles, troubled, self.bytes if hasattr(self, "bytes") else 1 << 40)
+            run_chain(place, self.networks, troubled, self.bytes if hasattr(self, "bytes") else 1 << 40)
             place.say("writes", troubled.writes)
 
         child = forked(self.phase, run)

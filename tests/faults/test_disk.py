@@ -28,7 +28,7 @@ from cul_core.output.checkpoint import open_model, save_checkpoint, save_edits
 from cul_core.output.lora import save_difference, save_lora
 from cul_core.requests.request import Request
 from cul_core.store.anchors import _AnchorFile
-from cul_core.store.model_snapshots import keep_weights
+from cul_core.store.model_snapshots import snapshot_model
 from cul_core.store.step_state import StepState
 from cul_core.store.steps import StepStore
 from cul_core.training.step import StepReport
@@ -66,9 +66,9 @@ def writers(step, original, request_):
     edited, report = step
 
     def get_or_train(folder):
-        def train(keeper):
-            keeper.load({})
-            keeper.save(STATE)
+        def train(state_store):
+            state_store.load({})
+            state_store.save(STATE)
             return step
 
         outcome = StepStore(folder, every_seconds=0).get_or_train(original, request_, train)
@@ -228,12 +228,12 @@ def test_a_file_that_stays_open_is_left_and_the_error_says_why(tmp_path, monkeyp
 def test_a_state_that_stays_open_fails_no_step(request_, step, original, tmp_path, monkeypatch, count, caplog):
     store = StepStore(tmp_path)
 
-    def train(keeper):
-        keeper.save(STATE)
+    def train(state_store):
+        state_store.save(STATE)
         with monkeypatch.context() as patched:
             patched.setattr(os, "replace", denied_first(1000, os.replace)[0])
-            keeper.save({**STATE, "iteration": 3})
-        assert keeper.load({})["iteration"] == 2
+            state_store.save({**STATE, "iteration": 3})
+        assert state_store.load({})["iteration"] == 2
         return step
 
     assert store.get_or_train(original, request_, train).note == ", resumed at iteration 2"
@@ -254,26 +254,26 @@ def test_a_stored_file_that_is_open_stays_and_fails_no_step(
     old.write_bytes(b"x" * 100)
     os.utime(old, (1, 1))
     monkeypatch.setattr(os, "unlink", denied_first(1000, os.unlink)[0])
-    outcome = StepStore(tmp_path, largest_bytes=10).get_or_train(original, request_, lambda keeper: step)
+    outcome = StepStore(tmp_path, largest_bytes=10).get_or_train(original, request_, lambda state_store: step)
     assert outcome.model is step[0] and outcome.note == "" and old.exists()
     count("open file")
 
 
 def test_kept_weights_that_are_open_stay_and_the_next_oldest_goes(tmp_path, monkeypatch, count):
-    paths = [keep_weights(tmp_path, {"a": torch.full((100,), float(value))}).path for value in range(3)]
+    paths = [snapshot_model(tmp_path, {"a": torch.full((100,), float(value))}).path for value in range(3)]
     for age, path in enumerate(paths):
         os.utime(path, (age, age))
     monkeypatch.setattr(os, "unlink", denied_first(1, os.unlink)[0])
     most = 3 * paths[0].stat().st_size
-    new = keep_weights(tmp_path, {"a": torch.full((100,), 9.0)}, largest_bytes=most).path
+    new = snapshot_model(tmp_path, {"a": torch.full((100,), 9.0)}, largest_bytes=most).path
     assert set(tmp_path.iterdir()) == {paths[0], paths[2], new}
     count("open file")
 
 
 def test_kept_weights_in_a_folder_that_cannot_be_written_are_found(tmp_path, monkeypatch, count):
-    source = keep_weights(tmp_path, {"a": torch.ones(3)})
+    source = snapshot_model(tmp_path, {"a": torch.ones(3)})
     monkeypatch.setattr(os, "utime", denied_first(1000, os.utime)[0])
-    assert keep_weights(tmp_path, {"a": torch.ones(3)}) == source
+    assert snapshot_model(tmp_path, {"a": torch.ones(3)}) == source
     count("open file")
 
 
@@ -335,34 +335,34 @@ def test_a_full_disk_costs_no_result_and_is_not_filled_with_leftovers(small_disk
     assert list(small_disk.iterdir()) == []
     (small_disk / "big").write_bytes(bytes(456 << 10))
 
-    def train(keeper):
-        keeper.save({**STATE, "weights": {"w": torch.ones(200, 200)}})
+    def train(state_store):
+        state_store.save({**STATE, "weights": {"w": torch.ones(200, 200)}})
         return step
 
     outcome = store.get_or_train(original, request_, train)
     assert outcome.model is edited and "Not kept for later runs" in outcome.note and "No space left" in outcome.note
     assert not list(small_disk.rglob("*.safetensors")) and not list(small_disk.rglob("*.cul-part"))
     (small_disk / "big").unlink()
-    assert store.get_or_train(original, request_, lambda keeper: step).note == ""
+    assert store.get_or_train(original, request_, lambda state_store: step).note == ""
     assert not subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], capture_output=True).returncode
     read_only = StepStore(small_disk / "store")
     assert read_only.get_or_train(original, request_, None).note == ", kept from an earlier run"
     other = replace(request_, anchor_seed=1)
-    assert "Read-only" in read_only.get_or_train(original, other, lambda keeper: step).note
+    assert "Read-only" in read_only.get_or_train(original, other, lambda state_store: step).note
     assert "1 are in use or cannot be removed" in read_only.clear("steps")
     count("full or read-only disk", 4)
 
 
 def test_a_step_that_became_nan_leaves_no_state_to_go_on_from(original, request_, step, tmp_path, count):
-    def broken(keeper):
-        keeper.save(STATE)
+    def broken(state_store):
+        state_store.save(STATE)
         raise TrainingError("The loss became nan")
 
     store = StepStore(tmp_path)
     with pytest.raises(TrainingError):
         store.get_or_train(original, request_, broken)
     assert not list(tmp_path.rglob("*.safetensors"))
-    assert store.get_or_train(original, request_, lambda keeper: (keeper.load({}), step)[1]).note == ""
+    assert store.get_or_train(original, request_, lambda state_store: (state_store.load({}), step)[1]).note == ""
     for path in tmp_path.rglob("*.safetensors"):
         read_sealed(path)
     count("step that became NaN")

@@ -14,7 +14,7 @@ from crash import requests
 from cul_core.base.errors import Cancelled, ModelError
 from cul_core.files.locks import lock_of, try_locked
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.models.load_diffusers import BundleCache
+from cul_core.models.load_diffusers import NetworkCache
 from cul_core.output.checkpoint import open_model, save_checkpoint
 from cul_core.store import eviction
 from cul_core.store.steps import StepStore
@@ -22,8 +22,8 @@ from cul_core.training.step import run_step
 
 
 @pytest.fixture(scope="module")
-def bundles():
-    return BundleCache()
+def networks():
+    return NetworkCache()
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +37,27 @@ def request_():
 
 
 @pytest.fixture(scope="module")
-def trained(original, request_, bundles, tmp_path_factory):
+def trained(original, request_, networks, tmp_path_factory):
     """(a store with a finished step, an unfinished one and anchors, the step's model and report)."""
     folder = tmp_path_factory.mktemp("store")
     store = StepStore(folder, every_seconds=0)
 
-    def stopped(keeper):
-        run_step(original, request_, store=store.anchors, bundles=bundles, keeper=keeper)
+    def stopped(state_store):
+        run_step(original, request_, store=store.anchors, networks=networks, state_store=state_store)
         raise Cancelled("now")  # its last state stays
 
     with pytest.raises(Cancelled):
         store.get_or_train(original, request_, stopped)
     state = next(folder.glob("states/*"))
     kept = state.read_bytes()
-    outcome = store.get_or_train(original, request_, trainer(store, original, request_, bundles))
+    outcome = store.get_or_train(original, request_, trainer(store, original, request_, networks))
     assert outcome.note == ", resumed at iteration 4" and not state.exists()
     state.write_bytes(kept)
     return folder, outcome
 
 
-def trainer(store, model, request, bundles):
-    return lambda keeper: run_step(model, request, store=store.anchors, bundles=bundles, keeper=keeper)
+def trainer(store, model, request, networks):
+    return lambda state_store: run_step(model, request, store=store.anchors, networks=networks, state_store=state_store)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_source_that_changes_between_opening_and_training_or_saving_is_an_erro
         copy.write_bytes(data[: len(data) // 2])
     if change == "altered":
         copy.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    for attempt in (lambda: BundleCache().get(model.source), lambda: save_checkpoint(edited, tmp_path / "out/a.safetensors")):
+    for attempt in (lambda: NetworkCache().get(model.source), lambda: save_checkpoint(edited, tmp_path / "out/a.safetensors")):
         with pytest.raises(ModelError, match=r"copy\.safetensors"):
             attempt()
         count("file changed under us")
@@ -115,21 +115,21 @@ def test_a_source_that_changes_while_it_is_copied_leaves_nothing_behind(change, 
     count("file changed under us")
 
 
-def test_a_loaded_model_does_not_depend_on_its_file_any_more(tmp_path, original, bundles):
+def test_a_loaded_model_does_not_depend_on_its_file_any_more(tmp_path, original, networks):
     from safetensors.torch import load_file, save_file
 
     path = tmp_path / "fp32.safetensors"
     save_file({name: tensor.float() for name, tensor in load_file(CHECKPOINT_PATH).items()}, path)
-    bundle = BundleCache().get(open_model(path).source)
-    before = {name: tensor.clone() for name, tensor in bundle.unet.state_dict().items()}
+    network = NetworkCache().get(open_model(path).source)
+    before = {name: tensor.clone() for name, tensor in network.unet.state_dict().items()}
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         file.write(bytes(path.stat().st_size // 2))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in bundle.unet.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.unet.state_dict().items())
 
 
 @pytest.mark.parametrize("part", ["steps", "states", "anchors"])
-def test_a_damaged_file_of_the_store_is_never_used(part, trained, original, request_, bundles, tmp_path, count, caplog):
+def test_a_damaged_file_of_the_store_is_never_used(part, trained, original, request_, networks, tmp_path, count, caplog):
     """Of each kind, 20 copies with a bit flipped, 20 cut short, and some that are something else."""
     folder, outcome = trained
     chosen = random.Random(part)
@@ -150,8 +150,8 @@ def test_a_damaged_file_of_the_store_is_never_used(part, trained, original, requ
             assert store.get(original, request_) is None
         elif part == "states":
 
-            def train(keeper):
-                assert keeper.load({"any": "origin"}) is None
+            def train(state_store):
+                assert state_store.load({"any": "origin"}) is None
                 return outcome.model, outcome.report
 
             assert store.get_or_train(original, request_, train).note == ""
@@ -168,10 +168,10 @@ def test_a_store_that_vanishes_while_a_step_trains_is_made_anew(trained, origina
     outcome = trained[1]
     store = StepStore(tmp_path / "store", every_seconds=0)
 
-    def train(keeper):
-        keeper.save({"iteration": 1})
+    def train(state_store):
+        state_store.save({"iteration": 1})
         shutil.rmtree(tmp_path / "store")
-        keeper.save({"iteration": 2})
+        state_store.save({"iteration": 2})
         shutil.rmtree(tmp_path / "store")
         return outcome.model, outcome.report
 
@@ -199,7 +199,7 @@ def test_of_two_processes_one_trains_and_the_other_takes_its_result(trained, ori
     outcome, store, other = trained[1], StepStore(tmp_path), StepStore(tmp_path)
     waited, notes = threading.Event(), []
 
-    def slow(keeper):
+    def slow(state_store):
         assert waited.wait(60)
         return outcome.model, outcome.report
 
@@ -207,7 +207,7 @@ def test_of_two_processes_one_trains_and_the_other_takes_its_result(trained, ori
     first.start()
     while not list(tmp_path.glob("locks/*.lock")):
         time.sleep(0.01)
-    notes.append(other.get_or_train(original, request_, lambda keeper: pytest.fail("both trained"), waited.set).note)
+    notes.append(other.get_or_train(original, request_, lambda state_store: pytest.fail("both trained"), waited.set).note)
     first.join()
     assert sorted(notes) == ["", ", kept from an earlier run"]
 
@@ -229,13 +229,13 @@ def test_who_waits_for_another_process_can_cancel(original, request_, tmp_path):
 def test_what_is_trained_now_is_neither_evicted_nor_cleared(original, request_, tmp_path):
     store, seen = StepStore(tmp_path, largest_bytes=1, every_seconds=0), []
 
-    def train(keeper):
-        keeper.save({"iteration": 1})
-        os.utime(keeper.path, (1000, 1000))
+    def train(state_store):
+        state_store.save({"iteration": 1})
+        os.utime(state_store.path, (1000, 1000))
         StepStore(tmp_path, largest_bytes=1)._evict()
         seen.append(StepStore(tmp_path).clear("states"))
-        assert keeper.path.exists()
-        os.utime(keeper.path)
+        assert state_store.path.exists()
+        os.utime(state_store.path)
         raise Cancelled("now")
 
     with pytest.raises(Cancelled):

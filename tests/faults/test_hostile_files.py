@@ -27,7 +27,7 @@ from cul_core.mergers.ties import TiesConfig
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
 from cul_core.models.family import MINI, UNET_PREFIX
-from cul_core.models.load_diffusers import load_bundle
+from cul_core.models.load_diffusers import load_network
 from cul_core.models.recognize import detect_family
 from cul_core.models.source import source_of
 from cul_core.output.charts import labelled_grid
@@ -271,7 +271,7 @@ def edited(model):
         "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
         "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight",
     )
-    parameters = dict(load_bundle(CHECKPOINT_PATH).unet.named_parameters())
+    parameters = dict(load_network(CHECKPOINT_PATH).unet.named_parameters())
     made = UnlearnModel(model.source, model.family, {name: torch.full_like(parameters[name].data, 0.01) for name in names})
     return merge([made], TiesConfig())
 
@@ -317,7 +317,7 @@ def test_a_unet_of_another_shape_or_dtype_is_refused_at_once(tmp_path, shipped, 
 @pytest.mark.parametrize("kind", MISSHAPEN)
 def test_tensors_that_do_not_fit_are_refused_when_they_are_loaded(tmp_path, shipped, count, kind):
     save_file(MISSHAPEN[kind](shipped), tmp_path / "spoilt.safetensors")
-    assert "spoilt.safetensors" in str(refused(lambda: load_bundle(tmp_path / "spoilt.safetensors")))
+    assert "spoilt.safetensors" in str(refused(lambda: load_network(tmp_path / "spoilt.safetensors")))
     count("bad inputs")
 
 
@@ -399,10 +399,10 @@ def test_what_could_not_be_read_again_is_not_sealed(name, tmp_path, count):
 
 def test_a_state_too_long_to_be_read_again_leaves_the_one_before(tmp_path, model, count, caplog):
     request = Request((Concept("Lava"),), ConAblConfig(), anchor_prompts=("A star image.",))
-    keeper = StepState(tmp_path / "a.safetensors", request, 0)
-    keeper.save({"iteration": 1, "losses": [0.5], "origin": {}})
-    keeper.save({"iteration": 2, "losses": [0.5] * 1_100_000, "origin": {}})
-    assert keeper.load({})["iteration"] == 1
+    state_store = StepState(tmp_path / "a.safetensors", request, 0)
+    state_store.save({"iteration": 1, "losses": [0.5], "origin": {}})
+    state_store.save({"iteration": 2, "losses": [0.5] * 1_100_000, "origin": {}})
+    assert state_store.load({})["iteration"] == 1
     assert "cannot go on from here" in caplog.text and "damaged" not in caplog.text
     count("bad inputs")
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from refusals import is_one_sentence, refused
 
-from cul_core.audits.memorization import MemorizedConfig, read_paraphrases, read_picture
+from cul_core.audits.memorization import MemorizationConfig, read_paraphrases, read_picture
 from cul_core.base.config import Config, canonical_json, check_number, limits
-from cul_core.base.errors import ConceptError, ConfigError, shown
+from cul_core.base.errors import ConceptError, ConfigError, brief_repr
 from cul_core.base.registry import Registry
 from cul_core.cli import main
 from cul_core.concepts.concept import MOST_NAMES, Concept, check_text
@@ -48,7 +48,7 @@ UNSEEN = [
 ]
 NOT_TEXT = [None, 1, 1.5, True, [], {}, b"x", ("x",)]
 CONFIGS = {entry.config.__name__: entry.config for registry in (METHODS, REGULARIZERS, MERGERS) for entry in registry} | {
-    "TrainingConfig": TrainingConfig, "SamplerConfig": SamplerConfig, "MemorizedConfig": MemorizedConfig}  # fmt: skip
+    "TrainingConfig": TrainingConfig, "SamplerConfig": SamplerConfig, "MemorizationConfig": MemorizationConfig}  # fmt: skip
 NUMBERS = [float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 2**64, -(2**64), 10**400, -(10**400), 10**5000, True, None, "1", [],
 {}, 1j,
            b"1", object()]  # fmt: skip
@@ -403,7 +403,7 @@ def test_paraphrases_that_are_no_captions_are_refused(tmp_path, count, data):
     10**5000, "x" * 10**6, "\x1b[2J\u202e\n", [[[[[[[[[[]]]]]]]]]], {"a" * 1000: "b" * 1000}, list(range(10**5)), b"\x00" * 10**6,
 ], ids=lambda value: type(value).__name__)  # fmt: skip
 def test_any_value_is_shown_in_a_line(value):
-    assert len(shown(value)) < 500 and shown(value).isprintable()
+    assert len(brief_repr(value)) < 500 and brief_repr(value).isprintable()
 
 
 def test_text_is_shown_in_a_line():

@@ -30,14 +30,14 @@ heavy_at_start = sorted({"diffusers"} & sys.modules.keys())
 core = importlib.import_module("continual-unlearning.cul_core.loading")
 path = importlib.import_module("continual-unlearning.cul_core.minicanvas.models").CHECKPOINT_PATH
 model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=None)
-bundle = core.load_bundle(path)
+network = core.load_network(path)
 prompts = ["", "A cat image in Candy Stripes style.", "a house, very small; with words nobody taught it: zebra"]
 
 torch.manual_seed(0)
 with torch.no_grad():
     latents, timesteps = torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
-    context = bundle.encode(prompts)
-    mine = bundle.predict(latents, timesteps, context)
+    context = network.encode(prompts)
+    mine = network.predict(latents, timesteps, context)
     theirs = model.model.diffusion_model(latents, timesteps.float(), context=context.text)
     texts = [clip.encode_from_tokens(clip.tokenize(prompt)) for prompt in prompts]
     pictures = vae.decode(model.model.process_latent_out(latents)).movedim(-1, 1)
@@ -101,7 +101,7 @@ figures = {
     "unet": (mine - theirs).abs().max().item(),
     "unet_size": mine.abs().max().item(),
     "text": max((text - row).abs().max().item() for text, row in zip(torch.cat(texts), context.text, strict=True)),
-    "picture": (pictures - bundle.decode(latents)).abs().max().item(),
-    "same_ids": ids == bundle.token_ids(prompts).tolist(),
+    "picture": (pictures - network.decode(latents)).abs().max().item(),
+    "same_ids": ids == network.token_ids(prompts).tolist(),
 }
 sys.stdout.write(f"RESULT {json.dumps(figures)}\n")

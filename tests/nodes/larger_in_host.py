@@ -54,24 +54,24 @@ def distance(mine, theirs):
 @torch.no_grad()
 def compare(path, name):
     """Relative distances of text, pooled text, and of the picture that is seen in a noisy one, before and after an edit."""
-    bundle = loading.load_bundle(path, tokenizer_folder=host / "comfy/sd1_tokenizer")
+    network = loading.load_network(path, tokenizer_folder=host / "comfy/sd1_tokenizer")
     model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, te_model_options=OF_HOST[name][2])
     tokens = [clip.tokenize(prompt) for prompt in PROMPTS]
     rows, pooled = (torch.cat(parts) for parts in zip(*(clip.encode_from_tokens(one, return_pooled=True) for one in tokens), strict=True))
-    mine = bundle.encode(PROMPTS)
+    mine = network.encode(PROMPTS)
     figures = {"text": distance(mine.text, rows)}
     y = {}
     if name == "sdxl":
         figures["pooled"] = distance(mine.pooled, pooled)
         y = {"y": torch.cat([model.model.encode_adm(pooled_output=one[None], width=1024, height=1024) for one in pooled])}
 
-    family, timesteps = bundle.family, torch.tensor([30, 400, 900])
+    family, timesteps = network.family, torch.tensor([30, 400, 900])
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     signal, spread = diffusion.NoiseSchedule(ends_in_noise=family.ends_in_noise).coefficients(timesteps)
     sigmas = model.model.model_sampling.sigma(timesteps.float())
 
-    def pictures(patched, bundle=bundle):
-        out = bundle.predict(latents, timesteps, mine)
+    def pictures(patched, network=network):
+        out = network.predict(latents, timesteps, mine)
         ours = (latents - spread * out) / signal if family.prediction_type == "epsilon" else signal * latents - spread * out
         patched.patch_model()
         scale = (sigmas**2 + 1).sqrt().view(-1, 1, 1, 1)
@@ -80,9 +80,9 @@ def compare(path, name):
         return distance(ours, theirs)
 
     figures |= {"predicts": family.prediction_type, "picture": pictures(model)}
-    parameters = dict(bundle.unet.named_parameters())
+    parameters = dict(network.unet.named_parameters())
     generator = torch.Generator().manual_seed(1)
-    edits = {key: torch.randn(parameters[key].shape, generator=generator) / 8 for key in params.group_names(bundle.unet, "kv")}
+    edits = {key: torch.randn(parameters[key].shape, generator=generator) / 8 for key in params.group_names(network.unet, "kv")}
     edited = chain.UnlearnModel(loading.source_of(path), family, edits)
     for key, delta in edits.items():
         parameters[key].data += delta
@@ -94,8 +94,8 @@ def compare(path, name):
         figures[kind] = pictures(patched)
         if kind == "difference":
             hosted.require_weights_only(patched, clip)
-            source = kept_weights.keep_weights(folder / "kept", hosted.weights_of(patched, clip, None))
-            kept = loading.load_bundle(source.path, tokenizer_folder=host / "comfy/sd1_tokenizer")
+            source = kept_weights.snapshot_model(folder / "kept", hosted.weights_of(patched, clip, None))
+            kept = loading.load_network(source.path, tokenizer_folder=host / "comfy/sd1_tokenizer")
             figures["kept"], figures["kept text"] = pictures(patched, kept), distance(kept.encode(PROMPTS).text, rows)
             assert kept.family == family and hosted.prediction_type(patched) == family.prediction_type
     return figures

@@ -11,7 +11,7 @@ from test_unlearning import pixels, sampled_by_stock_nodes, steps_trained
 
 from cul_core.history.step_record import read_history
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.models.load_diffusers import load_bundle
+from cul_core.models.load_diffusers import load_network
 
 MODULES = {
     "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v": (128, 128),
@@ -56,7 +56,7 @@ def test_what_comes_in_is_drawn_kept_trained_and_saved_with_its_loras(host, lora
     (source,) = kept(host)
     shutil.copy(source, host.folder / "models/checkpoints/kept.safetensors")
     assert np.abs(sampled_by_stock_nodes(host, "kept.safetensors") - pixels(host, entry, before)).max() <= 2  # in the host's precision
-    ours, pretrained = load_bundle(source), load_bundle(CHECKPOINT_PATH)
+    ours, pretrained = load_network(source), load_network(CHECKPOINT_PATH)
     for mine, theirs, count in ((ours.unet, pretrained.unet, 2), (ours.text_encoders[0], pretrained.text_encoders[0], 1)):
         theirs = theirs.state_dict()
         assert sum(not torch.equal(tensor, theirs[name]) for name, tensor in mine.state_dict().items()) == count

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from ...audits.classifier_scores import Shot
-from ...models.diffusers_network import ModelBundle
+from ...models.diffusers_network import DiffusersNetwork
 from ...models.family import MINI
-from ...models.load_diffusers import load_bundle
+from ...models.load_diffusers import load_network
 from .. import models
 from ..judge import Judge, take
 from ..render import render
@@ -40,12 +40,12 @@ def autoencoder_figures(model: models.NarrowAutoencoder, seed: int, per_cell: in
             "psnr_by_style": psnr}  # fmt: skip
 
 
-def sampling_figures(bundle: ModelBundle, judge: Judge, seed: int, per_cell: int = 2) -> dict[str, float]:
+def sampling_figures(network: DiffusersNetwork, judge: Judge, seed: int, per_cell: int = 2) -> dict[str, float]:
     """Share in percent of sampled pictures with the asked style and object: by name (720 pictures), by description, and plain."""
     from ...history.unlearn_model import UnlearnModel
     from ...models.source import Source
 
-    untouched = UnlearnModel(Source(Path(), 0, ""), bundle.family)
+    untouched = UnlearnModel(Source(Path(), 0, ""), network.family)
     named = [Shot(EVALUATION_TEMPLATE.format(object=o, style=s.display_name), s.name, o, "named", i)
              for s in STYLES for o in OBJECTS for i in range(per_cell)]  # fmt: skip
     described = [Shot(DESCRIPTION_EVALUATION_TEMPLATE.format(object=o, description=s.descriptions[i % len(s.descriptions)]),
@@ -53,7 +53,7 @@ def sampling_figures(bundle: ModelBundle, judge: Judge, seed: int, per_cell: int
     plain = [Shot(f"A {o} image.", PLAIN, o, "plain", i) for o in OBJECTS for i in range(4 * per_cell)]
     figures = {}
     for name, shots in (("name", named), ("description", described), ("plain", plain)):
-        verdicts = judge(take(bundle, untouched, shots, seed))
+        verdicts = judge(take(network, untouched, shots, seed))
         pairs = list(zip(shots, verdicts, strict=True))
         figures[f"style_by_{name}"] = 100 * float(np.mean([shot.style == verdict.style for shot, verdict in pairs]))
         figures[f"object_by_{name}"] = 100 * float(np.mean([shot.object == verdict.object for shot, verdict in pairs]))
@@ -86,7 +86,7 @@ def write_with_figures(work: Path, out: Path, seed: int) -> dict[str, dict]:
     write_weights(draft, tensors, {})
     write_weights(work / "judge.safetensors", classifier, {})
     judge = Judge(work / "judge.safetensors")
-    figures = {"autoencoder": autoencoder_figures(narrow, seed), "sampling": sampling_figures(load_bundle(draft), judge, seed + 1)}
+    figures = {"autoencoder": autoencoder_figures(narrow, seed), "sampling": sampling_figures(load_network(draft), judge, seed + 1)}
     own = {"classifier": classifier_figures(judge, seed)}
     for part in (figures, own):
         logger.info("%s", part)
