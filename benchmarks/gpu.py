@@ -1,13 +1,15 @@
-"""How fast a step trains on this machine's GPU, what share of the card's matrix rate that is, and how much memory it takes.
+"""How fast a step trains on this machine's GPU, what share of the card's matrix rate that is, and how much
+memory it takes.
 
-    python benchmarks/gpu.py --tokenizer PATH [--family sd1 sdxl] [--batch 1 4 8] [--dtype bfloat16] [--checkpointing off on]
-                             [--compile off on] [--json PATH]
+    python benchmarks/gpu.py --tokenizer PATH [--family sd1 sdxl] [--batch 1 4 8] [--dtype bfloat16]
+                             [--checkpointing off on] [--compile off on] [--json PATH]
 
-Every combination is one `run_step` of Concept Ablation on random weights (or those of `--model`) at the family's own resolution. An
-iteration is a batch through the network with gradients, once more without for the anchor prompt, and the update. `share` is its floating
-point operations (those of the network alone: a backward pass without anything computed again) a second, over those of a multiplication of
-large square matrices of the same dtype, measured in the same process. `peak` is what tensors took at most in the timed iterations. With
-`--device cpu --family mini` the same code runs small.
+Every combination is one `run_step` of Concept Ablation on random weights (or those of `--model`) at the
+family's own resolution. An iteration is a batch through the network with gradients, once more without for the
+anchor prompt, and the update. `share` is its floating point operations (those of the network alone: a
+backward pass without anything computed again) a second, over those of a multiplication of large square
+matrices of the same dtype, measured in the same process. `peak` is what tensors took at most in the timed
+iterations. With `--device cpu --family mini` the same code runs small.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ from cul_core.training.compute import Compute
 from cul_core.training.step import run_step
 
 WARM_UP = 3
-"""Iterations that are not timed: memory is found, kernels are chosen, and the network is compiled if it is to be."""
+"""Iterations that are not timed: memory is found, kernels are chosen, and the network is compiled if it is to
+be."""
 _MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 
 
@@ -54,7 +57,8 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One combination; no figures if the memory was too short, and no peak where the device does not tell it."""
+    """One combination; no figures if the memory was too short, and no peak where the device does not tell
+    it."""
 
     family: str
     batch: int
@@ -73,9 +77,15 @@ def table(rows: Sequence[Row]) -> str:
     head = ("family", "batch", "dtype", "checkpointing", "compile", "it/s", "TFLOP/s", "share", "peak GiB")
     lines = [head]
     for row in rows:
-        figures = ("-" if value is None else form.format(value) for value, form in (
-            (row.iterations_per_second, "{:.3g}"), (row.teraflops, "{:.3g}"), (row.share, "{:.1%}"), (row.peak_gib, "{:.2f}")
-        ))  # fmt: skip
+        figures = (
+            "-" if value is None else form.format(value)
+            for value, form in (
+                (row.iterations_per_second, "{:.3g}"),
+                (row.teraflops, "{:.3g}"),
+                (row.share, "{:.1%}"),
+                (row.peak_gib, "{:.2f}"),
+            )
+        )
         lines.append((row.family, str(row.batch), row.dtype, row.checkpointing, row.compile, *figures))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
@@ -83,7 +93,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def matrix_rate(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Floating point operations a second of the product of two large square matrices, the best of several rounds."""
+    """Floating point operations a second of the product of two large square matrices, the best of several
+    rounds."""
     side = _MATRIX_SIDE[device]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best, until = 0.0, None
@@ -93,7 +104,8 @@ def matrix_rate(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:
             left @ right
         _wait(device)
         best = max(best, 4 * 2 * side**3 / (time.monotonic() - begun)) if until is not None else best
-        until = until or time.monotonic() + seconds  # from the second round on: the first one chooses kernels
+        # from the second round on: the first one chooses kernels
+        until = until or time.monotonic() + seconds
     return best
 
 
@@ -104,9 +116,13 @@ def _wait(device: str) -> None:
 
 def _request(iterations: int, batch: int) -> Request:
     return Request(
-        concepts=(Concept("dog", "object", "cat"),), method=ConAblConfig(), anchor_prompts=("an image of a cat",), anchor_count=1,
-        anchor_sampler=SamplerConfig(steps=1), training=TrainingConfig(iterations=iterations, batch_size=batch, learning_rate=1e-6),
-    )  # fmt: skip
+        concepts=(Concept("dog", "object", "cat"),),
+        method=ConAblConfig(),
+        anchor_prompts=("an image of a cat",),
+        anchor_count=1,
+        anchor_sampler=SamplerConfig(steps=1),
+        training=TrainingConfig(iterations=iterations, batch_size=batch, learning_rate=1e-6),
+    )
 
 
 class _Bench:
@@ -117,11 +133,19 @@ class _Bench:
         self._networks, self._store = NetworkCache(tokenizer), AnchorStore()
 
     def step(self, iterations: int, batch: int, compute: Compute, callbacks: Callbacks | None = None) -> None:
-        run_step(self._model, _request(iterations, batch), device=self._device, callbacks=callbacks, store=self._store,
-                 networks=self._networks, compute=compute)  # fmt: skip
+        run_step(
+            self._model,
+            _request(iterations, batch),
+            device=self._device,
+            callbacks=callbacks,
+            store=self._store,
+            networks=self._networks,
+            compute=compute,
+        )
 
     def flops(self, dtype: str) -> int:
-        """Operations of one iteration for one picture, counted as they run: what two iterations have more than one."""
+        """Operations of one iteration for one picture, counted as they run: what two iterations have more
+        than one."""
         compute, counts = Compute(dtype=dtype, checkpointing="off"), []
         self.step(0, 1, compute)  # the anchor picture and the prompts are known from here on
         for iterations in (1, 2):
@@ -142,14 +166,22 @@ class _Bench:
 
         compute = Compute(dtype=row.dtype, checkpointing=row.checkpointing, compile=row.compile == "on")
         try:
-            self.step(WARM_UP + iterations, row.batch, compute, Callbacks(on_progress=note, on_message=said.append))
+            self.step(
+                WARM_UP + iterations, row.batch, compute, Callbacks(on_progress=note, on_message=said.append)
+            )
         except (MemoryShortError, TrainingError) as error:
             return replace(row, said=(*said, str(error)))
         per_second = iterations / (ends[-1] - ends[WARM_UP - 1])
         peak = torch.cuda.max_memory_allocated() / 2**30 if self._device == "cuda" else None
         achieved = flops * row.batch * per_second
-        return replace(row, iterations_per_second=per_second, teraflops=achieved / 1e12, share=achieved / rate, peak_gib=peak,
-                       said=tuple(said))  # fmt: skip
+        return replace(
+            row,
+            iterations_per_second=per_second,
+            teraflops=achieved / 1e12,
+            share=achieved / rate,
+            peak_gib=peak,
+            said=tuple(said),
+        )
 
 
 def _open(family: str, given: Path | None, work: Path) -> UnlearnModel:
@@ -159,25 +191,45 @@ def _open(family: str, given: Path | None, work: Path) -> UnlearnModel:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", choices=("mini", "sd1", "sd2", "sdxl"), default=["sd1", "sdxl"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--family", nargs="+", choices=("mini", "sd1", "sd2", "sdxl"), default=["sd1", "sdxl"]
+    )
     parser.add_argument("--model", type=Path, help="checkpoint of the only family, instead of random weights")
-    parser.add_argument("--tokenizer", type=Path, help="folder with CLIP's vocab.json and merges.txt; all families but mini need it")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder with CLIP's vocab.json and merges.txt; all families but mini need it",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 8], help="anchor pictures per iteration")
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), default=["bfloat16"])
+    parser.add_argument(
+        "--batch", nargs="+", type=int, default=[1, 4, 8], help="anchor pictures per iteration"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), default=["bfloat16"]
+    )
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
     parser.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off", "on"])
-    parser.add_argument("--iterations", type=int, default=10, help=f"timed iterations, after {WARM_UP} that are not")
+    parser.add_argument(
+        "--iterations", type=int, default=10, help=f"timed iterations, after {WARM_UP} that are not"
+    )
     parser.add_argument("--json", type=Path, help="file for all figures")
     return parser
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise BenchmarkError("This needs a CUDA GPU, and PyTorch finds none; to run the same code small, give --device cpu --family mini.")
+        raise BenchmarkError(
+            "This needs a CUDA GPU, and PyTorch finds none; to run the same code small, give --device cpu "
+            "--family mini."
+        )
     if arguments.iterations < 1 or min(arguments.batch) < 1:
-        raise BenchmarkError(f"--iterations {arguments.iterations} and --batch {' '.join(map(str, arguments.batch))} must be 1 or more.")
+        raise BenchmarkError(
+            f"--iterations {arguments.iterations} and --batch {' '.join(map(str, arguments.batch))} must be "
+            "1 or more."
+        )
     if arguments.model is not None and len(arguments.family) > 1:
         raise BenchmarkError(f"--model {arguments.model.name!r} is of one family; name that one as --family.")
 
@@ -188,14 +240,27 @@ def _measure(arguments: argparse.Namespace, work: Path) -> dict:
     for family in arguments.family:
         bench = _Bench(_open(family, arguments.model, work), arguments.device, arguments.tokenizer)
         flops[family] = bench.flops(arguments.dtype[0])
-        for values in itertools.product(arguments.dtype, arguments.batch, arguments.checkpointing, arguments.compile):
+        for values in itertools.product(
+            arguments.dtype, arguments.batch, arguments.checkpointing, arguments.compile
+        ):
             dtype, batch, checkpointing, compiled = values
             rows.append(
-                bench.measure(Row(family, batch, dtype, checkpointing, compiled), arguments.iterations, flops[family], rates[dtype])
+                bench.measure(
+                    Row(family, batch, dtype, checkpointing, compiled),
+                    arguments.iterations,
+                    flops[family],
+                    rates[dtype],
+                )
             )
             sys.stderr.write(table(rows[-1:]).splitlines()[1] + "\n")
     card = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
-    return {"device": card, "matrix_flops_per_second": rates, "flops_per_picture": flops, "rows": rows, "versions": library_versions()}
+    return {
+        "device": card,
+        "matrix_flops_per_second": rates,
+        "flops_per_picture": flops,
+        "rows": rows,
+        "versions": library_versions(),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -205,7 +270,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(arguments)
         with tempfile.TemporaryDirectory(prefix="gpu-benchmark-") as work:
             found = _measure(arguments, Path(work))
-        rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s of {dtype} matrices" for dtype, rate in found["matrix_flops_per_second"].items())
+        rates = ", ".join(
+            f"{rate / 1e12:.3g} TFLOP/s of {dtype} matrices"
+            for dtype, rate in found["matrix_flops_per_second"].items()
+        )
         sys.stdout.write(f"{found['device']}: {rates}\n\n{table(found['rows'])}\n")
         if arguments.json is not None:
             values = found | {"rows": [asdict(row) for row in found["rows"]]}

@@ -1,4 +1,5 @@
-"""Models of the larger families with random weights: as a checkpoint and, for Stable Diffusion 1.x, as the folder diffusers reads."""
+"""Models of the larger families with random weights: as a checkpoint and, for Stable Diffusion 1.x, as the
+folder diffusers reads."""
 
 from __future__ import annotations
 
@@ -26,38 +27,67 @@ def write_checkpoint(path: Path, family: str = "sd1") -> Path:
 
 
 def write_folder(checkpoint: Path, tokenizer: Path, folder: Path) -> Path:
-    """The same values of Stable Diffusion 1.x as published repositories have them, without a safety checker: 2.1 GB more."""
+    """The same values of Stable Diffusion 1.x as published repositories have them, without a safety checker:
+    2.1 GB more."""
     making = folder.with_suffix(".part")
     shutil.rmtree(making, ignore_errors=True)
     network = load_network(checkpoint, torch.float16, tokenizer)
     network.unet.save_pretrained(making / "unet")
     load_autoencoder(checkpoint, SD1.config("vae")).half().save_pretrained(making / "vae")
     level = "text_model."
-    text = {level + name.removeprefix(level): value.half().contiguous() for name, value in network.text_encoders[0].state_dict().items()
-            if not name.endswith("position_ids")}  # fmt: skip
+    text = {
+        level + name.removeprefix(level): value.half().contiguous()
+        for name, value in network.text_encoders[0].state_dict().items()
+        if not name.endswith("position_ids")
+    }
     (making / "text_encoder").mkdir()
     save_file(text, making / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     (making / "tokenizer").mkdir()
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(tokenizer / name, making / "tokenizer" / name)
     end = "<|endoftext|>"
-    _write_json(making / "text_encoder" / "config.json",
-                SD1.config("text_encoder") | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"})  # fmt: skip
-    _write_json(making / "tokenizer" / "tokenizer_config.json", {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>", "eos_token": end,
-        "unk_token": end, "pad_token": end,
-    })  # fmt: skip
+    _write_json(
+        making / "text_encoder" / "config.json",
+        SD1.config("text_encoder") | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
+    )
+    _write_json(
+        making / "tokenizer" / "tokenizer_config.json",
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": 77,
+            "bos_token": "<|startoftext|>",
+            "eos_token": end,
+            "unk_token": end,
+            "pad_token": end,
+        },
+    )
     (making / "scheduler").mkdir()
-    _write_json(making / "scheduler" / "scheduler_config.json", {
-        "_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-        "beta_schedule": "scaled_linear", "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1,
-    })  # fmt: skip
+    _write_json(
+        making / "scheduler" / "scheduler_config.json",
+        {
+            "_class_name": "PNDMScheduler",
+            "num_train_timesteps": 1000,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "skip_prk_steps": True,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        },
+    )
     parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "PNDMScheduler"}
-    _write_json(making / "model_index.json", {
-        "_class_name": "StableDiffusionPipeline", **{name: ["diffusers", kind] for name, kind in parts.items()},
-        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-        "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False,
-    })  # fmt: skip
+    _write_json(
+        making / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            **{name: ["diffusers", kind] for name, kind in parts.items()},
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+        },
+    )
     making.rename(folder)
     return folder
 

@@ -1,10 +1,12 @@
-"""How fast an edited checkpoint is written: our streaming save against `cp` and against loading everything and saving it.
+"""How fast an edited checkpoint is written: our streaming save against `cp` and against loading everything
+and saving it.
 
     python benchmarks/save.py [--size-gb 6.94] [--rounds 5] [--folder DIR] [--out save.json]
 
-The source has the names, shapes and precision of Stable Diffusion XL and random values; smaller sizes leave out what is not the UNet.
-Every way writes into the same folder and, but for one, flushes to the disk; in turn, each in a process of its own, after a `cp` that
-is not measured. A source is hashed when it is opened, once a process; one row does that again while it saves.
+The source has the names, shapes and precision of Stable Diffusion XL and random values; smaller sizes leave
+out what is not the UNet. Every way writes into the same folder and, but for one, flushes to the disk; in
+turn, each in a process of its own, after a `cp` that is not measured. A source is hashed when it is opened,
+once a process; one row does that again while it saves.
 """
 
 from __future__ import annotations
@@ -36,15 +38,22 @@ WAYS = {
 
 
 def make_source(path: Path, size_gb: float) -> None:
-    """Random fp16 values below 1 in the layout of SDXL, written from one block of 64 MiB at changing offsets."""
+    """Random fp16 values below 1 in the layout of SDXL, written from one block of 64 MiB at changing
+    offsets."""
     from sd_layout import UNET, _header, xl_shapes
 
     shapes = xl_shapes()
-    for name in [name for name in sorted(shapes) if not name.startswith(UNET)]:  # text encoders and autoencoder go first
+    # text encoders and autoencoder go first
+    for name in [name for name in sorted(shapes) if not name.startswith(UNET)]:
         if sum(torch.Size(shape).numel() * 2 for shape in shapes.values()) > size_gb * 1e9:
             del shapes[name]
     head, size = _header(shapes)
-    block = (torch.randint(0, 1 << 16, (32 << 20,), dtype=torch.int32).to(torch.int16) & ~0x4000).view(torch.uint8).numpy().tobytes()
+    block = (
+        (torch.randint(0, 1 << 16, (32 << 20,), dtype=torch.int32).to(torch.int16) & ~0x4000)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
     with path.open("wb") as file:
         file.write(head)
         while size > 0:
@@ -64,11 +73,16 @@ def model_of(source: Path):
     header, _, _ = read_header(source)
     keys = {name: key for name, key in checkpoint_key_map(source).items() if reads_text(name)}
     model = open_model(source)
-    return type(model)(model.source, model.family, {name: torch.full(header[key]["shape"], 1e-3) for name, key in keys.items()})
+    return type(model)(
+        model.source,
+        model.family,
+        {name: torch.full(header[key]["shape"], 1e-3) for name, key in keys.items()},
+    )
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held at once since `reset_peak`, pages of mapped files included (Linux only)."""
+    """The most memory that this process has held at once since `reset_peak`, pages of mapped files included
+    (Linux only)."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(fields["VmHWM"].split()[0])
 
@@ -94,7 +108,9 @@ def load_all(source: Path, target: Path, edits: dict) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    subprocess.run(["cp", source, target], check=True) if shutil.which("cp") else shutil.copyfile(source, target)
+    subprocess.run(["cp", source, target], check=True) if shutil.which("cp") else shutil.copyfile(
+        source, target
+    )
 
 
 def way_to_write(way: str, source: Path, target: Path) -> Callable[[], None]:
@@ -115,7 +131,8 @@ def way_to_write(way: str, source: Path, target: Path) -> Callable[[], None]:
 
 
 def measure(way: str, source: Path, target: Path) -> dict:
-    """Seconds and extra memory of one way, in this process, right after a copy, so that all find the same files and pages in memory."""
+    """Seconds and extra memory of one way, in this process, right after a copy, so that all find the same
+    files and pages in memory."""
     write = way_to_write(way, source, target)
     copy(source, target)
     target.unlink()
@@ -130,16 +147,22 @@ def run(source: Path, rounds: int) -> list[dict]:
     for _ in range(rounds):
         for way in WAYS:
             command = [sys.executable, __file__, "--measure", way, str(source), str(target)]
-            found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            found.append(
+                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            )
             target.unlink()
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size-gb", type=float, default=6.94)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="on the disk to be measured; the system's temporary folder if not given")
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to be measured; the system's temporary folder if not given"
+    )
     parser.add_argument("--out", type=Path, default=Path("save.json"))
     parser.add_argument("--measure", nargs=3, metavar=("WAY", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -162,8 +185,10 @@ def main() -> None:
     sys.stdout.write(f"{size / 1e9:.2f} GB, median of {arguments.rounds}\n")
     for way, text in WAYS.items():
         values = figures[way]
-        sys.stdout.write(f"{text:<45} {values['seconds']:7.2f} s  {values['times_cp']:5.2f} x cp  "
-                         f"{values['extra_bytes'] / 1e6:7.0f} MB extra at most\n")  # fmt: skip
+        sys.stdout.write(
+            f"{text:<45} {values['seconds']:7.2f} s  {values['times_cp']:5.2f} x cp  "
+            f"{values['extra_bytes'] / 1e6:7.0f} MB extra at most\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Our step beside the published one (CUIG, arXiv 2511.07970): Concept Ablation on Stable Diffusion 1.5 with random weights.
+"""Our step beside the published one (CUIG, arXiv 2511.07970): Concept Ablation on Stable Diffusion 1.5 with
+random weights.
 
     python benchmarks/vs_reference.py --reference PATH --tokenizer PATH [--python PYTHON] [--json PATH]
 
-PATH is a clone of https://github.com/justinhylee135/CUIG, whose own `train_conabl.py` runs as it is, in an interpreter that has what it
-imports (`env.yaml`: diffusers 0.30.2, transformers 4.44.2, accelerate 0.34.2, torchvision, regex). Both sides get the same weights
-(fp16 files, fp32 in memory), prompts, batch size, resolution, iterations, anchor pictures and threads, on the CPU. Every run is a
-process of its own; the sides take turns, and medians are reported. Its model files are read once before a run begins.
+PATH is a clone of https://github.com/justinhylee135/CUIG, whose own `train_conabl.py` runs as it is, in an
+interpreter that has what it imports (`env.yaml`: diffusers 0.30.2, transformers 4.44.2, accelerate 0.34.2,
+torchvision, regex). Both sides get the same weights (fp16 files, fp32 in memory), prompts, batch size,
+resolution, iterations, anchor pictures and threads, on the CPU. Every run is a process of its own; the sides
+take turns, and medians are reported. Its model files are read once before a run begins.
 
-What each figure means is printed below the table, with what was replaced on either side and which defaults of the published code were
-kept. `cpu s` are seconds of processor time, which another program on the machine disturbs less than seconds on the clock.
+What each figure means is printed below the table, with what was replaced on either side and which defaults of
+the published code were kept. `cpu s` are seconds of processor time, which another program on the machine
+disturbs less than seconds on the clock.
 """
 
 from __future__ import annotations
@@ -39,13 +42,58 @@ _HERE = Path(__file__).resolve().parent
 SIDES = ("reference", "ours")
 KINDS = ("request", "own", "selft", "projection")
 OWN_STEPS = {"reference": 20, "ours": 5}
-"""A fifth of the sampling steps that each side has for an anchor picture of Stable Diffusion 1.5: 100 of DDIM, 25 of DPM-Solver++."""
+"""A fifth of the sampling steps that each side has for an anchor picture of Stable Diffusion 1.5: 100 of
+DDIM, 25 of DPM-Solver++."""
 _ENTRY = Path("UnlearningMethods", "ConAbl", "train_conabl.py")
 _ANCHOR, _TARGET = "horse", "dog"
-_PROMPTS = ("a horse in a field", "a photo of a horse by a lake", "a horse under an old tree", "a drawing of a horse at night")
-_KEEP = ("cat", "cow", "sheep", "pig", "rabbit", "bird", "fish", "frog", "bear", "lion", "tiger", "elephant", "car", "bus", "train",
-         "boat", "bicycle", "house", "tower", "bridge", "church", "chair", "table", "lamp", "clock", "cup", "bottle", "book", "guitar",
-         "piano", "flower", "tree", "mountain", "river", "cloud", "castle", "statue", "sandwich", "apple", "hat")  # fmt: skip
+_PROMPTS = (
+    "a horse in a field",
+    "a photo of a horse by a lake",
+    "a horse under an old tree",
+    "a drawing of a horse at night",
+)
+_KEEP = (
+    "cat",
+    "cow",
+    "sheep",
+    "pig",
+    "rabbit",
+    "bird",
+    "fish",
+    "frog",
+    "bear",
+    "lion",
+    "tiger",
+    "elephant",
+    "car",
+    "bus",
+    "train",
+    "boat",
+    "bicycle",
+    "house",
+    "tower",
+    "bridge",
+    "church",
+    "chair",
+    "table",
+    "lamp",
+    "clock",
+    "cup",
+    "bottle",
+    "book",
+    "guitar",
+    "piano",
+    "flower",
+    "tree",
+    "mountain",
+    "river",
+    "cloud",
+    "castle",
+    "statue",
+    "sandwich",
+    "apple",
+    "hat",
+)
 _SAMPLE_SECONDS = 0.02
 KEPT_DEFAULTS = (
     "AdamW of PyTorch (not 8-bit) with weight decay 0.01, on both sides",
@@ -94,27 +142,40 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def selft_calls(steps: int) -> dict[str, tuple[int, int]]:
-    """Side -> (calls of the UNet, pictures in them) of SelFT's scoring of one object at `steps` states, as the code of each says."""
+    """Side -> (calls of the UNet, pictures in them) of SelFT's scoring of one object at `steps` states, as
+    the code of each says."""
     again = steps * (steps - 1) // 2  # guided calls of two pictures that lead to each state from new noise
     return {"reference": (again + 3 * steps, 2 * again + 3 * steps), "ours": (2 * steps, 3 * steps)}
 
 
 def _spent(run: dict, name: str, value: str = "wall") -> float | None:
     spans = run["spans"].get(name)
-    return sum(span["end"] - span["begin"] if value == "wall" else span[value] for span in spans) if spans else None
+    return (
+        sum(span["end"] - span["begin"] if value == "wall" else span[value] for span in spans)
+        if spans
+        else None
+    )
 
 
 def _of_request(run: dict) -> dict[str, float | None]:
     """Figures of one run of a whole request."""
     updates, anchors = run["updates"], _spent(run, "anchors")
-    between = [[later[i] - earlier[i] for earlier, later in zip(updates, updates[1:], strict=False)] for i in (0, 1)]
+    between = [
+        [later[i] - earlier[i] for earlier, later in zip(updates, updates[1:], strict=False)] for i in (0, 1)
+    ]
     written = run["spans"]["run"][0]["end"]
     return {
-        "iteration": median(between[0]) if between[0] else None, "iteration_cpu": median(between[1]) if between[1] else None,
-        "anchors": anchors, "anchors_cpu": _spent(run, "anchors", "cpu"), "first": updates[0][0] - run["begin"] - anchors,
-        "whole": written - run["begin"], "whole_cpu": run["cpu"], "peak": _gib(run["peak_bytes"]),
-        "anonymous": _gib(run["peak_anonymous_bytes"]), "training": _gib(run["peak_training_bytes"]),
-    }  # fmt: skip
+        "iteration": median(between[0]) if between[0] else None,
+        "iteration_cpu": median(between[1]) if between[1] else None,
+        "anchors": anchors,
+        "anchors_cpu": _spent(run, "anchors", "cpu"),
+        "first": updates[0][0] - run["begin"] - anchors,
+        "whole": written - run["begin"],
+        "whole_cpu": run["cpu"],
+        "peak": _gib(run["peak_bytes"]),
+        "anonymous": _gib(run["peak_anonymous_bytes"]),
+        "training": _gib(run["peak_training_bytes"]),
+    }
 
 
 def _gib(count: int | None) -> float | None:
@@ -123,7 +184,11 @@ def _gib(count: int | None) -> float | None:
 
 def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
     """The table's rows from the records of all runs."""
-    by = {(side, kind): [run for run in runs if (run["side"], run["kind"]) == (side, kind)] for side in SIDES for kind in KINDS}
+    by = {
+        (side, kind): [run for run in runs if (run["side"], run["kind"]) == (side, kind)]
+        for side in SIDES
+        for kind in KINDS
+    }
 
     def row(name: str, kind: str, figure, meaning: str = "") -> Row:
         values = []
@@ -138,43 +203,105 @@ def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
     rows = []
     if by["ours", "request"]:
         rows += [
-            of_request("iteration, s", "iteration", "from the end of one update to the end of the next, the median within a run"),
+            of_request(
+                "iteration, s",
+                "iteration",
+                "from the end of one update to the end of the next, the median within a run",
+            ),
             of_request("iteration, cpu s", "iteration_cpu"),
-            of_request("to the first update, s", "first", "from the start of the process, without the time that anchor pictures take"),
-            of_request("anchor pictures, s", "anchors", f"{job['anchors']} pictures, {job['anchor_steps']} steps with guidance; for the "
-                       "reference with loading a pipeline, decoding and writing JPEG"),
+            of_request(
+                "to the first update, s",
+                "first",
+                "from the start of the process, without the time that anchor pictures take",
+            ),
+            of_request(
+                "anchor pictures, s",
+                "anchors",
+                f"{job['anchors']} pictures, {job['anchor_steps']} steps with guidance; for the reference "
+                "with loading a pipeline, decoding and writing JPEG",
+            ),
             of_request("anchor pictures, cpu s", "anchors_cpu"),
-            of_request("whole request, s", "whole", "from the start of the process to the edited weights on the disk"),
+            of_request(
+                "whole request, s", "whole", "from the start of the process to the edited weights on the disk"
+            ),
             of_request("whole request, cpu s", "whole_cpu", "of the process to its end, and of its workers"),
-            of_request("peak memory, GiB", "peak", "the most the process had in memory at a time (VmHWM), pages of mapped files included"),
-            of_request("of it anonymous, GiB", "anonymous", "the most without pages of mapped files, seen every 20 ms"),
-            of_request("training's peak, GiB", "training", "the most between the anchor pictures and the last update, seen every 20 ms"),
-        ]  # fmt: skip
+            of_request(
+                "peak memory, GiB",
+                "peak",
+                "the most the process had in memory at a time (VmHWM), pages of mapped files included",
+            ),
+            of_request(
+                "of it anonymous, GiB",
+                "anonymous",
+                "the most without pages of mapped files, seen every 20 ms",
+            ),
+            of_request(
+                "training's peak, GiB",
+                "training",
+                "the most between the anchor pictures and the last update, seen every 20 ms",
+            ),
+        ]
     if by["ours", "own"]:
         rows += [
-            row("own sampling: whole request, s", "own", lambda run: _of_request(run)["whole"], f"a fifth of each side's own sampling "
-                f"steps, 100 and 25: with {job['anchors']} pictures, near the share that 200 have in 1000 iterations; one run"),
+            row(
+                "own sampling: whole request, s",
+                "own",
+                lambda run: _of_request(run)["whole"],
+                f"a fifth of each side's own sampling steps, 100 and 25: with {job['anchors']} pictures, "
+                "near the share that 200 have in 1000 iterations; one run",
+            ),
             row("own sampling: whole request, cpu s", "own", lambda run: _of_request(run)["whole_cpu"]),
-        ]  # fmt: skip
+        ]
     if by["ours", "selft"]:
         at, formula = f"SelFT at {job['selft_steps']} states of {job['selft_resolution']} px", selft_calls(50)
         rows += [
-            row(f"{at}, s", "selft", lambda run: _spent(run, "selft"), "scores of all weights for one target, and the mask; one run"),
+            row(
+                f"{at}, s",
+                "selft",
+                lambda run: _spent(run, "selft"),
+                "scores of all weights for one target, and the mask; one run",
+            ),
             row(f"{at}, cpu s", "selft", lambda run: _spent(run, "selft", "cpu")),
-            row("  calls of the UNet", "selft", lambda run: _spent(run, "selft", "calls"), "counted; one with guidance has two pictures"),
+            row(
+                "  calls of the UNet",
+                "selft",
+                lambda run: _spent(run, "selft", "calls"),
+                "counted; one with guidance has two pictures",
+            ),
             row("  pictures in them", "selft", lambda run: _spent(run, "selft", "pictures")),
         ]
         if job["selft_steps"] != 50:
-            rows.append(Row("  calls at 50 states", formula["reference"][0], formula["ours"][0], "not counted: T(T - 1)/2 + 3T, and 2T"))
+            rows.append(
+                Row(
+                    "  calls at 50 states",
+                    formula["reference"][0],
+                    formula["ours"][0],
+                    "not counted: T(T - 1)/2 + 3T, and 2T",
+                )
+            )
     if by["ours", "projection"]:
         rows += [
-            row("projection: prepare, s", "projection", lambda run: _spent(run, "project_prepare"), f"of {len(job['keep'])} names to keep: "
-                "encoding them, and the projector; one run"),
-            row("projection: prepare, cpu s", "projection", lambda run: _spent(run, "project_prepare", "cpu")),
-            row("projection: update, ms", "projection", lambda run: 1000 * _spent(run, "project_update") / len(run["updates"]),
-                "of gradients (reference) or changes (ours) of the 32 matrices, mean of the updates"),
-            row("projection: update, cpu ms", "projection", lambda run: 1000 * _spent(run, "project_update", "cpu") / len(run["updates"])),
-        ]  # fmt: skip
+            row(
+                "projection: prepare, s",
+                "projection",
+                lambda run: _spent(run, "project_prepare"),
+                f"of {len(job['keep'])} names to keep: encoding them, and the projector; one run",
+            ),
+            row(
+                "projection: prepare, cpu s", "projection", lambda run: _spent(run, "project_prepare", "cpu")
+            ),
+            row(
+                "projection: update, ms",
+                "projection",
+                lambda run: 1000 * _spent(run, "project_update") / len(run["updates"]),
+                "of gradients (reference) or changes (ours) of the 32 matrices, mean of the updates",
+            ),
+            row(
+                "projection: update, cpu ms",
+                "projection",
+                lambda run: 1000 * _spent(run, "project_update", "cpu") / len(run["updates"]),
+            ),
+        ]
     return rows
 
 
@@ -188,7 +315,9 @@ def _watched(command: list[str], environment: dict[str, str], log: Path) -> dict
     before = os.times()
     with log.open("wb") as output:
         begin = time.monotonic()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )
         try:
             while process.poll() is None:
                 if (memory := _memory(process.pid)) is not None:
@@ -201,8 +330,10 @@ def _watched(command: list[str], environment: dict[str, str], log: Path) -> dict
     after = os.times()
     if process.returncode:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        raise BenchmarkError(f"{Path(command[1]).name} ended with {process.returncode} ({last[0][:200] if last else 'it said nothing'}); "
-                             f"see {log}, which --work keeps.")  # fmt: skip
+        raise BenchmarkError(
+            f"{Path(command[1]).name} ended with {process.returncode} "
+            f"({last[0][:200] if last else 'it said nothing'}); see {log}, which --work keeps."
+        )
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return {"begin": begin, "end": time.monotonic(), "cpu": cpu, "samples": samples, "load": load}
 
@@ -220,24 +351,46 @@ def _memory(pid: int) -> tuple[int, int] | None:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return None
-    found = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS:", "RssAnon:"))}
+    found = {
+        line.partition(":")[0]: int(line.split()[1]) * 1024
+        for line in lines
+        if line.startswith(("VmRSS:", "RssAnon:"))
+    }
     return (found["VmRSS"], found["RssAnon"]) if len(found) == 2 else None
 
 
-def _run(side: str, kind: str, job: dict[str, Any], python: str, folder: Path, threads: int) -> dict[str, Any]:
+def _run(
+    side: str, kind: str, job: dict[str, Any], python: str, folder: Path, threads: int
+) -> dict[str, Any]:
     """One process of one side: what it noted and what was seen of it."""
     out = Path(tempfile.mkdtemp(prefix=f"{kind}-{side}-", dir=folder))
     little = {"anchors": 1, "anchor_steps": 1, "anchor_prompts": job["anchor_prompts"][:1]}
-    job = job | {"kind": kind, "out": str(out), "marks": str(out / "marks.json")} | {
-        "request": {}, "own": {"anchor_steps": OWN_STEPS[side]}, "projection": little | {"iterations": 3, "resolution": 64},
-        "selft": little | {"iterations": 0, "resolution": job["selft_resolution"]},
-    }[kind]  # fmt: skip
+    job = (
+        job
+        | {"kind": kind, "out": str(out), "marks": str(out / "marks.json")}
+        | {
+            "request": {},
+            "own": {"anchor_steps": OWN_STEPS[side]},
+            "projection": little | {"iterations": 3, "resolution": 64},
+            "selft": little | {"iterations": 0, "resolution": job["selft_resolution"]},
+        }[kind]
+    )
     (out / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-                    "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}  # fmt: skip
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")
+    }
+    environment |= {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
     if side == "ours":
-        environment["PYTHONPATH"] = str(Path(cul_core.__file__).resolve().parents[1])  # the package that is imported here
+        # the package that is imported here
+        environment["PYTHONPATH"] = str(Path(cul_core.__file__).resolve().parents[1])
     script = _HERE / "comparison" / ("our_side.py" if side == "ours" else "reference_side.py")
     model = Path(job["checkpoint" if side == "ours" else "model_folder"])
     for path in [model] if model.is_file() else model.rglob("*.safetensors"):
@@ -246,52 +399,108 @@ def _run(side: str, kind: str, job: dict[str, Any], python: str, folder: Path, t
     noted = json.loads((out / "marks.json").read_text(encoding="utf-8"))
     samples = seen.pop("samples")
     anchored = noted["spans"]["anchors"][0]["end"]
-    training = [rss for at, rss, _ in samples if noted["updates"] and anchored <= at <= noted["updates"][-1][0]]
+    training = [
+        rss for at, rss, _ in samples if noted["updates"] and anchored <= at <= noted["updates"][-1][0]
+    ]
     shutil.rmtree(out)
     return {
-        "side": side, "kind": kind, **seen, **noted, "peak_anonymous_bytes": max((anonymous for *_, anonymous in samples), default=None),
+        "side": side,
+        "kind": kind,
+        **seen,
+        **noted,
+        "peak_anonymous_bytes": max((anonymous for *_, anonymous in samples), default=None),
         "peak_training_bytes": max(training, default=None),
-    }  # fmt: skip
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", type=Path, required=True, help="clone of https://github.com/justinhylee135/CUIG")
-    parser.add_argument("--python", default=sys.executable, help="interpreter that has what the reference imports; this one if not given")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with CLIP's vocab.json and merges.txt")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is measured; all if not given")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--reference", type=Path, required=True, help="clone of https://github.com/justinhylee135/CUIG"
+    )
+    parser.add_argument(
+        "--python",
+        default=sys.executable,
+        help="interpreter that has what the reference imports; this one if not given",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="folder with CLIP's vocab.json and merges.txt"
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is measured; all if not given"
+    )
     parser.add_argument("--resolution", type=int, default=256, help="side of the pictures, a multiple of 64")
     parser.add_argument("--batch", type=int, default=1, help="anchor pictures per iteration")
-    parser.add_argument("--iterations", type=int, default=5, help="updates of a request; the first is not part of the time of one")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=5,
+        help="updates of a request; the first is not part of the time of one",
+    )
     parser.add_argument("--anchors", type=int, default=4, help="anchor pictures")
     parser.add_argument("--anchor-steps", type=int, default=4, help="their sampling steps")
-    parser.add_argument("--selft-steps", type=int, default=20, help="states of SelFT's scoring; 50 are its own, and take 20 minutes")
-    parser.add_argument("--selft-resolution", type=int, default=64, help="side of its pictures: the reference takes T (T - 1) / 2 steps")
+    parser.add_argument(
+        "--selft-steps",
+        type=int,
+        default=20,
+        help="states of SelFT's scoring; 50 are its own, and take 20 minutes",
+    )
+    parser.add_argument(
+        "--selft-resolution",
+        type=int,
+        default=64,
+        help="side of its pictures: the reference takes T (T - 1) / 2 steps",
+    )
     parser.add_argument("--repeats", type=int, default=2, help="runs of a whole request on each side")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process; one per core if not given")
-    parser.add_argument("--work", type=Path, help="folder for the model (4.3 GB) and logs, kept for the next time; a temporary one else")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="of each process; one per core if not given"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder for the model (4.3 GB) and logs, kept for the next time; a temporary one else",
+    )
     parser.add_argument("--json", type=Path, help="file for all figures and what they were made of")
     return parser
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if not (arguments.reference / _ENTRY).is_file():
-        raise BenchmarkError(f"{str(arguments.reference)!r} has no {_ENTRY}; clone https://github.com/justinhylee135/CUIG "
-                             "and give that folder as --reference.")  # fmt: skip
+        raise BenchmarkError(
+            f"{str(arguments.reference)!r} has no {_ENTRY}; clone https://github.com/justinhylee135/CUIG and "
+            "give that folder as --reference."
+        )
     for name in ("vocab.json", "merges.txt"):
         if not (arguments.tokenizer / name).is_file():
-            raise BenchmarkError(f"The tokenizer folder {str(arguments.tokenizer)!r} has no {name}; give a folder that holds "
-                                 "CLIP's vocab.json and merges.txt.")  # fmt: skip
+            raise BenchmarkError(
+                f"The tokenizer folder {str(arguments.tokenizer)!r} has no {name}; give a folder that holds "
+                "CLIP's vocab.json and merges.txt."
+            )
     if shutil.which(arguments.python) is None:
-        raise BenchmarkError(f"There is no interpreter {arguments.python!r}; give one that has what the reference imports as --python.")
+        raise BenchmarkError(
+            f"There is no interpreter {arguments.python!r}; give one that has what the reference imports as "
+            "--python."
+        )
     for name in ("resolution", "selft_resolution"):
         value = getattr(arguments, name)
         if value < 64 or value % 64:
             raise BenchmarkError(f"--{name.replace('_', '-')} is {value}; give a multiple of 64.")
-    least = {"batch": 1, "iterations": 2, "anchors": 1, "anchor_steps": 1, "selft_steps": 1, "repeats": 1, "threads": 1}
+    least = {
+        "batch": 1,
+        "iterations": 2,
+        "anchors": 1,
+        "anchor_steps": 1,
+        "selft_steps": 1,
+        "repeats": 1,
+        "threads": 1,
+    }
     for name, value in least.items():
         if getattr(arguments, name) < value:
-            raise BenchmarkError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; give at least {value}.")
+            raise BenchmarkError(
+                f"--{name.replace('_', '-')} is {getattr(arguments, name)}; give at least {value}."
+            )
 
 
 def _measure(arguments: argparse.Namespace, work: Path) -> tuple[dict[str, Any], list[dict]]:
@@ -301,17 +510,39 @@ def _measure(arguments: argparse.Namespace, work: Path) -> tuple[dict[str, Any],
     if not folder.is_dir():
         write_folder(checkpoint, arguments.tokenizer, folder)
     job = {
-        "reference": str(arguments.reference.resolve()), "model_folder": str(folder), "checkpoint": str(checkpoint),
-        "tokenizer": str(arguments.tokenizer.resolve()), "anchor": _ANCHOR, "target": _TARGET, "keep": _KEEP,
-        "anchor_prompts": _PROMPTS[: arguments.anchors], "anchors": arguments.anchors, "anchor_steps": arguments.anchor_steps,
-        "iterations": arguments.iterations, "batch_size": arguments.batch, "resolution": arguments.resolution, "learning_rate": 2e-6,
-        "seed": 1, "kept_fraction": 0.05, "selft_steps": arguments.selft_steps, "selft_resolution": arguments.selft_resolution,
-    }  # fmt: skip
+        "reference": str(arguments.reference.resolve()),
+        "model_folder": str(folder),
+        "checkpoint": str(checkpoint),
+        "tokenizer": str(arguments.tokenizer.resolve()),
+        "anchor": _ANCHOR,
+        "target": _TARGET,
+        "keep": _KEEP,
+        "anchor_prompts": _PROMPTS[: arguments.anchors],
+        "anchors": arguments.anchors,
+        "anchor_steps": arguments.anchor_steps,
+        "iterations": arguments.iterations,
+        "batch_size": arguments.batch,
+        "resolution": arguments.resolution,
+        "learning_rate": 2e-6,
+        "seed": 1,
+        "kept_fraction": 0.05,
+        "selft_steps": arguments.selft_steps,
+        "selft_resolution": arguments.selft_resolution,
+    }
     runs = []
     for kind in (kind for kind in KINDS if kind in arguments.kinds):
         for repeat in range(arguments.repeats if kind == "request" else 1):
             for side in SIDES[:: -1 if repeat % 2 else 1]:
-                runs.append(_run(side, kind, job, arguments.python if side == "reference" else sys.executable, work, arguments.threads))
+                runs.append(
+                    _run(
+                        side,
+                        kind,
+                        job,
+                        arguments.python if side == "reference" else sys.executable,
+                        work,
+                        arguments.threads,
+                    )
+                )
                 sys.stderr.write(f"{kind}, {side}: {runs[-1]['end'] - runs[-1]['begin']:.0f} s\n")
     return job, runs
 
@@ -330,18 +561,40 @@ def report(job: dict[str, Any], runs: list[dict]) -> tuple[str, dict[str, Any]]:
     """(what to print, what to write) of all runs."""
     rows = rows_of(runs, job)
     shims = {side: _replaced([run for run in runs if run["side"] == side]) for side in SIDES}
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": runs[0]["threads"],
-               "torch": {run["side"]: run["torch"] for run in runs}, "load": [run["load"] for run in runs]}  # fmt: skip
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": runs[0]["threads"],
+        "torch": {run["side"]: run["torch"] for run in runs},
+        "load": [run["load"] for run in runs],
+    }
     loads = [run["load"][0] for run in runs if run["load"]]
     load = f", load {min(loads):.1f} to {max(loads):.1f} as runs began" if loads else ""
-    head = (f"Stable Diffusion 1.5, random weights, fp32 on the CPU: {job['resolution']} px, batch {job['batch_size']}, "
-            f"{job['iterations']} iterations, {machine['threads']} threads{load}; ratio: reference / ours")  # fmt: skip
-    lists = {"meaning": [f"{row.name.strip()}: {row.meaning}" for row in rows if row.meaning], "kept of the reference": KEPT_DEFAULTS,
-             "set for the reference": NOT_DEFAULT, **{f"replaced on the side of {side}": shims[side] for side in SIDES}}  # fmt: skip
-    below = [f"\n{name}:\n" + "\n".join(f"- {line}" for line in lines) for name, lines in lists.items() if lines]
+    head = (
+        f"Stable Diffusion 1.5, random weights, fp32 on the CPU: {job['resolution']} px, batch "
+        f"{job['batch_size']}, {job['iterations']} iterations, {machine['threads']} threads{load}; ratio: "
+        "reference / ours"
+    )
+    lists = {
+        "meaning": [f"{row.name.strip()}: {row.meaning}" for row in rows if row.meaning],
+        "kept of the reference": KEPT_DEFAULTS,
+        "set for the reference": NOT_DEFAULT,
+        **{f"replaced on the side of {side}": shims[side] for side in SIDES},
+    }
+    below = [
+        f"\n{name}:\n" + "\n".join(f"- {line}" for line in lines) for name, lines in lists.items() if lines
+    ]
     text = "\n".join([head, "", table(rows), *below])
-    values = {"job": job, "machine": machine, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows], "shims": shims,
-              "kept": KEPT_DEFAULTS, "set": NOT_DEFAULT, "selft_calls_at_50_states": selft_calls(50), "runs": runs}  # fmt: skip
+    values = {
+        "job": job,
+        "machine": machine,
+        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
+        "shims": shims,
+        "kept": KEPT_DEFAULTS,
+        "set": NOT_DEFAULT,
+        "selft_calls_at_50_states": selft_calls(50),
+        "runs": runs,
+    }
     return text, values
 
 

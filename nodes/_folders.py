@@ -1,4 +1,5 @@
-"""The host's folders: which files may be read, and where results go. No text of a user becomes a path except through the host."""
+"""The host's folders: which files may be read, and where results go. No text of a user becomes a path except
+through the host."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _STORE = "unlearning_chains"
 
 
 def register() -> None:
-    """Tell the host where MiniCanvas lies, so that stock loaders list it, and where finished steps are kept."""
+    """Tell the host where MiniCanvas lies, so that stock loaders list it, and where finished steps are
+    kept."""
     from ..cul_core.minicanvas.models import CHECKPOINT_PATH
 
     folder_paths.add_model_folder_path("checkpoints", str(CHECKPOINT_PATH.parent))
@@ -33,8 +35,14 @@ def model_snapshots() -> Path:
 
 
 def model_files(*kinds: str) -> list[str]:
-    """Names of .safetensors files in the host's lists `checkpoints`, `loras`, each once; without pipes and links that lead nowhere."""
-    listed = ((kind, name) for kind in kinds for name in folder_paths.get_filename_list(kind) if name.lower().endswith(".safetensors"))
+    """Names of .safetensors files in the host's lists `checkpoints`, `loras`, each once; without pipes and
+    links that lead nowhere."""
+    listed = (
+        (kind, name)
+        for kind in kinds
+        for name in folder_paths.get_filename_list(kind)
+        if name.lower().endswith(".safetensors")
+    )
     return list(dict.fromkeys(name for kind, name in listed if folder_paths.get_full_path(kind, name)))
 
 
@@ -48,25 +56,34 @@ def model_path(name: str, *kinds: str) -> Path:
         for kind in kinds:
             if path := folder_paths.get_full_path(kind, name):
                 return Path(path)
-    raise ModelError(f"There is no file {brief_repr(name)} in ComfyUI's {' or '.join(kinds)}; press R and choose one of the list.")
+    raise ModelError(
+        f"There is no file {brief_repr(name)} in ComfyUI's {' or '.join(kinds)}; press R and choose one of "
+        "the list."
+    )
 
 
 def output_path(prefix: str) -> Path:
     """A new file in the host's output folder, named as the stock save nodes name theirs.
 
     Raises:
-        CheckpointError: the prefix is no name on every system, or there is no such folder and it cannot be made.
+        CheckpointError: the prefix is no name on every system, or there is no such folder and it cannot be
+        made.
     """
     check_portable(prefix)
     try:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(
+            prefix, folder_paths.get_output_directory()
+        )
     except OSError as error:
-        raise CheckpointError(f"Nothing can be written to {brief_repr(prefix)} ({error.strerror}); choose another folder.") from error
+        raise CheckpointError(
+            f"Nothing can be written to {brief_repr(prefix)} ({error.strerror}); choose another folder."
+        ) from error
     return free_path(Path(folder) / f"{name}_{counter:05}_.safetensors")
 
 
 def workflow_metadata(prompt: object, extra: dict | None) -> dict[str, str]:
-    """Header entries that hold the graph, as the stock save nodes write them, unless the user turned metadata off."""
+    """Header entries that hold the graph, as the stock save nodes write them, unless the user turned metadata
+    off."""
     if args.disable_metadata:
         return {}
     entries = {"prompt": prompt, **(extra or {})}

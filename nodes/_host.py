@@ -34,13 +34,18 @@ def load_native(path: Path) -> tuple[Any, Any, Any]:
     """
     try:
         model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
-            str(path), output_vae=True, output_clip=True, embedding_directory=folder_paths.get_folder_paths("embeddings")
+            str(path),
+            output_vae=True,
+            output_clip=True,
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"ComfyUI cannot load {path.name!r} ({brief_repr(reason)}); choose an unmodified checkpoint.") from error
+        raise ModelError(
+            f"ComfyUI cannot load {path.name!r} ({brief_repr(reason)}); choose an unmodified checkpoint."
+        ) from error
     return model, clip, vae
 
 
@@ -55,12 +60,16 @@ def native(loaded: LoadedModel) -> tuple[Any, Any, Any]:
     patched = loaded.model.clone()
     done = patched.add_patches({name: ("diff", (edits[ours],)) for ours, name in names.items()})
     if missing := set(names.values()) - set(done):
-        raise ModelError(f"The host's model has no weight {min(missing)!r}, so the edit cannot be applied; load the checkpoint again.")
+        raise ModelError(
+            f"The host's model has no weight {min(missing)!r}, so the edit cannot be applied; load the "
+            "checkpoint again."
+        )
     return patched, loaded.clip, loaded.vae
 
 
 def require_weights_only(model: Any, clip: Any) -> None:
-    """Refuse what neither training would see nor a checkpoint could hold; behind the node that asks, all of it works as ever.
+    """Refuse what neither training would see nor a checkpoint could hold; behind the node that asks, all of
+    it works as ever.
 
     Raises:
         ModelError: the MODEL or the CLIP carries more than weights and patches of weights.
@@ -69,8 +78,11 @@ def require_weights_only(model: Any, clip: Any) -> None:
     if clip.layer_idx is not None:
         found.append("CLIP Set Last Layer")
     if found:
-        raise ModelError(f"The MODEL or CLIP carries more than weights and LoRAs ({', '.join(dict.fromkeys(found))}), which training cannot "
-                         "see; connect this node in front of the nodes that add it, and those behind its outputs.")  # fmt: skip
+        raise ModelError(
+            f"The MODEL or CLIP carries more than weights and LoRAs ({', '.join(dict.fromkeys(found))}), "
+            "which training cannot see; connect this node in front of the nodes that add it, and those "
+            "behind its outputs."
+        )
 
 
 def _beside_weights(patcher: Any) -> Iterator[str]:
@@ -90,7 +102,8 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def weights_of(model: Any, clip: Any, vae: Any | None) -> dict[str, torch.Tensor]:
-    """All weights, LoRAs applied, under the keys and in the precision in which the host's own node would save them.
+    """All weights, LoRAs applied, under the keys and in the precision in which the host's own node would save
+    them.
 
     Recent hosts apply a LoRA when the tensor is moved to the CPU; older ones have done so on the device.
     """
@@ -112,7 +125,8 @@ def prediction_type(model: Any) -> str:
 
 @contextmanager
 def normal_tensors() -> Iterator[None]:
-    """The executor runs nodes in inference mode, whose tensors can never be trained on; within this block it is off."""
+    """The executor runs nodes in inference mode, whose tensors can never be trained on; within this block it
+    is off."""
     with torch.inference_mode(False):
         yield
 
@@ -145,7 +159,8 @@ _MOST_SHOWN = 20_000
 
 
 def _as_html(text: str) -> str:
-    """Text as the page has to get it, which shows it as HTML and makes links of what looks like one; history may be a stranger's."""
+    """Text as the page has to get it, which shows it as HTML and makes links of what looks like one; history
+    may be a stranger's."""
     return (text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}...").translate(_MARKUP)
 
 
@@ -180,14 +195,17 @@ def to_pictures(images: torch.Tensor) -> list[Image.Image]:
 
 @torch.no_grad()
 def preview(loaded: LoadedModel, latents: torch.Tensor) -> list[Image.Image] | str:
-    """Pictures of model-space latents (b, c, h, w) by the host's VAE beside a model in training, or why there are none.
+    """Pictures of model-space latents (b, c, h, w) by the host's VAE beside a model in training, or why there
+    are none.
 
     One at a time, in tiles when memory does not suffice; the VAE leaves the device again.
     """
     if loaded.vae is None:
         return "no VAE is connected"
     try:
-        decoded = [_decode(loaded.vae, latent) for latent in loaded.model.model.process_latent_out(latents).split(1)]
+        decoded = [
+            _decode(loaded.vae, latent) for latent in loaded.model.model.process_latent_out(latents).split(1)
+        ]
         return to_pictures(torch.cat(decoded))
     except memory.InterruptProcessingException:
         raise
@@ -207,21 +225,35 @@ def _decode(vae: Any, latent: torch.Tensor) -> torch.Tensor:
     return vae.decode_tiled(latent, tile_x=32, tile_y=32, overlap=8)
 
 
-def sample(loaded: LoadedModel, prompts: Sequence[str], *, seed: int, steps: int, cfg: float, sampler: str, scheduler: str,
-           negative: str = "") -> Iterator[Image.Image]:  # fmt: skip
-    """One picture per prompt by the host's own sampler, all from the same seed, at the size the model was trained on."""
+def sample(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler: str,
+    scheduler: str,
+    negative: str = "",
+) -> Iterator[Image.Image]:
+    """One picture per prompt by the host's own sampler, all from the same seed, at the size the model was
+    trained on."""
     import nodes as stock  # the host's module of that name, not this package
 
     model, clip, vae = native(loaded)
     if vae is None:
-        raise ModelError("The model came without a VAE, so no picture can be drawn; connect one to Unlearn From MODEL.")
+        raise ModelError(
+            "The model came without a VAE, so no picture can be drawn; connect one to Unlearn From MODEL."
+        )
     side = loaded.value.family.image_size_px
     encode, empty = stock.CLIPTextEncode().encode, stock.EmptyLatentImage().generate
     (refused,) = encode(clip, negative)
     for prompt in prompts:
         (latent,) = empty(side, side)
         (wanted,) = encode(clip, prompt)
-        (latent,) = stock.common_ksampler(model, seed, steps, cfg, sampler, scheduler, wanted, refused, latent)
+        (latent,) = stock.common_ksampler(
+            model, seed, steps, cfg, sampler, scheduler, wanted, refused, latent
+        )
         yield to_pictures(vae.decode(latent["samples"]))[0]
 
 

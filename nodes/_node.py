@@ -15,7 +15,8 @@ from ._types import CARRIED
 
 @functools.cache
 def _short_named(kind: type[CulError]) -> type[CulError]:
-    """The same error under its bare name: hosts show a class with its module, which for a node pack is a path on the disk."""
+    """The same error under its bare name: hosts show a class with its module, which for a node pack is a path
+    on the disk."""
     return type(kind.__name__, (kind,), {"__module__": "builtins"})
 
 
@@ -25,7 +26,8 @@ class UnlearningNode(io.ComfyNode):
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         own = cls.__dict__.get("execute")
-        if own is not None and not hasattr(own.__func__, "__wrapped__"):  # hosts make locked copies of the class, wrapped already
+        # hosts make locked copies of the class, wrapped already
+        if own is not None and not hasattr(own.__func__, "__wrapped__"):
             cls.execute = classmethod(_with_short_errors(own.__func__))
 
 
@@ -41,7 +43,8 @@ def _with_short_errors(execute: Callable) -> Callable:
 
 
 def _checked(cls: type[io.ComfyNode], values: dict[str, Any]) -> dict[str, Any]:
-    """The inputs without those that are not connected. Hosts check neither what comes over links, nor NaN, nor sockets given a constant.
+    """The inputs without those that are not connected. Hosts check neither what comes over links, nor NaN,
+    nor sockets given a constant.
 
     Raises:
         ConfigError: one is not of its type, or a number is not between its limits.

@@ -23,7 +23,8 @@ Scores = io.Custom("CUL_SCORES")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a CUL_MODEL socket carries: the value, and the host's own objects of its source, without its edits; the VAE may be None."""
+    """What a CUL_MODEL socket carries: the value, and the host's own objects of its source, without its
+    edits; the VAE may be None."""
 
     value: UnlearnModel
     model: Any
@@ -38,17 +39,40 @@ class LoadedModel:
         return self.value.nbytes()
 
 
-CARRIED = {"CUL_MODEL": LoadedModel, "CUL_CONCEPTS": ConceptList, "CUL_METHOD": Config, "CUL_REGULARIZERS": tuple, "CUL_TRAINING": dict,
-           "CUL_SCORES": tuple, "MODEL": ModelPatcher, "CLIP": CLIP, "VAE": VAE, "STRING": str, "BOOLEAN": bool, "INT": int, "FLOAT": float}  # fmt: skip
+CARRIED = {
+    "CUL_MODEL": LoadedModel,
+    "CUL_CONCEPTS": ConceptList,
+    "CUL_METHOD": Config,
+    "CUL_REGULARIZERS": tuple,
+    "CUL_TRAINING": dict,
+    "CUL_SCORES": tuple,
+    "MODEL": ModelPatcher,
+    "CLIP": CLIP,
+    "VAE": VAE,
+    "STRING": str,
+    "BOOLEAN": bool,
+    "INT": int,
+    "FLOAT": float,
+}
 """What the sockets and widgets of our nodes carry."""
 
 
 def model_outputs() -> list:
     """The four outputs of every node that makes a model."""
     return [
-        CulModel.Output(display_name="cul_model", tooltip="The model with what it has forgotten so far. Feeds the next Unlearn Step, "
-                        "Compare, Evaluate, Drift Map and the save nodes."),
-        io.Model.Output(display_name="model", tooltip="The same model for ordinary nodes: KSampler, LoRA loaders, merges."),
-        io.Clip.Output(display_name="clip", tooltip="The checkpoint's text encoder, for CLIP Text Encode. Unlearning does not change it."),
-        io.Vae.Output(display_name="vae", tooltip="The checkpoint's VAE, for VAE Decode. Unlearning does not change it."),
-    ]  # fmt: skip
+        CulModel.Output(
+            display_name="cul_model",
+            tooltip="The model with what it has forgotten so far. Feeds the next Unlearn Step, Compare, "
+            "Evaluate, Drift Map and the save nodes.",
+        ),
+        io.Model.Output(
+            display_name="model", tooltip="The same model for ordinary nodes: KSampler, LoRA loaders, merges."
+        ),
+        io.Clip.Output(
+            display_name="clip",
+            tooltip="The checkpoint's text encoder, for CLIP Text Encode. Unlearning does not change it.",
+        ),
+        io.Vae.Output(
+            display_name="vae", tooltip="The checkpoint's VAE, for VAE Decode. Unlearning does not change it."
+        ),
+    ]

@@ -32,30 +32,68 @@ class Compare(UnlearningNode):
             node_id="CUL_Compare",
             display_name="Compare Before/After",
             category="unlearning/look",
-            description="Draws the same prompts from the same seed with two or three models and puts the pictures in one labelled grid.",
+            description="Draws the same prompts from the same seed with two or three models and puts the "
+            "pictures in one labelled grid.",
             inputs=[
-                CulModel.Input("before", tooltip="The first row, usually straight from Load Model for Unlearning."),
+                CulModel.Input(
+                    "before", tooltip="The first row, usually straight from Load Model for Unlearning."
+                ),
                 CulModel.Input("after", tooltip="The second row, usually from the last Unlearn Step."),
-                io.String.Input("prompts", default="", multiline=True, placeholder="one prompt per line", tooltip="One prompt per line, each a "
-                                "column. Ask for what was forgotten, and for what should have stayed."),
-                io.Int.Input("sampling_seed", default=0, min=0, max=2**53 - 1, tooltip="Seed of every picture."),
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    placeholder="one prompt per line",
+                    tooltip="One prompt per line, each a column. Ask for what was forgotten, and for what "
+                    "should have stayed.",
+                ),
+                io.Int.Input(
+                    "sampling_seed", default=0, min=0, max=2**53 - 1, tooltip="Seed of every picture."
+                ),
                 io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps."),
-                io.Float.Input("cfg", default=5.0, min=1.0, max=30.0, step=0.1, tooltip="Classifier-free guidance."),
-                io.Combo.Input("sampler_name", options=samplers, default="dpmpp_2m", tooltip="The host's sampler."),
-                io.Combo.Input("scheduler", options=schedulers, default="karras", tooltip="The host's noise schedule."),
+                io.Float.Input(
+                    "cfg", default=5.0, min=1.0, max=30.0, step=0.1, tooltip="Classifier-free guidance."
+                ),
+                io.Combo.Input(
+                    "sampler_name", options=samplers, default="dpmpp_2m", tooltip="The host's sampler."
+                ),
+                io.Combo.Input(
+                    "scheduler", options=schedulers, default="karras", tooltip="The host's noise schedule."
+                ),
                 io.String.Input("negative", default="", tooltip="Negative prompt of every picture."),
-                CulModel.Input("other", optional=True, tooltip="A third row, such as the same step without regularizers."),
-                io.String.Input("row_labels", default="before, after, other", tooltip="Labels of the rows, separated by commas."),
+                CulModel.Input(
+                    "other", optional=True, tooltip="A third row, such as the same step without regularizers."
+                ),
+                io.String.Input(
+                    "row_labels",
+                    default="before, after, other",
+                    tooltip="Labels of the rows, separated by commas.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="grid", tooltip="The labelled grid of pictures.")],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, before, after, prompts, sampling_seed, steps, cfg, sampler_name, scheduler, negative, row_labels, other=None):
+    def execute(
+        cls,
+        before,
+        after,
+        prompts,
+        sampling_seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        negative,
+        row_labels,
+        other=None,
+    ):
         wanted = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not wanted:
-            raise ConfigError("Compare Before/After has no prompt; type at least one, each on a line of its own.")
+            raise ConfigError(
+                "Compare Before/After has no prompt; type at least one, each on a line of its own."
+            )
         check_count("prompts", wanted, _MOST)
         for prompt in (*wanted, negative):
             check_text("prompt", prompt, _LONGEST)
@@ -64,13 +102,23 @@ class Compare(UnlearningNode):
         progress, rows, done = _host.Progress(len(models) * len(wanted)), [], 0
         for label, model in zip(labels, models, strict=False):
             rows.append((label, []))
-            for picture in _host.sample(model, wanted, seed=sampling_seed, steps=steps, cfg=cfg, sampler=sampler_name, scheduler=scheduler,
-                                        negative=negative):  # fmt: skip
+            for picture in _host.sample(
+                model,
+                wanted,
+                seed=sampling_seed,
+                steps=steps,
+                cfg=cfg,
+                sampler=sampler_name,
+                scheduler=scheduler,
+                negative=negative,
+            ):
                 rows[-1][1].append(picture)
                 done += 1
                 progress.update(done)
         cell = 128 if models[0].value.family.image_size_px <= 128 else 256
-        grid = labelled_grid(f"Equal seeds ({sampling_seed})", [_wrapped(prompt) for prompt in wanted], rows, cell)
+        grid = labelled_grid(
+            f"Equal seeds ({sampling_seed})", [_wrapped(prompt) for prompt in wanted], rows, cell
+        )
         image = _host.to_image_tensor(grid)
         progress.update(done, grid)  # a live preview would hide the picture below it
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

@@ -9,13 +9,21 @@ from ..cul_core.concepts.parsing import ConceptList, parse_concept, parse_keep
 from ._node import UnlearningNode
 from ._types import Concepts
 
-KIND_TIP = ("What it is. style: the picture stays, drawn without the style. object: another object takes its place. celebrity and "
-            "character: a person takes its place. memorized: one picture, called by the caption that draws it.")  # fmt: skip
-ANCHOR_TIP = ("What the target becomes. Empty for a style (the same picture without it); empty for a celebrity or character means 'person'. "
-              "An object needs one: a common word of the same sort, such as 'horse' for 'dog'. A memorized picture needs one: a caption "
-              "in other words that does not draw it.")  # fmt: skip
-KEEP_TIP = ("What must stay, separated by commas or line breaks: the relatives of the target that matter most to you. They are of the "
-            "target's kind unless a line says otherwise ('object: cat'). The rest is protected too, a little less surely.")  # fmt: skip
+KIND_TIP = (
+    "What it is. style: the picture stays, drawn without the style. object: another object takes its place. "
+    "celebrity and character: a person takes its place. memorized: one picture, called by the caption that "
+    "draws it."
+)
+ANCHOR_TIP = (
+    "What the target becomes. Empty for a style (the same picture without it); empty for a celebrity or "
+    "character means 'person'. An object needs one: a common word of the same sort, such as 'horse' for "
+    "'dog'. A memorized picture needs one: a caption in other words that does not draw it."
+)
+KEEP_TIP = (
+    "What must stay, separated by commas or line breaks: the relatives of the target that matter most to "
+    "you. They are of the target's kind unless a line says otherwise ('object: cat'). The rest is protected "
+    "too, a little less surely."
+)
 
 
 class ConceptToForget(UnlearningNode):
@@ -25,17 +33,37 @@ class ConceptToForget(UnlearningNode):
             node_id="CUL_Concept",
             display_name="Concept to Forget",
             category="unlearning",
-            description="Names what one Unlearn Step forgets, what it becomes, and what must stay. Join several of these to forget them together.",
+            description="Names what one Unlearn Step forgets, what it becomes, and what must stay. Join "
+            "several of these to forget them together.",
             inputs=[
-                io.String.Input("target", default="", placeholder="Candy Stripes", tooltip="The name of what should be forgotten, as people "
-                                "write it in prompts. Underscores count as spaces."),
+                io.String.Input(
+                    "target",
+                    default="",
+                    placeholder="Candy Stripes",
+                    tooltip="The name of what should be forgotten, as people write it in prompts. "
+                    "Underscores count as spaces.",
+                ),
                 io.Combo.Input("kind", options=list(KINDS), default="style", tooltip=KIND_TIP),
                 io.String.Input("anchor", default="", tooltip=ANCHOR_TIP),
-                io.String.Input("keep", default="", multiline=True, placeholder="what must stay, one per line", tooltip=KEEP_TIP),
-                Concepts.Input("concepts", optional=True, tooltip="Other concepts that are forgotten together with this one, in one step."),
+                io.String.Input(
+                    "keep",
+                    default="",
+                    multiline=True,
+                    placeholder="what must stay, one per line",
+                    tooltip=KEEP_TIP,
+                ),
+                Concepts.Input(
+                    "concepts",
+                    optional=True,
+                    tooltip="Other concepts that are forgotten together with this one, in one step.",
+                ),
             ],
-            outputs=[Concepts.Output(display_name="concepts", tooltip="What to forget and what to keep, for an Unlearn Step.")],
-        )  # fmt: skip
+            outputs=[
+                Concepts.Output(
+                    display_name="concepts", tooltip="What to forget and what to keep, for an Unlearn Step."
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, target, kind, anchor, keep, concepts=None):

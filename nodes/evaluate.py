@@ -23,28 +23,50 @@ class EvaluateForgetting(UnlearningNode):
             node_id="CUL_Evaluate",
             display_name="Evaluate Forgetting",
             category="unlearning/look",
-            description="Draws MiniCanvas' styles and objects and counts what is forgotten (UA), what stays of the styles (IRA) and of the "
-            "objects (CRA). Chain one after every step to see the curves. Works for MiniCanvas, which has a classifier.",
+            description="Draws MiniCanvas' styles and objects and counts what is forgotten (UA), what stays "
+            "of the styles (IRA) and of the objects (CRA). Chain one after every step to see "
+            "the curves. Works for MiniCanvas, which has a classifier.",
             inputs=[
                 CulModel.Input("model", tooltip="The model to score."),
-                io.Int.Input("pictures", default=1, min=1, max=100, tooltip="Pictures per style and object. 1 means some 300 pictures, "
-                             "half a minute on a CPU."),
-                io.Int.Input("sampling_seed", default=0, min=0, max=2**53 - 1, tooltip="Seed of the pictures."),
-                Scores.Input("earlier", optional=True, tooltip="Scores after earlier requests; they become points of the chart."),
+                io.Int.Input(
+                    "pictures",
+                    default=1,
+                    min=1,
+                    max=100,
+                    tooltip="Pictures per style and object. 1 means some 300 pictures, half a minute on a "
+                    "CPU.",
+                ),
+                io.Int.Input(
+                    "sampling_seed", default=0, min=0, max=2**53 - 1, tooltip="Seed of the pictures."
+                ),
+                Scores.Input(
+                    "earlier",
+                    optional=True,
+                    tooltip="Scores after earlier requests; they become points of the chart.",
+                ),
             ],
             outputs=[
-                io.String.Output(display_name="table", tooltip="The scores after each request, in percent, with 95 % intervals of the last."),
-                io.Image.Output(display_name="chart", tooltip="UA, IRA and CRA against the number of requests."),
-                Scores.Output(display_name="scores", tooltip="These scores and the earlier ones, for the next Evaluate Forgetting."),
+                io.String.Output(
+                    display_name="table",
+                    tooltip="The scores after each request, in percent, with 95 % intervals of the last.",
+                ),
+                io.Image.Output(
+                    display_name="chart", tooltip="UA, IRA and CRA against the number of requests."
+                ),
+                Scores.Output(
+                    display_name="scores",
+                    tooltip="These scores and the earlier ones, for the next Evaluate Forgetting.",
+                ),
             ],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, pictures, sampling_seed, earlier=()):
         if model.value.family != MINI:
             raise ModelError(
-                f"Evaluate Forgetting has no classifier for {model.value.family.display_name}; use Compare Before/After there."
+                f"Evaluate Forgetting has no classifier for {model.value.family.display_name}; use Compare "
+                "Before/After there."
             )
         from ..cul_core.minicanvas.judge import Judge, evaluate
         from ..cul_core.minicanvas.suites import suite_of
@@ -59,16 +81,33 @@ class EvaluateForgetting(UnlearningNode):
             progress.say(f"picture {done} of {total}", now=False)
 
         with _host.normal_tensors(), _host.training_device(networks.free) as device:
-            scores = evaluate(networks.get(model.value.source, device), model.value, Judge(), targets, seed=sampling_seed,
-                              suite=suite, per_cell=pictures, on_batch=on_batch)  # fmt: skip
+            scores = evaluate(
+                networks.get(model.value.source, device),
+                model.value,
+                Judge(),
+                targets,
+                seed=sampling_seed,
+                suite=suite,
+                per_cell=pictures,
+                on_batch=on_batch,
+            )
         requests = model.value.requests
         label = f"after {requests}" if requests else "untouched"
         rows = [*earlier, (requests, label, scores.to_json())]
-        spread = ", ".join(f"{name} {low:.1f} to {high:.1f}" for name, (low, high) in scores.intervals.items())
+        spread = ", ".join(
+            f"{name} {low:.1f} to {high:.1f}" for name, (low, high) in scores.intervals.items()
+        )
         text = table([(label, values) for _, label, values in rows]) + f"\n95 % intervals: {spread}"
-        chart = metric_chart("Forgotten and kept", {"this chain": [(request, values) for request, _, values in rows]})
+        chart = metric_chart(
+            "Forgotten and kept", {"this chain": [(request, values) for request, _, values in rows]}
+        )
         measured = {name: getattr(scores, name) for name in METRICS}
-        progress.say(f"{label}: " + ", ".join(f"{LABELS[name]} {value:.0f}" for name, value in measured.items() if value is not None))
+        progress.say(
+            f"{label}: "
+            + ", ".join(
+                f"{LABELS[name]} {value:.0f}" for name, value in measured.items() if value is not None
+            )
+        )
         progress.update(total, chart)
         image = _host.to_image_tensor(chart)
         return io.NodeOutput(text, image, tuple(rows), ui=ui.PreviewImage(image, cls=cls))
@@ -84,7 +123,10 @@ class DriftMap(UnlearningNode):
             description="Shows which layers forgetting has moved, and how far from the pretrained weights.",
             inputs=[CulModel.Input("model", tooltip="The model to look into.")],
             outputs=[
-                io.Image.Output(display_name="map", tooltip="A bar per layer: its change in percent of its pretrained size."),
+                io.Image.Output(
+                    display_name="map",
+                    tooltip="A bar per layer: its change in percent of its pretrained size.",
+                ),
                 io.String.Output(display_name="table", tooltip="The same as text, with the total distance."),
             ],
             is_output_node=True,
@@ -95,7 +137,12 @@ class DriftMap(UnlearningNode):
         with _host.normal_tensors():
             drifts = drift_of(model.value)
         picture = drift_map(f"Drift from the pretrained weights: {total_drift(drifts):.3f} in all", drifts)
-        text = "\n".join([model_text(model.value), *(f"{drift.name}  {drift.distance:.4f}  {drift.percent:.2f} %" for drift in drifts)])
+        text = "\n".join(
+            [
+                model_text(model.value),
+                *(f"{drift.name}  {drift.distance:.4f}  {drift.percent:.2f} %" for drift in drifts),
+            ]
+        )
         image = _host.to_image_tensor(picture)
         return io.NodeOutput(image, text, ui=ui.PreviewImage(image, cls=cls))
 

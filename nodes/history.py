@@ -19,11 +19,18 @@ class UnlearningHistory(UnlearningNode):
             node_id="CUL_History",
             display_name="Unlearning History",
             category="unlearning/look",
-            description="Reads from any file this pack has written what was forgotten, when, how, and from which parent.",
-            inputs=[io.Combo.Input("file", options=_folders.model_files(*_KINDS), tooltip="A checkpoint, LoRA or diff. Press R to see new files.")],
+            description="Reads from any file this pack has written what was forgotten, when, how, and from "
+            "which parent.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_folders.model_files(*_KINDS),
+                    tooltip="A checkpoint, LoRA or diff. Press R to see new files.",
+                )
+            ],
             outputs=[io.String.Output(display_name="history", tooltip="One line per step.")],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, file):

@@ -24,7 +24,10 @@ _made: set[Path] = set()
 
 def _described(value: UnlearnModel) -> str:
     predicted = {"epsilon": "noise", "v_prediction": "velocity"}[value.family.prediction_type]
-    return f"{model_text(value)}\n{unet_dtypes(value.source.path)}, predicts {predicted}, {value.family.image_size_px} px"
+    return (
+        f"{model_text(value)}\n{unet_dtypes(value.source.path)}, predicts {predicted}, "
+        f"{value.family.image_size_px} px"
+    )
 
 
 class LoadModel(UnlearningNode):
@@ -35,14 +38,20 @@ class LoadModel(UnlearningNode):
             node_id="CUL_LoadModel",
             display_name="Load Model for Unlearning",
             category="unlearning",
-            description="Opens a checkpoint for forgetting. Begin every unlearning graph here. A checkpoint that this pack has written goes "
-            "on with its history; when the file it was made from is there too, drift stays measured from that file.",
+            description="Opens a checkpoint for forgetting. Begin every unlearning graph here. A checkpoint "
+            "that this pack has written goes on with its history; when the file it was made "
+            "from is there too, drift stays measured from that file.",
             inputs=[
-                io.Combo.Input("checkpoint", options=files, default="minicanvas.safetensors" if "minicanvas.safetensors" in files else None,
-                               tooltip="A .safetensors checkpoint. minicanvas.safetensors is the tiny model that comes with this pack."),
+                io.Combo.Input(
+                    "checkpoint",
+                    options=files,
+                    default="minicanvas.safetensors" if "minicanvas.safetensors" in files else None,
+                    tooltip="A .safetensors checkpoint. minicanvas.safetensors is the tiny model that comes "
+                    "with this pack.",
+                ),
             ],
             outputs=model_outputs(),
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint):
@@ -64,7 +73,9 @@ class LoadModel(UnlearningNode):
         path = _folders.model_path(checkpoint, "checkpoints")
         listed = (_folders.model_path(name, "checkpoints") for name in _folders.model_files("checkpoints"))
         with _host.normal_tensors():
-            value = open_continued(path, itertools.chain(listed, _folders.model_snapshots().glob("*.safetensors")))
+            value = open_continued(
+                path, itertools.chain(listed, _folders.model_snapshots().glob("*.safetensors"))
+            )
         hold(value.source.path, value.source)  # it may be one of the kept weights
         loaded = LoadedModel(value, *_host.load_native(value.source.path))
         _host.Progress(1).say(_described(value))
@@ -78,17 +89,29 @@ class UnlearnFromModel(UnlearningNode):
             node_id="CUL_FromModel",
             display_name="Unlearn From MODEL",
             category="unlearning",
-            description="Begins an unlearning graph with a model that other nodes have loaded, LoRAs included: what comes in counts as the "
-            "pretrained model. Its weights are kept as a file, once for each model.",
+            description="Begins an unlearning graph with a model that other nodes have loaded, LoRAs "
+            "included: what comes in counts as the pretrained model. Its weights are kept as a "
+            "file, once for each model.",
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model or MiniCanvas, with or without LoRAs and merges. Nodes "
-                               "that change sampling or attention go behind this one."),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to it, with the same LoRAs. CLIP Set Last Layer goes behind this node."),
-                io.Vae.Input("vae", optional=True, tooltip="Its VAE. Without one there are no previews and comparisons, and saved checkpoints "
-                             "have none either."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A Stable Diffusion 1.x, 2.x or XL model or MiniCanvas, with or without LoRAs "
+                    "and merges. Nodes that change sampling or attention go behind this one.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The text encoder that belongs to it, with the same LoRAs. CLIP Set Last Layer "
+                    "goes behind this node.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Its VAE. Without one there are no previews and comparisons, and saved "
+                    "checkpoints have none either.",
+                ),
             ],
             outputs=model_outputs(),
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, **_):
@@ -99,7 +122,10 @@ class UnlearnFromModel(UnlearningNode):
         _host.require_weights_only(model, clip)
         family = family_of(_host.shapes_of(model), "MODEL")
         if vae is None and family.has_decoder:
-            raise ModelError(f"{family.display_name} cannot do without its VAE here; connect the one that came with the MODEL.")
+            raise ModelError(
+                f"{family.display_name} cannot do without its VAE here; connect the one that came with the "
+                "MODEL."
+            )
         progress = _host.Progress(1)
 
         def on_tensor(done: int, count: int) -> None:
@@ -107,17 +133,25 @@ class UnlearnFromModel(UnlearningNode):
             progress.say(f"keeping the weights: {100 * done // count} %", now=False)
 
         weights = _host.weights_of(model, clip, vae)
-        if any(not any(name.startswith(encoder.prefix) for name in weights) for encoder in family.text_encoders):
-            raise ModelError(f"The CLIP is not one of {family.display_name}; connect the CLIP that came with the MODEL.")
+        if any(
+            not any(name.startswith(encoder.prefix) for name in weights) for encoder in family.text_encoders
+        ):
+            raise ModelError(
+                f"The CLIP is not one of {family.display_name}; connect the CLIP that came with the MODEL."
+            )
         source = snapshot_model(_folders.model_snapshots(), weights, on_tensor)
         _made.add(source.path)
         value = UnlearnModel(source, detect_family(source.path))
         if value.family.prediction_type != _host.prediction_type(model):
-            raise ModelError(f"The MODEL predicts {_host.prediction_type(model)!r}, where {value.family.display_name} predicts "
-                             f"{value.family.prediction_type!r}; choose another model.")  # fmt: skip
+            raise ModelError(
+                f"The MODEL predicts {_host.prediction_type(model)!r}, where {value.family.display_name} "
+                f"predicts {value.family.prediction_type!r}; choose another model."
+            )
         loaded = LoadedModel(value, model, clip, vae)
         progress.update(1)
-        progress.say(f"{_described(value)}\nkept in {'/'.join(source.path.parts[-3:-1])} as {source.path.name[:12]}...")
+        progress.say(
+            f"{_described(value)}\nkept in {'/'.join(source.path.parts[-3:-1])} as {source.path.name[:12]}..."
+        )
         return io.NodeOutput(loaded, *_host.native(loaded))
 
 

@@ -20,34 +20,83 @@ _MOST = 6
 class MergeUnlearnedModels(UnlearningNode):
     @classmethod
     def define_schema(cls):
-        rules, defaults = {field.name: field.metadata for field in dataclasses.fields(TiesConfig)}, TiesConfig()
+        rules, defaults = (
+            {field.name: field.metadata for field in dataclasses.fields(TiesConfig)},
+            TiesConfig(),
+        )
         ways = " ".join(f"{entry.name}: {entry.description} {entry.paper}." for entry in MERGERS)
         return io.Schema(
             node_id="CUL_Merge",
             display_name="Merge Unlearned Models",
             category="unlearning",
-            description="Makes one model out of several that were unlearned from the same loaded model, each on its own. It has forgotten what "
-            "each of them has, in whatever order; nothing is trained.",
+            description="Makes one model out of several that were unlearned from the same loaded model, "
+            "each on its own. It has forgotten what each of them has, in whatever order; "
+            "nothing is trained.",
             inputs=[
-                CulModel.Input("model_1", tooltip="The first model, from an Unlearn Step. All must come from the same checkpoint file."),
-                CulModel.Input("model_2", tooltip="The second model, usually from another Unlearn Step behind the same loader."),
-                io.Combo.Input("how", options=[entry.name for entry in MERGERS], default="ties", tooltip=f"How to merge. {ways}"),
-                io.Float.Input("strength", default=defaults.strength, min=0.0, max=100.0, step=0.05, round=0.001,
-                               tooltip=f"{rules['strength']['help']} task_arithmetic adds every change in full at 1. uniform does not use it."),
-                io.Float.Input("keep_fraction", default=defaults.keep_fraction, min=0.0, max=1.0, step=0.05, round=0.001,
-                               tooltip=f"{rules['keep_fraction']['help']} Only for ties."),
-                io.Combo.Input("trim", options=list(rules["trim"]["choices"]), default=defaults.trim,
-                               tooltip=f"{rules['trim']['help']} Only for ties."),
-                *(CulModel.Input(f"model_{number}", optional=True, tooltip=f"Model number {number}, if there are as many.")
-                  for number in range(3, _MOST + 1)),
+                CulModel.Input(
+                    "model_1",
+                    tooltip="The first model, from an Unlearn Step. All must come from the same checkpoint "
+                    "file.",
+                ),
+                CulModel.Input(
+                    "model_2",
+                    tooltip="The second model, usually from another Unlearn Step behind the same loader.",
+                ),
+                io.Combo.Input(
+                    "how",
+                    options=[entry.name for entry in MERGERS],
+                    default="ties",
+                    tooltip=f"How to merge. {ways}",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=defaults.strength,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip=f"{rules['strength']['help']} task_arithmetic adds every change in full at 1. "
+                    "uniform does not use it.",
+                ),
+                io.Float.Input(
+                    "keep_fraction",
+                    default=defaults.keep_fraction,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip=f"{rules['keep_fraction']['help']} Only for ties.",
+                ),
+                io.Combo.Input(
+                    "trim",
+                    options=list(rules["trim"]["choices"]),
+                    default=defaults.trim,
+                    tooltip=f"{rules['trim']['help']} Only for ties.",
+                ),
+                *(
+                    CulModel.Input(
+                        f"model_{number}",
+                        optional=True,
+                        tooltip=f"Model number {number}, if there are as many.",
+                    )
+                    for number in range(3, _MOST + 1)
+                ),
             ],
-            outputs=[*model_outputs(), io.String.Output(display_name="report", tooltip="What was merged, how, and what it has forgotten, as text.")],
-        )  # fmt: skip
+            outputs=[
+                *model_outputs(),
+                io.String.Output(
+                    display_name="report", tooltip="What was merged, how, and what it has forgotten, as text."
+                ),
+            ],
+        )
 
     @classmethod
     def execute(cls, model_1, model_2, how, strength, keep_fraction, trim, **more):
         given = [model_1, model_2, *(model for _, model in sorted(more.items()) if model is not None)]
-        entry, settings = MERGERS.get(how), {"strength": strength, "keep_fraction": keep_fraction, "trim": trim}
+        entry, settings = (
+            MERGERS.get(how),
+            {"strength": strength, "keep_fraction": keep_fraction, "trim": trim},
+        )
         used = {field.name for field in dataclasses.fields(entry.config)}
         progress = _host.Progress(1)
 

@@ -24,22 +24,29 @@ class SaveCheckpoint(UnlearningNode):
             node_id="CUL_SaveCheckpoint",
             display_name="Save Unlearned Checkpoint",
             category="unlearning/save",
-            description="Writes the edited model as a full checkpoint with its history inside. Only the edited weights differ from the original "
-            "file. Press R afterwards: the stock Load Checkpoint lists it.",
+            description="Writes the edited model as a full checkpoint with its history inside. Only the "
+            "edited weights differ from the original file. Press R afterwards: the stock Load "
+            "Checkpoint lists it.",
             inputs=[
                 CulModel.Input("model", tooltip="The model to save."),
-                io.String.Input("filename_prefix", default="checkpoints/unlearned", tooltip="Folder in ComfyUI's output folder and beginning "
-                                "of the name. The stock loaders look into output/checkpoints. A number is added: nothing is overwritten."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="checkpoints/unlearned",
+                    tooltip="Folder in ComfyUI's output folder and beginning of the name. The stock loaders "
+                    "look into output/checkpoints. A number is added: nothing is overwritten.",
+                ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
             hidden=list(_HIDDEN),
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, filename_prefix):
         with _host.normal_tensors():
-            path = save_checkpoint(model.value, _folders.output_path(filename_prefix), _host.raise_if_cancelled, _header(cls))
+            path = save_checkpoint(
+                model.value, _folders.output_path(filename_prefix), _host.raise_if_cancelled, _header(cls)
+            )
         _host.Progress(1).say(f"Saved: {path}")
         return io.NodeOutput(str(path))
 
@@ -51,19 +58,31 @@ class SaveLora(UnlearningNode):
             node_id="CUL_SaveLora",
             display_name="Save as LoRA / Diff",
             category="unlearning/save",
-            description="Writes what was forgotten as a small file that the stock Load LoRA applies to the original checkpoint, at any strength.",
+            description="Writes what was forgotten as a small file that the stock Load LoRA applies to the "
+            "original checkpoint, at any strength.",
             inputs=[
                 CulModel.Input("model", tooltip="The model whose edits are saved."),
-                io.String.Input("filename_prefix", default="loras/unlearned", tooltip="Folder in ComfyUI's output folder and beginning of the "
-                                "name. The stock LoRA loaders look into output/loras. A number is added: nothing is overwritten."),
-                io.Combo.Input("format", options=["diff", "lora"], default="diff", tooltip="diff: exact. lora: smaller, an approximation of "
-                               "the given rank; the node says how much of the edit it keeps."),
-                io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Rank of the approximation; only for lora."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="loras/unlearned",
+                    tooltip="Folder in ComfyUI's output folder and beginning of the name. The stock LoRA "
+                    "loaders look into output/loras. A number is added: nothing is overwritten.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=["diff", "lora"],
+                    default="diff",
+                    tooltip="diff: exact. lora: smaller, an approximation of the given rank; the node says "
+                    "how much of the edit it keeps.",
+                ),
+                io.Int.Input(
+                    "rank", default=16, min=1, max=1024, tooltip="Rank of the approximation; only for lora."
+                ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
             hidden=list(_HIDDEN),
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, filename_prefix, format, rank):

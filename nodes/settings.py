@@ -1,4 +1,5 @@
-"""One node per registered method, one per registered regularizer, and Training Settings, all read off the registries."""
+"""One node per registered method, one per registered regularizer, and Training Settings, all read off the
+registries."""
 
 from __future__ import annotations
 
@@ -38,9 +39,13 @@ def _widget(field: dataclasses.Field, default: Any) -> io.Input:
 
 
 def _widgets(config: Config, later: bool = False) -> list[io.Input]:
-    """Those that were there from the start, or those that came later: optional and last, so that graphs saved before still run."""
-    return [_widget(field, getattr(config, field.name)) for field in dataclasses.fields(config)
-            if bool(field.metadata.get("added_later")) == later]  # fmt: skip
+    """Those that were there from the start, or those that came later: optional and last, so that graphs saved
+    before still run."""
+    return [
+        _widget(field, getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if bool(field.metadata.get("added_later")) == later
+    ]
 
 
 def _defaults(config: type[Config]) -> Config:
@@ -58,10 +63,18 @@ def _method_node(entry: Entry) -> type[io.ComfyNode]:
         @classmethod
         def define_schema(cls):
             return io.Schema(
-                node_id=f"CUL_Method_{entry.name}", display_name=f"Method: {entry.display_name}", category="unlearning/methods",
-                description=_described(entry), inputs=[*_widgets(_defaults(entry.config)), *_widgets(_defaults(entry.config), later=True)],
-                outputs=[Method.Output(display_name="method", tooltip="How to forget; takes the place of the preset's method.")],
-            )  # fmt: skip
+                node_id=f"CUL_Method_{entry.name}",
+                display_name=f"Method: {entry.display_name}",
+                category="unlearning/methods",
+                description=_described(entry),
+                inputs=[*_widgets(_defaults(entry.config)), *_widgets(_defaults(entry.config), later=True)],
+                outputs=[
+                    Method.Output(
+                        display_name="method",
+                        tooltip="How to forget; takes the place of the preset's method.",
+                    )
+                ],
+            )
 
         @classmethod
         def execute(cls, **values):
@@ -75,14 +88,25 @@ def _regularizer_node(entry: Entry) -> type[io.ComfyNode]:
         @classmethod
         def define_schema(cls):
             return io.Schema(
-                node_id=f"CUL_Regularizer_{entry.name}", display_name=f"Regularizer: {entry.display_name}",
-                category="unlearning/regularizers", description=_described(entry),
-                inputs=[*_widgets(_defaults(entry.config)),
-                        Regularizers.Input("regularizers", optional=True, tooltip="Regularizers that act before this one."),
-                        *_widgets(_defaults(entry.config), later=True)],
-                outputs=[Regularizers.Output(display_name="regularizers", tooltip="What holds the rest in place; takes the place of the "
-                                             "preset's regularizers. Chain several of these nodes.")],
-            )  # fmt: skip
+                node_id=f"CUL_Regularizer_{entry.name}",
+                display_name=f"Regularizer: {entry.display_name}",
+                category="unlearning/regularizers",
+                description=_described(entry),
+                inputs=[
+                    *_widgets(_defaults(entry.config)),
+                    Regularizers.Input(
+                        "regularizers", optional=True, tooltip="Regularizers that act before this one."
+                    ),
+                    *_widgets(_defaults(entry.config), later=True),
+                ],
+                outputs=[
+                    Regularizers.Output(
+                        display_name="regularizers",
+                        tooltip="What holds the rest in place; takes the place of the preset's "
+                        "regularizers. Chain several of these nodes.",
+                    )
+                ],
+            )
 
         @classmethod
         def execute(cls, regularizers=(), **values):
@@ -100,27 +124,58 @@ class TrainingSettings(UnlearningNode):
             return f"{rules[name]['help']} 0 means as the preset says for this kind of model."
 
         def choice(name: str) -> io.Input:
-            return io.Combo.Input(name, options=[_AS_PRESET, *rules[name]["choices"]], default=_AS_PRESET, tooltip=rules[name]["help"])
+            return io.Combo.Input(
+                name,
+                options=[_AS_PRESET, *rules[name]["choices"]],
+                default=_AS_PRESET,
+                tooltip=rules[name]["help"],
+            )
 
         return io.Schema(
             node_id="CUL_TrainingSettings",
             display_name="Training Settings",
             category="unlearning",
-            description="How long and how strongly a step trains, where it should differ from what the preset says. More iterations or a higher "
-            "learning rate forget more surely and cost more of the rest.",
+            description="How long and how strongly a step trains, where it should differ from what the "
+            "preset says. More iterations or a higher learning rate forget more surely and cost "
+            "more of the rest.",
             inputs=[
                 io.Int.Input("iterations", default=0, min=0, max=1_000_000, tooltip=help_of("iterations")),
                 io.Int.Input("batch_size", default=0, min=0, max=1024, tooltip=help_of("batch_size")),
-                io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6, round=1e-9, tooltip=help_of("learning_rate")),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=1e-6,
+                    round=1e-9,
+                    tooltip=help_of("learning_rate"),
+                ),
                 choice("schedule"),
                 choice("group"),
-                io.Int.Input("anchor_count", default=0, min=0, max=10_000, tooltip="Pictures by the pretrained model that the step trains on; they "
-                             "are drawn once and kept. 0 means as the preset says for this kind of model."),
-                io.Int.Input("anchor_steps", default=0, min=0, max=200, tooltip="Sampling steps of each of them. 0 means as the preset says for this "
-                             "kind of model."),
+                io.Int.Input(
+                    "anchor_count",
+                    default=0,
+                    min=0,
+                    max=10_000,
+                    tooltip="Pictures by the pretrained model that the step trains on; they are drawn once "
+                    "and kept. 0 means as the preset says for this kind of model.",
+                ),
+                io.Int.Input(
+                    "anchor_steps",
+                    default=0,
+                    min=0,
+                    max=200,
+                    tooltip="Sampling steps of each of them. 0 means as the preset says for this kind of "
+                    "model.",
+                ),
             ],
-            outputs=[Training.Output(display_name="training", tooltip="Training settings for an Unlearn Step or an Unlearn Sequence.")],
-        )  # fmt: skip
+            outputs=[
+                Training.Output(
+                    display_name="training",
+                    tooltip="Training settings for an Unlearn Step or an Unlearn Sequence.",
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, **values):

@@ -18,17 +18,29 @@ class UnlearningStore(UnlearningNode):
             node_id="CUL_Store",
             display_name="Unlearning Store",
             category="unlearning/look",
-            description="Shows what is kept so that nothing is trained twice: finished steps, where unfinished ones stopped, and anchor "
-            "pictures, in models/unlearning_chains. Removes them if asked to; a step that is trained at the moment keeps its files.",
+            description="Shows what is kept so that nothing is trained twice: finished steps, where "
+            "unfinished ones stopped, and anchor pictures, in models/unlearning_chains. Removes "
+            "them if asked to; a step that is trained at the moment keeps its files.",
             inputs=[
-                io.Combo.Input("clear", options=list(_CLEARED), default="nothing", tooltip="What to remove before the list is made. "
-                               "unfinished: where stopped steps would go on. anchors: pictures that are drawn again when a step needs them. "
-                               "everything: finished steps too, which are trained again when a graph needs them."),
+                io.Combo.Input(
+                    "clear",
+                    options=list(_CLEARED),
+                    default="nothing",
+                    tooltip="What to remove before the list is made. unfinished: where stopped steps would "
+                    "go on. anchors: pictures that are drawn again when a step needs them. "
+                    "everything: finished steps too, which are trained again when a graph needs "
+                    "them.",
+                ),
             ],
-            outputs=[io.String.Output(display_name="contents", tooltip="Count and size of what is kept, and what each step forgot.")],
+            outputs=[
+                io.String.Output(
+                    display_name="contents",
+                    tooltip="Count and size of what is kept, and what each step forgot.",
+                )
+            ],
             is_output_node=True,
             not_idempotent=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, clear):

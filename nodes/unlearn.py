@@ -34,35 +34,58 @@ def _how_to_train() -> list[io.Input]:
     """Inputs that both nodes end with."""
     descriptions = " ".join(f"{name}: {entry.description}" for name, entry in PRESETS.items())
     return [
-        io.Combo.Input("preset", options=list(PRESETS), default="recommended", tooltip=f"How to forget. {descriptions}"),
-        io.Int.Input("train_seed", default=0, min=0, max=2**53 - 1, tooltip="Everything random of the step derives from it. Another seed "
-                     "trains anew; the same one takes the finished step from the store."),
-        io.Int.Input("preview_every", default=20, min=0, max=100_000, tooltip="Iterations between live previews, always of the same prompts "
-                     "and noise. 0 turns them off."),
+        io.Combo.Input(
+            "preset", options=list(PRESETS), default="recommended", tooltip=f"How to forget. {descriptions}"
+        ),
+        io.Int.Input(
+            "train_seed",
+            default=0,
+            min=0,
+            max=2**53 - 1,
+            tooltip="Everything random of the step derives from it. Another seed trains anew; the same one "
+            "takes the finished step from the store.",
+        ),
+        io.Int.Input(
+            "preview_every",
+            default=20,
+            min=0,
+            max=100_000,
+            tooltip="Iterations between live previews, always of the same prompts and noise. 0 turns them "
+            "off.",
+        ),
         Method.Input("method", optional=True, tooltip="Takes the place of the preset's method."),
-        Regularizers.Input("regularizers", optional=True, tooltip="Take the place of the preset's regularizers."),
+        Regularizers.Input(
+            "regularizers", optional=True, tooltip="Take the place of the preset's regularizers."
+        ),
         Training.Input("training", optional=True, tooltip="Replaces some of the preset's training settings."),
-    ]  # fmt: skip
+    ]
 
 
 def _outputs() -> list:
     return [
         *model_outputs(),
-        io.String.Output(display_name="report", tooltip="What was forgotten, how, and what it cost, as text."),
+        io.String.Output(
+            display_name="report", tooltip="What was forgotten, how, and what it cost, as text."
+        ),
         io.Image.Output(display_name="loss_plot", tooltip="The training loss against the iteration."),
     ]
 
 
-def _preset_request(loaded: LoadedModel, concepts: ConceptList, name: str, train_seed: int, method, regularizers, training) -> Request:
+def _preset_request(
+    loaded: LoadedModel, concepts: ConceptList, name: str, train_seed: int, method, regularizers, training
+) -> Request:
     chosen = preset(name).for_family(loaded.value.family)
     given = {"method": method, "regularizers": regularizers}
-    chosen = replace(chosen, **{part: value for part, value in given.items() if value is not None}).with_settings(training or {})
+    chosen = replace(
+        chosen, **{part: value for part, value in given.items() if value is not None}
+    ).with_settings(training or {})
     prompts = anchor_prompts(loaded.value.family, concepts.targets)
     return chosen.request(concepts.targets, retain=concepts.keep, anchor_prompts=prompts, seed=train_seed)
 
 
 class _Watch:
-    """Shows one run of requests on the node: a bar over all of their iterations, the time left, and previews."""
+    """Shows one run of requests on the node: a bar over all of their iterations, the time left, and
+    previews."""
 
     def __init__(self, loaded: LoadedModel, requests: Sequence[Request], preview_every: int):
         self._loaded, self._every = loaded, preview_every
@@ -83,15 +106,19 @@ class _Watch:
         names = " + ".join(concept.name for concept in request.concepts)
         shown = preview_prompts(request)
         if self._loaded.value.family.image_size_px > 768:
-            shown = shown[:: max(len(shown) - 1, 1)]  # the first and the last: each takes as long as many iterations
+            # the first and the last: each takes as long as many iterations
+            shown = shown[:: max(len(shown) - 1, 1)]
 
         def on_anchors(done: int, count: int) -> None:
             self._progress.say(f"{names}: anchor picture {done} of {count}", now=False)
 
         def on_progress(progress) -> None:
             self._progress.update(self._done + progress.iteration)
-            self._progress.say(f"{names}: iteration {progress.iteration} of {progress.iterations}, loss {progress.loss:.3f}, "
-                               f"{progress.seconds_left:.0f} s left{self._note}", now=False)  # fmt: skip
+            self._progress.say(
+                f"{names}: iteration {progress.iteration} of {progress.iterations}, loss "
+                f"{progress.loss:.3f}, {progress.seconds_left:.0f} s left{self._note}",
+                now=False,
+            )
 
         def on_preview(iteration: int, latents) -> None:
             pictures = _host.preview(self._loaded, latents)
@@ -101,30 +128,56 @@ class _Watch:
                 logger.warning("no preview of iteration %d: %s", iteration, pictures)
                 self._progress.say(f"{names}: no preview, {pictures}")
                 return
-            rows = [(label, row) for label, row in (("before", self._before), ("now", pictures if iteration else [])) if row]
+            rows = [
+                (label, row)
+                for label, row in (("before", self._before), ("now", pictures if iteration else []))
+                if row
+            ]
             title = f"{names}: iteration {iteration} of {request.training.iterations}"
-            self._progress.update(self._done + iteration, labelled_grid(title, [label for label, _ in shown], rows, cell=128))
+            self._progress.update(
+                self._done + iteration, labelled_grid(title, [label for label, _ in shown], rows, cell=128)
+            )
 
         def on_message(text: str) -> None:
             self._note = f"\n{text}"
             self._progress.say(f"{names}{self._note}")
 
         return Callbacks(
-            on_progress, _host.should_stop, on_anchors, on_preview, tuple(prompt for _, prompt in shown), self._every, on_message
+            on_progress,
+            _host.should_stop,
+            on_anchors,
+            on_preview,
+            tuple(prompt for _, prompt in shown),
+            self._every,
+            on_message,
         )
 
 
 def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int) -> io.NodeOutput:
     require_diffusers()
-    store, networks, value, reports = StepStore(_folders.store_folder()), NetworkCache(_host.clip_tokenizer()), loaded.value, []
+    store, networks, value, reports = (
+        StepStore(_folders.store_folder()),
+        NetworkCache(_host.clip_tokenizer()),
+        loaded.value,
+        [],
+    )
     watch = _Watch(loaded, requests, preview_every)
     with _host.normal_tensors():
         for request in requests:
 
-            def train(state_store: StateStore, model: UnlearnModel = value, request: Request = request) -> tuple[UnlearnModel, StepReport]:
+            def train(
+                state_store: StateStore, model: UnlearnModel = value, request: Request = request
+            ) -> tuple[UnlearnModel, StepReport]:
                 with _host.training_device(networks.free) as device:
-                    return run_step(model, request, device=device, callbacks=watch.callbacks(request), store=store.anchors,
-                                    networks=networks, state_store=state_store)  # fmt: skip
+                    return run_step(
+                        model,
+                        request,
+                        device=device,
+                        callbacks=watch.callbacks(request),
+                        store=store.anchors,
+                        networks=networks,
+                        state_store=state_store,
+                    )
 
             outcome = store.get_or_train(value, request, train, watch.waiting)
             value = outcome.model
@@ -143,18 +196,23 @@ class UnlearnStep(UnlearningNode):
             node_id="CUL_UnlearnStep",
             display_name="Unlearn Step",
             category="unlearning",
-            description="Trains the model to forget the concepts and gives out the edited model. Chain several to forget one request after "
-            "another. A finished step is kept: the same graph takes it instead of training again, after a restart too.",
+            description="Trains the model to forget the concepts and gives out the edited model. Chain "
+            "several to forget one request after another. A finished step is kept: the same "
+            "graph takes it instead of training again, after a restart too.",
             inputs=[
                 CulModel.Input("model", tooltip="From Load Model for Unlearning, or from the step before."),
-                Concepts.Input("concepts", tooltip="What to forget and what to keep, from Concept to Forget."),
+                Concepts.Input(
+                    "concepts", tooltip="What to forget and what to keep, from Concept to Forget."
+                ),
                 *_how_to_train(),
             ],
             outputs=_outputs(),
         )
 
     @classmethod
-    def execute(cls, model, concepts, preset, train_seed, preview_every, method=None, regularizers=None, training=None):
+    def execute(
+        cls, model, concepts, preset, train_seed, preview_every, method=None, regularizers=None, training=None
+    ):
         request = _preset_request(model, concepts, preset, train_seed, method, regularizers, training)
         return _forget(model, [request], preview_every)
 
@@ -166,27 +224,59 @@ class UnlearnSequence(UnlearningNode):
             node_id="CUL_UnlearnSequence",
             display_name="Unlearn Sequence",
             category="unlearning",
-            description="Forgets a list of requests one after another, as a chain of Unlearn Steps would. Every finished line is kept: adding a "
-            "line at the end trains only that line.",
+            description="Forgets a list of requests one after another, as a chain of Unlearn Steps would. "
+            "Every finished line is kept: adding a line at the end trains only that line.",
             inputs=[
                 CulModel.Input("model", tooltip="From Load Model for Unlearning, or from an Unlearn Step."),
-                io.String.Input("requests", default="", multiline=True, placeholder="Candy Stripes\nNeon Cyan\nobject: cat -> tree",
-                                tooltip="One request per line: 'target', 'target -> anchor' or 'kind: target -> anchor'. ' + ' joins concepts "
-                                "that are forgotten together. A line that begins with # is left out."),
-                io.Combo.Input("kind", options=list(KINDS), default="style", tooltip=f"For lines that do not say. {KIND_TIP}"),
+                io.String.Input(
+                    "requests",
+                    default="",
+                    multiline=True,
+                    placeholder="Candy Stripes\nNeon Cyan\nobject: cat -> tree",
+                    tooltip="One request per line: 'target', 'target -> anchor' or 'kind: target -> "
+                    "anchor'. ' + ' joins concepts that are forgotten together. A line that begins "
+                    "with # is left out.",
+                ),
+                io.Combo.Input(
+                    "kind",
+                    options=list(KINDS),
+                    default="style",
+                    tooltip=f"For lines that do not say. {KIND_TIP}",
+                ),
                 io.String.Input("anchor", default="", tooltip=f"For lines that do not say. {ANCHOR_TIP}"),
-                io.String.Input("keep", default="", multiline=True, placeholder="what must stay, one per line", tooltip=KEEP_TIP),
+                io.String.Input(
+                    "keep",
+                    default="",
+                    multiline=True,
+                    placeholder="what must stay, one per line",
+                    tooltip=KEEP_TIP,
+                ),
                 *_how_to_train(),
             ],
             outputs=_outputs(),
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, model, requests, kind, anchor, keep, preset, train_seed, preview_every, method=None, regularizers=None,
-                training=None):  # fmt: skip
+    def execute(
+        cls,
+        model,
+        requests,
+        kind,
+        anchor,
+        keep,
+        preset,
+        train_seed,
+        preview_every,
+        method=None,
+        regularizers=None,
+        training=None,
+    ):
         kept = ConceptList((), parse_keep(keep, kind))
         lists = [kept + ConceptList(targets) for targets in parse_requests(requests, kind, anchor)]
-        steps = [_preset_request(model, concepts, preset, train_seed, method, regularizers, training) for concepts in lists]
+        steps = [
+            _preset_request(model, concepts, preset, train_seed, method, regularizers, training)
+            for concepts in lists
+        ]
         return _forget(model, steps, preview_every)
 
 

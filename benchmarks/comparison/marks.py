@@ -1,4 +1,5 @@
-"""What one side of a comparison writes down about itself. Runs in either interpreter: the standard library and torch alone."""
+"""What one side of a comparison writes down about itself. Runs in either interpreter: the standard library
+and torch alone."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import torch
 
 
 class Marks:
-    """Times on the machine's monotonic clock, which all processes share, seconds of processor time, and calls of the UNet.
+    """Times on the machine's monotonic clock, which all processes share, seconds of processor time, and calls
+    of the UNet.
 
     Nothing that is measured computes differently: functions are wrapped, and told when they are done.
     """
@@ -31,21 +33,28 @@ class Marks:
         self._updates.append([time.monotonic(), time.process_time()])
 
     def timed(self, name: str, function: Callable) -> Callable:
-        """`function`, whose every call is a span: begin, end, processor time, calls of the UNet within and pictures in these."""
+        """`function`, whose every call is a span: begin, end, processor time, calls of the UNet within and
+        pictures in these."""
 
         def wrapped(*args, **kwargs):
             begin, cpu, calls, pictures = time.monotonic(), time.process_time(), self._calls, self._pictures
             result = function(*args, **kwargs)
-            self._spans.setdefault(name, []).append({
-                "begin": begin, "end": time.monotonic(), "cpu": time.process_time() - cpu, "calls": self._calls - calls,
-                "pictures": self._pictures - pictures,
-            })  # fmt: skip
+            self._spans.setdefault(name, []).append(
+                {
+                    "begin": begin,
+                    "end": time.monotonic(),
+                    "cpu": time.process_time() - cpu,
+                    "calls": self._calls - calls,
+                    "pictures": self._pictures - pictures,
+                }
+            )
             return result
 
         return wrapped
 
     def count_calls(self, unet: type) -> None:
-        """Count calls of the UNet of this class, and the pictures in them: a call with guidance has two for each."""
+        """Count calls of the UNet of this class, and the pictures in them: a call with guidance has two for
+        each."""
         forward = unet.forward
 
         def counted(module, sample, *args, **kwargs):
@@ -57,8 +66,22 @@ class Marks:
 
     def save(self, path: Path, shims: list[str]) -> None:
         status = Path("/proc/self/status")
-        peak = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")] if status.exists() else []
-        path.write_text(json.dumps({
-            "updates": self._updates, "spans": self._spans, "notes": self._notes, "shims": shims, "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "peak_bytes": int(peak[0]) * 1024 if peak else None,
-        }), encoding="utf-8")  # fmt: skip
+        peak = (
+            [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+            if status.exists()
+            else []
+        )
+        path.write_text(
+            json.dumps(
+                {
+                    "updates": self._updates,
+                    "spans": self._spans,
+                    "notes": self._notes,
+                    "shims": shims,
+                    "threads": torch.get_num_threads(),
+                    "torch": torch.__version__,
+                    "peak_bytes": int(peak[0]) * 1024 if peak else None,
+                }
+            ),
+            encoding="utf-8",
+        )

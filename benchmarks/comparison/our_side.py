@@ -1,4 +1,5 @@
-"""Our part of a comparison: `run_step` on the same weights, prompts and settings. `vs_reference.py` runs this.
+"""Our part of a comparison: `run_step` on the same weights, prompts and settings. `vs_reference.py` runs
+this.
 
 PYTHON our_side.py JOB.json
 """
@@ -32,7 +33,9 @@ def _regularizers(job: dict, marks: Marks) -> tuple:
         return (SelFTConfig(kept_fraction=job["kept_fraction"], states=job["selft_steps"]),)
     if job["kind"] == "projection":
         GradientProjection.prepare = marks.timed("project_prepare", GradientProjection.prepare)
-        GradientProjection.transform_gradient = marks.timed("project_update", GradientProjection.transform_gradient)
+        GradientProjection.transform_gradient = marks.timed(
+            "project_update", GradientProjection.transform_gradient
+        )
         GradientProjection.constrain = marks.timed("project_update", GradientProjection.constrain)
         return (ProjectionConfig(),)
     return ()
@@ -47,21 +50,36 @@ def main() -> None:
     side = job["resolution"] // 8
     shims = []
     if (side, side) != FAMILIES["sd1"].latent_shape[1:]:
-        FAMILIES["sd1"] = replace(FAMILIES["sd1"], latent_shape=(4, side, side), image_size_px=job["resolution"])
+        FAMILIES["sd1"] = replace(
+            FAMILIES["sd1"], latent_shape=(4, side, side), image_size_px=job["resolution"]
+        )
         shims.append(f"the family's latents are {side} x {side}, not 64 x 64")
     AnchorStore.anchor_latents = marks.timed("anchors", AnchorStore.anchor_latents)
     request = Request(
-        concepts=(Concept(job["target"], "object", job["anchor"]),), method=ConAblConfig(**ConAblConfig.REFERENCE),
-        regularizers=_regularizers(job, marks), retain=tuple(Concept(name, "object") for name in job["keep"]),
-        training=TrainingConfig(iterations=job["iterations"], batch_size=job["batch_size"], learning_rate=job["learning_rate"],
-                                weight_decay=0.01, seed=job["seed"]),
-        anchor_prompts=tuple(job["anchor_prompts"]), anchor_count=job["anchors"],
+        concepts=(Concept(job["target"], "object", job["anchor"]),),
+        method=ConAblConfig(**ConAblConfig.REFERENCE),
+        regularizers=_regularizers(job, marks),
+        retain=tuple(Concept(name, "object") for name in job["keep"]),
+        training=TrainingConfig(
+            iterations=job["iterations"],
+            batch_size=job["batch_size"],
+            learning_rate=job["learning_rate"],
+            weight_decay=0.01,
+            seed=job["seed"],
+        ),
+        anchor_prompts=tuple(job["anchor_prompts"]),
+        anchor_count=job["anchors"],
         anchor_sampler=SamplerConfig(steps=job["anchor_steps"], guidance_scale=6.0),
-    )  # fmt: skip
+    )
 
     def run() -> Path:
         model = open_model(job["checkpoint"])
-        edited, _ = run_step(model, request, callbacks=Callbacks(on_progress=marks.updated), networks=NetworkCache(job["tokenizer"]))
+        edited, _ = run_step(
+            model,
+            request,
+            callbacks=Callbacks(on_progress=marks.updated),
+            networks=NetworkCache(job["tokenizer"]),
+        )
         return save_edits(edited, Path(job["out"]) / "edits.safetensors")
 
     written = marks.timed("run", run)()

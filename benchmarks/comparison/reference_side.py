@@ -1,8 +1,10 @@
-"""The published code's part of a comparison: its own entry point, as it is, with its own arguments. `vs_reference.py` runs this.
+"""The published code's part of a comparison: its own entry point, as it is, with its own arguments.
+`vs_reference.py` runs this.
 
     PYTHON reference_side.py JOB.json
 
-Needs only what that code imports. Everything that is replaced from outside is in `SHIMS`, which becomes part of the figures.
+Needs only what that code imports. Everything that is replaced from outside is in `SHIMS`, which becomes part
+of the figures.
 """
 
 import importlib.machinery
@@ -34,16 +36,23 @@ def _not_called(*args, **kwargs):
 
 def _prepare_imports() -> None:
     simultaneous = "Regularizers.Simultaneous.simultaneous"
-    _empty_module(simultaneous, "evaluation while training, which is off, imports classifiers", sample_and_evaluate_ua=_not_called,
-                  check_early_stopping=_not_called)  # fmt: skip
+    _empty_module(
+        simultaneous,
+        "evaluation while training, which is off, imports classifiers",
+        sample_and_evaluate_ua=_not_called,
+        check_early_stopping=_not_called,
+    )
     if importlib.util.find_spec("openai") is None:
         _empty_module("openai", "no prompt is asked of it")
     try:
         import torchvision  # noqa: F401
-    except RuntimeError:  # its compiled half was built for another torch; the published code uses its transforms alone
+    # its compiled half was built for another torch; the published code uses its transforms alone
+    except RuntimeError:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
-        _empty_module("torchvision._meta_registrations", "its operators do not fit this torch, and none is called")
+        _empty_module(
+            "torchvision._meta_registrations", "its operators do not fit this torch, and none is called"
+        )
 
 
 def _with_steps(call, steps: int):
@@ -59,7 +68,9 @@ def _shim_selft(scoring, steps: int, side: int) -> None:
         scoring._create_scheduler = lambda device: schedule(device, steps)
         SHIMS.append(f"SelFT visits {steps} states, not 50")
     if side != 64:
-        scoring._sample_latents_at_timestep = lambda **given: sample(**(given | {"shape": [1, 4, side, side]}))
+        scoring._sample_latents_at_timestep = lambda **given: sample(
+            **(given | {"shape": [1, 4, side, side]})
+        )
         SHIMS.append(f"SelFT works on latents of {side} x {side}, not 64 x 64")
 
 
@@ -67,12 +78,21 @@ def _arguments(job: dict, folder: Path) -> list[str]:
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(job["anchor_prompts"]) + "\n", encoding="utf-8")
     given = {
-        "base_model_dir": job["model_folder"], "output_dir": folder / "out", "concept_type": "object",
-        "anchor_target_concepts": f"{job['anchor']}+{job['target']}", "anchor_dataset_dirs": folder / "anchors",
-        "anchor_prompt_paths": prompts, "num_anchor_images": job["anchors"], "num_anchor_prompts": len(job["anchor_prompts"]),
-        "iterations": job["iterations"], "anchor_batch_size": job["batch_size"], "resolution": job["resolution"],
-        "learning_rate": job["learning_rate"], "prior_generation_precision": "fp32", "seed": job["seed"],
-    }  # fmt: skip
+        "base_model_dir": job["model_folder"],
+        "output_dir": folder / "out",
+        "concept_type": "object",
+        "anchor_target_concepts": f"{job['anchor']}+{job['target']}",
+        "anchor_dataset_dirs": folder / "anchors",
+        "anchor_prompt_paths": prompts,
+        "num_anchor_images": job["anchors"],
+        "num_anchor_prompts": len(job["anchor_prompts"]),
+        "iterations": job["iterations"],
+        "anchor_batch_size": job["batch_size"],
+        "resolution": job["resolution"],
+        "learning_rate": job["learning_rate"],
+        "prior_generation_precision": "fp32",
+        "seed": job["seed"],
+    }
     arguments = ["--noaug"]
     if job["kind"] == "selft":
         arguments += ["--with_selft", "--selft_topk", str(job["kept_fraction"])]
@@ -109,11 +129,19 @@ def main() -> None:
         _shim_selft(scoring, job["selft_steps"], job["resolution"] // 8)
         selft.get_selft_mask_dict = marks.timed("selft", selft.get_selft_mask_dict)
     if job["kind"] == "projection":
-        projection.get_auxiliary_embeddings = marks.timed("project_prepare", projection.get_auxiliary_embeddings)
-        projection.build_orthogonal_projector = marks.timed("project_prepare", projection.build_orthogonal_projector)
-        projection.apply_gradient_projection = marks.timed("project_update", projection.apply_gradient_projection)
+        projection.get_auxiliary_embeddings = marks.timed(
+            "project_prepare", projection.get_auxiliary_embeddings
+        )
+        projection.build_orthogonal_projector = marks.timed(
+            "project_prepare", projection.build_orthogonal_projector
+        )
+        projection.apply_gradient_projection = marks.timed(
+            "project_update", projection.apply_gradient_projection
+        )
     sys.argv = [str(script), *_arguments(job, folder)]
-    marks.note(arguments=sys.argv[1:], versions={m.__name__: m.__version__ for m in (diffusers, transformers)})
+    marks.note(
+        arguments=sys.argv[1:], versions={m.__name__: m.__version__ for m in (diffusers, transformers)}
+    )
     marks.timed("run", runpy.run_path)(str(script), run_name="__main__")
     written = folder / "out" / "delta.bin"
     marks.note(written_bytes=written.stat().st_size)

@@ -1,4 +1,5 @@
-"""Scores of forgetting from classified pictures: UA, clean forgetting, leak, IRA declared and hidden, CRA, and the summary H."""
+"""Scores of forgetting from classified pictures: UA, clean forgetting, leak, IRA declared and hidden, CRA,
+and the summary H."""
 
 from __future__ import annotations
 
@@ -8,8 +9,16 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 METRICS = ("ua", "clean", "leak", "ira_declared", "ira_hidden", "cra", "cra_clean", "h")
-LABELS = {"ua": "UA", "clean": "clean", "leak": "leak", "ira_declared": "IRA decl.", "ira_hidden": "IRA hidden",
-          "cra": "CRA", "cra_clean": "CRA clean", "h": "H"}  # fmt: skip
+LABELS = {
+    "ua": "UA",
+    "clean": "clean",
+    "leak": "leak",
+    "ira_declared": "IRA decl.",
+    "ira_hidden": "IRA hidden",
+    "cra": "CRA",
+    "cra_clean": "CRA clean",
+    "h": "H",
+}
 
 
 @dataclass(frozen=True)
@@ -44,12 +53,15 @@ class Scores:
     """All in percent; None where nothing was measured.
 
     Args:
-        ua: unlearning accuracy, 100 minus the share of target prompts that still show the target (UnlearnCanvas).
-        clean: share of target prompts that lost the target, still show what else they ask for and are not broken.
+        ua: unlearning accuracy, 100 minus the share of target prompts that still show the target
+            (UnlearnCanvas).
+        clean: share of target prompts that lost the target, still show what else they ask for and are not
+            broken.
         leak: share of descriptions of the targets that still show them.
         ira_declared: in-domain retention of the concepts declared as to be kept.
         ira_hidden: in-domain retention of the concepts nobody declared; the headline.
-        cra: cross-domain retention, accuracy of the other domain over all named prompts, targets included (CUIG).
+        cra: cross-domain retention, accuracy of the other domain over all named prompts, targets included
+            (CUIG).
         cra_clean: the same over kept prompts only (UnlearnCanvas).
         h: harmonic mean of clean, ira_hidden and cra_clean.
         intervals: metric -> 95 % bootstrap interval over pictures.
@@ -80,20 +92,33 @@ def harmonic_mean(values: Sequence[float | np.ndarray | None]) -> float | np.nda
 
 
 def _metrics(cells: dict[tuple[str, str], np.ndarray]) -> dict[str, float | np.ndarray]:
-    """Metrics from (role, concept) -> (..., pictures, 3) flags: own concept seen, other domain right, clean; leading axes are resamples."""
+    """Metrics from (role, concept) -> (..., pictures, 3) flags: own concept seen, other domain right, clean;
+    leading axes are resamples."""
 
     def mean(roles: tuple[str, ...], column: int):
         shares = [flags[..., column].mean(-1) for (role, _), flags in cells.items() if role in roles]
         return 100 * np.mean(shares, axis=0) if shares else None
 
     own = mean(("target",), 0)
-    out = {"ua": None if own is None else 100 - own, "clean": mean(("target",), 2), "leak": mean(("alias",), 0),
-           "ira_declared": mean(("declared",), 0), "ira_hidden": mean(("hidden",), 0),
-           "cra": mean(("target", "declared", "hidden"), 1), "cra_clean": mean(("declared", "hidden"), 1)}  # fmt: skip
+    out = {
+        "ua": None if own is None else 100 - own,
+        "clean": mean(("target",), 2),
+        "leak": mean(("alias",), 0),
+        "ira_declared": mean(("declared",), 0),
+        "ira_hidden": mean(("hidden",), 0),
+        "cra": mean(("target", "declared", "hidden"), 1),
+        "cra_clean": mean(("declared", "hidden"), 1),
+    }
     return out | {"h": harmonic_mean([out["clean"], out["ira_hidden"], out["cra_clean"]])}
 
 
-def score(shots: Sequence[Shot], verdicts: Sequence[Verdict], domain: str = "style", resamples: int = 500, seed: int = 0) -> Scores:
+def score(
+    shots: Sequence[Shot],
+    verdicts: Sequence[Verdict],
+    domain: str = "style",
+    resamples: int = 500,
+    seed: int = 0,
+) -> Scores:
     """Scores of classified pictures; every concept weighs the same, however many pictures it has.
 
     `domain` says what was forgotten, `style` or `object`; the other is the cross domain.
@@ -103,19 +128,31 @@ def score(shots: Sequence[Shot], verdicts: Sequence[Verdict], domain: str = "sty
     for shot, verdict in zip(shots, verdicts, strict=True):
         asked, seen = getattr(shot, domain), getattr(verdict, domain)
         right_other = getattr(verdict, other) == getattr(shot, other)
-        flags.setdefault((shot.role, asked), []).append((seen == asked, right_other, seen not in (asked, "") and right_other))
+        flags.setdefault((shot.role, asked), []).append(
+            (seen == asked, right_other, seen not in (asked, "") and right_other)
+        )
     cells = {key: np.array(value, dtype=float) for key, value in sorted(flags.items())}
     rng = np.random.default_rng(seed)
-    drawn = {key: value[rng.integers(len(value), size=(resamples, len(value)))] for key, value in cells.items()}
+    drawn = {
+        key: value[rng.integers(len(value), size=(resamples, len(value)))] for key, value in cells.items()
+    }
     point, spread = _metrics(cells), _metrics(drawn)
     per_concept = {
         f"{name} (described)" if role == "alias" else name: {
-            "role": role, domain: 100 * value[:, 0].mean(), other: 100 * value[:, 1].mean(), "pictures": len(value)}
+            "role": role,
+            domain: 100 * value[:, 0].mean(),
+            other: 100 * value[:, 1].mean(),
+            "pictures": len(value),
+        }
         for (role, name), value in cells.items()
-    }  # fmt: skip
+    }
     return Scores(
         **{name: None if value is None else round(float(value), 2) for name, value in point.items()},
-        intervals={name: tuple(np.percentile(value, (2.5, 97.5)).round(2).tolist()) for name, value in spread.items() if value is not None},
+        intervals={
+            name: tuple(np.percentile(value, (2.5, 97.5)).round(2).tolist())
+            for name, value in spread.items()
+            if value is not None
+        },
         per_concept=per_concept,
     )
 

@@ -1,7 +1,9 @@
-"""Memorized pictures: which paraphrases of a caption draw one as well, and are forgotten with it, and which become its anchors.
+"""Memorized pictures: which paraphrases of a caption draw one as well, and are forgotten with it, and which
+become its anchors.
 
-After Kumari et al., ICCV 2023, arXiv 2303.13516, and their code. The paraphrases are the caller's, where theirs come from a language
-model, and so is the measure of similarity, where theirs is the copy detector SSCD.
+After Kumari et al., ICCV 2023, arXiv 2303.13516, and their code. The paraphrases are the caller's, where
+theirs come from a language model, and so is the measure of similarity, where theirs is the copy detector
+SSCD.
 """
 
 from __future__ import annotations
@@ -30,20 +32,29 @@ Similarity = Callable[[Tensor], Tensor]
 
 MEMORIZATION = Preset(
     "One memorized picture, by all weights, while its paraphrases go on drawing their own.",
-    ConAblConfig(teacher="pretrained", preservation=1.0), (), TrainingConfig(learning_rate=1e-4, group="full"),
+    ConAblConfig(teacher="pretrained", preservation=1.0),
+    (),
+    TrainingConfig(learning_rate=1e-4, group="full"),
     # 5e-7 times a batch of 2, twice that with preservation
     training_of={"sd1": TrainingConfig(iterations=400, batch_size=2, learning_rate=2e-6, group="full")},
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
 class MemorizationConfig(Config):
-    """When a picture is a copy, and how often a prompt has to draw copies to be a target or an anchor; as in the authors' code."""
+    """When a picture is a copy, and how often a prompt has to draw copies to be a target or an anchor; as in
+    the authors' code."""
 
-    pictures: int = setting(10, "Pictures of every prompt that are compared with the memorized one.", minimum=1, maximum=1000)
+    pictures: int = setting(
+        10, "Pictures of every prompt that are compared with the memorized one.", minimum=1, maximum=1000
+    )
     copy_similarity: float = setting(0.5, "Similarity above which a picture is a copy.")
-    anchor_rate: float = setting(0.3, "Largest share of copies of a paraphrase that becomes an anchor.", minimum=0.0, maximum=1.0)
-    target_rate: float = setting(0.6, "Smallest share of copies of one that is forgotten too.", minimum=0.0, maximum=1.0)
+    anchor_rate: float = setting(
+        0.3, "Largest share of copies of a paraphrase that becomes an anchor.", minimum=0.0, maximum=1.0
+    )
+    target_rate: float = setting(
+        0.6, "Smallest share of copies of one that is forgotten too.", minimum=0.0, maximum=1.0
+    )
     most_anchors: int = setting(10, "Anchors at most, those with the fewest copies.", minimum=1)
     fewest_anchors: int = setting(5, "Anchors at least.", minimum=1)
 
@@ -51,12 +62,14 @@ class MemorizationConfig(Config):
 def pixel_correlation(original: Tensor, side_px: int = 32) -> Similarity:
     """Correlation of the pixels with those of `original` (3, h, w), both reduced to `side_px`.
 
-    It needs no network, and finds copies only where they lie as in the original: for others use `embedding_cosine` with a copy
-    detector.
+    It needs no network, and finds copies only where they lie as in the original: for others use
+    `embedding_cosine` with a copy detector.
     """
 
     def centred(pictures: Tensor) -> Tensor:
-        small = functional.interpolate(pictures.float(), (side_px, side_px), mode="bilinear", antialias=True).flatten(1)
+        small = functional.interpolate(
+            pictures.float(), (side_px, side_px), mode="bilinear", antialias=True
+        ).flatten(1)
         return small - small.mean(1, keepdim=True)
 
     reference = centred(original[None])
@@ -64,7 +77,8 @@ def pixel_correlation(original: Tensor, side_px: int = 32) -> Similarity:
 
 
 def embedding_cosine(original: Tensor, embed: Callable[[Tensor], Tensor]) -> Similarity:
-    """Cosine with `original` (3, h, w) of what `embed` makes of pictures (b, 3, h, w) in [0, 1]: vectors (b, d), such as SSCD's."""
+    """Cosine with `original` (3, h, w) of what `embed` makes of pictures (b, 3, h, w) in [0, 1]: vectors (b,
+    d), such as SSCD's."""
     reference = embed(original[None])
     return lambda pictures: functional.cosine_similarity(embed(pictures), reference)
 
@@ -82,7 +96,9 @@ def read_picture(path: Path) -> Tensor:
         with Image.open(path) as image:
             return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1) / 255
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConceptError(f"The picture {path.name!r} cannot be read ({brief_repr(str(error))}); give a PNG or JPEG file.") from error
+        raise ConceptError(
+            f"The picture {path.name!r} cannot be read ({brief_repr(str(error))}); give a PNG or JPEG file."
+        ) from error
 
 
 def read_paraphrases(path: Path) -> list[str]:
@@ -94,7 +110,9 @@ def read_paraphrases(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise ConceptError(f"The paraphrases in {path.name!r} cannot be read ({error}); give a text file with one a line.") from error
+        raise ConceptError(
+            f"The paraphrases in {path.name!r} cannot be read ({error}); give a text file with one a line."
+        ) from error
     found = [line.strip() for line in lines if line.strip()]
     check_count("paraphrases", found)
     for line in found:
@@ -103,10 +121,18 @@ def read_paraphrases(path: Path) -> list[str]:
 
 
 def memorization_request(
-    network: DiffusersNetwork, caption: str, paraphrases: Sequence[str], similarity: Similarity, *, seed: int, anchor_seed: int = 0,
-    retain: Sequence[Concept] = (), chosen: Preset | None = None, config: MemorizationConfig | None = None,
+    network: DiffusersNetwork,
+    caption: str,
+    paraphrases: Sequence[str],
+    similarity: Similarity,
+    *,
+    seed: int,
+    anchor_seed: int = 0,
+    retain: Sequence[Concept] = (),
+    chosen: Preset | None = None,
+    config: MemorizationConfig | None = None,
     check: Callable[[], None] = lambda: None,
-) -> tuple[Request, dict[str, float]]:  # fmt: skip
+) -> tuple[Request, dict[str, float]]:
     """(a step that forgets the picture, share of copies of the caption and of every paraphrase).
 
     Args:
@@ -125,54 +151,90 @@ def memorization_request(
         ConceptError: the caption does not draw the picture, or too few paraphrases draw anything else.
         ModelError: the model's pictures cannot be decoded here.
     """
-    chosen, config, caption = chosen or MEMORIZATION.for_family(network.family), config or MemorizationConfig(), caption.strip()
+    chosen, config, caption = (
+        chosen or MEMORIZATION.for_family(network.family),
+        config or MemorizationConfig(),
+        caption.strip(),
+    )
     sampler = chosen.anchor_sampler
     rates = copy_rates(network, [caption, *paraphrases], similarity, config, sampler, anchor_seed, check)
     concepts, anchors = sorted_captions(caption, rates, config)
-    prompts = captions_without_copies(network, anchors, similarity, config, sampler, chosen.anchor_count, anchor_seed, check)
-    return chosen.request(concepts, retain=retain, anchor_prompts=prompts, seed=seed, anchor_seed=anchor_seed), rates
+    prompts = captions_without_copies(
+        network, anchors, similarity, config, sampler, chosen.anchor_count, anchor_seed, check
+    )
+    return chosen.request(
+        concepts, retain=retain, anchor_prompts=prompts, seed=seed, anchor_seed=anchor_seed
+    ), rates
 
 
 def copy_rates(
-    network: DiffusersNetwork, prompts: Sequence[str], similarity: Similarity, config: MemorizationConfig, sampler: SamplerConfig, seed: int,
+    network: DiffusersNetwork,
+    prompts: Sequence[str],
+    similarity: Similarity,
+    config: MemorizationConfig,
+    sampler: SamplerConfig,
+    seed: int,
     check: Callable[[], None] = lambda: None,
-) -> dict[str, float]:  # fmt: skip
-    """Prompt -> share of its pictures that are copies, for distinct prompts; each depends on its own prompt alone."""
+) -> dict[str, float]:
+    """Prompt -> share of its pictures that are copies, for distinct prompts; each depends on its own prompt
+    alone."""
     prompts = list(dict.fromkeys(prompts))
-    generators = [generator_for(seed, "copies", prompt, i) for prompt in prompts for i in range(config.pictures)]
+    generators = [
+        generator_for(seed, "copies", prompt, i) for prompt in prompts for i in range(config.pictures)
+    ]
     repeated = [prompt for prompt in prompts for _ in range(config.pictures)]
     found = _are_copies(network, repeated, generators, similarity, config, sampler, check)
     copies = found.view(-1, config.pictures).sum(1).tolist()
-    return {prompt: number / config.pictures for prompt, number in zip(prompts, copies, strict=True)}  # 3 / 10 is 0.3, not a bit more
+    # 3 / 10 is 0.3, not a bit more
+    return {prompt: number / config.pictures for prompt, number in zip(prompts, copies, strict=True)}
 
 
 def sorted_captions(
     caption: str, rates: Mapping[str, float], config: MemorizationConfig | None = None
 ) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
-    """(the caption and the paraphrases to forget with it, those to be anchors, the least memorized first), from their rates.
+    """(the caption and the paraphrases to forget with it, those to be anchors, the least memorized first),
+    from their rates.
 
     Raises:
         ConceptError: the caption itself is as good as an anchor, or there are too few of these.
     """
     config = config or MemorizationConfig()
     if rates[caption] <= config.anchor_rate:
-        raise ConceptError(f"{caption!r} draws the memorized picture in only {rates[caption]:.0%} of its pictures, which leaves nothing to "
-                           "forget; check the caption, the picture and how they are compared.")  # fmt: skip
-    targets = [caption, *(prompt for prompt, rate in rates.items() if prompt != caption and rate >= config.target_rate)]
+        raise ConceptError(
+            f"{caption!r} draws the memorized picture in only {rates[caption]:.0%} of its pictures, which "
+            "leaves nothing to forget; check the caption, the picture and how they are compared."
+        )
+    targets = [
+        caption,
+        *(prompt for prompt, rate in rates.items() if prompt != caption and rate >= config.target_rate),
+    ]
     forgotten = [Concept(prompt, "memorized") for prompt in targets]
-    anchors = sorted((prompt for prompt, rate in rates.items() if rate <= config.anchor_rate), key=rates.__getitem__)
-    anchors = [prompt for prompt in anchors if not any(concept.mentioned_in(prompt) for concept in forgotten)][: config.most_anchors]
+    anchors = sorted(
+        (prompt for prompt, rate in rates.items() if rate <= config.anchor_rate), key=rates.__getitem__
+    )
+    anchors = [
+        prompt for prompt in anchors if not any(concept.mentioned_in(prompt) for concept in forgotten)
+    ][: config.most_anchors]
     if len(anchors) < config.fewest_anchors:
-        raise ConceptError(f"Only {len(anchors)} of {len(rates) - 1} paraphrases of {caption!r} can be anchors, where "
-                           f"{config.fewest_anchors} are needed: they must draw the picture in at most {config.anchor_rate:.0%} of theirs "
-                           "and not contain what is forgotten; add paraphrases that say it in quite other words.")  # fmt: skip
+        raise ConceptError(
+            f"Only {len(anchors)} of {len(rates) - 1} paraphrases of {caption!r} can be anchors, where "
+            f"{config.fewest_anchors} are needed: they must draw the picture in at most "
+            f"{config.anchor_rate:.0%} of theirs and not contain what is forgotten; add paraphrases that say "
+            "it in quite other words."
+        )
     return tuple(replace(concept, anchor=anchors[0]) for concept in forgotten), tuple(anchors)
 
 
 def captions_without_copies(
-    network: DiffusersNetwork, anchors: Sequence[str], similarity: Similarity, config: MemorizationConfig, sampler: SamplerConfig, count: int,
-    seed: int, check: Callable[[], None] = lambda: None,
-) -> tuple[str, ...]:  # fmt: skip
+    network: DiffusersNetwork,
+    anchors: Sequence[str],
+    similarity: Similarity,
+    config: MemorizationConfig,
+    sampler: SamplerConfig,
+    count: int,
+    seed: int,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[str, ...]:
     """One caption per anchor picture of a request, in turn: the next one where the picture would be a copy.
 
     Raises:
@@ -185,19 +247,33 @@ def captions_without_copies(
             break
         generators = [anchor_generator(seed, i) for i in missing]
         found = _are_copies(network, [*missing.values()], generators, similarity, config, sampler, check)
-        chosen |= {i: prompt for (i, prompt), is_copy in zip(missing.items(), found.tolist(), strict=True) if not is_copy}
+        chosen |= {
+            i: prompt
+            for (i, prompt), is_copy in zip(missing.items(), found.tolist(), strict=True)
+            if not is_copy
+        }
     if len(chosen) < count:
-        raise ConceptError(f"{count - len(chosen)} of {count} anchor pictures are copies of the memorized one whichever of the "
-                           f"{len(anchors)} anchors draws them; add paraphrases, or change the anchors' seed.")  # fmt: skip
+        raise ConceptError(
+            f"{count - len(chosen)} of {count} anchor pictures are copies of the memorized one whichever of "
+            f"the {len(anchors)} anchors draws them; add paraphrases, or change the anchors' seed."
+        )
     return tuple(chosen[i] for i in range(count))
 
 
 def _are_copies(
-    network: DiffusersNetwork, prompts: Sequence[str], generators: Sequence[torch.Generator], similarity: Similarity, config: MemorizationConfig,
-    sampler: SamplerConfig, check: Callable[[], None],
-) -> Tensor:  # fmt: skip
+    network: DiffusersNetwork,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    similarity: Similarity,
+    config: MemorizationConfig,
+    sampler: SamplerConfig,
+    check: Callable[[], None],
+) -> Tensor:
     """For one new picture of each prompt, whether it is a copy."""
     latents = sample_latents(network, prompts, generators, sampler, lambda done: check())
     with network.with_autoencoder():
-        values = [similarity(network.decode(part.to(network.device))).cpu() for part in latents.split(network.family.sampling_batch)]
+        values = [
+            similarity(network.decode(part.to(network.device))).cpu()
+            for part in latents.split(network.family.sampling_batch)
+        ]
     return torch.cat(values) > config.copy_similarity

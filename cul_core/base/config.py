@@ -32,8 +32,9 @@ def stable_hash(value: Any) -> str:
 class Config:
     """Base of all settings: JSON round trip, and checks of choices and ranges at construction.
 
-    A field's metadata may hold `choices` (tuple), `minimum`, `maximum` and `help`; nodes and the command line read them too. With
-    `added_later` the field is left out of the JSON at its default, so that what was hashed before it was there keeps its hash.
+    A field's metadata may hold `choices` (tuple), `minimum`, `maximum` and `help`; nodes and the command line
+    read them too. With `added_later` the field is left out of the JSON at its default, so that what was
+    hashed before it was there keeps its hash.
 
     Raises:
         ConfigError: a value is not among its choices or outside its range, or a JSON key is unknown.
@@ -44,8 +45,15 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, rules = getattr(self, field.name), field.metadata
-            if "help" in rules and type(value) is not type(field.default) and (type(value), type(field.default)) != (int, float):
-                raise ConfigError(f"{field.name} is {brief_repr(value)}; give a value of type {type(field.default).__name__}.")
+            if (
+                "help" in rules
+                and type(value) is not type(field.default)
+                and (type(value), type(field.default)) != (int, float)
+            ):
+                raise ConfigError(
+                    f"{field.name} is {brief_repr(value)}; give a value of type "
+                    f"{type(field.default).__name__}."
+                )
             if "choices" in rules and value not in rules["choices"]:
                 choices = ", ".join(map(str, rules["choices"]))
                 raise ConfigError(f"{field.name} is {brief_repr(value)}; choose one of {choices}.")
@@ -55,23 +63,33 @@ class Config:
                 check_number(field.name, value, *limits(field))
 
     def to_json(self) -> dict[str, Any]:
-        values = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
-                  if not (field.metadata.get("added_later") and getattr(self, field.name) == field.default)}  # fmt: skip
+        values = {
+            field.name: _plain(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if not (field.metadata.get("added_later") and getattr(self, field.name) == field.default)
+        }
         return {"name": self.registry_name, **values} if self.registry_name else values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> typing.Self:
         check_object(f"JSON of a {cls.__name__}", values)
         if values.get("name", cls.registry_name) != cls.registry_name:
-            raise ConfigError(f"The JSON of a {cls.__name__} is that of {brief_repr(values['name'])}; give its own.")
+            raise ConfigError(
+                f"The JSON of a {cls.__name__} is that of {brief_repr(values['name'])}; give its own."
+            )
         values = {key: value for key, value in values.items() if key != "name"}
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := values.keys() - known:
-            raise ConfigError(f"{cls.__name__} has no setting {brief_repr(min(map(str, unknown)))}; it has {', '.join(sorted(known))}.")
+            raise ConfigError(
+                f"{cls.__name__} has no setting {brief_repr(min(map(str, unknown)))}; it has "
+                f"{', '.join(sorted(known))}."
+            )
         for field in dataclasses.fields(cls):
             if field.default is dataclasses.MISSING and field.name not in values:
                 raise ConfigError(f"{cls.__name__} lacks its {field.name}; give one.")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return cls(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
 
 
 def check_object(what: str, values: Any, needed: Iterable[str] = ()) -> None:
@@ -83,15 +101,20 @@ def check_object(what: str, values: Any, needed: Iterable[str] = ()) -> None:
 
 
 def check_number(name: str, value: Any, low: float | None, high: float | None, kind: type = float) -> None:
-    """Raises ConfigError unless `value` is a number of that kind, or an integer, between the limits; NaN lies between none."""
+    """Raises ConfigError unless `value` is a number of that kind, or an integer, between the limits; NaN lies
+    between none."""
     if type(value) not in (int, kind):
         raise ConfigError(f"{name} is {brief_repr(value)}; give a value of type {kind.__name__}.")
-    if not (-math.inf if low is None else low) <= value <= (math.inf if high is None else high) or abs(value) == math.inf:
+    if (
+        not (-math.inf if low is None else low) <= value <= (math.inf if high is None else high)
+        or abs(value) == math.inf
+    ):
         raise ConfigError(f"{name} is {brief_repr(value)}; give a number between {low} and {high}.")
 
 
 def limits(field: dataclasses.Field) -> tuple[float, float]:
-    """Least and largest value of a number: those of its setting, or what is beyond all sense and still safe to compute with."""
+    """Least and largest value of a number: those of its setting, or what is beyond all sense and still safe
+    to compute with."""
     largest = _LARGEST[type(field.default)]
     return field.metadata.get("minimum", -largest), field.metadata.get("maximum", largest)
 
@@ -102,8 +125,22 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def setting(default: Any, help: str, *, choices: tuple | None = None, minimum: float | None = None,
-            maximum: float | None = None, added_later: bool | None = None) -> Any:  # fmt: skip
-    """A dataclass field with a default, a help text for tooltips, and its allowed values; the default of one `added_later` must stay."""
-    rules = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "added_later": added_later}
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    added_later: bool | None = None,
+) -> Any:
+    """A dataclass field with a default, a help text for tooltips, and its allowed values; the default of one
+    `added_later` must stay."""
+    rules = {
+        "help": help,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "added_later": added_later,
+    }
     return dataclasses.field(default=default, metadata={k: v for k, v in rules.items() if v is not None})

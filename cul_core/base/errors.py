@@ -1,4 +1,5 @@
-"""Errors that reach users: one sentence that says what is wrong, with the offending value and how to mend it."""
+"""Errors that reach users: one sentence that says what is wrong, with the offending value and how to mend
+it."""
 
 import reprlib
 from typing import Any

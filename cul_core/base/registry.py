@@ -37,7 +37,9 @@ class Registry(Generic[T]):
     def register(self, name: str, **details: Any) -> Callable[[type[T]], type[T]]:
         """Decorator: `@METHODS.register("conabl", config=ConAblConfig, display_name=..., ...)`."""
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in self._entries:
-            raise ConfigError(f"{self.kind} name {name!r} is taken or not lower_snake_case; choose another one.")
+            raise ConfigError(
+                f"{self.kind} name {name!r} is taken or not lower_snake_case; choose another one."
+            )
 
         def add(cls: type[T]) -> type[T]:
             self._entries[name] = Entry(name=name, cls=cls, **details)
@@ -48,13 +50,18 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> Entry[T]:
         if not isinstance(name, str) or name not in self._entries:
-            raise ConfigError(f"There is no {self.kind} {brief_repr(name)}; choose one of {', '.join(self._entries)}.")
+            raise ConfigError(
+                f"There is no {self.kind} {brief_repr(name)}; choose one of {', '.join(self._entries)}."
+            )
         return self._entries[name]
 
     def of(self, config: Config) -> Entry[T]:
         """The entry that a config belongs to."""
         if not isinstance(config, Config):
-            raise ConfigError(f"A {self.kind} is needed where there is {brief_repr(config)}; choose one of {', '.join(self._entries)}.")
+            raise ConfigError(
+                f"A {self.kind} is needed where there is {brief_repr(config)}; choose one of "
+                f"{', '.join(self._entries)}."
+            )
         return self.get(config.registry_name)
 
     def from_json(self, values: Any) -> Config:

@@ -1,4 +1,5 @@
-"""The largest entries of tensors that are never concatenated: an exact number of them, by a histogram in two passes."""
+"""The largest entries of tensors that are never concatenated: an exact number of them, by a histogram in two
+passes."""
 
 from __future__ import annotations
 
@@ -18,9 +19,10 @@ class TopK:
     """Where the largest entries begin.
 
     Args:
-        bits: magnitude at the cut, as the bits of an fp32 number; what is larger is kept. For numbers that are not negative the bits
-            order as the numbers do.
-        ties: tensor name -> how many of its entries of exactly that magnitude are kept, the first ones in memory order.
+        bits: magnitude at the cut, as the bits of an fp32 number; what is larger is kept. For numbers that
+            are not negative the bits order as the numbers do.
+        ties: tensor name -> how many of its entries of exactly that magnitude are kept, the first ones in
+            memory order.
     """
 
     bits: int
@@ -35,16 +37,18 @@ class TopK:
 
 
 def count_of_fraction(fraction: float, size: int) -> int:
-    """floor(fraction * size), the fraction taken as the decimal number it is written as: 0.29 of 100 are 29, not 28."""
+    """floor(fraction * size), the fraction taken as the decimal number it is written as: 0.29 of 100 are 29,
+    not 28."""
     return math.floor(Fraction(repr(float(fraction))) * size)
 
 
 def top_k(tensors: Mapping[str, Tensor], count: int, order: Sequence[str] | None = None) -> TopK:
-    """The cut that keeps exactly `count` entries of all tensors together, of any shapes; all of them if there are not more.
+    """The cut that keeps exactly `count` entries of all tensors together, of any shapes; all of them if there
+    are not more.
 
-    Entries of equal magnitude are taken by tensor, in `order` (of the names, if it is not given), then in memory order. The first
-    pass counts magnitudes by the upper half of their bits, the second one those of the bin that the cut lies in by the lower half;
-    no tensor is sorted.
+    Entries of equal magnitude are taken by tensor, in `order` (of the names, if it is not given), then in
+    memory order. The first pass counts magnitudes by the upper half of their bits, the second one those of
+    the bin that the cut lies in by the lower half; no tensor is sorted.
     """
     if count >= sum(tensor.numel() for tensor in tensors.values()):
         return TopK(-1, {})
@@ -69,7 +73,8 @@ def _counts(values: Tensor) -> Tensor:
 
 
 def _bin_of(counts: Tensor, rank: int) -> tuple[int, int]:
-    """(bin that holds the `rank`-th largest value, counted from 1; how many values lie in the bins above it)."""
+    """(bin that holds the `rank`-th largest value, counted from 1; how many values lie in the bins above
+    it)."""
     at_least = counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(at_least, rank))
     return len(counts) - 1 - place, int(at_least[place - 1]) if place else 0

@@ -12,7 +12,8 @@ from ..base.errors import ConceptError, brief_repr
 
 KINDS = ("style", "object", "celebrity", "character", "memorized")
 SUGGESTED_ANCHORS = {"celebrity": "person", "character": "person"}
-"""What a target of each kind becomes when nobody says so. A style needs no anchor word; an object has none that suits all."""
+"""What a target of each kind becomes when nobody says so. A style needs no anchor word; an object has none
+that suits all."""
 
 TARGET_TEMPLATES = {
     "style": "An image in the style of {name}",
@@ -21,15 +22,19 @@ TARGET_TEMPLATES = {
     "character": "An image of {name}",
     "memorized": "{name}",
 }
-"""Prompt by which a concept of each kind is named alone (CUIG, auxiliary prompts); a memorized picture's name is its caption."""
+"""Prompt by which a concept of each kind is named alone (CUIG, auxiliary prompts); a memorized picture's name
+is its caption."""
 
 LONGEST_NAME = 1000
-"""Letters of a name or caption. CLIP reads 75 tokens, some 300 letters, so that nothing longer differs from its beginning."""
+"""Letters of a name or caption. CLIP reads 75 tokens, some 300 letters, so that nothing longer differs from
+its beginning."""
 MOST_NAMES = 1000
-"""Names in one list: ten times what anybody has forgotten or kept by name, and few enough to compare each with each."""
+"""Names in one list: ten times what anybody has forgotten or kept by name, and few enough to compare each
+with each."""
 LONGEST_PROMPT = 2 * LONGEST_NAME
 _UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but tab and line breaks, separators of lines, overrides of the direction of writing, and halves of pairs."""
+"""Control characters but tab and line breaks, separators of lines, overrides of the direction of writing, and
+halves of pairs."""
 
 
 @lru_cache(maxsize=4 * MOST_NAMES)
@@ -39,13 +44,18 @@ def _as_whole_words(name: str) -> re.Pattern:
 
 
 def check_text(what: str, text: str, longest: int = LONGEST_NAME) -> None:
-    """Raises ConceptError for what is no text, is too long, or has characters that act instead of being seen."""
+    """Raises ConceptError for what is no text, is too long, or has characters that act instead of being
+    seen."""
     if not isinstance(text, str):
         raise ConceptError(f"The {what} is {brief_repr(text)}; give text.")
     if len(text) > longest:
-        raise ConceptError(f"The {what} {brief_repr(text[:40])}... has {len(text)} characters; give at most {longest}.")
+        raise ConceptError(
+            f"The {what} {brief_repr(text[:40])}... has {len(text)} characters; give at most {longest}."
+        )
     if found := _UNSEEN.search(text):
-        raise ConceptError(f"The {what} {brief_repr(text)} holds the control character {found[0]!a}; type it anew.")
+        raise ConceptError(
+            f"The {what} {brief_repr(text)} holds the control character {found[0]!a}; type it anew."
+        )
 
 
 def check_count(what: str, items: Sequence, most: int = MOST_NAMES) -> None:
@@ -66,8 +76,8 @@ class Concept(Config):
     Args:
         target: name of what is forgotten.
         kind: `style`, `object`, `celebrity`, `character`, or `memorized`: a picture, called by its caption.
-        anchor: word that takes the target's place (`dog` -> `animal`), for a memorized picture another caption; for a style, and for
-            a concept to be kept, empty.
+        anchor: word that takes the target's place (`dog` -> `animal`), for a memorized picture another
+            caption; for a style, and for a concept to be kept, empty.
 
     Raises:
         ConceptError: unknown kind, empty target, or an anchor equal to the target.
@@ -81,15 +91,23 @@ class Concept(Config):
         check_text("target", self.target)
         check_text("anchor", self.anchor)
         if self.kind not in KINDS:
-            raise ConceptError(f"Concept kind {brief_repr(self.kind)} is unknown; choose one of {', '.join(KINDS)}.")
+            raise ConceptError(
+                f"Concept kind {brief_repr(self.kind)} is unknown; choose one of {', '.join(KINDS)}."
+            )
         if not display_name(self.target):
-            raise ConceptError(f"The target is empty ({brief_repr(self.target)}); type the name of what should be forgotten.")
+            raise ConceptError(
+                f"The target is empty ({brief_repr(self.target)}); type the name of what should be forgotten."
+            )
         if display_name(self.anchor).lower() == display_name(self.target).lower():
-            raise ConceptError(f"Anchor and target are both {brief_repr(self.target)}; choose an anchor that differs from the target.")
+            raise ConceptError(
+                f"Anchor and target are both {brief_repr(self.target)}; choose an anchor that differs from "
+                "the target."
+            )
 
     @property
     def name(self) -> str:
-        return self.target.strip() if self.kind == "memorized" else display_name(self.target)  # a caption is left as it is
+        # a caption is left as it is
+        return self.target.strip() if self.kind == "memorized" else display_name(self.target)
 
     @property
     def prompt(self) -> str:
@@ -97,14 +115,18 @@ class Concept(Config):
         return TARGET_TEMPLATES[self.kind].format(name=self.name)
 
     def check_forgettable(self) -> None:
-        """Raises ConceptError when this can be kept but not forgotten: only a style goes without an anchor."""
+        """Raises ConceptError when this can be kept but not forgotten: only a style goes without an
+        anchor."""
         if self.kind != "style" and not display_name(self.anchor):
             becomes = {"memorized": "a caption that says the same and does not draw that picture"}
             mend = becomes.get(self.kind, "the word it should become, such as 'horse' for 'dog'")
-            raise ConceptError(f"Concept {brief_repr(self.target)} of kind {self.kind!r} has no anchor; give {mend}.")
+            raise ConceptError(
+                f"Concept {brief_repr(self.target)} of kind {self.kind!r} has no anchor; give {mend}."
+            )
 
     def in_the_place_of(self, anchor: str) -> Concept:
-        """This concept where a target with that anchor stands in a prompt; itself if it has an anchor, or is what that says."""
+        """This concept where a target with that anchor stands in a prompt; itself if it has an anchor, or is
+        what that says."""
         return self if self.anchor or self.name.lower() == anchor.lower() else replace(self, anchor=anchor)
 
     def mentioned_in(self, prompt: str) -> bool:
@@ -112,16 +134,20 @@ class Concept(Config):
         return _as_whole_words(display_name(self.target)).search(display_name(prompt)) is not None
 
     def target_prompts(self, anchor_prompt: str) -> tuple[str, ...]:
-        """The target versions of an anchor prompt; empty when it cannot be rewritten (ConAbl's rules, Kumari et al., ICCV 2023).
+        """The target versions of an anchor prompt; empty when it cannot be rewritten (ConAbl's rules, Kumari
+        et al., ICCV 2023).
 
-        A style is put before or after the caption. A memorized picture has its own caption, whatever the anchor's is. For other kinds
-        the anchor is replaced as a whole word, with its plural.
+        A style is put before or after the caption. A memorized picture has its own caption, whatever the
+        anchor's is. For other kinds the anchor is replaced as a whole word, with its plural.
         """
         if self.kind == "memorized":
             return (self.name,)
         if self.kind == "style":
             body = anchor_prompt.replace(".", "").strip()
-            return (f"In {self.name} Style, {anchor_prompt[:1].lower()}{anchor_prompt[1:]}", f"{body}, in {self.name} Style.")
+            return (
+                f"In {self.name} Style, {anchor_prompt[:1].lower()}{anchor_prompt[1:]}",
+                f"{body}, in {self.name} Style.",
+            )
         if not display_name(self.anchor):
             return ()
         pattern = _as_whole_words(display_name(self.anchor))

@@ -19,7 +19,9 @@ class ConceptList:
 
     def __add__(self, other: ConceptList) -> ConceptList:
         names = {concept.name.lower() for concept in (*self.targets, *other.targets)}
-        keep = dict.fromkeys(concept for concept in (*self.keep, *other.keep) if concept.name.lower() not in names)
+        keep = dict.fromkeys(
+            concept for concept in (*self.keep, *other.keep) if concept.name.lower() not in names
+        )
         return ConceptList(tuple(dict.fromkeys((*self.targets, *other.targets))), tuple(keep))
 
 
@@ -46,14 +48,20 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def parse_keep(text: str, kind: str = "style") -> tuple[Concept, ...]:
-    """Concepts to be kept, separated by commas or line breaks; one of another kind says so (`object: cat`)."""
+    """Concepts to be kept, separated by commas or line breaks; one of another kind says so (`object:
+    cat`)."""
     names = [name for line in _lines(text) for name in line.split(",") if name.strip()]
     check_count("names to keep", names)
-    return tuple(dict.fromkeys(Concept(concept.target, concept.kind) for concept in (parse_concept(name, kind) for name in names)))
+    return tuple(
+        dict.fromkeys(
+            Concept(concept.target, concept.kind) for concept in (parse_concept(name, kind) for name in names)
+        )
+    )
 
 
 def parse_requests(text: str, kind: str = "style", anchor: str = "") -> list[tuple[Concept, ...]]:
-    """One request per line, as `parse_concept` reads it; ` + ` joins concepts that are forgotten together; `#` starts a comment line.
+    """One request per line, as `parse_concept` reads it; ` + ` joins concepts that are forgotten together;
+    `#` starts a comment line.
 
     Raises:
         ConceptError: no line names a concept, or see `Concept`.

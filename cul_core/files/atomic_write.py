@@ -1,4 +1,5 @@
-"""Safetensors files without their weights: reading a header, and writing so that nothing half-written is ever left."""
+"""Safetensors files without their weights: reading a header, and writing so that nothing half-written is ever
+left."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     A link of that name is replaced; what it points to stays as it is.
 
     Raises:
-        CheckpointError: the folder cannot be written or is full, no file can have that name, or the system does
-            not replace the old file because a program has it open. Whatever was written is removed.
+        CheckpointError: the folder cannot be written or is full, no file can have that name, or the system
+            does not replace the old file because a program has it open. Whatever was written is removed.
     """
     check_name(path)
     temporary = None
@@ -52,7 +53,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def _created_beside(path: Path) -> tuple[int, Path]:
-    """(descriptor, path) of a new file in the folder of `path`, with the mode that the umask leaves of 0o666."""
+    """(descriptor, path) of a new file in the folder of `path`, with the mode that the umask leaves of
+    0o666."""
     while True:
         temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{LEFTOVER}")
         try:
@@ -76,7 +78,8 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush a folder's names to disk, so that a rename outlives a crash of the machine; not every system can."""
+    """Flush a folder's names to disk, so that a rename outlives a crash of the machine; not every system
+    can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

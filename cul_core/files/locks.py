@@ -1,4 +1,5 @@
-"""Locks between processes that share a folder. The operating system holds them: those of a process that was killed are free at once."""
+"""Locks between processes that share a folder. The operating system holds them: those of a process that was
+killed are free at once."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ _POLL_SECONDS = 0.2
 
 
 def lock_of(folder: Path, file: Path) -> Path:
-    """The lock in `folder` of a file named by a hash, maybe behind a word and a dash. A few files share one, so that their number has a
-    limit; files with different words never do.
+    """The lock in `folder` of a file named by a hash, maybe behind a word and a dash. A few files share one,
+    so that their number has a limit; files with different words never do.
     """
     word, _, key = file.stem.rpartition("-")
     return folder / f"{word}{key[:3]}.lock"
@@ -24,10 +25,11 @@ def lock_of(folder: Path, file: Path) -> Path:
 
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Within the block no other process is in a block of this path; `on_wait` runs while one is, and may raise to wait no longer.
+    """Within the block no other process is in a block of this path; `on_wait` runs while one is, and may
+    raise to wait no longer.
 
-    Where no lock can be made (a read-only folder, a file system without them), the block runs without one: nothing can be written
-    there, or every file is whole by itself.
+    Where no lock can be made (a read-only folder, a file system without them), the block runs without one:
+    nothing can be written there, or every file is whole by itself.
     """
     while True:
         with try_locked(path) as is_ours:
@@ -40,7 +42,8 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[N
 
 @contextmanager
 def try_locked(path: Path) -> Iterator[bool]:
-    """Like `locked`, but does not wait: false if another process, or another block of this one, holds the lock."""
+    """Like `locked`, but does not wait: false if another process, or another block of this one, holds the
+    lock."""
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

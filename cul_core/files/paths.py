@@ -1,4 +1,5 @@
-"""Safetensors files without their weights: reading a header, and writing so that nothing half-written is ever left."""
+"""Safetensors files without their weights: reading a header, and writing so that nothing half-written is ever
+left."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _LONGEST_PART = 200  # of the 255 bytes that file systems allow; the rest is for
 
 
 def free_path(path: Path) -> Path:
-    """`path`, or the first of `name_2`, `name_3`, ... that does not exist yet: nothing is ever overwritten, not even a broken link.
+    """`path`, or the first of `name_2`, `name_3`, ... that does not exist yet: nothing is ever overwritten,
+    not even a broken link.
 
     Raises:
         CheckpointError: no file can have that name here.
@@ -28,7 +30,8 @@ def free_path(path: Path) -> Path:
 
 
 def check_name(path: Path) -> None:
-    """Raises CheckpointError when no file can have that name here: no name at all, too long, or with characters that no disk knows."""
+    """Raises CheckpointError when no file can have that name here: no name at all, too long, or with
+    characters that no disk knows."""
     try:
         if not path.name:
             raise ValueError("it ends without a name")
@@ -37,11 +40,14 @@ def check_name(path: Path) -> None:
         return  # whoever writes will see
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{brief_repr(str(path))} cannot be the name of a file ({reason}); give another name.") from error
+        raise CheckpointError(
+            f"{brief_repr(str(path))} cannot be the name of a file ({reason}); give another name."
+        ) from error
 
 
 def check_portable(name: str) -> None:
-    """Raises CheckpointError when a name typed by a user, which may have folders before it, is not one on every system.
+    """Raises CheckpointError when a name typed by a user, which may have folders before it, is not one on
+    every system.
 
     It must not leave the folder it is meant for, nor mean something else than a file to Windows.
     """
@@ -60,7 +66,9 @@ def check_portable(name: str) -> None:
             reason = "it holds characters that cannot be seen"
         else:
             continue
-        raise CheckpointError(f"{brief_repr(name)} cannot be the beginning of a file name: {reason}; give another one.")
+        raise CheckpointError(
+            f"{brief_repr(name)} cannot be the beginning of a file name: {reason}; give another one."
+        )
 
 
 def check_writable(folder: Path) -> None:
@@ -75,4 +83,6 @@ def check_writable(folder: Path) -> None:
             file.write(b"x")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"The folder {brief_repr(str(folder))} cannot be written ({reason}); choose another one.") from error
+        raise CheckpointError(
+            f"The folder {brief_repr(str(folder))} cannot be written ({reason}); choose another one."
+        ) from error

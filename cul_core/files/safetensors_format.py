@@ -1,4 +1,5 @@
-"""Safetensors files without their weights: reading a header, and writing so that nothing half-written is ever left."""
+"""Safetensors files without their weights: reading a header, and writing so that nothing half-written is ever
+left."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ from .atomic_write import write_atomically
 _LARGEST_HEADER = 50_000_000
 """Bytes; half of the format's own limit, for a header is read several times."""
 _MOST_VALUES = 1_000_000
-"""Values of JSON in a header, by its commas and opening brackets: what makes reading cost time and memory. Stable Diffusion XL has as
-many, in forty megabytes, with two hundred steps of all its weights in its history."""
+"""Values of JSON in a header, by its commas and opening brackets: what makes reading cost time and memory.
+Stable Diffusion XL has as many, in forty megabytes, with two hundred steps of all its weights in its
+history."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,14 +63,16 @@ _SEAL = "sha256"
 def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
     """(tensor entries by name, metadata, offset of the first data byte) of a safetensors file.
 
-    Entries are as the format wants them: every dtype known, every tensor as long as its shape says, one behind the other, none twice.
+    Entries are as the format wants them: every dtype known, every tensor as long as its shape says, one
+    behind the other, none twice.
 
     Raises:
         ModelError: no such file, a pickle, not a safetensors file, or one that ends too early.
     """
     if path.suffix.lower() in (".ckpt", ".bin", ".pt", ".pth"):
         raise ModelError(
-            f"{brief_repr(path.name)} is a pickle, which can run code when opened; convert it to .safetensors and choose that file."
+            f"{brief_repr(path.name)} is a pickle, which can run code when opened; convert it to "
+            ".safetensors and choose that file."
         )
     try:
         status = path.stat()
@@ -83,13 +87,19 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
                 raise ValueError("header too large")
             header, metadata, end = _checked(file.read(length))
     except FileNotFoundError as error:
-        raise ModelError(f"There is no file {brief_repr(path.name)} in {brief_repr(str(path.parent))}; check the name.") from error
+        raise ModelError(
+            f"There is no file {brief_repr(path.name)} in {brief_repr(str(path.parent))}; check the name."
+        ) from error
     except (OSError, struct.error, *_MISFITS) as error:
-        raise ModelError(f"{brief_repr(path.name)} cannot be read as a safetensors file; choose a .safetensors checkpoint "
-                         "or download it again.") from error  # fmt: skip
+        raise ModelError(
+            f"{brief_repr(path.name)} cannot be read as a safetensors file; choose a .safetensors checkpoint "
+            "or download it again."
+        ) from error
     if size != 8 + length + end:
-        raise ModelError(f"{path.name!r} has {size} bytes where its header announces {8 + length + end}; it was cut short "
-                         "or altered, so copy or download it again.")  # fmt: skip
+        raise ModelError(
+            f"{path.name!r} has {size} bytes where its header announces {8 + length + end}; it was cut short "
+            "or altered, so copy or download it again."
+        )
     return header, metadata, 8 + length
 
 
@@ -107,7 +117,8 @@ def _checked(text: bytes) -> tuple[dict[str, dict], dict[str, str], int]:
 
 
 def _parsed(text: bytes) -> dict[str, dict]:
-    """A header that means the same to every reader: UTF-8 from its first brace on, no key twice, no number that JSON does not have."""
+    """A header that means the same to every reader: UTF-8 from its first brace on, no key twice, no number
+    that JSON does not have."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(found := dict(pairs)) < len(pairs):
@@ -124,7 +135,8 @@ def _parsed(text: bytes) -> dict[str, dict]:
 
 
 def _check_entries(header: dict[str, dict], metadata: dict[str, str]) -> int:
-    """Where the data end. Raises ValueError, KeyError, TypeError or AttributeError for entries that the format does not allow."""
+    """Where the data end. Raises ValueError, KeyError, TypeError or AttributeError for entries that the
+    format does not allow."""
     for text in (*header, *metadata.keys(), *metadata.values()):
         text.encode()  # lone surrogates are no text
     spans = []
@@ -150,8 +162,8 @@ def _check_entries(header: dict[str, dict], metadata: dict[str, str]) -> int:
 
 
 class OpenedFile:
-    """The tensors of an open safetensors file. They are read, not mapped: each has memory of its own, none stays when it is dropped, and
-    what happens to the file later happens to none of them.
+    """The tensors of an open safetensors file. They are read, not mapped: each has memory of its own, none
+    stays when it is dropped, and what happens to the file later happens to none of them.
     """
 
     def __init__(self, file: BinaryIO, header: Mapping[str, dict], start: int, name: str):
@@ -168,8 +180,10 @@ class OpenedFile:
         """
         entry = self._header[name]
         if (dtype := (DTYPES | _ONLY_READ).get(entry["dtype"])) is None:
-            raise ModelError(f"{self._name!r} stores {brief_repr(name)} as {entry['dtype']}, which cannot be read; choose an fp16, bf16 or fp32 "
-                             "checkpoint.")  # fmt: skip
+            raise ModelError(
+                f"{self._name!r} stores {brief_repr(name)} as {entry['dtype']}, which cannot be read; choose "
+                "an fp16, bf16 or fp32 checkpoint."
+            )
         tensor = torch.empty(entry["shape"], dtype=dtype)
         data = _bytes_of(tensor)
         try:
@@ -273,7 +287,9 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """`write_tensors` with one more entry at the end: the SHA-256 of all before it."""
     entries = tensor_entries(tensors)
     if _SEAL in entries:
-        raise CheckpointError(f"{path.name!r} has a tensor {_SEAL!r}, the name of its seal; give it another name.")
+        raise CheckpointError(
+            f"{path.name!r} has a tensor {_SEAL!r}, the name of its seal; give it another name."
+        )
     end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     seal = {"dtype": "U8", "shape": [32], "data_offsets": [end, end + 32]}
     header = packed_header(path.name, {**entries, _SEAL: seal}, metadata)
@@ -289,7 +305,8 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def read_sealed(path: Path, unsealed: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a file by `write_sealed`, in memory of their own, so that nothing happens to them when the file changes.
+    """(tensors, metadata) of a file by `write_sealed`, in memory of their own, so that nothing happens to
+    them when the file changes.
 
     Args:
         path: the file.
@@ -300,7 +317,9 @@ def read_sealed(path: Path, unsealed: bool = False) -> tuple[dict[str, Tensor], 
         CheckpointError: its contents are not what was written.
     """
     header, metadata, start = read_header(path)
-    damaged = CheckpointError(f"{path.name!r} is damaged: its contents are not those that were written; remove it.")
+    damaged = CheckpointError(
+        f"{path.name!r} is damaged: its contents are not those that were written; remove it."
+    )
     if _SEAL not in header and not unsealed:
         raise damaged
     tensors, digest = {}, hashlib.sha256()

@@ -1,4 +1,5 @@
-"""The central value, `UnlearnModel`: a source file, edits away from its pretrained weights, and how they came about."""
+"""The central value, `UnlearnModel`: a source file, edits away from its pretrained weights, and how they came
+about."""
 
 from __future__ import annotations
 
@@ -21,12 +22,14 @@ class StepRecord:
     """One forgetting step, or a merge of finished models, as it is written into files.
 
     Args:
-        request: JSON of the `Request` (concepts, method, regularizers, training, seed). Of a merge: no `concepts`, for it forgets
-            nothing that the records before it have not; `merge`, the merger's config; `models`, the content hashes of what was merged;
-            `last_steps`, the `result` of each model's last record (null without one): a model opened from a file is rounded to the
-            file's dtype and has another hash than the step that made it.
+        request: JSON of the `Request` (concepts, method, regularizers, training, seed). Of a merge: no
+            `concepts`, for it forgets nothing that the records before it have not; `merge`, the merger's
+            config; `models`, the content hashes of what was merged; `last_steps`, the `result` of each
+            model's last record (null without one): a model opened from a file is rounded to the file's dtype
+            and has another hash than the step that made it.
         losses: last value of each named part of the loss.
-        drift: parameter name -> [distance from the pretrained weights, distance moved by this step] (Frobenius norms).
+        drift: parameter name -> [distance from the pretrained weights, distance moved by this step]
+            (Frobenius norms).
         parent: content hash of the model the step began from; of a merge, that of the pretrained model.
         result: content hash of the model it made.
         seconds: wall time of the step.
@@ -53,7 +56,8 @@ class StepRecord:
 
 
 def read_history(path: Path) -> tuple[tuple[StepRecord, ...], dict[str, Any] | None]:
-    """(history, source description) from the header of any file we wrote; ((), None) for a file we did not write.
+    """(history, source description) from the header of any file we wrote; ((), None) for a file we did not
+    write.
 
     Raises:
         ModelError: unreadable file.
@@ -63,8 +67,10 @@ def read_history(path: Path) -> tuple[tuple[StepRecord, ...], dict[str, Any] | N
     if "cul_format" not in metadata:
         return (), None
     if metadata["cul_format"] != FORMAT:
-        raise CheckpointError(f"{path.name!r} has history format {brief_repr(metadata['cul_format'])}, this version reads {FORMAT!r}; "
-                              "update continual-unlearning.")  # fmt: skip
+        raise CheckpointError(
+            f"{path.name!r} has history format {brief_repr(metadata['cul_format'])}, this version reads "
+            f"{FORMAT!r}; update continual-unlearning."
+        )
     try:
         records, source = json.loads(metadata["cul_history"]), json.loads(metadata["cul_source"])
         _check(isinstance(records, list) and len(records) <= _MOST_RECORDS)
@@ -74,13 +80,17 @@ def read_history(path: Path) -> tuple[tuple[StepRecord, ...], dict[str, Any] | N
         _check(sum(len(record.targets) for record in history) <= _MOST_RECORDS)
         return history, source
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"The history in {path.name!r} is damaged; use the file it was copied from.") from error
+        raise CheckpointError(
+            f"The history in {path.name!r} is damaged; use the file it was copied from."
+        ) from error
 
 
 def record_from_json(values: dict[str, Any]) -> StepRecord:
-    """A record as it stands in a file, which anybody may have written: everything in it is of the type that those who read it expect.
+    """A record as it stands in a file, which anybody may have written: everything in it is of the type that
+    those who read it expect.
 
-    Characters are not checked here: whoever shows a record escapes them, and whoever trains on its concepts builds `Concept`s.
+    Characters are not checked here: whoever shows a record escapes them, and whoever trains on its concepts
+    builds `Concept`s.
 
     Raises:
         AttributeError, KeyError, TypeError, ValueError: it is no record.
@@ -94,9 +104,15 @@ def record_from_json(values: dict[str, Any]) -> StepRecord:
     if record.is_merge:
         _check(_is_text(request["merge"]["name"]) and not request["concepts"])
         _check(len(request["models"]) == len(request["last_steps"]))
-        _check(all(map(_is_text, request["models"])) and all(step is None or _is_text(step) for step in request["last_steps"]))
+        _check(
+            all(map(_is_text, request["models"]))
+            and all(step is None or _is_text(step) for step in request["last_steps"])
+        )
     else:
-        _check(bool(request["concepts"]) and all(_is_text(part["name"]) for part in (request["method"], *request["regularizers"])))
+        _check(
+            bool(request["concepts"])
+            and all(_is_text(part["name"]) for part in (request["method"], *request["regularizers"]))
+        )
         _check(all(type(request["training"][name]) is int for name in ("iterations", "seed")))
     _check(all(map(_is_number, (record.seconds, *record.losses.values()))))
     _check(all(len(pair) == 2 and all(map(_is_number, pair)) for pair in record.drift.values()))
@@ -110,7 +126,8 @@ def _check(is_so: bool) -> None:
 
 
 def _check_plain(value: Any, levels: int) -> None:
-    """Raises ValueError for JSON nested deeper than `levels`, and for numbers that cannot be written again."""
+    """Raises ValueError for JSON nested deeper than `levels`, and for numbers that cannot be written
+    again."""
     if isinstance(value, dict | list):
         _check(levels > 0)
         for item in value.values() if isinstance(value, dict) else value:

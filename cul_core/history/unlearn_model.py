@@ -1,4 +1,5 @@
-"""The central value, `UnlearnModel`: a source file, edits away from its pretrained weights, and how they came about."""
+"""The central value, `UnlearnModel`: a source file, edits away from its pretrained weights, and how they came
+about."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ class UnlearnModel:
         source: file of the pretrained weights W0.
         family: its architecture.
         edits: diffusers parameter name -> fp32 delta from W0 on the CPU, only for edited tensors.
-        history: one record per step, oldest first. Before the record of a merge come those of all merged models, one model after
-            the other; each says from which parent it began.
+        history: one record per step, oldest first. Before the record of a merge come those of all merged
+            models, one model after the other; each says from which parent it began.
     """
 
     source: Source
@@ -39,7 +40,8 @@ class UnlearnModel:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 over the source's hash and the edits: two models with the same of both are the same model."""
+        """SHA-256 over the source's hash and the edits: two models with the same of both are the same
+        model."""
         digest = hashlib.sha256(self.source.sha256.encode())
         for name in sorted(self.edits):
             digest.update(name.encode())
@@ -71,16 +73,20 @@ class UnlearnModel:
         return sum(delta.numel() * delta.element_size() for delta in self.edits.values())
 
     def metadata(self) -> dict[str, str]:
-        """The header entries by which a written file explains itself. Holds no path, only the source's file name."""
+        """The header entries by which a written file explains itself. Holds no path, only the source's file
+        name."""
         return {
             "cul_format": FORMAT,
-            "cul_source": canonical_json({"name": self.source.path.name, "size": self.source.size, "sha256": self.source.sha256}),
+            "cul_source": canonical_json(
+                {"name": self.source.path.name, "size": self.source.size, "sha256": self.source.sha256}
+            ),
             "cul_history": canonical_json([asdict(record) for record in self.history]),
         }
 
 
 def weights_of(model: UnlearnModel, pretrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """fp32 W_k for every name in `pretrained` (its W0 tensors); where nothing is edited, these very tensors if they are fp32."""
+    """fp32 W_k for every name in `pretrained` (its W0 tensors); where nothing is edited, these very tensors
+    if they are fp32."""
     weights = {}
     for name, base in pretrained.items():
         weight = base.detach().float()

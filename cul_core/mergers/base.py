@@ -13,7 +13,8 @@ from ..base.errors import ConfigError
 from ..base.registry import Registry
 
 Deltas = Sequence[Mapping[str, Tensor]]
-"""Per model: parameter name -> delta from the pretrained weights, of any shape. A name that a model lacks is zero there."""
+"""Per model: parameter name -> delta from the pretrained weights, of any shape. A name that a model lacks is
+zero there."""
 
 
 class Merger:
@@ -23,7 +24,8 @@ class Merger:
         self.config = config
 
     def merge(self, deltas: Deltas) -> Iterator[tuple[str, Tensor]]:
-        """(name, merged fp32 delta) for every name that any model has, in sorted order; holds one name's tensors at a time.
+        """(name, merged fp32 delta) for every name that any model has, in sorted order; holds one name's
+        tensors at a time.
 
         Sums are made in fp64, so that the order of the models does not matter.
 
@@ -59,7 +61,9 @@ class WeightedConfig(Config):
             ConfigError: there are weights, but not that many.
         """
         if self.weights and len(self.weights) != count:
-            raise ConfigError(f"There are {len(self.weights)} weights for {count} model(s); give one per model, or none.")
+            raise ConfigError(
+                f"There are {len(self.weights)} weights for {count} model(s); give one per model, or none."
+            )
         return self.weights or (1.0,) * count
 
 

@@ -16,11 +16,16 @@ from ..history.unlearn_model import UnlearnModel
 from . import MERGERS
 
 
-def merge(models: Sequence[UnlearnModel], config: Config, on_tensor: Callable[[int, int], None] = lambda done, count: None) -> UnlearnModel:
-    """One model out of several that were edited from the same source: W0 plus their merged edits; no input is changed.
+def merge(
+    models: Sequence[UnlearnModel],
+    config: Config,
+    on_tensor: Callable[[int, int], None] = lambda done, count: None,
+) -> UnlearnModel:
+    """One model out of several that were edited from the same source: W0 plus their merged edits; no input is
+    changed.
 
-    Its history holds the records of all models, in their order and each once, then one for the merge. `on_tensor` is called with
-    (tensors merged, their number) and may raise to cancel.
+    Its history holds the records of all models, in their order and each once, then one for the merge.
+    `on_tensor` is called with (tensors merged, their number) and may raise to cancel.
 
     Args:
         config: of a registered merger.
@@ -37,17 +42,24 @@ def merge(models: Sequence[UnlearnModel], config: Config, on_tensor: Callable[[i
     first = models[0]
     for model in models:
         if model.source.sha256 != first.source.sha256:
-            raise ModelError(f"The models to merge were made from different files, {first.source.path.name!r} and "
-                             f"{model.source.path.name!r}; make all of them from the same one.")  # fmt: skip
+            raise ModelError(
+                f"The models to merge were made from different files, {first.source.path.name!r} and "
+                f"{model.source.path.name!r}; make all of them from the same one."
+            )
         for name, delta in model.edits.items():
             if not torch.isfinite(delta).all():
-                raise TrainingError(f"The edit of {name!r} in model {model.content_hash[:12]} holds values that are not finite; leave that "
-                                    "model out.")  # fmt: skip
+                raise TrainingError(
+                    f"The edit of {name!r} in model {model.content_hash[:12]} holds values that are not "
+                    "finite; leave that model out."
+                )
     count = len({name for model in models for name in model.edits})
     edits, drift = {}, {}
     for done, (name, delta) in enumerate(merger.merge([model.edits for model in models]), 1):
         if not torch.isfinite(delta).all():
-            raise TrainingError(f"The merged edit of {name!r} holds values that are not finite; lower the strength or the weights.")
+            raise TrainingError(
+                f"The merged edit of {name!r} holds values that are not finite; lower the strength or the "
+                "weights."
+            )
         if delta.any():
             edits[name], distance = delta, delta.norm().item()
             drift[name] = [distance, distance]
@@ -56,11 +68,17 @@ def merge(models: Sequence[UnlearnModel], config: Config, on_tensor: Callable[[i
     merged = UnlearnModel(first.source, first.family, edits)
     record = StepRecord(
         request={
-            "concepts": [], "merge": config.to_json(), "models": [model.content_hash for model in models],
+            "concepts": [],
+            "merge": config.to_json(),
+            "models": [model.content_hash for model in models],
             "last_steps": [model.history[-1].result if model.history else None for model in models],
-        }, losses={}, drift=drift,
+        },
+        losses={},
+        drift=drift,
         parent=UnlearnModel(first.source, first.family).content_hash,
-        result=merged.content_hash, seconds=round(time.monotonic() - begun, 3),
-        finished=datetime.now(UTC).isoformat(timespec="seconds"), versions=library_versions(),
-    )  # fmt: skip
+        result=merged.content_hash,
+        seconds=round(time.monotonic() - begun, 3),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=library_versions(),
+    )
     return merged.with_history((*history.values(), record))

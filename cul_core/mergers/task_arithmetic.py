@@ -33,5 +33,7 @@ class TaskArithmetic(Merger):
     def merge(self, deltas: Deltas) -> Iterator[tuple[str, Tensor]]:
         weights = self.config.weights_of(len(deltas))
         for name in names_in(deltas):
-            parts = [(weight, delta[name]) for weight, delta in zip(weights, deltas, strict=True) if name in delta]
+            parts = [
+                (weight, delta[name]) for weight, delta in zip(weights, deltas, strict=True) if name in delta
+            ]
             yield name, (self.config.strength * weighted_sum(parts)).float()

@@ -31,4 +31,9 @@ class Uniform(Merger):
 
     def merge(self, deltas: Deltas) -> Iterator[tuple[str, Tensor]]:
         for name in names_in(deltas):
-            yield name, (weighted_sum([(1.0, delta[name]) for delta in deltas if name in delta]) / len(deltas)).float()
+            yield (
+                name,
+                (
+                    weighted_sum([(1.0, delta[name]) for delta in deltas if name in delta]) / len(deltas)
+                ).float(),
+            )

@@ -28,14 +28,16 @@ class LossParts:
 
 
 class Method:
-    """Base of all methods. A trained one implements `loss`; a closed-form one sets `is_closed_form` and implements `edit`.
+    """Base of all methods. A trained one implements `loss`; a closed-form one sets `is_closed_form` and
+    implements `edit`.
 
-    The loop also asks `teacher_is_pretrained` (the teacher is W0, not the step's start), `blocks_first_token` (no gradient
-    through the keys and values of the start token) and `needs_anchor_latents` (pictures by W0; they cost time to sample). Estimates
-    ask for `student_calls` and `teacher_calls`, predictions of a batch within one loss with and without gradients.
+    The loop also asks `teacher_is_pretrained` (the teacher is W0, not the step's start), `blocks_first_token`
+    (no gradient through the keys and values of the start token) and `needs_anchor_latents` (pictures by W0;
+    they cost time to sample). Estimates ask for `student_calls` and `teacher_calls`, predictions of a batch
+    within one loss with and without gradients.
 
-    One that chooses which weights change has hooks as regularizers have them, which act before theirs: `prepare_mask`,
-    `transform_gradient` and `mask`.
+    One that chooses which weights change has hooks as regularizers have them, which act before theirs:
+    `prepare_mask`, `transform_gradient` and `mask`.
     """
 
     is_closed_form = False
@@ -53,9 +55,9 @@ class Method:
     def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
         """One training loss. `teacher` calls come before `student` calls (weights are exchanged in place).
 
-        What `student` predicts is cut off from the network: the loop takes the loss's gradients by it, then the network's, and may
-        split the batch for that. So everything that the loss draws at random is drawn here, once per update, however often the
-        network runs.
+        What `student` predicts is cut off from the network: the loop takes the loss's gradients by it, then
+        the network's, and may split the batch for that. So everything that the loss draws at random is drawn
+        here, once per update, however often the network runs.
         """
         raise NotImplementedError
 
@@ -69,7 +71,8 @@ class Method:
         If they overflowed, `update_skipped` is called instead. So what depends on the number of updates
         counts these calls, not iterations.
 
-        What leaves a mask here must leave the optimizer's memory too, or it would move on from there when it comes back.
+        What leaves a mask here must leave the optimizer's memory too, or it would move on from there when it
+        comes back.
         """
         return True
 
@@ -84,13 +87,14 @@ class Method:
         return None
 
     def state(self) -> dict[str, Any]:
-        """What updates have changed since everything was prepared: dicts and lists of tensors and JSON values, for a step that is stopped
-        and goes on. Tensors may be its own.
+        """What updates have changed since everything was prepared: dicts and lists of tensors and JSON
+        values, for a step that is stopped and goes on. Tensors may be its own.
         """
         return {}
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
-        """Called after all preparations of a step that goes on: be as when `state` gave this; its tensors, on the CPU, are yours."""
+        """Called after all preparations of a step that goes on: be as when `state` gave this; its tensors, on
+        the CPU, are yours."""
 
     def edit(self, context: StepContext) -> dict[str, Tensor]:
         """New weights by name, for closed-form methods."""

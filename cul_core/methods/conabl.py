@@ -20,27 +20,55 @@ from .base import METHODS, LossParts, Method, Predict
 class ConAblConfig(Config):
     """`reference` is what the authors' code does; the defaults are ours.
 
-    The paper's scripts (arXiv 2511.07970) also mirror half of the pictures: `flip`, which needs an autoencoder, is not part of it.
+    The paper's scripts (arXiv 2511.07970) also mirror half of the pictures: `flip`, which needs an
+    autoencoder, is not part of it.
     """
 
-    teacher: str = setting("start", "Whose anchor prediction is the goal: the step's start, the pretrained model, or the "
-                           "student itself as in the reference.", choices=("start", "pretrained", "student"))  # fmt: skip
-    block_first_token: bool = setting(True, "Stop gradients through the keys and values of the start token, which all prompts share.")
-    preservation: float = setting(0.0, "Weight of a second loss, by which the anchor prompts go on drawing their own pictures; 0 turns it "
-                                  "off. The references double the learning rate with it.", minimum=0.0, added_later=True)  # fmt: skip
-    border_mask: bool = setting(False, "Leave the rim of the pictures out of the loss, one latent pixel of 64 on every side, as in the "
-                                "reference. None of a MiniCanvas picture, which has 8.", added_later=True)  # fmt: skip
-    augmentations: int = setting(0, "Versions of every anchor picture that are trained on in its place, smaller or larger and elsewhere, "
-                                 "with prompts that say so ('A far away'). 0: the picture itself.", minimum=0, maximum=100,
-                                 added_later=True)  # fmt: skip
+    teacher: str = setting(
+        "start",
+        "Whose anchor prediction is the goal: the step's start, the pretrained model, or the student itself "
+        "as in the reference.",
+        choices=("start", "pretrained", "student"),
+    )
+    block_first_token: bool = setting(
+        True, "Stop gradients through the keys and values of the start token, which all prompts share."
+    )
+    preservation: float = setting(
+        0.0,
+        "Weight of a second loss, by which the anchor prompts go on drawing their own pictures; 0 turns it "
+        "off. The references double the learning rate with it.",
+        minimum=0.0,
+        added_later=True,
+    )
+    border_mask: bool = setting(
+        False,
+        "Leave the rim of the pictures out of the loss, one latent pixel of 64 on every side, as in the "
+        "reference. None of a MiniCanvas picture, which has 8.",
+        added_later=True,
+    )
+    augmentations: int = setting(
+        0,
+        "Versions of every anchor picture that are trained on in its place, smaller or larger and "
+        "elsewhere, with prompts that say so ('A far away'). 0: the picture itself.",
+        minimum=0,
+        maximum=100,
+        added_later=True,
+    )
     flip: bool = setting(False, "Mirror half of the anchor pictures.", added_later=True)
-    replay: float = setting(0.0, "Share of every batch that goes over targets of earlier steps again, so that they stay what they became.",
-                            minimum=0.0, maximum=0.9, added_later=True)  # fmt: skip
+    replay: float = setting(
+        0.0,
+        "Share of every batch that goes over targets of earlier steps again, so that they stay what they "
+        "became.",
+        minimum=0.0,
+        maximum=0.9,
+        added_later=True,
+    )
     REFERENCE: ClassVar[dict] = {"teacher": "student", "border_mask": True}
 
 
 def masked_error(error: Tensor, mask: Tensor | None = None) -> Tensor:
-    """mean_b of sum_{c,y,x} m e^2 / sum_{y,x} m, for errors e (b, c, h, w) and masks m (b, h, w) of 0 and 1; no mask: all 1."""
+    """mean_b of sum_{c,y,x} m e^2 / sum_{y,x} m, for errors e (b, c, h, w) and masks m (b, h, w) of 0 and 1;
+    no mask: all 1."""
     squares = error.square().sum(1)
     return squares.mean() if mask is None else ((squares * mask).sum((1, 2)) / mask.sum((1, 2))).mean()
 
@@ -55,13 +83,14 @@ def masked_error(error: Tensor, mask: Tensor | None = None) -> Tensor:
     groups=("kv", "attn2", "attn", "full"),
 )
 class ConAbl(Method):
-    """L = mean_b sum_{c,y,x} m (f_W(z_t, t, E(p*)) - sg[f_teacher(z_t, t, E(p))])^2 / sum_{y,x} m (Kumari et al., eq. 3)
-    + w_pres mean (f_W(z'_t', t', E(p')) - eps')^2.
+    """L = mean_b sum_{c,y,x} m (f_W(z_t, t, E(p*)) - sg[f_teacher(z_t, t, E(p))])^2 / sum_{y,x} m (Kumari et
+    al., eq. 3) + w_pres mean (f_W(z'_t', t', E(p')) - eps')^2.
 
-    Channels are summed, not averaged, as in the reference, whose penalty weights are calibrated to that. The mask m leaves out the
-    padding of scaled pictures. The second term is over anchors (z', p') as they are; a model of velocities is asked for the velocity.
-    Several targets of a request are drawn equally often, whatever the number of anchors that each has. With `replay`, a share of the
-    batch does the same for targets of earlier steps: later steps otherwise move what the model makes of them.
+    Channels are summed, not averaged, as in the reference, whose penalty weights are calibrated to that. The
+    mask m leaves out the padding of scaled pictures. The second term is over anchors (z', p') as they are; a
+    model of velocities is asked for the velocity. Several targets of a request are drawn equally often,
+    whatever the number of anchors that each has. With `replay`, a share of the batch does the same for
+    targets of earlier steps: later steps otherwise move what the model makes of them.
 
     Raises:
         ConceptError: no anchor prompt can be rewritten for one of the targets.
@@ -77,21 +106,34 @@ class ConAbl(Method):
         self.student_calls = 1 + bool(config.preservation)
 
     def prepare(self, context: StepContext) -> None:
-        self._schedule, self._latents, self._batch = context.schedule, context.anchor_latents, context.training.batch_size
+        self._schedule, self._latents, self._batch = (
+            context.schedule,
+            context.anchor_latents,
+            context.training.batch_size,
+        )
         network, config, captions = context.network, self.config, context.anchor_prompts
         self._prediction_type = network.family.prediction_type
         named = (*context.concepts, *context.previous)
-        usable = [i for i, caption in enumerate(captions) if not any(other.mentioned_in(caption) for other in named)]
+        usable = [
+            i for i, caption in enumerate(captions) if not any(other.mentioned_in(caption) for other in named)
+        ]
         rewritten = []
         for concept in context.concepts:
             rewritten.append({i: prompts for i in usable if (prompts := concept.target_prompts(captions[i]))})
             if not rewritten[-1]:
-                raise ConceptError(f"No anchor prompt can be turned into one for {concept.target!r}; add prompts that name its "
-                                   f"anchor ({concept.anchor or 'any caption without a style'!r}) and not the target.")  # fmt: skip
+                raise ConceptError(
+                    f"No anchor prompt can be turned into one for {concept.target!r}; add prompts that name "
+                    f"its anchor ({concept.anchor or 'any caption without a style'!r}) and not the target."
+                )
         self._pool = pool = anchor_pool(
-            network, context.anchor_latents, versions=config.augmentations, flip=config.flip, border=config.border_mask,
-            generator=context.generator, check=context.check,
-        )  # fmt: skip
+            network,
+            context.anchor_latents,
+            versions=config.augmentations,
+            flip=config.flip,
+            border=config.border_mask,
+            generator=context.generator,
+            check=context.check,
+        )
         rows: dict[str, int] = {}
 
         def row(prompt: str) -> int:
@@ -101,11 +143,18 @@ class ConAbl(Method):
         self._anchor_rows = [row(prefix + captions[i]) for _, (i, prefix) in shown]
 
         def pairs(prompts: dict[int, tuple[str, ...]]) -> list[tuple[int, list[int]]]:
-            return [(picture, [row(prefix + prompt) for prompt in prompts[i]]) for picture, (i, prefix) in shown if i in prompts]
+            return [
+                (picture, [row(prefix + prompt) for prompt in prompts[i]])
+                for picture, (i, prefix) in shown
+                if i in prompts
+            ]
 
         self._pairs = [pairs(prompts) for prompts in rewritten]
         earlier = context.previous if config.replay else ()
-        again = [{i: prompts for i in usable if (prompts := concept.target_prompts(captions[i]))} for concept in earlier]
+        again = [
+            {i: prompts for i in usable if (prompts := concept.target_prompts(captions[i]))}
+            for concept in earlier
+        ]
         self._earlier = [pairs(prompts) for prompts in again if prompts]
         self._preserved = [(i, row(captions[i])) for i in usable]
         self._prompts = list(rows)
@@ -118,7 +167,9 @@ class ConAbl(Method):
         with torch.no_grad():
             goal = (student if self.config.teacher == "student" else teacher)(noisy, timesteps, anchors)
         predicted = student(noisy, timesteps, self._embeddings[targets])
-        loss = masked_error(predicted - goal, None if self._pool.masks is None else self._pool.masks[pictures])
+        loss = masked_error(
+            predicted - goal, None if self._pool.masks is None else self._pool.masks[pictures]
+        )
         parts = {"unlearn": loss.item()}
         if self.config.preservation:
             kept = self.config.preservation * self._preservation(student, generator)
@@ -131,9 +182,12 @@ class ConAbl(Method):
         pictures, targets = [], []
         for groups, count in ((self._pairs, self._batch - again), (self._earlier, again)):
             most = max(map(len, groups), default=0)
-            for number in torch.randint(len(groups) * most, (count,), generator=generator).tolist() if count else ():
+            for number in (
+                torch.randint(len(groups) * most, (count,), generator=generator).tolist() if count else ()
+            ):
                 pairs, i = groups[number // most], number % most
-                if i >= len(pairs):  # of a target with fewer anchors than another: all of its own are equally likely
+                # of a target with fewer anchors than another: all of its own are equally likely
+                if i >= len(pairs):
                     i = int(torch.randint(len(pairs), (), generator=generator))
                 picture, versions = pairs[i]
                 pictures.append(picture)
@@ -143,7 +197,9 @@ class ConAbl(Method):
     def _noised(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(z_t, t, eps) of latents (b, c, h, w)."""
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        timesteps = torch.randint(self._schedule.timesteps, (len(clean),), generator=generator).to(clean.device)
+        timesteps = torch.randint(self._schedule.timesteps, (len(clean),), generator=generator).to(
+            clean.device
+        )
         return self._schedule.add_noise(clean, noise, timesteps), timesteps, noise
 
     def _draw_anchors(self, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor, Conditioning], Tensor]:

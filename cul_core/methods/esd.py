@@ -1,4 +1,5 @@
-"""Erased Stable Diffusion: the prediction for the target prompt moves away from the target, by the model's own guidance."""
+"""Erased Stable Diffusion: the prediction for the target prompt moves away from the target, by the model's
+own guidance."""
 
 from __future__ import annotations
 
@@ -19,31 +20,54 @@ from .base import METHODS, LossParts, Method, Predict
 class ESDConfig(Config):
     """`reference` is what the authors' code does; the defaults are ours.
 
-    The reference samples a new picture for every update, up to a random step. One trajectory that is replaced at every update has
-    the same distribution. Its bf16 weights are not offered: updates of its learning rate round to nothing there.
+    The reference samples a new picture for every update, up to a random step. One trajectory that is replaced
+    at every update has the same distribution. Its bf16 weights are not offered: updates of its learning rate
+    round to nothing there.
     """
 
-    negative_guidance: float = setting(2.0, "How far from the target its own prompt is pushed: 0 changes nothing, 1 makes the prompt say "
-                                       "nothing, 2 goes as far again to the other side (the paper's 1).", minimum=0.0)  # fmt: skip
-    erase_from: str = setting("", "Prompt inside which the target is erased, such as 'A house image'; only what the model makes of it "
-                              "changes. Empty: the target's own prompt.")  # fmt: skip
-    teacher: str = setting("start", "Whose predictions the goal is made of: the step's start, as in the reference, or the pretrained "
-                           "model.", choices=("start", "pretrained"))  # fmt: skip
-    block_first_token: bool = setting(True, "Stop gradients through the keys and values of the start token, which all prompts share.")
-    trajectories: int = setting(
-        8, "Pictures by the teacher, in all their sampling steps, that updates draw from.", minimum=1, maximum=10_000
+    negative_guidance: float = setting(
+        2.0,
+        "How far from the target its own prompt is pushed: 0 changes nothing, 1 makes the prompt say "
+        "nothing, 2 goes as far again to the other side (the paper's 1).",
+        minimum=0.0,
     )
-    refresh_every: int = setting(25, "Updates after which the oldest of these pictures is replaced.", minimum=1)
+    erase_from: str = setting(
+        "",
+        "Prompt inside which the target is erased, such as 'A house image'; only what the model makes of it "
+        "changes. Empty: the target's own prompt.",
+    )
+    teacher: str = setting(
+        "start",
+        "Whose predictions the goal is made of: the step's start, as in the reference, or the pretrained "
+        "model.",
+        choices=("start", "pretrained"),
+    )
+    block_first_token: bool = setting(
+        True, "Stop gradients through the keys and values of the start token, which all prompts share."
+    )
+    trajectories: int = setting(
+        8,
+        "Pictures by the teacher, in all their sampling steps, that updates draw from.",
+        minimum=1,
+        maximum=10_000,
+    )
+    refresh_every: int = setting(
+        25, "Updates after which the oldest of these pictures is replaced.", minimum=1
+    )
     trajectory_steps: int = setting(50, "Sampling steps (DDIM) of each.", minimum=1, maximum=1000)
-    guidance_scale: float = setting(3.0, "Classifier-free guidance of these pictures; 1 is none.", minimum=1.0)
+    guidance_scale: float = setting(
+        3.0, "Classifier-free guidance of these pictures; 1 is none.", minimum=1.0
+    )
     REFERENCE: ClassVar[dict] = {"block_first_token": False, "trajectories": 1, "refresh_every": 1}
 
 
 def erasing_goal(null: Tensor, concept: Tensor, wider: Tensor, negative_guidance: float) -> Tensor:
-    """What the student should predict for the wider prompt: f(c_f) - eta (f(c_e) - f(null)), all (b, c, h, w).
+    """What the student should predict for the wider prompt: f(c_f) - eta (f(c_e) - f(null)), all (b, c, h,
+    w).
 
     eta = `negative_guidance`. Where both prompts are one this is (1 - eta) f(c) + eta f(null), the paper's
-    f(null) - eta' (f(c) - f(null)) with eta = 1 + eta'. The authors' two programs use their flag for one form each.
+    f(null) - eta' (f(c) - f(null)) with eta = 1 + eta'. The authors' two programs use their flag for one form
+    each.
 
     Args:
         null: teacher's prediction f(null) for the empty prompt; noise or velocity.
@@ -58,16 +82,19 @@ def erasing_goal(null: Tensor, concept: Tensor, wider: Tensor, negative_guidance
     "esd",
     config=ESDConfig,
     display_name="Erased Stable Diffusion",
-    description="Teaches the model to steer away from the target when asked for it; needs no anchor pictures.",
+    description="Teaches the model to steer away from the target when asked for it; needs no anchor "
+    "pictures.",
     paper="Gandikota et al., Erasing Concepts from Diffusion Models, ICCV 2023, arXiv 2303.07345",
     families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class ESD(Method):
-    """L = mean (f_W(z_t, t, c_f) - sg[f_T(z_t, t, c_f) - eta (f_T(z_t, t, c_e) - f_T(z_t, t, null))])^2 over b, c, h, w.
+    """L = mean (f_W(z_t, t, c_f) - sg[f_T(z_t, t, c_f) - eta (f_T(z_t, t, c_e) - f_T(z_t, t, null))])^2 over
+    b, c, h, w.
 
-    c_e is the target's prompt, c_f the prompt it is erased from, T the teacher. z_t is a state of a picture that the teacher
-    samples for c_f with guidance, at one of its steps (authors' code, esd_sd.py); several targets of a request take turns.
+    c_e is the target's prompt, c_f the prompt it is erased from, T the teacher. z_t is a state of a picture
+    that the teacher samples for c_f with guidance, at one of its steps (authors' code, esd_sd.py); several
+    targets of a request take turns.
     """
 
     config: ESDConfig
@@ -85,13 +112,21 @@ class ESD(Method):
         self._null = network.encode([""])
         self._concepts = network.encode([concept.prompt for concept in context.concepts])
         self._is_narrow = bool(config.erase_from.strip())
-        self._wider = network.encode([config.erase_from.strip()] * len(context.concepts)) if self._is_narrow else self._concepts
+        self._wider = (
+            network.encode([config.erase_from.strip()] * len(context.concepts))
+            if self._is_narrow
+            else self._concepts
+        )
         self._buffer = TrajectoryBuffer(
-            self._wider, self._null, network.family.latent_shape,
+            self._wider,
+            self._null,
+            network.family.latent_shape,
             lambda: context.schedule.ddim(network.family.prediction_type, config.trajectory_steps),
             lambda number: context.generator("trajectory", number),
-            guidance_scale=config.guidance_scale, size=config.trajectories, refresh_every=config.refresh_every,
-        )  # fmt: skip
+            guidance_scale=config.guidance_scale,
+            size=config.trajectories,
+            refresh_every=config.refresh_every,
+        )
 
     def state(self) -> dict[str, Any]:
         return self._buffer.state()
@@ -105,7 +140,9 @@ class ESD(Method):
         concept, wider = self._concepts[picks], self._wider[picks]
         prompts = [self._null.expand(self._batch), concept, *([wider] if self._is_narrow else [])]
         count = len(prompts)
-        predicted = teacher(latents.repeat(count, 1, 1, 1), timesteps.repeat(count), Conditioning.cat(prompts)).chunk(count)
+        predicted = teacher(
+            latents.repeat(count, 1, 1, 1), timesteps.repeat(count), Conditioning.cat(prompts)
+        ).chunk(count)
         goal = erasing_goal(predicted[0], predicted[1], predicted[-1], self.config.negative_guidance)
         loss = (student(latents, timesteps, wider) - goal).square().mean()
         return LossParts(loss, {"unlearn": loss.item()})

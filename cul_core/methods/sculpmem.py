@@ -1,4 +1,5 @@
-"""SculpMem: Concept Ablation, or its authors' own loss, in which only a moving half of every matrix may change."""
+"""SculpMem: Concept Ablation, or its authors' own loss, in which only a moving half of every matrix may
+change."""
 
 from __future__ import annotations
 
@@ -29,38 +30,75 @@ _EXCHANGED_UNTIL = 0.8
 class SculpMemConfig(ConAblConfig):
     """`reference` is SculpMem as the continual unlearning paper runs it; the defaults are ours.
 
-    The authors' own is loss `sm`, teacher `student`, no blocked first token, form `reference`, and preservation 1 and distillation 1, four
-    times their 0.25, because the forgetting term sums over four channels; their released code overwrites the last, as if it were 0.
-    Their learning rate, which goes up and down once, is not offered.
+    The authors' own is loss `sm`, teacher `student`, no blocked first token, form `reference`, and
+    preservation 1 and distillation 1, four times their 0.25, because the forgetting term sums over four
+    channels; their released code overwrites the last, as if it were 0. Their learning rate, which goes up and
+    down once, is not offered.
     """
 
-    loss: str = setting("conabl", "conabl: Concept Ablation's. sm: the authors' own, taken at pictures of the target, which the pretrained "
-                        "model draws before training.", choices=("conabl", "sm"))  # fmt: skip
-    warm_up: int = setting(50, "Iterations at the beginning whose gradients choose the first mask; a twentieth of all is usual.",
-                           minimum=1)  # fmt: skip
-    warm_up_form: str = setting("freeze", "freeze: no weight changes meanwhile. train: all do, without a mask, except in the last "
-                                "iteration.", choices=("freeze", "train"))  # fmt: skip
-    interval: int = setting(100, "Iterations from one exchange of the mask's entries to the next; a tenth of all is usual.", minimum=1)
-    active_fraction: float = setting(0.5, "Share of every matrix that may change at a time (rho).", minimum=0.001, maximum=1.0)
-    turnover: float = setting(0.2, "Share of these that the first exchanges replace; it falls along a cosine, and exchanges end at 0.8 of "
-                              "the training.", minimum=0.0, maximum=1.0)  # fmt: skip
-    importance: str = setting("signed", "How the gradients g since the last exchange become a score. signed: abs(sum of g), where "
-                              "iterations cancel, as in the reference. abs: sum of abs(g). fisher: sum of g squared.",
-                              choices=("signed", "abs", "fisher"))  # fmt: skip
-    distillation: float = setting(0.0, "Weight of staying with the step's start, on anchor pictures, for their own prompts and for those "
-                                  "of what earlier steps forgot.", minimum=0.0)  # fmt: skip
-    form: str = setting("update", "update: the change the optimizer made is masked too, in the directions that a projection leaves. "
-                        "reference: gradients alone are, weight by weight.", choices=("update", "reference"))  # fmt: skip
+    loss: str = setting(
+        "conabl",
+        "conabl: Concept Ablation's. sm: the authors' own, taken at pictures of the target, which the "
+        "pretrained model draws before training.",
+        choices=("conabl", "sm"),
+    )
+    warm_up: int = setting(
+        50,
+        "Iterations at the beginning whose gradients choose the first mask; a twentieth of all is usual.",
+        minimum=1,
+    )
+    warm_up_form: str = setting(
+        "freeze",
+        "freeze: no weight changes meanwhile. train: all do, without a mask, except in the last iteration.",
+        choices=("freeze", "train"),
+    )
+    interval: int = setting(
+        100,
+        "Iterations from one exchange of the mask's entries to the next; a tenth of all is usual.",
+        minimum=1,
+    )
+    active_fraction: float = setting(
+        0.5, "Share of every matrix that may change at a time (rho).", minimum=0.001, maximum=1.0
+    )
+    turnover: float = setting(
+        0.2,
+        "Share of these that the first exchanges replace; it falls along a cosine, and exchanges end at 0.8 "
+        "of the training.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    importance: str = setting(
+        "signed",
+        "How the gradients g since the last exchange become a score. signed: abs(sum of g), where "
+        "iterations cancel, as in the reference. abs: sum of abs(g). fisher: sum of g squared.",
+        choices=("signed", "abs", "fisher"),
+    )
+    distillation: float = setting(
+        0.0,
+        "Weight of staying with the step's start, on anchor pictures, for their own prompts and for those "
+        "of what earlier steps forgot.",
+        minimum=0.0,
+    )
+    form: str = setting(
+        "update",
+        "update: the change the optimizer made is masked too, in the directions that a projection leaves. "
+        "reference: gradients alone are, weight by weight.",
+        choices=("update", "reference"),
+    )
     REFERENCE: ClassVar[dict] = {**ConAblConfig.REFERENCE, "warm_up_form": "train", "form": "reference"}
 
     def __post_init__(self):
         super().__post_init__()
         if self.loss == "sm" and (self.augmentations or self.flip):
-            raise ConfigError("Loss 'sm' takes pictures of the target as they are; set augmentations to 0 and flip to False.")
+            raise ConfigError(
+                "Loss 'sm' takes pictures of the target as they are; set augmentations to 0 and flip to "
+                "False."
+            )
 
 
 def turnover_at(turnover: float, epoch: float, epochs: float) -> float:
-    """Share of the active entries that an exchange in `epoch` (from 0) of `epochs` replaces: turnover (1 + cos(pi epoch / epochs)) / 2."""
+    """Share of the active entries that an exchange in `epoch` (from 0) of `epochs` replaces: turnover (1 +
+    cos(pi epoch / epochs)) / 2."""
     return turnover * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
@@ -70,7 +108,8 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def exchanged(mask: Tensor, scores: Tensor, share: float) -> Tensor:
-    """The mask after its lowest-scored entries, this share (at least one), gave way to as many of the highest-scored others."""
+    """The mask after its lowest-scored entries, this share (at least one), gave way to as many of the
+    highest-scored others."""
     active = int(mask.sum())
     count = min(max(1, count_of_fraction(share, active)), active, mask.numel() - active)
     result = torch.empty_like(mask)
@@ -83,28 +122,31 @@ def exchanged(mask: Tensor, scores: Tensor, share: float) -> Tensor:
     "sculpmem",
     config=SculpMemConfig,
     display_name="SculpMem",
-    description="Concept Ablation that changes a part of the weights at a time, chosen anew as training goes on.",
-    paper="Sculpting Memory: Multi-Concept Forgetting in Diffusion Models via Dynamic Mask and Concept-Aware Optimization, ICCV 2025, "
-    "arXiv 2504.09039",
+    description="Concept Ablation that changes a part of the weights at a time, chosen anew as training "
+    "goes on.",
+    paper="Sculpting Memory: Multi-Concept Forgetting in Diffusion Models via Dynamic Mask and "
+    "Concept-Aware Optimization, ICCV 2025, arXiv 2504.09039",
     families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "full"),
 )
 class SculpMem(ConAbl):
-    """L = L_conabl + distillation sum_c mean (f_W(x_a, t, c) - f_start(x_a, t, c))^2, under a mask that moves.
+    """L = L_conabl + distillation sum_c mean (f_W(x_a, t, c) - f_start(x_a, t, c))^2, under a mask that
+    moves.
 
-    L_conabl is Concept Ablation's with its preservation, which is the authors' superclass alignment. x_a are noisy anchor pictures,
-    start is W_{k-1}; c is their own prompts, and, if there are any, those of the earlier targets, one of them at random for each picture.
-    With the loss `sm`, L_conabl is taken at pictures of the target by W0, and in a frozen warm-up L is their own training loss.
-    Anchors stand for the authors' pictures of the superclass; no negative prompt keeps the target out of them.
+    L_conabl is Concept Ablation's with its preservation, which is the authors' superclass alignment. x_a are
+    noisy anchor pictures, start is W_{k-1}; c is their own prompts, and, if there are any, those of the
+    earlier targets, one of them at random for each picture. With the loss `sm`, L_conabl is taken at pictures
+    of the target by W0, and in a frozen warm-up L is their own training loss. Anchors stand for the authors'
+    pictures of the superclass; no negative prompt keeps the target out of them.
 
-    A_ij is the importance of entry ij of a matrix, gathered over the raw gradients g since the last exchange. The warm-up ends with the
-    floor(rho N) entries of highest A of each matrix active; vectors (biases, norms) are never masked. After every `interval`
-    iterations `exchanged` acts, while epoch < 0.8 E; an epoch shows as many pictures as there are anchors.
-    Iterations whose gradients overflow in fp16 do not count.
+    A_ij is the importance of entry ij of a matrix, gathered over the raw gradients g since the last exchange.
+    The warm-up ends with the floor(rho N) entries of highest A of each matrix active; vectors (biases, norms)
+    are never masked. After every `interval` iterations `exchanged` acts, while epoch < 0.8 E; an epoch shows
+    as many pictures as there are anchors. Iterations whose gradients overflow in fp16 do not count.
 
-    In the form `update`, the mask acts on gradients and on the actual change, in the `coordinates` that regularizers leave, and the
-    optimizer forgets its moments of what leaves the mask; entries outside it keep their bits. The second moments have no coordinates,
-    and stay where these are limited.
+    In the form `update`, the mask acts on gradients and on the actual change, in the `coordinates` that
+    regularizers leave, and the optimizer forgets its moments of what leaves the mask; entries outside it keep
+    their bits. The second moments have no coordinates, and stay where these are limited.
 
     Raises:
         ConceptError: see `ConAbl`.
@@ -122,13 +164,19 @@ class SculpMem(ConAbl):
         super().prepare(context)
         config, training = self.config, context.training
         if config.warm_up >= training.iterations > 0:
-            raise ConfigError(f"A warm-up of {config.warm_up} iterations leaves none of {training.iterations} to train with a mask; "
-                              f"shorten it, to about {max(1, training.iterations // 20)}.")  # fmt: skip
+            raise ConfigError(
+                f"A warm-up of {config.warm_up} iterations leaves none of {training.iterations} to train "
+                f"with a mask; shorten it, to about {max(1, training.iterations // 20)}."
+            )
         self._unet, self._start = context.network.unet, context.start
         self._epoch = math.ceil(len(context.anchor_prompts) / training.batch_size)
         self._epochs = math.ceil(training.iterations / self._epoch)
         self._seen, self._masks = 0, {}
-        self._previous = context.network.encode([concept.prompt for concept in context.previous]) if context.previous else None
+        self._previous = (
+            context.network.encode([concept.prompt for concept in context.previous])
+            if context.previous
+            else None
+        )
         if config.loss == "sm":
             self._draw_targets(context)
 
@@ -142,22 +190,33 @@ class SculpMem(ConAbl):
                 pairs[i] = (len(rows) - 1, rows[-1:])
         self._anchor_rows = anchor_rows
         generators = [context.generator("target picture", i) for i in range(len(rows))]
-        latents = sample_latents(context.network, [self._prompts[row] for row in rows], generators, context.anchor_sampler,
-                                 lambda done: context.check())  # fmt: skip
+        latents = sample_latents(
+            context.network,
+            [self._prompts[row] for row in rows],
+            generators,
+            context.anchor_sampler,
+            lambda done: context.check(),
+        )
         self._pool = AnchorPool(range(len(rows)), [""] * len(rows), latents.to(context.network.device))
 
     def prepare_mask(self, context: StepContext, coordinates: Callable[[str], Tensor | None]) -> None:
         in_update = self.config.form == "update"
         names = [name for name, weight in context.start.items() if weight.ndim > 1]
-        self._bases = {name: basis for name in names if in_update and (basis := coordinates(name)) is not None}
-        self._scores = {name: torch.zeros_like(self._in_coordinates(name, context.start[name])) for name in names}
+        self._bases = {
+            name: basis for name in names if in_update and (basis := coordinates(name)) is not None
+        }
+        self._scores = {
+            name: torch.zeros_like(self._in_coordinates(name, context.start[name])) for name in names
+        }
 
     def state(self) -> dict[str, Any]:
         return {"seen": self._seen, "masks": dict(self._masks), "scores": self._scores}
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
         self._seen = state["seen"]
-        self._masks, self._scores = ({name: tensor.to(device) for name, tensor in state[part].items()} for part in ("masks", "scores"))
+        self._masks, self._scores = (
+            {name: tensor.to(device) for name, tensor in state[part].items()} for part in ("masks", "scores")
+        )
 
     # --- the loss
 
@@ -185,7 +244,8 @@ class SculpMem(ConAbl):
         return LossParts(loss, {"learn": loss.item()})
 
     def _draw_held(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Conditioning]:
-        """(z_t, t, embeddings) of anchors with their own prompts, and, if there are any, then with those of earlier targets."""
+        """(z_t, t, embeddings) of anchors with their own prompts, and, if there are any, then with those of
+        earlier targets."""
         (noisy, timesteps, anchors), _ = self._draw_anchors(generator)
         if self._previous is None:
             return noisy, timesteps, anchors
@@ -201,7 +261,9 @@ class SculpMem(ConAbl):
         is_due = done > config.warm_up and done % config.interval == 0
         if is_due and epoch < _EXCHANGED_UNTIL * self._epochs:
             self._renew(weights, optimizer, turnover_at(config.turnover, epoch, self._epochs))
-        part = {"signed": lambda gradient: gradient, "abs": torch.abs, "fisher": torch.square}[config.importance]
+        part = {"signed": lambda gradient: gradient, "abs": torch.abs, "fisher": torch.square}[
+            config.importance
+        ]
         for name, scores in self._scores.items():
             scores += part(self._in_coordinates(name, weights[name].grad))
         self._seen = done + 1
@@ -210,7 +272,8 @@ class SculpMem(ConAbl):
         return self._seen > config.warm_up or (self._seen < config.warm_up and config.warm_up_form == "train")
 
     def _renew(self, weights: Weights, optimizer: Optimizer, share: float = 0.0) -> None:
-        """Make the first masks of the scores, or exchange a share of the masks' entries, and begin to gather scores anew."""
+        """Make the first masks of the scores, or exchange a share of the masks' entries, and begin to gather
+        scores anew."""
         for name, scores in self._scores.items():
             before = self._masks.get(name)
             if before is None:
@@ -224,7 +287,9 @@ class SculpMem(ConAbl):
                 if (basis := self._bases.get(name)) is None:
                     moments["exp_avg"][left] = moments["exp_avg_sq"][left] = 0
                 else:
-                    leaving = (self._in_coordinates(name, moments["exp_avg"]) * left).to(basis.device) @ basis.T
+                    leaving = (self._in_coordinates(name, moments["exp_avg"]) * left).to(
+                        basis.device
+                    ) @ basis.T
                     moments["exp_avg"] -= leaving.to(left.device)
 
     def _in_coordinates(self, name: str, matrix: Tensor) -> Tensor:
@@ -240,4 +305,8 @@ class SculpMem(ConAbl):
         return masked @ self._bases[name].T if name in self._bases else masked
 
     def mask(self, name: str, weight: Tensor) -> Tensor | None:
-        return self._masks[name].to(weight.device) if self.config.form == "update" and name in self._masks else None
+        return (
+            self._masks[name].to(weight.device)
+            if self.config.form == "update" and name in self._masks
+            else None
+        )

@@ -1,1 +1,2 @@
-"""MiniCanvas: a tiny, really trained text-to-image diffusion world of objects in styles, for demo, tests and benchmark."""
+"""MiniCanvas: a tiny, really trained text-to-image diffusion world of objects in styles, for demo, tests and
+benchmark."""

@@ -1,8 +1,10 @@
-"""The benchmark: every way of forgetting, over seeds and orders, on MiniCanvas; resumable, one JSON line per measurement.
+"""The benchmark: every way of forgetting, over seeds and orders, on MiniCanvas; resumable, one JSON line per
+measurement.
 
-The protocol is the paper's (Continual Unlearning for Text-to-Image Diffusion Models, ICLR 2026, arXiv 2511.07970): targets are
-forgotten one request after another, and after some of the requests the model is asked for what should be gone and for what should
-be left. Retained styles are split into those every method is told of (declared) and those none is told of (hidden).
+The protocol is the paper's (Continual Unlearning for Text-to-Image Diffusion Models, ICLR 2026, arXiv
+2511.07970): targets are forgotten one request after another, and after some of the requests the model is
+asked for what should be gone and for what should be left. Retained styles are split into those every method
+is told of (declared) and those none is told of (hidden).
 """
 
 from __future__ import annotations
@@ -43,31 +45,43 @@ SETTINGS = ("sequential", "simultaneous", "ties")
 
 PAPER = {
     "styles": {
-        "plain": (100, 16, 45), "l1sp": (98, 13, 83), "l2sp": (97, 11, 73), "selft": (98, 17, 99), "plain ties": (98, 39, 73),
+        "plain": (100, 16, 45),
+        "l1sp": (98, 13, 83),
+        "l2sp": (97, 11, 73),
+        "selft": (98, 17, 99),
+        "plain ties": (98, 39, 73),
         "plain simultaneous": (99, 18, 98),
     },
     "objects": {
-        "plain": (99, 13, 5), "l1sp": (97, 18, 4), "l2sp": (97, 23, 39), "selft": (99, 24, 63), "plain ties": (97, 37, 78),
-        "projection": (97, 60, 58), "plain simultaneous": (99, 40, 46),
+        "plain": (99, 13, 5),
+        "l1sp": (97, 18, 4),
+        "l2sp": (97, 23, 39),
+        "selft": (99, 24, 63),
+        "plain ties": (97, 37, 78),
+        "projection": (97, 60, 58),
+        "plain simultaneous": (99, 40, 46),
     },
-}  # fmt: skip
-"""UA, IRA, CRA after 12 styles and after 12 objects, read from the figures on the authors' project page; about one point of reading
-error. Their retained concepts are named to no method, so they stand beside our IRA hidden."""
+}
+"""UA, IRA, CRA after 12 styles and after 12 objects, read from the figures on the authors' project page;
+about one point of reading error. Their retained concepts are named to no method, so they stand beside our IRA
+hidden."""
 
 _TIES = {
     "styles": {1: (1.25, 0.8), 4: (1.75, 0.8), 8: (2.25, 0.8), 12: (2.75, 0.4)},
     "objects": {1: (1.25, 0.2), 3: (1.25, 0.8), 5: (1.25, 0.4)},
 }
-"""Strength and kept fraction of TIES after that many requests, as the paper's scripts have them for Concept Ablation."""
+"""Strength and kept fraction of TIES after that many requests, as the paper's scripts have them for Concept
+Ablation."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """One way of forgetting: a preset in a setting.
 
-    `sequential` trains request k from the model after request k-1. `simultaneous` trains all targets so far at once, from the
-    pretrained model, for at most as many iterations as the chain has had by then: it stops early at a UA of 99 and keeps the best.
-    `ties` trains every request from the pretrained model and merges all results so far.
+    `sequential` trains request k from the model after request k-1. `simultaneous` trains all targets so far
+    at once, from the pretrained model, for at most as many iterations as the chain has had by then: it stops
+    early at a UA of 99 and keeps the best. `ties` trains every request from the pretrained model and merges
+    all results so far.
 
     Args:
         name: what lines, tables and curves call it.
@@ -90,7 +104,9 @@ class Cell:
         """
         chosen, _, setting = name.partition(" ")
         if (setting or "sequential") not in SETTINGS:
-            raise ConfigError(f"Cell {name!r} has no setting {setting!r}; choose one of {', '.join(SETTINGS)}.")
+            raise ConfigError(
+                f"Cell {name!r} has no setting {setting!r}; choose one of {', '.join(SETTINGS)}."
+            )
         own, found = dict(_OWN.get(name, {})), preset(chosen)
         if settings := own.pop("settings", None):
             found = found.with_settings(settings)
@@ -99,16 +115,26 @@ class Cell:
 
 _OWN = {
     "plain_ours simultaneous": {"settings": {"iterations": 35, "learning_rate": 8e-4}},
-    "plain_ours ties": {"settings": {"learning_rate": 6e-4}, "merger": TiesConfig(strength=2.25, keep_fraction=0.4)},
+    "plain_ours ties": {
+        "settings": {"learning_rate": 6e-4},
+        "merger": TiesConfig(strength=2.25, keep_fraction=0.4),
+    },
 }
 """Cells of ours whose setting has values of its own, by name."""
 
 GRID = {
-    "plain": "plain_ours", "l1sp": "l1sp_ours", "l2sp": "l2sp_ours", "selft": "selft_ours",
-    "plain simultaneous": "plain_ours simultaneous", "plain ties": "plain_ours ties", "projection": "projection_ours",
-    "projection_selft": "projection_selft_ours", "projection_l1sp": "projection_l1sp_ours",
-}  # fmt: skip
-"""The paper's figure: cells as its authors' code has them, and as we do the same thing (settings from benchmarks/search.py)."""
+    "plain": "plain_ours",
+    "l1sp": "l1sp_ours",
+    "l2sp": "l2sp_ours",
+    "selft": "selft_ours",
+    "plain simultaneous": "plain_ours simultaneous",
+    "plain ties": "plain_ours ties",
+    "projection": "projection_ours",
+    "projection_selft": "projection_selft_ours",
+    "projection_l1sp": "projection_l1sp_ours",
+}
+"""The paper's figure: cells as its authors' code has them, and as we do the same thing (settings from
+benchmarks/search.py)."""
 
 BEYOND = ("recommended", "thorough")
 """Presets of ours without a counterpart in the paper."""
@@ -136,14 +162,18 @@ class Run:
         iterations, stopping = self.suite.iterations_factor * chosen.training.iterations, {}
         if self.cell.setting == "simultaneous":
             iterations *= k
-            stopping = {"evaluate_every": 25, "patience": max(iterations // 4, 25)}  # a quarter, as in the paper's scripts
+            # a quarter, as in the paper's scripts
+            stopping = {"evaluate_every": 25, "patience": max(iterations // 4, 25)}
         else:
             targets = targets[-1:]
         chosen = replace(chosen, training=replace(chosen.training, iterations=iterations, **stopping))
         return chosen.request(
-            self.suite.concepts(targets), retain=self.suite.keep(), anchor_prompts=self.suite.captions(targets),
-            seed=self.seed * 1000 + k, anchor_seed=self.seed,
-        )  # fmt: skip
+            self.suite.concepts(targets),
+            retain=self.suite.keep(),
+            anchor_prompts=self.suite.captions(targets),
+            seed=self.seed * 1000 + k,
+            anchor_seed=self.seed,
+        )
 
     def merger(self, k: int) -> TiesConfig:
         """How `ties` merges the first k results."""
@@ -154,21 +184,37 @@ class Run:
         return TiesConfig(strength=strength, keep_fraction=keep_fraction)
 
     def across(self, k: int) -> tuple[str, ...]:
-        """Names of the other domain that a measurement asks in: all at the end, every other one on the way."""
+        """Names of the other domain that a measurement asks in: all at the end, every other one on the
+        way."""
         return self.suite.across if k == self.marks[-1] else self.suite.across[::2]
 
     def identity(self, k: int) -> dict[str, Any]:
         """What a measurement after k requests is of; two with the same identity are the same measurement."""
-        asked = [self.request(i).hash for i in ([k] if self.cell.setting == "simultaneous" else range(1, k + 1))]
+        asked = [
+            self.request(i).hash for i in ([k] if self.cell.setting == "simultaneous" else range(1, k + 1))
+        ]
         if self.cell.setting == "ties":
             asked.append(self.merger(k).to_json())
-        return {"suite": self.suite.name, "cell": self.cell.name, "order": self.order, "seed": self.seed, "k": k,
-                "pictures": self.pictures * len(self.across(k)), "requests": stable_hash(asked)}  # fmt: skip
+        return {
+            "suite": self.suite.name,
+            "cell": self.cell.name,
+            "order": self.order,
+            "seed": self.seed,
+            "k": k,
+            "pictures": self.pictures * len(self.across(k)),
+            "requests": stable_hash(asked),
+        }
 
 
 def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
-    """One line per mark. Finished steps come from the store, so that an interrupted run goes on where it was."""
-    pretrained, store, networks, judge = open_model(models.CHECKPOINT_PATH), StepStore(store_folder), NetworkCache(), Judge()
+    """One line per mark. Finished steps come from the store, so that an interrupted run goes on where it
+    was."""
+    pretrained, store, networks, judge = (
+        open_model(models.CHECKPOINT_PATH),
+        StepStore(store_folder),
+        NetworkCache(),
+        Judge(),
+    )
     model, trained, lines, setting = pretrained, [], [], run.cell.setting
     for k in range(1, max(marks) + 1):
         if setting == "simultaneous" and k not in marks:
@@ -176,20 +222,35 @@ def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
         begun, request = model if setting == "sequential" else pretrained, run.request(k)
         measure = measure_for(request, judge) if request.training.evaluate_every else None
         train = partial(run_step, begun, request, store=store.anchors, networks=networks, measure=measure)
-        outcome = store.get_or_train(begun, request, lambda state_store, train=train: train(state_store=state_store))
+        outcome = store.get_or_train(
+            begun, request, lambda state_store, train=train: train(state_store=state_store)
+        )
         model, report = outcome.model, outcome.report
         trained.append(model)
         if setting == "ties" and k in marks:
             model = merge(trained, run.merger(k))
         if k in marks:
             scores = evaluate(
-                networks.get(model.source), model, judge, run.suite.orders[run.order][:k], seed=run.seed, suite=run.suite,
-                per_cell=run.pictures, across=run.across(k),
-            )  # fmt: skip
+                networks.get(model.source),
+                model,
+                judge,
+                run.suite.orders[run.order][:k],
+                seed=run.seed,
+                suite=run.suite,
+                per_cell=run.pictures,
+                across=run.across(k),
+            )
             drift = sum(delta.square().sum().item() for delta in model.edits.values()) ** 0.5
-            lines.append({**run.identity(k), "scores": {name: getattr(scores, name) for name in METRICS},
-                          "intervals": scores.intervals, "per_concept": scores.per_concept, "drift": round(drift, 3),
-                          "seconds": report.record.seconds})  # fmt: skip
+            lines.append(
+                {
+                    **run.identity(k),
+                    "scores": {name: getattr(scores, name) for name in METRICS},
+                    "intervals": scores.intervals,
+                    "per_concept": scores.per_concept,
+                    "drift": round(drift, 3),
+                    "seconds": report.record.seconds,
+                }
+            )
     return lines
 
 
@@ -208,21 +269,31 @@ def read_results(path: Path) -> list[dict]:
         except ValueError as error:
             if number < len(lines):
                 raise CheckpointError(
-                    f"Line {number} of {path.name!r} is damaged; remove that line, its cell is measured again."
+                    f"Line {number} of {path.name!r} is damaged; remove that line, its cell is measured "
+                    "again."
                 ) from error
     return found
 
 
 def run_benchmark(
-    out: Path, *, cells: Sequence[Cell], seeds: Sequence[int], suite: Suite = STYLE_SUITE, orders: Sequence[str] = ("a", "b"),
-    requests: int | None = None, pictures: int = 1, marks: Sequence[int] = (), workers: int | None = None,
+    out: Path,
+    *,
+    cells: Sequence[Cell],
+    seeds: Sequence[int],
+    suite: Suite = STYLE_SUITE,
+    orders: Sequence[str] = ("a", "b"),
+    requests: int | None = None,
+    pictures: int = 1,
+    marks: Sequence[int] = (),
+    workers: int | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, name: None,
-) -> list[dict]:  # fmt: skip
-    """Measure what is not yet in `out`/results.jsonl, a process of one thread per core; returns the lines of all that was asked for.
+) -> list[dict]:
+    """Measure what is not yet in `out`/results.jsonl, a process of one thread per core; returns the lines of
+    all that was asked for.
 
-    The seeds take the orders in turn: 1, 2 with a, b are the two pairs 1 a and 2 b, and 1, 1, 2, 2 are all four. `marks` are the
-    requests after which to measure, the suite's if not given. `on_progress(runs done, runs to do, name of the last)`
-    is called as runs finish.
+    The seeds take the orders in turn: 1, 2 with a, b are the two pairs 1 a and 2 b, and 1, 1, 2, 2 are all
+    four. `marks` are the requests after which to measure, the suite's if not given. `on_progress(runs done,
+    runs to do, name of the last)` is called as runs finish.
 
     Raises:
         CheckpointError: `out` cannot be written, or another benchmark is running there.
@@ -234,23 +305,33 @@ def run_benchmark(
     marks = tuple(k for k in marks or suite.marks if k <= requests) or (requests,)
     pairs = dict.fromkeys((seed, orders[i % len(orders)]) for i, seed in enumerate(seeds))
     runs = [Run(suite, cell, order, seed, pictures, marks) for seed, order in pairs for cell in cells]
-    missing = [(run, due) for run in runs if (due := [k for k in marks if _key(run.identity(k)) not in known])]
+    missing = [
+        (run, due) for run in runs if (due := [k for k in marks if _key(run.identity(k)) not in known])
+    ]
     on_progress(0, len(missing), "")
     if not missing:
         return [known[_key(run.identity(k))] for run in runs for k in run.marks]
     with try_locked(out / "results.lock") as is_ours:
         if not is_ours:
-            raise CheckpointError(f"Another benchmark is running in {str(out)!r}; wait for its end or give another folder.")
+            raise CheckpointError(
+                f"Another benchmark is running in {str(out)!r}; wait for its end or give another folder."
+            )
         known |= _known(path)  # another benchmark may have ended meanwhile
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers or min(os.cpu_count() or 1, 8), mp_context=context, initializer=prepare_worker) as pool:
+        with ProcessPoolExecutor(
+            workers or min(os.cpu_count() or 1, 8), mp_context=context, initializer=prepare_worker
+        ) as pool:
             try:
                 jobs = {pool.submit(_measure, run, due, out / "store"): run for run, due in missing}
                 for done, job in enumerate(as_completed(jobs), 1):
                     known |= {_key(line): line for line in job.result()}
                     data = "".join(json.dumps(line) + "\n" for line in known.values()).encode()
                     write_atomically(path, lambda file, data=data: file.write(data))
-                    on_progress(done, len(missing), f"{jobs[job].cell.name}, order {jobs[job].order}, seed {jobs[job].seed}")
+                    on_progress(
+                        done,
+                        len(missing),
+                        f"{jobs[job].cell.name}, order {jobs[job].order}, seed {jobs[job].seed}",
+                    )
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -272,18 +353,27 @@ def averages(lines: Sequence[Mapping]) -> dict[str, dict[int, dict[str, float | 
         for k in sorted({line["k"] for line in lines if line["cell"] == cell}):
             values = [line["scores"] for line in lines if line["cell"] == cell and line["k"] == k]
             found.setdefault(cell, {})[k] = {
-                metric: None if any(scores[metric] is None for scores in values) else round(mean(scores[metric] for scores in values), 2)
+                metric: None
+                if any(scores[metric] is None for scores in values)
+                else round(mean(scores[metric] for scores in values), 2)
                 for metric in METRICS
             }
     return found
 
 
 def result_table(lines: Sequence[Mapping], compare_paper: bool = False) -> str:
-    """The last request of every cell, mean over seeds and orders; with the paper's UA/IRA/CRA beside it if asked for."""
+    """The last request of every cell, mean over seeds and orders; with the paper's UA/IRA/CRA beside it if
+    asked for."""
     paper = PAPER[lines[0]["suite"]] if compare_paper else {}
-    rows = [(f"{cell}, after {max(after)}", cell, after[max(after)]) for cell, after in averages(lines).items()]
+    rows = [
+        (f"{cell}, after {max(after)}", cell, after[max(after)]) for cell, after in averages(lines).items()
+    ]
     width = max(len(label) for label, _, _ in rows)
-    head = " " * width + "".join(f"{LABELS[metric]:>11}" for metric in METRICS) + ("   paper UA/IRA/CRA" if compare_paper else "")
+    head = (
+        " " * width
+        + "".join(f"{LABELS[metric]:>11}" for metric in METRICS)
+        + ("   paper UA/IRA/CRA" if compare_paper else "")
+    )
     text = [head]
     for label, cell, values in rows:
         shown = "".join(f"{'-' if value is None else f'{value:.1f}':>11}" for value in values.values())
@@ -296,32 +386,53 @@ _CLEAR = 3  # points by which two of the paper's figures must differ before thei
 
 
 def order_report(lines: Sequence[Mapping]) -> list[str]:
-    """For UA, IRA hidden and CRA, a line that says how many pairs of cells stand in the paper's order, and which do not."""
+    """For UA, IRA hidden and CRA, a line that says how many pairs of cells stand in the paper's order, and
+    which do not."""
     paper = PAPER[lines[0]["suite"]]
     last = {cell: after[max(after)] for cell, after in averages(lines).items() if cell in paper}
     text = []
     for column, metric in enumerate(("ua", "ira_hidden", "cra")):
-        pairs = [(low, high) for low, high in itertools.permutations(last, 2) if paper[high][column] - paper[low][column] >= _CLEAR]
-        wrong = [f"{low} ({last[low][metric]:.1f}) above {high} ({last[high][metric]:.1f})" for low, high in pairs
-                 if last[low][metric] > last[high][metric]]  # fmt: skip
-        text.append(f"{LABELS[metric]}: of {len(pairs)} pairs at least {_CLEAR} points apart in the paper, {len(pairs) - len(wrong)} stand "
-                    f"in its order" + (f"; not {', '.join(wrong)}" if wrong else "") + ".")  # fmt: skip
+        pairs = [
+            (low, high)
+            for low, high in itertools.permutations(last, 2)
+            if paper[high][column] - paper[low][column] >= _CLEAR
+        ]
+        wrong = [
+            f"{low} ({last[low][metric]:.1f}) above {high} ({last[high][metric]:.1f})"
+            for low, high in pairs
+            if last[low][metric] > last[high][metric]
+        ]
+        text.append(
+            f"{LABELS[metric]}: of {len(pairs)} pairs at least {_CLEAR} points apart in the paper, "
+            f"{len(pairs) - len(wrong)} stand "
+            f"in its order" + (f"; not {', '.join(wrong)}" if wrong else "") + "."
+        )
     return text
 
 
 def write_figure(lines: Sequence[Mapping], out: Path) -> Path:
-    """UA, IRA and CRA against the request, a curve per cell, as in the paper; the path written, never an existing one.
+    """UA, IRA and CRA against the request, a curve per cell, as in the paper; the path written, never an
+    existing one.
 
-    The paper's own cells and the others stand under one another; empty diamonds are the paper's figures after its last request.
+    The paper's own cells and the others stand under one another; empty diamonds are the paper's figures after
+    its last request.
     """
     suite, count = SUITES[lines[0]["suite"]], len({(line["seed"], line["order"]) for line in lines})
     runs = {cell: list(after.items()) for cell, after in averages(lines).items()}
-    reported = {cell: dict(zip(("ua", "ira_hidden", "cra"), values, strict=True)) for cell, values in PAPER[suite.name].items()}
-    groups = {"as the authors' code does it (diamonds: the paper)": [cell for cell in runs if cell in GRID],
-              "as we do it": [cell for cell in runs if cell not in GRID]}  # fmt: skip
+    reported = {
+        cell: dict(zip(("ua", "ira_hidden", "cra"), values, strict=True))
+        for cell, values in PAPER[suite.name].items()
+    }
+    groups = {
+        "as the authors' code does it (diamonds: the paper)": [cell for cell in runs if cell in GRID],
+        "as we do it": [cell for cell in runs if cell not in GRID],
+    }
     title = f"{suite.name.capitalize()} forgotten one request after another, {{}}; mean of {count} run(s)"
-    charts = [metric_chart(title.format(what), {cell: runs[cell] for cell in cells}, PAPER_PANELS, reported)
-              for what, cells in groups.items() if cells]  # fmt: skip
+    charts = [
+        metric_chart(title.format(what), {cell: runs[cell] for cell in cells}, PAPER_PANELS, reported)
+        for what, cells in groups.items()
+        if cells
+    ]
     path = free_path(out / f"benchmark-{suite.name}.png")
     save_picture(stacked(charts), path)
     return path

@@ -1,7 +1,8 @@
-"""The demonstration: forget styles one after another, plainly and with the recommended preset, and measure both.
+"""The demonstration: forget styles one after another, plainly and with the recommended preset, and measure
+both.
 
-Chains and evaluations are jobs for a few processes of one thread each; every picture has its own generator, so the figures do
-not depend on how the jobs were spread.
+Chains and evaluations are jobs for a few processes of one thread each; every picture has its own generator,
+so the figures do not depend on how the jobs were spread.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from .workers import prepare_worker
 from .world import EVALUATION_TEMPLATE, OBJECTS, REQUEST_ORDERS, STYLE_BY_NAME, styles_in
 
 RUNS = ("plain", "recommended")
-_ITERATION_COST, _PICTURE_COST = 0.15, 0.085  # seconds on one thread, only for the first guess of the time left
+# seconds on one thread, only for the first guess of the time left
+_ITERATION_COST, _PICTURE_COST = 0.15, 0.085
 ANCHOR_COUNT = 100
 
 
@@ -63,11 +65,13 @@ class Plan:
 
     @property
     def objects(self) -> Sequence[str]:
-        """Every object in the full demonstration, every other one in a short one, which should take a short time."""
+        """Every object in the full demonstration, every other one in a short one, which should take a short
+        time."""
         return OBJECTS if self.is_full else OBJECTS[::2]
 
     def per_cell(self, k: int) -> int:
-        """Pictures per style and object: two at the end of the full demonstration and for its untouched model, else one."""
+        """Pictures per style and object: two at the end of the full demonstration and for its untouched
+        model, else one."""
         return 2 if k == 12 else 1
 
     @property
@@ -100,18 +104,28 @@ def _edits_path(plan: Plan, run: str, k: int) -> Path:
 
 
 def _model_after(plan: Plan, run: str | None, k: int) -> UnlearnModel:
-    return load_edits(_edits_path(plan, run, k), source_of(plan.model_path)) if run else open_model(plan.model_path)
+    return (
+        load_edits(_edits_path(plan, run, k), source_of(plan.model_path))
+        if run
+        else open_model(plan.model_path)
+    )
 
 
 def _make_anchors(plan: Plan) -> None:
     source = source_of(plan.model_path)
     AnchorStore(plan.folder).anchor_latents(
-        source, _worker.networks.get(source), STYLE_SUITE.captions(plan.targets[:1]), ANCHOR_COUNT, SamplerConfig(), plan.seed
+        source,
+        _worker.networks.get(source),
+        STYLE_SUITE.captions(plan.targets[:1]),
+        ANCHOR_COUNT,
+        SamplerConfig(),
+        plan.seed,
     )
 
 
 def _run_chain(plan: Plan, run: str) -> float:
-    """Forgets the targets in order, leaving the edits after each reported request; returns seconds per request."""
+    """Forgets the targets in order, leaving the edits after each reported request; returns seconds per
+    request."""
     model, store = open_model(plan.model_path), AnchorStore(plan.folder)
     callbacks = Callbacks(on_progress=lambda progress: _worker.progress.put(_ITERATION_COST))
     seconds = []
@@ -140,27 +154,49 @@ def _evaluate(plan: Plan, run: str | None, k: int) -> dict:
 
     model = _model_after(plan, run, k)
     return evaluate(
-        _worker.networks.get(model.source), model, _worker.judge, plan.targets[:k],
-        seed=plan.seed, per_cell=plan.per_cell(k), across=plan.objects, on_batch=on_batch,
-    ).to_json()  # fmt: skip
+        _worker.networks.get(model.source),
+        model,
+        _worker.judge,
+        plan.targets[:k],
+        seed=plan.seed,
+        per_cell=plan.per_cell(k),
+        across=plan.objects,
+        on_batch=on_batch,
+    ).to_json()
 
 
 def _draw_row(plan: Plan, run: str | None) -> list[Image.Image]:
     """One row of the grid of pictures, the same pictures for every run."""
     model, names = _model_after(plan, run, len(plan.targets)), itertools.cycle(OBJECTS)
-    shots = [Shot(EVALUATION_TEMPLATE.format(object=name, style=STYLE_BY_NAME[style].display_name), style, name, "picture", 0)
-             for (style, _), name in zip(plan.shown, names, strict=False)]  # fmt: skip
-    return [to_image(picture) for picture in take(_worker.networks.get(model.source), model, shots, plan.seed)]
+    shots = [
+        Shot(
+            EVALUATION_TEMPLATE.format(object=name, style=STYLE_BY_NAME[style].display_name),
+            style,
+            name,
+            "picture",
+            0,
+        )
+        for (style, _), name in zip(plan.shown, names, strict=False)
+    ]
+    return [
+        to_image(picture) for picture in take(_worker.networks.get(model.source), model, shots, plan.seed)
+    ]
 
 
 _JOBS = {"anchors": _make_anchors, "chain": _run_chain, "scores": _evaluate, "row": _draw_row}
 
 
 def run_demo(
-    out: Path, *, requests: int = 12, seed: int = 0, order: str = "a", workers: int | None = None,
+    out: Path,
+    *,
+    requests: int = 12,
+    seed: int = 0,
+    order: str = "a",
+    workers: int | None = None,
     on_progress: Callable[[float, float], None] = lambda share, seconds_left: None,
-) -> dict:  # fmt: skip
-    """Run both chains, evaluate them, write pictures and the edited checkpoint to `out`; returns figures and paths.
+) -> dict:
+    """Run both chains, evaluate them, write pictures and the edited checkpoint to `out`; returns figures and
+    paths.
 
     `on_progress(share done, seconds left)` is called a few times a second.
 
@@ -177,25 +213,42 @@ def run_demo(
     try:
         results = _run_jobs(plan, todo, workers, on_progress)
         on_progress(1.0, 0.0)
-        runs = {run: {"after": {str(k): _figures(results["scores", run, k]) for k in plan.marks},
-                      "seconds_per_request": results["chain", run],
-                      "details": {str(k): results["scores", run, k] for k in plan.marks}} for run in RUNS}  # fmt: skip
+        runs = {
+            run: {
+                "after": {str(k): _figures(results["scores", run, k]) for k in plan.marks},
+                "seconds_per_request": results["chain", run],
+                "details": {str(k): results["scores", run, k] for k in plan.marks},
+            }
+            for run in RUNS
+        }
         base = _figures(results["scores", None, requests])
         rows = [(run or "before", results["row", run]) for run in (None, *RUNS)]
         files = {name: str(path.resolve()) for name, path in _write_results(plan, out, runs, rows).items()}
-        return {"seed": seed, "order": order, "targets": list(plan.targets), "base": base, "runs": runs, "files": files}
+        return {
+            "seed": seed,
+            "order": order,
+            "targets": list(plan.targets),
+            "base": base,
+            "runs": runs,
+            "files": files,
+        }
     finally:
         shutil.rmtree(plan.folder, ignore_errors=True)
 
 
-def _run_jobs(plan: Plan, todo: float, workers: int, on_progress: Callable[[float, float], None]) -> dict[tuple, Any]:
-    """What each job returned, by (name, *arguments): anchors first, then chains, then evaluations; the untouched model beside them."""
+def _run_jobs(
+    plan: Plan, todo: float, workers: int, on_progress: Callable[[float, float], None]
+) -> dict[tuple, Any]:
+    """What each job returned, by (name, *arguments): anchors first, then chains, then evaluations; the
+    untouched model beside them."""
     context = multiprocessing.get_context("spawn")
     progress = context.Queue()
     begun, done = time.monotonic(), 0.0
     results: dict[tuple, Any] = {}
     jobs: dict[Future, tuple] = {}
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(progress,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(progress,)
+    ) as pool:
 
         def submit(*key: Any) -> None:
             jobs[pool.submit(_JOBS[key[0]], plan, *key[1:])] = key
@@ -208,7 +261,10 @@ def _run_jobs(plan: Plan, todo: float, workers: int, on_progress: Callable[[floa
                 finished, _ = wait(jobs, timeout=0.3, return_when=FIRST_COMPLETED)
                 done += sum(_drain(progress))
                 spent = time.monotonic() - begun
-                on_progress(min(done / todo, 0.999), spent * (todo - done) / done if done > 0.02 * todo else todo / workers)
+                on_progress(
+                    min(done / todo, 0.999),
+                    spent * (todo - done) / done if done > 0.02 * todo else todo / workers,
+                )
                 for job in finished:
                     key = jobs.pop(job)
                     results[key] = job.result()
@@ -237,7 +293,9 @@ def _drain(progress: multiprocessing.Queue) -> Iterable[float]:
             return
 
 
-def _write_results(plan: Plan, out: Path, runs: dict, rows: Sequence[tuple[str, list[Image.Image]]]) -> dict[str, Path]:
+def _write_results(
+    plan: Plan, out: Path, runs: dict, rows: Sequence[tuple[str, list[Image.Image]]]
+) -> dict[str, Path]:
     last = len(plan.targets)
     columns = [f"{STYLE_BY_NAME[style].display_name}\n{role}" for style, role in plan.shown]
     grid = labelled_grid(f"Before and after {last} request(s), equal seeds", columns, rows, cell=108)
@@ -246,5 +304,7 @@ def _write_results(plan: Plan, out: Path, runs: dict, rows: Sequence[tuple[str, 
     written = {"pictures": free_path(out / "before-after.png"), "chart": free_path(out / "chart.png")}
     save_picture(grid, written["pictures"])
     save_picture(curves, written["chart"])
-    written["checkpoint"] = save_checkpoint(_model_after(plan, "recommended", last), out / f"minicanvas-forgot-{last}.safetensors")
+    written["checkpoint"] = save_checkpoint(
+        _model_after(plan, "recommended", last), out / f"minicanvas-forgot-{last}.safetensors"
+    )
     return written

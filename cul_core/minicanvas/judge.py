@@ -27,36 +27,62 @@ class Judge:
 
     def __init__(self, path: Path = models.CLASSIFIER_PATH):
         self._model = models.Classifier(len(STYLE_LABELS), len(OBJECTS))
-        self._model.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor
-                                     for name, tensor in load_file(path).items()})  # fmt: skip
+        self._model.load_state_dict(
+            {
+                name: tensor.float() if tensor.is_floating_point() else tensor
+                for name, tensor in load_file(path).items()
+            }
+        )
         self._model.eval().requires_grad_(False)
 
     def __call__(self, pictures: Tensor) -> list[Verdict]:
         styles, objects = self._model(pictures)
-        return [Verdict((*STYLE_LABELS, "")[s], (*OBJECTS, "")[o]) for s, o in zip(styles.argmax(1), objects.argmax(1), strict=True)]
+        return [
+            Verdict((*STYLE_LABELS, "")[s], (*OBJECTS, "")[o])
+            for s, o in zip(styles.argmax(1), objects.argmax(1), strict=True)
+        ]
 
 
 def take(
-    network: DiffusersNetwork, model: UnlearnModel, shots: Sequence[Shot], seed: int, sampler: SamplerConfig | None = None,
+    network: DiffusersNetwork,
+    model: UnlearnModel,
+    shots: Sequence[Shot],
+    seed: int,
+    sampler: SamplerConfig | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Pictures (n, 3, 64, 64) in [0, 1] of the shots; each depends on its own shot and the seed alone."""
     pretrained = {name: p.data for name, p in network.unet.named_parameters() if name in model.edits}
     with swapped_weights(network.unet, weights_of(model, pretrained)):
         return _draw(network, shots, seed, sampler or SamplerConfig(), on_batch)
 
 
-def _draw(network: DiffusersNetwork, shots: Sequence[Shot], seed: int, sampler: SamplerConfig, on_batch: Callable[[int], None]) -> Tensor:
+def _draw(
+    network: DiffusersNetwork,
+    shots: Sequence[Shot],
+    seed: int,
+    sampler: SamplerConfig,
+    on_batch: Callable[[int], None],
+) -> Tensor:
     generators = [generator_for(seed, "picture", shot.style, shot.object, shot.index) for shot in shots]
     latents = sample_latents(network, [shot.prompt for shot in shots], generators, sampler, on_batch)
     return torch.cat([network.decode(part) for part in latents.to(network.device).split(64)]).cpu()
 
 
 def evaluate(
-    network: DiffusersNetwork, model: UnlearnModel, judge: Judge, targets: Sequence[str], *, seed: int, suite: Suite = STYLE_SUITE,
-    per_cell: int = 1, across: Sequence[str] | None = None, on_batch: Callable[[int], None] = lambda done: None,
-) -> Scores:  # fmt: skip
-    """Scores of `model` after `targets` of a suite were forgotten, asked across these names (all of the suite's if not given)."""
+    network: DiffusersNetwork,
+    model: UnlearnModel,
+    judge: Judge,
+    targets: Sequence[str],
+    *,
+    seed: int,
+    suite: Suite = STYLE_SUITE,
+    per_cell: int = 1,
+    across: Sequence[str] | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Scores:
+    """Scores of `model` after `targets` of a suite were forgotten, asked across these names (all of the
+    suite's if not given)."""
     shots = suite.shots(targets, per_cell, across)
     return score(shots, judge(take(network, model, shots, seed, on_batch=on_batch)), suite.domain)
 
@@ -65,20 +91,26 @@ _FEW = 10
 
 
 def measure_for(request: Request, judge: Judge | None = None) -> Measure:
-    """How early stopping measures a request of MiniCanvas: UA of its targets, RA of what it declares (of its suite's, if nothing).
+    """How early stopping measures a request of MiniCanvas: UA of its targets, RA of what it declares (of its
+    suite's, if nothing).
 
-    First by few pictures, ten of targets and ten of what is kept. Only if these show a UA of `stop_at_ua` or more, by all that `evaluate`
-    asks for by these names. The seed is the request's, so that nothing but the request and the model matters.
+    First by few pictures, ten of targets and ten of what is kept. Only if these show a UA of `stop_at_ua` or
+    more, by all that `evaluate` asks for by these names. The seed is the request's, so that nothing but the
+    request and the model matters.
 
     Raises:
         ConceptError: a target is not in the suite, so it would not be measured.
     """
     suite, targets = suite_of([concept.target for concept in request.concepts])
     if len(targets) < len(request.concepts):
-        raise ConceptError(f"Of {', '.join(repr(concept.target) for concept in request.concepts)}, only {targets} can be measured; forget "
-                           "either styles or objects of MiniCanvas, or set evaluate_every to 0.")  # fmt: skip
+        raise ConceptError(
+            f"Of {', '.join(repr(concept.target) for concept in request.concepts)}, only {targets} can be "
+            "measured; forget either styles or objects of MiniCanvas, or set evaluate_every to 0."
+        )
     kept = suite_of([concept.target for concept in request.retain if concept.kind == suite.domain])[1]
-    asked = replace(suite, declared=tuple(name for name in kept if name not in targets) or suite.declared, hidden=())
+    asked = replace(
+        suite, declared=tuple(name for name in kept if name not in targets) or suite.declared, hidden=()
+    )
     few, rest, across = [], [], len(suite.across)
     for role in ("target", "declared"):
         shots = [shot for shot in asked.shots(targets) if shot.role == role]
@@ -90,7 +122,11 @@ def measure_for(request: Request, judge: Judge | None = None) -> Measure:
 
     def measure(network: DiffusersNetwork, check: Callable[[], None]) -> tuple[float, float] | None:
         def seen(shots: list[Shot]) -> list[Verdict]:
-            return judge(_draw(network, shots, request.training.seed, SamplerConfig(), lambda done: check())) if shots else []
+            return (
+                judge(_draw(network, shots, request.training.seed, SamplerConfig(), lambda done: check()))
+                if shots
+                else []
+            )
 
         verdicts = seen(few)
         scores = score(few, verdicts, suite.domain)

@@ -1,8 +1,8 @@
 """Procedural pictures of MiniCanvas: `render(object, style, rng)` draws 64x64 RGB, about a millisecond each.
 
-An object is a silhouette with inner details, placed with a random shift (4 px), scale (0.78-1.0), rotation (15 degrees) and
-brightness (5 %). A style decides background, colours and how the object is drawn. Pattern periods divide 16 px, the pitch
-at which an 8x autoencoder can carry texture for nothing.
+An object is a silhouette with inner details, placed with a random shift (4 px), scale (0.78-1.0), rotation
+(15 degrees) and brightness (5 %). A style decides background, colours and how the object is drawn. Pattern
+periods divide 16 px, the pitch at which an 8x autoencoder can carry texture for nothing.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ _SUPERSAMPLE = 3
 _Y, _X = (np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5) / SIZE
 
 
-# --- objects: polygons in [-1, 1], y down; `body` adds, `cut` removes from the body, `detail` is drawn inside ------------------
+# --- objects: polygons in [-1, 1], y down; `body` adds, `cut` removes from the body, `detail` is drawn inside
+# ------------------
 
 
 def _ellipse(cx: float, cy: float, rx: float, ry: float, points: int = 28) -> list[tuple[float, float]]:
-    return [(cx + rx * math.cos(2 * math.pi * i / points), cy + ry * math.sin(2 * math.pi * i / points)) for i in range(points)]
+    return [
+        (cx + rx * math.cos(2 * math.pi * i / points), cy + ry * math.sin(2 * math.pi * i / points))
+        for i in range(points)
+    ]
 
 
 def _star() -> list[tuple[float, float]]:
@@ -43,7 +47,12 @@ def _heart() -> list[tuple[float, float]]:
     ]
 
 
-_PETALS = [_ellipse(0.56 * math.cos(2 * math.pi * i / 5 - 1.57), 0.56 * math.sin(2 * math.pi * i / 5 - 1.57), 0.4, 0.4) for i in range(5)]
+_PETALS = [
+    _ellipse(
+        0.56 * math.cos(2 * math.pi * i / 5 - 1.57), 0.56 * math.sin(2 * math.pi * i / 5 - 1.57), 0.4, 0.4
+    )
+    for i in range(5)
+]
 _SHAPES: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {
     "star": [("body", _star()), ("detail", _ellipse(0, 0.04, 0.2, 0.2))],
     "heart": [("body", _heart()), ("detail", _ellipse(-0.42, -0.42, 0.17, 0.2))],
@@ -74,8 +83,11 @@ _SHAPES: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {
         ("detail", _ellipse(0.34, 0.04, 0.13, 0.17)),
         ("detail", [(-0.15, 0.36), (0.15, 0.36), (0, 0.56)]),
     ],
-    "flower": [*(("body", petal) for petal in _PETALS), ("body", _ellipse(0, 0, 0.5, 0.5)),
-               ("detail", _ellipse(0, 0, 0.3, 0.3))],
+    "flower": [
+        *(("body", petal) for petal in _PETALS),
+        ("body", _ellipse(0, 0, 0.5, 0.5)),
+        ("detail", _ellipse(0, 0, 0.3, 0.3)),
+    ],
     "moon": [
         ("body", _ellipse(-0.05, 0, 0.9, 0.9)),
         ("cut", _ellipse(0.48, -0.12, 0.74, 0.74)),
@@ -94,14 +106,19 @@ _SHAPES: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {
         ("body", [(-0.78, -0.66), (0.56, -0.66), (0.42, 0.8), (-0.62, 0.8)]),
         ("detail", _ellipse(-0.11, -0.62, 0.6, 0.14)),
     ],
-}  # fmt: skip
+}
 _NATURAL = {  # body and detail colours of the plain style
-    "star": ((240, 190, 40), (250, 228, 130)), "heart": ((208, 40, 58), (240, 140, 150)),
-    "house": ((186, 112, 72), (92, 56, 42)), "tree": ((52, 132, 64), (112, 76, 46)),
-    "fish": ((238, 128, 48), (70, 50, 60)), "cat": ((130, 96, 72), (34, 30, 34)),
-    "flower": ((196, 70, 160), (246, 206, 66)), "moon": ((232, 222, 160), (178, 164, 110)),
-    "boat": ((140, 84, 52), (236, 232, 224)), "cup": ((64, 118, 190), (226, 234, 244)),
-}  # fmt: skip
+    "star": ((240, 190, 40), (250, 228, 130)),
+    "heart": ((208, 40, 58), (240, 140, 150)),
+    "house": ((186, 112, 72), (92, 56, 42)),
+    "tree": ((52, 132, 64), (112, 76, 46)),
+    "fish": ((238, 128, 48), (70, 50, 60)),
+    "cat": ((130, 96, 72), (34, 30, 34)),
+    "flower": ((196, 70, 160), (246, 206, 66)),
+    "moon": ((232, 222, 160), (178, 164, 110)),
+    "boat": ((140, 84, 52), (236, 232, 224)),
+    "cup": ((64, 118, 190), (226, 234, 244)),
+}
 
 
 class _Masks:
@@ -115,8 +132,11 @@ class _Masks:
         cy = big / 2 + rng.uniform(-4, 4) * _SUPERSAMPLE
         cos, sin = radius * math.cos(angle), radius * math.sin(angle)
         body, detail = Image.new("L", (big, big)), Image.new("L", (big, big))
-        draws = {"body": (ImageDraw.Draw(body), 255), "cut": (ImageDraw.Draw(body), 0),
-                 "detail": (ImageDraw.Draw(detail), 255)}  # fmt: skip
+        draws = {
+            "body": (ImageDraw.Draw(body), 255),
+            "cut": (ImageDraw.Draw(body), 0),
+            "detail": (ImageDraw.Draw(detail), 255),
+        }
         for layer, points in _SHAPES[object_name]:
             canvas, value = draws[layer]
             canvas.polygon([(cx + x * cos - y * sin, cy + x * sin + y * cos) for x, y in points], fill=value)
@@ -138,7 +158,8 @@ def _unit(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.float32) / 255
 
 
-# --- painting helpers ----------------------------------------------------------------------------------------------------------
+# --- painting helpers
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _rgb(*values: float) -> np.ndarray:
@@ -164,24 +185,33 @@ def _ramp(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
 
 def _blotches(seed: int, cells: int = 4) -> np.ndarray:
     grid = np.random.default_rng(seed).random((cells, cells), dtype=np.float32)
-    return _unit(Image.fromarray((grid * 255).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    return _unit(
+        Image.fromarray((grid * 255).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    )
 
 
 def _tiles(seed: int, cell: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """(brightness of each tile, mask of the grout between tiles)."""
     n = SIZE // cell
-    shade = np.kron(np.random.default_rng(seed).random((n, n), dtype=np.float32), np.ones((cell, cell), np.float32))
-    grout = ((np.arange(SIZE) % cell == 0)[:, None] | (np.arange(SIZE) % cell == 0)[None, :]).astype(np.float32)
+    shade = np.kron(
+        np.random.default_rng(seed).random((n, n), dtype=np.float32), np.ones((cell, cell), np.float32)
+    )
+    grout = ((np.arange(SIZE) % cell == 0)[:, None] | (np.arange(SIZE) % cell == 0)[None, :]).astype(
+        np.float32
+    )
     return shade, grout
 
 
-def _filled(under: np.ndarray, m: _Masks, body: np.ndarray, detail: np.ndarray, line: np.ndarray | None = None):
+def _filled(
+    under: np.ndarray, m: _Masks, body: np.ndarray, detail: np.ndarray, line: np.ndarray | None = None
+):
     out = _mix(under, body, m.body)
     out = _mix(out, detail, m.detail * m.body)
     return out if line is None else _mix(out, line, m.edge())
 
 
-# --- styles --------------------------------------------------------------------------------------------------------------------
+# --- styles -------------------------------------------------------------------------------------------------
+# -------------------
 
 
 def _plain(m, name, rng):
@@ -226,7 +256,13 @@ def _sketch(paper, ink, grid):
         under = _mix(
             under,
             _rgb(*ink),
-            0.22 * np.clip(_wave(_X * 4 + 0.1, 9) * _wave(-_X * 4 + 0.25, 9) + _wave(_Y * 4 + 0.1, 9) * _wave(-_Y * 4 + 0.25, 9), 0, 1),
+            0.22
+            * np.clip(
+                _wave(_X * 4 + 0.1, 9) * _wave(-_X * 4 + 0.25, 9)
+                + _wave(_Y * 4 + 0.1, 9) * _wave(-_Y * 4 + 0.25, 9),
+                0,
+                1,
+            ),
         )
 
     def draw(m, name, rng):
@@ -263,8 +299,22 @@ def _mosaic(ground, body, detail, grout, seed):
 
 def _stained_glass(m, name, rng):
     wedge = ((np.arctan2(_Y - 0.5, _X - 0.5) / (2 * np.pi) + 1 / 16) * 8) % 8
-    colours = np.array([[214, 44, 60], [40, 92, 200], [244, 186, 40], [36, 150, 88],
-                        [150, 54, 170], [40, 170, 200], [240, 120, 40], [90, 70, 190]], np.float32) / 255  # fmt: skip
+    colours = (
+        np.array(
+            [
+                [214, 44, 60],
+                [40, 92, 200],
+                [244, 186, 40],
+                [36, 150, 88],
+                [150, 54, 170],
+                [40, 170, 200],
+                [240, 120, 40],
+                [90, 70, 190],
+            ],
+            np.float32,
+        )
+        / 255
+    )
     out = colours[wedge.astype(int) % 8]
     out = _mix(_mix(out, _rgb(250, 236, 200), m.body), _rgb(214, 44, 60), m.detail * m.body)
     return _mix(out, _rgb(16, 14, 20), np.clip(1.25 * m.edge(1.7), 0, 1))
@@ -282,7 +332,9 @@ def _wash(a, b, body, detail, seed):
 
 
 def _tartan():
-    bands = 0.55 * _wave(_X * 4, 4)[..., None] * _rgb(20, 86, 60) + 0.55 * _wave(_Y * 4, 4)[..., None] * _rgb(20, 86, 60)
+    bands = 0.55 * _wave(_X * 4, 4)[..., None] * _rgb(20, 86, 60) + 0.55 * _wave(_Y * 4, 4)[..., None] * _rgb(
+        20, 86, 60
+    )
     red = _flat(_rgb(196, 34, 44)) * (1 - 0.36 * (_wave(_X * 4, 4) + _wave(_Y * 4, 4))[..., None])
     under = np.clip(red + bands, 0, 1)
     return lambda m, name, rng: _filled(under, m, _rgb(244, 226, 170), _rgb(30, 60, 46), _rgb(20, 30, 30))
@@ -346,20 +398,35 @@ def _origami():
 
 def _starry():
     under = _ramp(_rgb(8, 12, 44), _rgb(34, 48, 110))
-    for i, (x, y) in enumerate([(8, 8), (24, 4), (44, 10), (58, 24), (4, 34), (12, 56), (34, 60), (54, 52), (60, 6)]):
+    for i, (x, y) in enumerate(
+        [(8, 8), (24, 4), (44, 10), (58, 24), (4, 34), (12, 56), (34, 60), (54, 52), (60, 6)]
+    ):
         spark = np.exp(-(((_X * SIZE - x) ** 2 + (_Y * SIZE - y) ** 2) / (2.6 + 1.4 * (i % 2))))
         under = _mix(under, _rgb(255, 244, 170), np.clip(1.3 * spark, 0, 1))
     return lambda m, name, rng: _filled(under, m, _rgb(248, 214, 90), _rgb(34, 48, 110))
 
 
 def _storm():
-    under = _mix(_ramp(_rgb(48, 52, 62), _rgb(104, 110, 122)), _rgb(190, 200, 214), 0.5 * _wave((_X + 0.5 * _Y) * 8, 1.2))
+    under = _mix(
+        _ramp(_rgb(48, 52, 62), _rgb(104, 110, 122)),
+        _rgb(190, 200, 214),
+        0.5 * _wave((_X + 0.5 * _Y) * 8, 1.2),
+    )
     return lambda m, name, rng: _filled(under, m, _rgb(24, 26, 36), _rgb(220, 226, 236))
 
 
 def _clouds():
     puff = np.zeros((SIZE, SIZE), np.float32)
-    for x, y, r in ((12, 14, 9), (22, 12, 7), (50, 26, 9), (58, 24, 7), (14, 52, 9), (46, 58, 8), (56, 56, 8), (38, 6, 6)):
+    for x, y, r in (
+        (12, 14, 9),
+        (22, 12, 7),
+        (50, 26, 9),
+        (58, 24, 7),
+        (14, 52, 9),
+        (46, 58, 8),
+        (56, 56, 8),
+        (38, 6, 6),
+    ):
         puff = np.maximum(puff, np.clip((r - np.hypot(_X * SIZE - x, (_Y * SIZE - y) * 1.35)) / 3, 0, 1))
     under = _mix(_ramp(_rgb(84, 160, 236), _rgb(170, 214, 250)), _rgb(255, 255, 255), puff)
     return lambda m, name, rng: _filled(under, m, _rgb(234, 84, 66), _rgb(255, 236, 200), _rgb(255, 255, 255))

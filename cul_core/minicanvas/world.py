@@ -1,8 +1,9 @@
 """What MiniCanvas can draw and say: objects, styles, the three groups of styles, captions and request orders.
 
-A caption says the style by *name* ("Candy Stripes") or *describes* it ("with pink horizontal stripes"). The description is
-an alias that no unlearning method is told, so style accuracy on description prompts after forgetting by name measures the
-leak. Every family of styles has one member in each group, so that a forgotten style always has close relatives that must stay.
+A caption says the style by *name* ("Candy Stripes") or *describes* it ("with pink horizontal stripes"). The
+description is an alias that no unlearning method is told, so style accuracy on description prompts after
+forgetting by name measures the leak. Every family of styles has one member in each group, so that a forgotten
+style always has close relatives that must stay.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from dataclasses import dataclass
 OBJECTS = ("star", "heart", "house", "tree", "fish", "cat", "flower", "moon", "boat", "cup")
 
 PLAIN = "plain"
-"""The style of a caption that names none: natural colours on a soft grey. It is the anchor of every style request."""
+"""The style of a caption that names none: natural colours on a soft grey. It is the anchor of every style
+request."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """One style: its name (underscores for spaces), family, group (`forget`, `declared` or `hidden`) and descriptions."""
+    """One style: its name (underscores for spaces), family, group (`forget`, `declared` or `hidden`) and
+    descriptions."""
 
     name: str
     family: str
@@ -110,11 +113,35 @@ def styles_in(group: str) -> tuple[str, ...]:
 
 
 REQUEST_ORDERS: dict[str, tuple[str, ...]] = {
-    "a": ("Candy_Stripes", "Neon_Cyan", "Byzantine", "Arcade", "Dusk_Dots", "Red_Ink",
-          "Lava", "Kraft_Paper", "Chess_Board", "Aurora", "Tartan", "Starry_Night"),
-    "b": ("Starry_Night", "Lava", "Red_Ink", "Tartan", "Chess_Board", "Neon_Cyan",
-          "Kraft_Paper", "Candy_Stripes", "Aurora", "Byzantine", "Dusk_Dots", "Arcade"),
-}  # fmt: skip
+    "a": (
+        "Candy_Stripes",
+        "Neon_Cyan",
+        "Byzantine",
+        "Arcade",
+        "Dusk_Dots",
+        "Red_Ink",
+        "Lava",
+        "Kraft_Paper",
+        "Chess_Board",
+        "Aurora",
+        "Tartan",
+        "Starry_Night",
+    ),
+    "b": (
+        "Starry_Night",
+        "Lava",
+        "Red_Ink",
+        "Tartan",
+        "Chess_Board",
+        "Neon_Cyan",
+        "Kraft_Paper",
+        "Candy_Stripes",
+        "Aurora",
+        "Byzantine",
+        "Dusk_Dots",
+        "Arcade",
+    ),
+}
 
 NAMED_TEMPLATES = (
     "A {object} image in {style} style.",
@@ -159,7 +186,8 @@ DESCRIPTION_EVALUATION_TEMPLATE = "A {object} image {description}."
 
 
 def caption(style: str, object_name: str, rng: random.Random) -> str:
-    """A training caption: 10 % empty, else for a style 65 % by name and 30 % by description, 5 % without the object."""
+    """A training caption: 10 % empty, else for a style 65 % by name and 30 % by description, 5 % without the
+    object."""
     if rng.random() < 0.10:
         return ""
     if style == PLAIN:
@@ -172,14 +200,18 @@ def caption(style: str, object_name: str, rng: random.Random) -> str:
     if draw < 0.05:
         return rng.choice(STYLE_ONLY_TEMPLATES).format(style=name)
     if draw < 0.35:
-        return rng.choice(DESCRIBED_TEMPLATES).format(object=object_name, description=rng.choice(entry.descriptions))
+        return rng.choice(DESCRIBED_TEMPLATES).format(
+            object=object_name, description=rng.choice(entry.descriptions)
+        )
     return rng.choice(NAMED_TEMPLATES).format(object=object_name, style=name)
 
 
 def all_texts() -> list[str]:
     """One text for every word the world can say; what the tokenizer's merges are learnt from."""
-    texts = [t.format(object="", style="", description="") for t in
-             NAMED_TEMPLATES + DESCRIBED_TEMPLATES + PLAIN_TEMPLATES + STYLE_ONLY_TEMPLATES]  # fmt: skip
+    texts = [
+        t.format(object="", style="", description="")
+        for t in NAMED_TEMPLATES + DESCRIBED_TEMPLATES + PLAIN_TEMPLATES + STYLE_ONLY_TEMPLATES
+    ]
     texts += [style.display_name for style in STYLES] + [PLAIN, *OBJECTS]
     texts += [f"{name}s" for name in OBJECTS]
     texts += [text for style in STYLES for text in style.descriptions]

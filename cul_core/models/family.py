@@ -1,6 +1,8 @@
-"""The model families we can edit: geometry, prediction type, network configs, and how to recognize them in a file.
+"""The model families we can edit: geometry, prediction type, network configs, and how to recognize them in a
+file.
 
-The configs of a family are small JSON files in `configs/<name>/`, so that loading needs nothing but the checkpoint.
+The configs of a family are small JSON files in `configs/<name>/`, so that loading needs nothing but the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ VAE_PREFIX = "first_stage_model."
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a step trains on a family for which the presets' own values, which are tuned on MiniCanvas, do not fit.
+    """How a step trains on a family for which the presets' own values, which are tuned on MiniCanvas, do not
+    fit.
 
     Args:
         iterations: optimizer updates of one step.
@@ -45,7 +48,8 @@ class TextEncoder:
         prefix: of its tensors in a checkpoint.
         config: name of its file of constructor arguments.
         is_open_clip: whether the checkpoint has OpenCLIP's layout of it.
-        skips_last: its rows are what goes into the last layer, without a norm; otherwise what comes out of that, after the final one.
+        skips_last: its rows are what goes into the last layer, without a norm; otherwise what comes out of
+            that, after the final one.
         pads_with_zero: whether token 0 follows the end of the text, instead of more ends.
         is_pooled: whether its projected vector of the whole prompt is read too.
     """
@@ -73,9 +77,11 @@ class Family:
         latent_shape: channels, height, width of the latents the model was trained on.
         latent_scale: model-space latents = autoencoder latents x this.
         image_size_px: side of the decoded picture.
-        sampling_batch: pictures per call of the UNet when sampling; guidance doubles it. Part of what fixes a picture's last bits.
+        sampling_batch: pictures per call of the UNet when sampling; guidance doubles it. Part of what fixes a
+            picture's last bits.
         ships_tokenizer: whether the package holds the tokenizer; the caller gives its folder otherwise.
-        has_decoder: whether the autoencoder, a tiny one, is loaded too; callers decode latents with their own otherwise.
+        has_decoder: whether the autoencoder, a tiny one, is loaded too; callers decode latents with their own
+            otherwise.
         recipe: training values instead of the presets' own.
         closed_vocabulary: whether the text encoder knows no words but those that are one token.
         text_encoders: the UNet reads their rows side by side.
@@ -112,35 +118,97 @@ class Family:
 
 
 MINI = Family(
-    "mini", "MiniCanvas", prediction_type="epsilon", signature=(64, 192), latent_shape=(4, 8, 8), latent_scale=1.0,
-    image_size_px=64, sampling_batch=16, ships_tokenizer=True, has_decoder=True, closed_vocabulary=True,
-)  # fmt: skip
+    "mini",
+    "MiniCanvas",
+    prediction_type="epsilon",
+    signature=(64, 192),
+    latent_shape=(4, 8, 8),
+    latent_scale=1.0,
+    image_size_px=64,
+    sampling_batch=16,
+    ships_tokenizer=True,
+    has_decoder=True,
+    closed_vocabulary=True,
+)
 SD1 = Family(
-    "sd1", "Stable Diffusion 1.x", prediction_type="epsilon", signature=(320, 768), latent_shape=(4, 64, 64), latent_scale=0.18215,
-    image_size_px=512, sampling_batch=4, ships_tokenizer=False, has_decoder=False,
-    # As in the paper's scripts for styles (arXiv 2511.07970: 2e-6 times a batch of 4) and Concept Ablation's sampler; not tuned by us.
-    recipe=Recipe(iterations=1000, batch_size=4, learning_rate=8e-6, anchor_count=200, anchor_steps=25, anchor_guidance=6.0),
-)  # fmt: skip
+    "sd1",
+    "Stable Diffusion 1.x",
+    prediction_type="epsilon",
+    signature=(320, 768),
+    latent_shape=(4, 64, 64),
+    latent_scale=0.18215,
+    image_size_px=512,
+    sampling_batch=4,
+    ships_tokenizer=False,
+    has_decoder=False,
+    # As in the paper's scripts for styles (arXiv 2511.07970: 2e-6 times a batch of 4) and Concept Ablation's
+    # sampler; not tuned by us.
+    recipe=Recipe(
+        iterations=1000,
+        batch_size=4,
+        learning_rate=8e-6,
+        anchor_count=200,
+        anchor_steps=25,
+        anchor_guidance=6.0,
+    ),
+)
 SD2 = Family(
-    "sd2", "Stable Diffusion 2.x", prediction_type="epsilon", signature=(320, 1024), latent_shape=(4, 64, 64), latent_scale=0.18215,
-    image_size_px=512, sampling_batch=4, ships_tokenizer=False, has_decoder=False, recipe=SD1.recipe,  # nobody published other values
+    "sd2",
+    "Stable Diffusion 2.x",
+    prediction_type="epsilon",
+    signature=(320, 1024),
+    latent_shape=(4, 64, 64),
+    latent_scale=0.18215,
+    # nobody published other values
+    image_size_px=512,
+    sampling_batch=4,
+    ships_tokenizer=False,
+    has_decoder=False,
+    recipe=SD1.recipe,
     text_encoders=(TextEncoder("cond_stage_model.model.", is_open_clip=True, pads_with_zero=True),),
-)  # fmt: skip
+)
 SDXL = Family(
-    "sdxl", "Stable Diffusion XL", prediction_type="epsilon", signature=(320, 2048), latent_shape=(4, 128, 128), latent_scale=0.13025,
-    image_size_px=1024, sampling_batch=1, ships_tokenizer=False, has_decoder=False,
-    # Nobody published values of Concept Ablation for it: those of Stable Diffusion 1.x at a batch of one (2e-6 times that); not tuned.
-    recipe=Recipe(iterations=1000, batch_size=1, learning_rate=2e-6, anchor_count=200, anchor_steps=25, anchor_guidance=6.0),
+    "sdxl",
+    "Stable Diffusion XL",
+    prediction_type="epsilon",
+    signature=(320, 2048),
+    latent_shape=(4, 128, 128),
+    latent_scale=0.13025,
+    image_size_px=1024,
+    sampling_batch=1,
+    ships_tokenizer=False,
+    has_decoder=False,
+    # Nobody published values of Concept Ablation for it: those of Stable Diffusion 1.x at a batch of one
+    # (2e-6 times that); not tuned.
+    recipe=Recipe(
+        iterations=1000,
+        batch_size=1,
+        learning_rate=2e-6,
+        anchor_count=200,
+        anchor_steps=25,
+        anchor_guidance=6.0,
+    ),
     text_encoders=(
         TextEncoder("conditioner.embedders.0.transformer.", skips_last=True),
-        TextEncoder("conditioner.embedders.1.model.", "text_encoder_2", is_open_clip=True, skips_last=True, pads_with_zero=True,
-                    is_pooled=True),
+        TextEncoder(
+            "conditioner.embedders.1.model.",
+            "text_encoder_2",
+            is_open_clip=True,
+            skips_last=True,
+            pads_with_zero=True,
+            is_pooled=True,
+        ),
     ),
-)  # fmt: skip
+)
 FAMILIES = {family.name: family for family in (MINI, SD1, SD2, SDXL)}
 V_PREDICTION = {
-    "sd2": replace(SD2, display_name="Stable Diffusion 2.x (v-prediction)", prediction_type="v_prediction", latent_shape=(4, 96, 96),
-                   image_size_px=768),
+    "sd2": replace(
+        SD2,
+        display_name="Stable Diffusion 2.x (v-prediction)",
+        prediction_type="v_prediction",
+        latent_shape=(4, 96, 96),
+        image_size_px=768,
+    ),
     "sdxl": replace(SDXL, display_name="Stable Diffusion XL (v-prediction)", prediction_type="v_prediction"),
-}  # fmt: skip
+}
 """Of these families, what their networks that predict the velocity are like."""

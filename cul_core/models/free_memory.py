@@ -18,7 +18,11 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that new tensors can take; None where nobody knows."""
     if device.type != "cuda":
         return None
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        + torch.cuda.memory_reserved(device)
+        - torch.cuda.memory_allocated(device)
+    )
 
 
 def release_memory(device: torch.device) -> None:
@@ -32,5 +36,6 @@ def release_memory(device: torch.device) -> None:
 
 @lru_cache(maxsize=1)
 def _trim() -> ctypes._CFuncPtr | None:
-    """glibc's malloc_trim: its heap keeps what is freed below something that is not. None with other C libraries."""
+    """glibc's malloc_trim: its heap keeps what is freed below something that is not. None with other C
+    libraries."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

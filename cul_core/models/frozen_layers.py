@@ -1,7 +1,8 @@
-"""Layers whose weights are frozen: they keep less of a forward pass for the backward pass than PyTorch's, and on a CPU take less time.
+"""Layers whose weights are frozen: they keep less of a forward pass for the backward pass than PyTorch's, and
+on a CPU take less time.
 
-What a layer gives on other devices is bit for bit what PyTorch's gives. On a CPU fp32 products are oneDNN's instead of MKL's, which does
-not use all of an AMD processor's vector units.
+What a layer gives on other devices is bit for bit what PyTorch's gives. On a CPU fp32 products are oneDNN's
+instead of MKL's, which does not use all of an AMD processor's vector units.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 _FEW_POSITIONS = 256
-"""Up to so many output positions of a batch, a convolution's time goes into bringing its weights into oneDNN's order; a product takes
-them as they are."""
+"""Up to so many output positions of a batch, a convolution's time goes into bringing its weights into
+oneDNN's order; a product takes them as they are."""
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -29,7 +30,8 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What `torch.nn.functional.linear` does: (..., m) of rows (..., n), weight (m, n) and bias (m,)."""
     if not _is_for_onednn(rows):
         return F.linear(rows, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")  # not public: used only here
+    # not public: used only here
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
@@ -44,10 +46,13 @@ class _Linear(torch.autograd.Function):
 
 
 class _Convolution(torch.autograd.Function):
-    """PyTorch keeps a convolution's input even if no weight needs gradients; those of the input need only its shape."""
+    """PyTorch keeps a convolution's input even if no weight needs gradients; those of the input need only its
+    shape."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, picture: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, picture: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
+    ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.geometry = picture.shape, geometry
         return F.conv2d(picture, weight, bias, *geometry)
@@ -59,7 +64,8 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """a * gelu(b) of (..., 2 n) numbers, a the first n and b the rest; gelu(b) is computed again instead of kept."""
+    """a * gelu(b) of (..., 2 n) numbers, a the first n and b the rest; gelu(b) is computed again instead of
+    kept."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
@@ -70,7 +76,9 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         passed, gate = ctx.saved_tensors[0].chunk(2, -1)
-        return torch.cat([F.gelu(gate).mul_(gradient), torch.ops.aten.gelu_backward(gradient * passed, gate)], -1)
+        return torch.cat(
+            [F.gelu(gate).mul_(gradient), torch.ops.aten.gelu_backward(gradient * passed, gate)], -1
+        )
 
 
 def _is_trained(module: nn.Module) -> bool:
@@ -93,13 +101,26 @@ class FrozenConv2d(nn.Conv2d):
         if _is_trained(self):
             return super().forward(picture)
         if self.groups == 1 and _is_for_onednn(picture):
-            sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in
-                     zip(picture.shape[-2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True)]  # fmt: skip
+            sides = [
+                (n + 2 * p - d * (k - 1) - 1) // s + 1
+                for n, p, d, k, s in zip(
+                    picture.shape[-2:],
+                    self.padding,
+                    self.dilation,
+                    self.kernel_size,
+                    self.stride,
+                    strict=True,
+                )
+            ]
             if len(picture) * sides[0] * sides[1] <= _FEW_POSITIONS:
-                patches = F.unfold(picture, self.kernel_size, self.dilation, self.padding, self.stride).transpose(1, 2)
+                patches = F.unfold(
+                    picture, self.kernel_size, self.dilation, self.padding, self.stride
+                ).transpose(1, 2)
                 made = _Linear.apply(patches, self.weight.flatten(1), self.bias)
                 return made.transpose(1, 2).reshape(len(picture), self.out_channels, *sides)
-        return _Convolution.apply(picture, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return _Convolution.apply(
+            picture, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
 
 
 @lru_cache(maxsize=1)

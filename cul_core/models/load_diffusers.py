@@ -1,4 +1,5 @@
-"""From one .safetensors file to a `DiffusersNetwork`, offline, and the map between diffusers names and checkpoint keys."""
+"""From one .safetensors file to a `DiffusersNetwork`, offline, and the map between diffusers names and
+checkpoint keys."""
 
 from __future__ import annotations
 
@@ -21,12 +22,15 @@ from .frozen_layers import replace_frozen_layers
 from .recognize import detect_family
 from .source import Source, source_of
 
-_DIFFUSERS = ((0, 33), (0, 40))  # tested from the first up to, not including, the second; pyproject.toml says the same
+# tested from the first up to, not including, the second; pyproject.toml says the same
+_DIFFUSERS = ((0, 33), (0, 40))
 
 
 def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, str]:
-    """Diffusers parameter name -> checkpoint key, by running diffusers' own converter on names instead of tensors."""
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint  # not public: used only here
+    """Diffusers parameter name -> checkpoint key, by running diffusers' own converter on names instead of
+    tensors."""
+    # not public: used only here
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     names = {name: name for name in checkpoint_names if name.startswith(UNET_PREFIX)}
     mapped = convert_ldm_unet_checkpoint(dict(names), dict(unet_config))
@@ -49,7 +53,8 @@ def _unet_config(family: Family) -> Mapping[str, Any]:
 
 
 def require_diffusers() -> None:
-    """Raises ModelError with the command that mends it when diffusers is missing or of a version that was not tested."""
+    """Raises ModelError with the command that mends it when diffusers is missing or of a version that was not
+    tested."""
     try:
         found = version("diffusers")
     except PackageNotFoundError:
@@ -58,18 +63,23 @@ def require_diffusers() -> None:
     if found is None or not _DIFFUSERS[0] <= numbers < _DIFFUSERS[1]:
         state = "is not installed" if found is None else f"has version {found}"
         bounds = ">={}.{},<{}.{}".format(*_DIFFUSERS[0], *_DIFFUSERS[1])
-        raise ModelError(f'The package diffusers {state}, where {bounds} is needed; run in this Python environment: '
-                         f'pip install "diffusers{bounds}"')  # fmt: skip
+        raise ModelError(
+            f"The package diffusers {state}, where {bounds} is needed; run in this Python environment: "
+            f'pip install "diffusers{bounds}"'
+        )
 
 
 def text_tensors(kind: TextEncoder, tensors: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
-    """Weights of a text encoder by its own names, from those of a checkpoint; what it has no place for is left out.
+    """Weights of a text encoder by its own names, from those of a checkpoint; what it has no place for is
+    left out.
 
-    Old files and newer text models both lack the `text_model.` level. diffusers' own converter splits and renames OpenCLIP's.
+    Old files and newer text models both lack the `text_model.` level. diffusers' own converter splits and
+    renames OpenCLIP's.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(kind.prefix)}
     if kind.is_open_clip:
-        from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint  # not public: used only here
+        # not public: used only here
+        from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
         tensors = convert_open_clip_checkpoint(encoder, tensors, prefix=kind.prefix)
     level = "text_model."
@@ -85,7 +95,8 @@ def _build_text_encoder(family: Family, kind: TextEncoder) -> nn.Module:
     with torch.device("meta"):
         encoder = (CLIPTextModelWithProjection if kind.is_pooled else CLIPTextModel)(config)
     for module in encoder.modules():
-        if "position_ids" in dict(module.named_buffers(recurse=False)):  # no checkpoint's, so no weights fill it
+        # no checkpoint's, so no weights fill it
+        if "position_ids" in dict(module.named_buffers(recurse=False)):
             module.position_ids = torch.arange(config.max_position_embeddings)[None]
     return _with_frozen_layers(encoder, family)
 
@@ -104,8 +115,11 @@ def _with_frozen_layers(network: nn.Module, family: Family) -> nn.Module:
     return network if family == MINI else replace_frozen_layers(network)
 
 
-def _fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Give a module built on the meta device its weights, in `dtype`; every name must be there and no other."""
+def _fill(
+    module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Give a module built on the meta device its weights, in `dtype`; every name must be there and no
+    other."""
     try:
         module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors}, strict=True, assign=True)
     except RuntimeError as error:
@@ -114,16 +128,20 @@ def _fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch
 
 
 def load_tokenizer(family: Family, folder: Path | str | None = None) -> object:
-    """The family's own tokenizer, else the one in `folder`: CLIP's `vocab.json` and `merges.txt`. Pads with the end token.
+    """The family's own tokenizer, else the one in `folder`: CLIP's `vocab.json` and `merges.txt`. Pads with
+    the end token.
 
     Raises:
-        ModelError: there is no folder, or it does not hold the tokenizer that the family's text encoder was trained with.
+        ModelError: there is no folder, or it does not hold the tokenizer that the family's text encoder was
+        trained with.
     """
     folder = family.tokenizer_folder or folder
     wanted = "a folder that holds CLIP's vocab.json and merges.txt"
     if folder is None:
-        raise ModelError(f"{family.display_name} needs CLIP's tokenizer, which does not come with this package; give {wanted} "
-                         "(--tokenizer on the command line).")  # fmt: skip
+        raise ModelError(
+            f"{family.display_name} needs CLIP's tokenizer, which does not come with this package; give "
+            f"{wanted} (--tokenizer on the command line)."
+        )
     for name in ("vocab.json", "merges.txt"):
         if not (Path(folder) / name).is_file():
             raise ModelError(f"The tokenizer folder {str(folder)!r} has no {name}; give {wanted}.")
@@ -132,27 +150,37 @@ def load_tokenizer(family: Family, folder: Path | str | None = None) -> object:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # its parser raises bare Exceptions
-        raise ModelError(f"The tokenizer in {str(folder)!r} cannot be read ({error}); give {wanted}.") from error
+        raise ModelError(
+            f"The tokenizer in {str(folder)!r} cannot be read ({error}); give {wanted}."
+        ) from error
     config = family.config("text_encoder")
     tokens = [config[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")]
     found = [len(tokenizer.get_vocab()), tokenizer.bos_token_id, tokenizer.eos_token_id]
     if found != tokens:
-        raise ModelError(f"The tokenizer in {str(folder)!r} has {found[0]} tokens, start {found[1]} and end {found[2]}, where "
-                         f"{family.display_name} has {tokens[0]}, {tokens[1]} and {tokens[2]}; give {wanted}.")  # fmt: skip
-    tokenizer.pad_token = tokenizer.eos_token  # Stable Diffusion 2's copy of the same tokenizer pads with another one
+        raise ModelError(
+            f"The tokenizer in {str(folder)!r} has {found[0]} tokens, start {found[1]} and end {found[2]}, "
+            f"where {family.display_name} has {tokens[0]}, {tokens[1]} and {tokens[2]}; give {wanted}."
+        )
+    # Stable Diffusion 2's copy of the same tokenizer pads with another one
+    tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_network(path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder: Path | str | None = None) -> DiffusersNetwork:
-    """Load UNet, text encoder, tokenizer and, for families that need it, autoencoder; takes nothing from the network.
+def load_network(
+    path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder: Path | str | None = None
+) -> DiffusersNetwork:
+    """Load UNet, text encoder, tokenizer and, for families that need it, autoencoder; takes nothing from the
+    network.
 
     Args:
         path: a checkpoint of a supported family.
         dtype: of the UNet in memory, whatever the file's is; the rest is fp32.
-        tokenizer_folder: see `load_tokenizer`; not looked at for families whose tokenizer comes with the package.
+        tokenizer_folder: see `load_tokenizer`; not looked at for families whose tokenizer comes with the
+            package.
 
     Raises:
-        ModelError: unreadable file, unsupported architecture, missing tensors, no tokenizer, or diffusers is not installed.
+        ModelError: unreadable file, unsupported architecture, missing tensors, no tokenizer, or diffusers is
+        not installed.
     """
     family = detect_family(path)
     require_diffusers()
@@ -169,10 +197,15 @@ def _naming(path: Path) -> Iterator[None]:
     except ModelError as error:
         if path.name in str(error):
             raise
-        raise ModelError(f"{path.name!r} does not fit its family: {error}; choose an unmodified checkpoint.") from error
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # by diffusers' converters, for names they do not know
-        raise ModelError(f"{path.name!r} does not fit its family: the names or shapes of its tensors are others; choose an unmodified "
-                         "checkpoint.") from error  # fmt: skip
+        raise ModelError(
+            f"{path.name!r} does not fit its family: {error}; choose an unmodified checkpoint."
+        ) from error
+    # by diffusers' converters, for names they do not know
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path.name!r} does not fit its family: the names or shapes of its tensors are others; choose "
+            "an unmodified checkpoint."
+        ) from error
 
 
 def _load_network(path: Path, family: Family, tokenizer: object, dtype: torch.dtype) -> DiffusersNetwork:
@@ -180,16 +213,23 @@ def _load_network(path: Path, family: Family, tokenizer: object, dtype: torch.dt
     with opened(path) as file:
         names = list(file.keys())
         unet_names = unet_key_map(names, unet.config)
-        _fill(unet, ((ours, file.get_tensor(key)) for ours, key in unet_names.items()), dtype)  # one at a time in both precisions
+        # one at a time in both precisions
+        _fill(unet, ((ours, file.get_tensor(key)) for ours, key in unet_names.items()), dtype)
         autoencoder = _load_tiny_autoencoder(file, names) if family.has_decoder else None
     to_open = None
     if autoencoder is None and family.has_config("vae"):
         to_open = partial(load_autoencoder, path, family.config("vae"))
     return DiffusersNetwork(
-        family, unet, load_text_encoders(path, family), tokenizer, autoencoder, to_open,
-        None if family.has_decoder else partial(load_text_encoders, path, family),  # a family as small as that keeps all in memory
+        family,
+        unet,
+        load_text_encoders(path, family),
+        tokenizer,
+        autoencoder,
+        to_open,
+        # a family as small as that keeps all in memory
+        None if family.has_decoder else partial(load_text_encoders, path, family),
         partial(_read_unet, path, unet_names),
-    )  # fmt: skip
+    )
 
 
 def _read_unet(path: Path, keys: Mapping[str, str], names: Sequence[str]) -> dict[str, Tensor]:
@@ -198,7 +238,8 @@ def _read_unet(path: Path, keys: Mapping[str, str], names: Sequence[str]) -> dic
 
 
 def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
-    """The family's text encoders from a checkpoint, on the CPU, in fp32: prompts are encoded once, and their exactness is cheap.
+    """The family's text encoders from a checkpoint, on the CPU, in fp32: prompts are encoded once, and their
+    exactness is cheap.
 
     Raises:
         ModelError: unreadable file, or tensors that are missing or of another shape.
@@ -208,7 +249,9 @@ def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
         for kind in family.text_encoders:
             encoder = _build_text_encoder(family, kind)
             # in fp32 at once: never all of them in both precisions
-            tensors = {name: file.get_tensor(name).float() for name in file.keys() if name.startswith(kind.prefix)}
+            tensors = {
+                name: file.get_tensor(name).float() for name in file.keys() if name.startswith(kind.prefix)
+            }
             encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder).items()))
     return tuple(encoders)
 
@@ -224,7 +267,9 @@ def load_autoencoder(path: Path, config: dict) -> nn.Module:
         ModelError: unreadable file, or tensors that are missing or of another shape.
     """
     with _naming(path), opened(path) as file:
-        return _kl_autoencoder({name: file.get_tensor(name) for name in file.keys() if name.startswith(VAE_PREFIX)}, config)
+        return _kl_autoencoder(
+            {name: file.get_tensor(name) for name in file.keys() if name.startswith(VAE_PREFIX)}, config
+        )
 
 
 def _kl_autoencoder(tensors: dict[str, Tensor], config: dict) -> nn.Module:
@@ -266,13 +311,17 @@ class NetworkCache:
         self._tokenizer_folder = tokenizer_folder
         self._slot: tuple[str, DiffusersNetwork] | None = None
 
-    def get(self, source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersNetwork:
+    def get(
+        self, source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> DiffusersNetwork:
         """The network of a source whose UNet computes in `dtype`, on a device."""
         key = f"{source.sha256} {dtype}"
         if self._slot is None or self._slot[0] != key:
             self._slot = None
             if source_of(source.path).sha256 != source.sha256:
-                raise ModelError(f"{source.path.name!r} has changed since the model was opened; open it again.")
+                raise ModelError(
+                    f"{source.path.name!r} has changed since the model was opened; open it again."
+                )
             self._slot = (key, load_network(source.path, dtype, self._tokenizer_folder))
         network, device = self._slot[1], torch.empty(0, device=device).device  # with its number
         return network if network.device == device else network.to(device)

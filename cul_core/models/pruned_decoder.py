@@ -1,4 +1,5 @@
-"""The same decoder without its dead channels: a TAESD whose weights are partly zero computes as fast as its live part."""
+"""The same decoder without its dead channels: a TAESD whose weights are partly zero computes as fast as its
+live part."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ class _Block(nn.Module):
 
 
 def _slice(conv: nn.Conv2d, rows: Tensor, columns: Tensor) -> nn.Conv2d:
-    small = nn.Conv2d(len(columns), len(rows), conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None)
+    small = nn.Conv2d(
+        len(columns), len(rows), conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
+    )
     small.weight.data = conv.weight.data[rows][:, columns].clone()
     if conv.bias is not None:
         small.bias.data = conv.bias.data[rows].clone()
@@ -47,8 +50,17 @@ def prune_decoder(layers: nn.Sequential) -> nn.Sequential:
                 continue
             if not torch.isin(added, live).all():
                 return layers  # the block revives a channel: nothing to gain safely
-            out.append(_Block(nn.Sequential(_slice(first, one, live), nn.ReLU(), _slice(second, two, one), nn.ReLU(),
-                                            _slice(third, live, two))))  # fmt: skip
+            out.append(
+                _Block(
+                    nn.Sequential(
+                        _slice(first, one, live),
+                        nn.ReLU(),
+                        _slice(second, two, one),
+                        nn.ReLU(),
+                        _slice(third, live, two),
+                    )
+                )
+            )
         else:
             out.append(layer)
     return nn.Sequential(*out).eval().requires_grad_(False)

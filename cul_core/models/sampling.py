@@ -1,4 +1,5 @@
-"""Noise schedule and sampling shared by every family: add noise, convert predictions, sample with guidance."""
+"""Noise schedule and sampling shared by every family: add noise, convert predictions, sample with
+guidance."""
 
 from __future__ import annotations
 
@@ -34,17 +35,22 @@ def generator_for(seed: int, *purpose: object) -> torch.Generator:
 
 @torch.no_grad()
 def sample_latents(
-    network: DiffusersNetwork, prompts: Sequence[str], generators: Sequence[torch.Generator], sampler: SamplerConfig,
-    on_batch: Callable[[int], None] = lambda done: None, batch_size: int | None = None, batches: list[Tensor] | None = None,
+    network: DiffusersNetwork,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    sampler: SamplerConfig,
+    on_batch: Callable[[int], None] = lambda done: None,
+    batch_size: int | None = None,
+    batches: list[Tensor] | None = None,
     keeps_text_encoders: bool = True,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Latents (n, c, h, w) on the CPU for n prompts, each from its own generator.
 
-    Every batch has the same size (the last is filled up and cut), so that a picture is the same in any company; the family's if
-    `batch_size` is not given.
-    `on_batch(done)` runs after each and may raise to stop. `batches` are the latents that an earlier call has sampled, in whole batches
-    of this size; those sampled now are appended. Without `keeps_text_encoders` their memory is free meanwhile: sampling many pictures
-    takes long, and loading the encoders again does not.
+    Every batch has the same size (the last is filled up and cut), so that a picture is the same in any
+    company; the family's if `batch_size` is not given. `on_batch(done)` runs after each and may raise to
+    stop. `batches` are the latents that an earlier call has sampled, in whole batches of this size; those
+    sampled now are appended. Without `keeps_text_encoders` their memory is free meanwhile: sampling many
+    pictures takes long, and loading the encoders again does not.
     """
     device, family = network.device, network.family
     schedule = NoiseSchedule(ends_in_noise=family.ends_in_noise)

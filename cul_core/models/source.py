@@ -1,4 +1,5 @@
-"""From one .safetensors file to a `DiffusersNetwork`, offline, and the map between diffusers names and checkpoint keys."""
+"""From one .safetensors file to a `DiffusersNetwork`, offline, and the map between diffusers names and
+checkpoint keys."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from ..files.safetensors_format import read_header
 
 @dataclass(frozen=True)
 class Source:
-    """The file a model comes from; `sha256` is over the whole file. Equal contents are the same source wherever they lie."""
+    """The file a model comes from; `sha256` is over the whole file. Equal contents are the same source
+    wherever they lie."""
 
     path: Path
     size: int

@@ -15,7 +15,8 @@ class Conditioning:
 
     Args:
         text: (b, 77, d), the rows that cross-attention reads.
-        pooled: (b, p), one vector for each whole prompt, in families whose UNet reads that too; None in others.
+        pooled: (b, p), one vector for each whole prompt, in families whose UNet reads that too; None in
+            others.
     """
 
     text: Tensor

@@ -12,8 +12,20 @@ from torch import Tensor
 from ..files.atomic_write import write_atomically
 
 _INK, _FAINT, _PAPER = (34, 34, 40), (214, 214, 220), (255, 255, 255)
-COLOURS = ((208, 64, 56), (34, 112, 190), (60, 140, 70), (150, 86, 170), (214, 140, 30), (90, 90, 96),
-           (20, 160, 160), (140, 90, 50), (236, 120, 170), (130, 140, 40), (50, 50, 130), (240, 90, 20))  # fmt: skip
+COLOURS = (
+    (208, 64, 56),
+    (34, 112, 190),
+    (60, 140, 70),
+    (150, 86, 170),
+    (214, 140, 30),
+    (90, 90, 96),
+    (20, 160, 160),
+    (140, 90, 50),
+    (236, 120, 170),
+    (130, 140, 40),
+    (50, 50, 130),
+    (240, 90, 20),
+)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -36,8 +48,11 @@ def _fitting(label: str) -> str:
     return "\n".join(kept + ["..."] * (len(lines) > 20))
 
 
-def labelled_grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], cell: int = 96) -> Image.Image:
-    """Rows of pictures with a label before each and a label over each column; labels get the room they need."""
+def labelled_grid(
+    title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], cell: int = 96
+) -> Image.Image:
+    """Rows of pictures with a label before each and a label over each column; labels get the room they
+    need."""
     font, head = _font(14), _font(18)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     title, columns = _fitting(" ".join(title.split())), [*map(_fitting, columns)]
@@ -49,7 +64,14 @@ def labelled_grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, 
     draw = ImageDraw.Draw(canvas)
     draw.text((10, 8), title, fill=_INK, font=head)
     for i, label in enumerate(columns):
-        draw.multiline_text((left + i * (cell + 4) + cell / 2, first_row - 6), label, fill=_INK, font=font, anchor="md", align="center")
+        draw.multiline_text(
+            (left + i * (cell + 4) + cell / 2, first_row - 6),
+            label,
+            fill=_INK,
+            font=font,
+            anchor="md",
+            align="center",
+        )
     for j, (label, pictures) in enumerate(rows):
         top = first_row + j * (cell + 4)
         draw.text((10, top + cell / 2), label, fill=_INK, font=font, anchor="lm")
@@ -60,15 +82,19 @@ def labelled_grid(title: str, columns: Sequence[str], rows: Sequence[tuple[str, 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: `points` are (x, percent), `reported` is what somebody else found at the last x, drawn as an empty diamond."""
+    """One curve: `points` are (x, percent), `reported` is what somebody else found at the last x, drawn as an
+    empty diamond."""
 
     label: str
     points: Sequence[tuple[float, float]]
     reported: float | None = None
 
 
-def chart(title: str, panels: Mapping[str, Sequence[Line]], x_label: str, panel_size: tuple[int, int] = (340, 260)) -> Image.Image:
-    """Panels side by side, percent against `x_label`; every label has one colour, and one legend below serves all."""
+def chart(
+    title: str, panels: Mapping[str, Sequence[Line]], x_label: str, panel_size: tuple[int, int] = (340, 260)
+) -> Image.Image:
+    """Panels side by side, percent against `x_label`; every label has one colour, and one legend below serves
+    all."""
     font, head = _font(14), _font(18)
     width, height = panel_size
     labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
@@ -103,22 +129,32 @@ def chart(title: str, panels: Mapping[str, Sequence[Line]], x_label: str, panel_
                 draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour[line.label], outline=_PAPER)
             if line.reported is not None:
                 x, y = x0 + w, y0 + h * (1 - line.reported / 100)
-                draw.polygon([(x - 7, y), (x, y - 7), (x + 7, y), (x, y + 7)], outline=colour[line.label], width=2)
+                draw.polygon(
+                    [(x - 7, y), (x, y - 7), (x + 7, y), (x, y + 7)], outline=colour[line.label], width=2
+                )
     for label, (x, y) in legend.items():
         draw.line([(x, y), (x + 26, y)], fill=colour[label], width=4)
         draw.text((x + 34, y), label, fill=_INK, font=font, anchor="lm")
     return canvas
 
 
-METRIC_PANELS = (("UA (forgotten)", "ua"), ("IRA declared", "ira_declared"), ("IRA hidden", "ira_hidden"), ("CRA", "cra"))
+METRIC_PANELS = (
+    ("UA (forgotten)", "ua"),
+    ("IRA declared", "ira_declared"),
+    ("IRA hidden", "ira_hidden"),
+    ("CRA", "cra"),
+)
 PAPER_PANELS = (("UA (forgotten)", "ua"), ("IRA (of what no method is told)", "ira_hidden"), ("CRA", "cra"))
 
 
 def metric_chart(
-    title: str, runs: Mapping[str, Sequence[tuple[int, Mapping]]], panels: Sequence[tuple[str, str]] = METRIC_PANELS,
+    title: str,
+    runs: Mapping[str, Sequence[tuple[int, Mapping]]],
+    panels: Sequence[tuple[str, str]] = METRIC_PANELS,
     reported: Mapping[str, Mapping[str, float]] | None = None,
-) -> Image.Image:  # fmt: skip
-    """Metrics against the number of requests, one curve per run; scores are (request, metric -> percent or None).
+) -> Image.Image:
+    """Metrics against the number of requests, one curve per run; scores are (request, metric -> percent or
+    None).
 
     `reported` has, for some runs, metric -> what others found after the last request.
     """
@@ -132,7 +168,11 @@ def metric_chart(
 
 def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
     """Pictures under one another."""
-    canvas = Image.new("RGB", (max(picture.width for picture in pictures), sum(picture.height for picture in pictures)), _PAPER)
+    canvas = Image.new(
+        "RGB",
+        (max(picture.width for picture in pictures), sum(picture.height for picture in pictures)),
+        _PAPER,
+    )
     top = 0
     for picture in pictures:
         canvas.paste(picture, (0, top))
@@ -145,7 +185,9 @@ def bars(title: str, rows: Sequence[tuple[str, float]], unit: str = "") -> Image
     font, head = _font(14), _font(18)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = 24 + int(max((measure.textlength(label, font=font) for label, _ in rows), default=0))
-    canvas = Image.new("RGB", (max(left + 420, 24 + int(measure.textlength(title, font=head))), 52 + 22 * len(rows)), _PAPER)
+    canvas = Image.new(
+        "RGB", (max(left + 420, 24 + int(measure.textlength(title, font=head))), 52 + 22 * len(rows)), _PAPER
+    )
     draw = ImageDraw.Draw(canvas)
     draw.text((12, 12), title, fill=_INK, font=head)
     longest = max((value for _, value in rows), default=0) or 1
@@ -173,11 +215,17 @@ def loss_curve(title: str, losses: Sequence[float], size: tuple[int, int] = (560
         draw.text((x0 - 8, y), f"{top * tick / 4:.3g}", fill=_INK, font=font, anchor="rm")
     draw.text((x0 + w / 2, y0 + h + 26), "iteration", fill=_INK, font=font, anchor="mt")
     for share in (0, 0.5, 1):
-        draw.text((x0 + w * share, y0 + h + 8), str(round(share * len(losses))), fill=_INK, font=font, anchor="mt")
+        draw.text(
+            (x0 + w * share, y0 + h + 8), str(round(share * len(losses))), fill=_INK, font=font, anchor="mt"
+        )
     window = max(len(losses) // 10, 1)
-    means = [sum(part) / len(part) for part in (losses[max(0, i - window + 1) : i + 1] for i in range(len(losses)))]
+    means = [
+        sum(part) / len(part) for part in (losses[max(0, i - window + 1) : i + 1] for i in range(len(losses)))
+    ]
     for values, colour, thickness in ((losses, _FAINT, 1), (means, COLOURS[1], 3)):
-        spots = [(x0 + w * (i + 1) / len(values), y0 + h * (1 - value / top)) for i, value in enumerate(values)]
+        spots = [
+            (x0 + w * (i + 1) / len(values), y0 + h * (1 - value / top)) for i, value in enumerate(values)
+        ]
         if len(spots) > 1:
             draw.line(spots, fill=colour, width=thickness, joint="curve")
     return canvas

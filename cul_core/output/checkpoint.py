@@ -1,4 +1,5 @@
-"""Files we write: edited checkpoints (the source streamed, only edited tensors replaced) and exact fp32 edits."""
+"""Files we write: edited checkpoints (the source streamed, only edited tensors replaced) and exact fp32
+edits."""
 
 from __future__ import annotations
 
@@ -26,15 +27,20 @@ _VALUES = 1 << 18  # they stay in the processor's cache
 
 
 def save_checkpoint(
-    model: UnlearnModel, path: Path | str, on_chunk: Callable[[], None] = lambda: None, metadata: Mapping[str, str] | None = None
+    model: UnlearnModel,
+    path: Path | str,
+    on_chunk: Callable[[], None] = lambda: None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the model as a full checkpoint in its source's key layout and dtypes; returns the path written.
 
-    Every byte of tensors that were not edited is the source's. An existing file is not overwritten: the name gets a counter.
-    `on_chunk` runs for every 8 MiB and may raise to cancel; nothing is left behind then. `metadata` joins the header's entries.
+    Every byte of tensors that were not edited is the source's. An existing file is not overwritten: the name
+    gets a counter. `on_chunk` runs for every 8 MiB and may raise to cancel; nothing is left behind then.
+    `metadata` joins the header's entries.
 
     Raises:
-        CheckpointError: the folder cannot be written, or an edited tensor has a dtype that cannot hold the edit.
+        CheckpointError: the folder cannot be written, or an edited tensor has a dtype that cannot hold the
+        edit.
         ModelError: the source file is no longer the one the model was opened from.
         TrainingError: an edit is not finite, or too large for the source's dtype.
     """
@@ -45,10 +51,15 @@ def save_checkpoint(
     replaced = sorted((tuple(header[keys[name]]["data_offsets"]), name) for name in model.edits)
     for _, name in replaced:
         if header[keys[name]]["dtype"] not in EDITABLE:
-            raise CheckpointError(f"{keys[name]!r} is stored as {header[keys[name]]['dtype']}, which cannot hold an edit; "
-                                  "start from an fp16, bf16 or fp32 checkpoint.")  # fmt: skip
+            raise CheckpointError(
+                f"{keys[name]!r} is stored as {header[keys[name]]['dtype']}, which cannot hold an edit; "
+                "start from an fp16, bf16 or fp32 checkpoint."
+            )
         if not _is_finite(model.edits[name]):
-            raise TrainingError(f"The edit of {name!r} holds values that are not finite; repeat the step with a lower learning rate.")
+            raise TrainingError(
+                f"The edit of {name!r} holds values that are not finite; repeat the step with a lower "
+                "learning rate."
+            )
     entries = {**inherited, **(metadata or {}), **model.metadata()}
     # data begin as far into a page as in the source, so that whole pages are copied
     beginning = packed_header(path.name, header, entries, alignment=_PAGE, start=start)
@@ -61,8 +72,10 @@ def save_checkpoint(
                 _copy(source, out, start + position, begin - position, on_chunk)
                 stored = header[keys[name]]["dtype"]
                 if not _add(source, out, start + begin, model.edits[name], EDITABLE[stored]):
-                    raise TrainingError(f"The edit of {name!r} is too large for {stored}, so values are not finite; repeat the step with a "
-                                        "lower learning rate.")  # fmt: skip
+                    raise TrainingError(
+                        f"The edit of {name!r} is too large for {stored}, so values are not finite; repeat "
+                        "the step with a lower learning rate."
+                    )
                 position = end
             _copy(source, out, start + position, model.source.size - start - position, on_chunk)
         _check_source(model.source)  # it may have changed while it was copied
@@ -73,14 +86,19 @@ def save_checkpoint(
 
 def _check_source(source: Source) -> None:
     if source_of(source.path).sha256 != source.sha256:
-        raise ModelError(f"{source.path.name!r} has changed since the model was opened; put the old file back or start again.")
+        raise ModelError(
+            f"{source.path.name!r} has changed since the model was opened; put the old file back or start "
+            "again."
+        )
 
 
 def _opened_source(source: Source) -> BinaryIO:
     try:
         return source.path.open("rb")
     except OSError as error:
-        raise ModelError(f"{source.path.name!r} can no longer be read ({error.strerror}); put it back and save again.") from error
+        raise ModelError(
+            f"{source.path.name!r} can no longer be read ({error.strerror}); put it back and save again."
+        ) from error
 
 
 def _add(source: BinaryIO, out: BinaryIO, begin: int, edit: Tensor, dtype: torch.dtype) -> bool:
@@ -104,7 +122,8 @@ def _is_finite(values: Tensor) -> bool:
 
 
 def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Callable[[], None]) -> None:
-    """Append a range of one file to another: inside the kernel where the system can, otherwise through a buffer."""
+    """Append a range of one file to another: inside the kernel where the system can, otherwise through a
+    buffer."""
     out.flush()
     buffer = None
     while length > 0:
@@ -113,7 +132,8 @@ def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Ca
         if buffer is None:
             try:
                 moved = os.copy_file_range(source.fileno(), out.fileno(), min(_CHUNK, length), begin)
-            except (AttributeError, OSError):  # not on this system, or not between these files; a full disk says so again below
+            # not on this system, or not between these files; a full disk says so again below
+            except (AttributeError, OSError):
                 pass
         if not moved:
             buffer = memoryview(bytearray(_CHUNK)) if buffer is None else buffer
@@ -141,14 +161,19 @@ def load_edits(path: Path | str, source: Source) -> UnlearnModel:
     path = Path(path)
     history, made_from = read_history(path)
     if made_from is None or made_from["sha256"] != source.sha256:
-        raise CheckpointError(f"The edits in {path.name!r} belong to {brief_repr(made_from['name'] if made_from else 'no model')}, "
-                              f"not to {source.path.name!r}; open that file instead.")  # fmt: skip
+        raise CheckpointError(
+            f"The edits in {path.name!r} belong to "
+            f"{brief_repr(made_from['name'] if made_from else 'no model')}, not to {source.path.name!r}; "
+            "open that file instead."
+        )
     (header, _, _), (entries, _, _) = read_header(source.path), read_header(path)
     keys = checkpoint_key_map(source.path)
     for name, entry in entries.items():
         if name not in keys or entry["shape"] != header[keys[name]]["shape"] or entry["dtype"] != "F32":
-            raise CheckpointError(f"The edit {brief_repr(name)} in {path.name!r} fits no weight of {source.path.name!r}; use the file it was "
-                                  "copied from.")  # fmt: skip
+            raise CheckpointError(
+                f"The edit {brief_repr(name)} in {path.name!r} fits no weight of {source.path.name!r}; use "
+                "the file it was copied from."
+            )
     with opened(path) as file:
         edits = {name: file.get_tensor(name) for name in file.keys()}
     return UnlearnModel(source, detect_family(source.path), edits, history)
@@ -160,12 +185,20 @@ def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: they are not of one layout.
     """
-    edits, shapes = {}, [{name: entry["shape"] for name, entry in read_header(file)[0].items()} for file in (path, pretrained)]
+    edits, shapes = (
+        {},
+        [
+            {name: entry["shape"] for name, entry in read_header(file)[0].items()}
+            for file in (path, pretrained)
+        ],
+    )
     with opened(path) as edited, opened(pretrained) as base:
         for name, key in checkpoint_key_map(pretrained).items():
             if shapes[0].get(key) != shapes[1][key]:
-                raise ModelError(f"{path.name!r} lacks {key!r} as {pretrained.name!r} has it, so it was not made from that file; choose "
-                                 "an unmodified checkpoint.")  # fmt: skip
+                raise ModelError(
+                    f"{path.name!r} lacks {key!r} as {pretrained.name!r} has it, so it was not made from "
+                    "that file; choose an unmodified checkpoint."
+                )
             delta = edited.get_tensor(key).float() - base.get_tensor(key).float()
             if delta.any():
                 edits[name] = delta
@@ -175,11 +208,13 @@ def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
 def open_model(path: Path | str, pretrained: Path | str | None = None) -> UnlearnModel:
     """The model in a checkpoint file.
 
-    An edited checkpoint keeps its history. Without `pretrained` its own weights count as the pretrained ones from here on;
-    with `pretrained`, the file it was made from, drift stays measured from there (edits rounded to the file's dtype).
+    An edited checkpoint keeps its history. Without `pretrained` its own weights count as the pretrained ones
+    from here on; with `pretrained`, the file it was made from, drift stays measured from there (edits rounded
+    to the file's dtype).
 
     Raises:
-        ModelError: unreadable or unsupported file, or `pretrained` is not the file the checkpoint was made from.
+        ModelError: unreadable or unsupported file, or `pretrained` is not the file the checkpoint was made
+        from.
     """
     path = Path(path)
     family = detect_family(path)
@@ -189,16 +224,21 @@ def open_model(path: Path | str, pretrained: Path | str | None = None) -> Unlear
     if original.sha256 == own.sha256:
         return UnlearnModel(own, family, {}, history)
     if made_from is None:
-        raise ModelError(f"{path.name!r} was not written by continual-unlearning, so {original.path.name!r} cannot be what it was made "
-                         "from; leave the pretrained file out.")  # fmt: skip
+        raise ModelError(
+            f"{path.name!r} was not written by continual-unlearning, so {original.path.name!r} cannot be "
+            "what it was made from; leave the pretrained file out."
+        )
     if original.sha256 != made_from["sha256"]:
-        raise ModelError(f"{original.path.name!r} is not the file that {path.name!r} was made from; choose {brief_repr(made_from['name'])} "
-                         "or leave the pretrained file out.")  # fmt: skip
+        raise ModelError(
+            f"{original.path.name!r} is not the file that {path.name!r} was made from; choose "
+            f"{brief_repr(made_from['name'])} or leave the pretrained file out."
+        )
     return UnlearnModel(original, family, difference(path, original.path), history)
 
 
 def open_continued(path: Path, candidates: Iterable[Path]) -> UnlearnModel:
-    """`open_model`, with drift measured from the file that an edited checkpoint was made from if that is among `candidates`.
+    """`open_model`, with drift measured from the file that an edited checkpoint was made from if that is
+    among `candidates`.
 
     Raises:
         ModelError: unreadable or unsupported file.

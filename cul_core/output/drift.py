@@ -28,8 +28,14 @@ def drift_of(model: UnlearnModel) -> list[Drift]:
     keys = checkpoint_key_map(model.source.path) if model.edits else {}
     found = []
     with opened(model.source.path) as file:
-        for name in sorted(model.edits, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]):
-            distance, base = model.edits[name].norm().item(), file.get_tensor(keys[name]).float().norm().item()
+        for name in sorted(
+            model.edits,
+            key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)],
+        ):
+            distance, base = (
+                model.edits[name].norm().item(),
+                file.get_tensor(keys[name]).float().norm().item(),
+            )
             found.append(Drift(name, distance, 100 * distance / base if base else float("inf")))
     return found
 

@@ -1,4 +1,5 @@
-"""Edits as files that hosts' LoRA loaders apply to the source checkpoint: exact differences, or low-rank approximations."""
+"""Edits as files that hosts' LoRA loaders apply to the source checkpoint: exact differences, or low-rank
+approximations."""
 
 from __future__ import annotations
 
@@ -16,27 +17,37 @@ from ..models.load_diffusers import checkpoint_key_map
 
 
 def patch_names(model: UnlearnModel) -> dict[str, str]:
-    """Diffusers name of every edited tensor -> its name in a host's UNet: the checkpoint key without the leading `model.`."""
+    """Diffusers name of every edited tensor -> its name in a host's UNet: the checkpoint key without the
+    leading `model.`."""
     keys = checkpoint_key_map(model.source.path) if model.edits else {}
     return {name: keys[name].removeprefix("model.") for name in model.edits}
 
 
 def save_difference(model: UnlearnModel, path: Path | str, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write every edit whole, in fp32, as `<module>.diff` and `<module>.diff_b`; returns the path written, never an existing one.
+    """Write every edit whole, in fp32, as `<module>.diff` and `<module>.diff_b`; returns the path written,
+    never an existing one.
 
     Loaded at strength 1 on the source checkpoint, it gives the edited model.
 
     Raises:
         CheckpointError: the folder cannot be written or is full.
     """
-    return _write(model, path, dict(_difference(name, model.edits[ours]) for ours, name in patch_names(model).items()), metadata)
+    return _write(
+        model,
+        path,
+        dict(_difference(name, model.edits[ours]) for ours, name in patch_names(model).items()),
+        metadata,
+    )
 
 
-def save_lora(model: UnlearnModel, path: Path | str, rank: int, metadata: Mapping[str, str] | None = None) -> tuple[Path, float]:
-    """Write every edited matrix as its best approximation of `rank`: (path written, share of the edits' energy retained).
+def save_lora(
+    model: UnlearnModel, path: Path | str, rank: int, metadata: Mapping[str, str] | None = None
+) -> tuple[Path, float]:
+    """Write every edited matrix as its best approximation of `rank`: (path written, share of the edits'
+    energy retained).
 
-    Energy is the sum of squares (Eckart-Young). Biases and norms, which have no rank, are written whole. Alpha is the rank, so
-    that strength 1 gives the approximation itself.
+    Energy is the sum of squares (Eckart-Young). Biases and norms, which have no rank, are written whole.
+    Alpha is the rank, so that strength 1 gives the approximation itself.
 
     Raises:
         ConfigError: the rank is not positive.
@@ -60,7 +71,9 @@ def save_lora(model: UnlearnModel, path: Path | str, rank: int, metadata: Mappin
         scale = values[:r].sqrt()
         module, tail = name.removesuffix(".weight"), (1,) * (delta.ndim - 2)
         tensors[f"{module}.lora_up.weight"] = (left[:, :r] * scale).float().reshape(len(delta), r, *tail)
-        tensors[f"{module}.lora_down.weight"] = (scale[:, None] * right[:r]).float().reshape(r, *delta.shape[1:])
+        tensors[f"{module}.lora_down.weight"] = (
+            (scale[:, None] * right[:r]).float().reshape(r, *delta.shape[1:])
+        )
         tensors[f"{module}.alpha"] = torch.tensor(float(r))
     return _write(model, path, tensors, metadata), kept / total if total else 1.0
 
@@ -70,7 +83,9 @@ def _difference(name: str, delta: Tensor) -> tuple[str, Tensor]:
     return f"{module}.diff_b" if leaf == "bias" else f"{module}.diff", delta
 
 
-def _write(model: UnlearnModel, path: Path | str, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None) -> Path:
+def _write(
+    model: UnlearnModel, path: Path | str, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None
+) -> Path:
     if not tensors:
         raise ConfigError("The model has no edits to write; forget something first.")
     path = free_path(Path(path))

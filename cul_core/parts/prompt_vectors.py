@@ -14,11 +14,14 @@ from ..models.diffusers_network import DiffusersNetwork
 ROWS = ("mean", "last", "content", "all")
 
 
-def prompt_rows(network: DiffusersNetwork, prompts: Sequence[str], rows: str, name: str | None = None) -> Tensor:
+def prompt_rows(
+    network: DiffusersNetwork, prompts: Sequence[str], rows: str, name: str | None = None
+) -> Tensor:
     """Embedding rows (n, d) of prompts, in fp64.
 
-    `mean` averages the content tokens (those of `name` alone if it is given), `last` takes the last content token, `content`
-    takes every content token and the end token, `all` every position but the first, which is the same for every prompt.
+    `mean` averages the content tokens (those of `name` alone if it is given), `last` takes the last content
+    token, `content` takes every content token and the end token, `all` every position but the first, which is
+    the same for every prompt.
     """
     embeddings = network.encode(prompts).text.double()
     counts = [network.token_count(prompt) for prompt in prompts]
@@ -29,11 +32,17 @@ def prompt_rows(network: DiffusersNetwork, prompts: Sequence[str], rows: str, na
     if rows == "last":
         return torch.stack([e[max(n, 1)] for e, n in zip(embeddings, counts, strict=True)])
     length = network.token_count(name) if name else 0
-    return torch.stack([e[1 + n - length if length else 1 : max(n, 1) + 1].mean(0) for e, n in zip(embeddings, counts, strict=True)])
+    return torch.stack(
+        [
+            e[1 + n - length if length else 1 : max(n, 1) + 1].mean(0)
+            for e, n in zip(embeddings, counts, strict=True)
+        ]
+    )
 
 
 def target_vector(network: DiffusersNetwork, concept: Concept) -> Tensor:
-    """Mean embedding (d,) of the target's own tokens in the prompt that names it alone, in fp64 (CUIG, auxiliary prompts)."""
+    """Mean embedding (d,) of the target's own tokens in the prompt that names it alone, in fp64 (CUIG,
+    auxiliary prompts)."""
     return prompt_rows(network, [concept.prompt], "mean", concept.name)[0]
 
 
@@ -44,11 +53,14 @@ def vocabulary_words(tokenizer: object, least_letters: int = 3) -> list[str]:
     return [token.removesuffix("</w>") for token, _ in vocabulary if ending.fullmatch(token)]
 
 
-def decoy_concepts(network: DiffusersNetwork, concepts: Iterable[Concept], count: int, generator: torch.Generator) -> list[Concept]:
-    """`count` made-up concepts of the first target's kind, named by random vocabulary words that no target contains.
+def decoy_concepts(
+    network: DiffusersNetwork, concepts: Iterable[Concept], count: int, generator: torch.Generator
+) -> list[Concept]:
+    """`count` made-up concepts of the first target's kind, named by random vocabulary words that no target
+    contains.
 
-    They stand for everything nobody thought of listing: protecting what the model makes of `any other name` in the very
-    sentences that are trained needs no list of what to keep.
+    They stand for everything nobody thought of listing: protecting what the model makes of `any other name`
+    in the very sentences that are trained needs no list of what to keep.
     """
     concepts = list(concepts)
     taken = {word for concept in concepts for word in re.findall(r"[a-z]+", concept.name.lower())}

@@ -25,13 +25,16 @@ class StepContext:
         retain: concepts declared as to be kept.
         previous: concepts forgotten by earlier steps.
         anchor_prompts: prompts whose pictures stay as they are, one per anchor latent.
-        anchor_latents: (n, c, h, w) latents made by W0 from `anchor_prompts`; n is 0 if no part of the step needs them.
-        pretrained: W0 of the trained group, name -> tensor: in fp32, exactly as in the file. On the CPU if the device's memory is short.
+        anchor_latents: (n, c, h, w) latents made by W0 from `anchor_prompts`; n is 0 if no part of the step
+            needs them.
+        pretrained: W0 of the trained group, name -> tensor: in fp32, exactly as in the file. On the CPU if
+            the device's memory is short.
         start: W_{k-1} of the trained group, there too.
         training: how this step trains.
         generator: purpose, and any further words or numbers -> a CPU generator derived from the seed.
         schedule: the model's noise schedule.
-        origin: identifies the model that the step begins from together with the method, for caches of what depends on both.
+        origin: identifies the model that the step begins from together with the method, for caches of what
+            depends on both.
         check: raises Cancelled when the caller wants to stop; long preparations call it in between.
         anchor_sampler: how pictures to train on are sampled.
     """

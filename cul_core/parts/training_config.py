@@ -9,20 +9,43 @@ from ..base.config import Config, setting
 
 @dataclass(frozen=True)
 class TrainingConfig(Config):
-    """How to train one step. `learning_rate` is the optimizer's own; nothing multiplies it by the batch size."""
+    """How to train one step. `learning_rate` is the optimizer's own; nothing multiplies it by the batch
+    size."""
 
     iterations: int = setting(60, "Optimizer updates of this step.", minimum=0, maximum=1_000_000)
     batch_size: int = setting(8, "Anchor latents per update.", minimum=1, maximum=10_000)
     learning_rate: float = setting(4e-4, "AdamW's learning rate.", minimum=0.0, maximum=1.0)
-    schedule: str = setting("constant", "constant, as in the reference, or linear: down to zero, which ends the step without the "
-                            "optimizer's jitter.", choices=("constant", "linear"))  # fmt: skip
-    weight_decay: float = setting(0.0, "AdamW's decay toward zero; the references' 0.01 shrinks even masked entries.", minimum=0.0)
+    schedule: str = setting(
+        "constant",
+        "constant, as in the reference, or linear: down to zero, which ends the step without the "
+        "optimizer's jitter.",
+        choices=("constant", "linear"),
+    )
+    weight_decay: float = setting(
+        0.0, "AdamW's decay toward zero; the references' 0.01 shrinks even masked entries.", minimum=0.0
+    )
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", minimum=0.0)
-    group: str = setting("kv", "Which weights are trained.", choices=("kv", "attn2", "attn", "non-attn2", "full"))
+    group: str = setting(
+        "kv", "Which weights are trained.", choices=("kv", "attn2", "attn", "non-attn2", "full")
+    )
     seed: int = setting(0, "Everything random derives from it.", minimum=0, maximum=2**64 - 1)
-    evaluate_every: int = setting(0, "Updates between measurements of what is forgotten and what is left; the best weights are the "
-                                  "result. 0 measures nothing, and the last are.", minimum=0, added_later=True)  # fmt: skip
-    patience: int = setting(1000, "Training stops when the measured UA has not risen for so many updates.", minimum=1,
-                            added_later=True)  # fmt: skip
-    stop_at_ua: float = setting(99.0, "Training stops when the measured UA, in percent, is this or more.", minimum=0.0, maximum=100.0,
-                                added_later=True)  # fmt: skip
+    evaluate_every: int = setting(
+        0,
+        "Updates between measurements of what is forgotten and what is left; the best weights are the "
+        "result. 0 measures nothing, and the last are.",
+        minimum=0,
+        added_later=True,
+    )
+    patience: int = setting(
+        1000,
+        "Training stops when the measured UA has not risen for so many updates.",
+        minimum=1,
+        added_later=True,
+    )
+    stop_at_ua: float = setting(
+        99.0,
+        "Training stops when the measured UA, in percent, is this or more.",
+        minimum=0.0,
+        maximum=100.0,
+        added_later=True,
+    )

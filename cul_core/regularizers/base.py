@@ -17,13 +17,15 @@ from ..parts.step_context import StepContext
 class Regularizer:
     """Base of all regularizers, with hooks that do nothing.
 
-    Before the first update: `prepare` of all, then `prepare_mask` of all. Order of the hooks within one update: `penalty` joins the
-    method's loss; after its backward, `loss_terms`, whose gradients add to it; `transform_gradient`; clipping; the optimizer; then on
-    the weights `proximal`; last, on the actual change of the weights, `mask` and `constrain`, so that these hold exactly whatever the
-    optimizer did. `needs_anchor_latents` asks the loop for pictures by W0, which cost time to sample.
+    Before the first update: `prepare` of all, then `prepare_mask` of all. Order of the hooks within one
+    update: `penalty` joins the method's loss; after its backward, `loss_terms`, whose gradients add to it;
+    `transform_gradient`; clipping; the optimizer; then on the weights `proximal`; last, on the actual change
+    of the weights, `mask` and `constrain`, so that these hold exactly whatever the optimizer did.
+    `needs_anchor_latents` asks the loop for pictures by W0, which cost time to sample.
 
-    All weights, gradients and changes that hooks get are fp32. From `transform_gradient` on they are on the device; what is kept for
-    every weight should rest where `StepContext.start` does, which is the CPU if memory is short, and go there tensor by tensor.
+    All weights, gradients and changes that hooks get are fp32. From `transform_gradient` on they are on the
+    device; what is kept for every weight should rest where `StepContext.start` does, which is the CPU if
+    memory is short, and go there tensor by tensor.
     """
 
     needs_anchor_latents = False
@@ -35,15 +37,18 @@ class Regularizer:
         """Called once before the first update."""
 
     def coordinates(self, name: str) -> Tensor | None:
-        """Orthonormal basis B (d, m) of the text directions in which a (out, d) matrix may change; None if that is not limited.
+        """Orthonormal basis B (d, m) of the text directions in which a (out, d) matrix may change; None if
+        that is not limited.
 
-        Known once `prepare` is done. Masks of this matrix are then made for the coordinates A (out, m) of the change A B^T, and
-        this regularizer's `constrain` applies them there: elementwise zeros in the matrix itself would leave the span of B.
+        Known once `prepare` is done. Masks of this matrix are then made for the coordinates A (out, m) of the
+        change A B^T, and this regularizer's `constrain` applies them there: elementwise zeros in the matrix
+        itself would leave the span of B.
         """
         return None
 
     def prepare_mask(self, context: StepContext, coordinates: Callable[[str], Tensor | None]) -> None:
-        """Called once when every `prepare` is done; the UNet holds the step's start, with gradients as in training.
+        """Called once when every `prepare` is done; the UNet holds the step's start, with gradients as in
+        training.
 
         `coordinates` asks all regularizers for what the hook of this name says.
         """
@@ -55,8 +60,8 @@ class Regularizer:
     def loss_terms(self, student: Predict, pretrained: Predict, start: Predict) -> dict[str, Tensor]:
         """Terms of the loss by name, scalars that need the model's predictions.
 
-        `pretrained` and `start` are the teachers W0 and W_{k-1}; their calls come before those of `student` (weights are exchanged
-        in place).
+        `pretrained` and `start` are the teachers W0 and W_{k-1}; their calls come before those of `student`
+        (weights are exchanged in place).
         """
         return {}
 
@@ -71,11 +76,13 @@ class Regularizer:
         return weight
 
     def mask(self, name: str, weight: Tensor) -> Tensor | None:
-        """1 where the weight, or its change in `coordinates`, may change, 0 where not, same shape as these; None for no mask."""
+        """1 where the weight, or its change in `coordinates`, may change, 0 where not, same shape as these;
+        None for no mask."""
         return None
 
     def constrain(self, name: str, change: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The allowed part of a change under the masks of all regularizers; None leaves it to the next regularizer."""
+        """The allowed part of a change under the masks of all regularizers; None leaves it to the next
+        regularizer."""
         return None
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Gradient projection: forbid changes of the key and value matrices that act on the text of what must stay."""
+"""Gradient projection: forbid changes of the key and value matrices that act on the text of what must
+stay."""
 
 from __future__ import annotations
 
@@ -30,20 +31,44 @@ _DUPLICATE_COSINE = 0.95
 class ProjectionConfig(Config):
     """`reference` is what the authors' code does; the defaults are ours."""
 
-    form: str = setting("update", "update: the change the optimizer made is projected, so protected text is kept exactly. "
-                        "reference: gradients are, and the optimizer undoes part of it.", choices=("update", "reference"))  # fmt: skip
-    rows: str = setting("mean", "Which tokens of a kept prompt are protected: the mean of the concept's, the last, all content "
-                        "tokens, or every position.", choices=ROWS)  # fmt: skip
+    form: str = setting(
+        "update",
+        "update: the change the optimizer made is projected, so protected text is kept exactly. reference: "
+        "gradients are, and the optimizer undoes part of it.",
+        choices=("update", "reference"),
+    )
+    rows: str = setting(
+        "mean",
+        "Which tokens of a kept prompt are protected: the mean of the concept's, the last, all content "
+        "tokens, or every position.",
+        choices=ROWS,
+    )
     protect_previous: bool = setting(True, "Also keep what earlier steps of the chain made of their targets.")
-    decoys: int = setting(0, "Made-up names, in the sentences that are trained, whose effect is damped too: they stand for "
-                          "everything that nobody listed. 0 turns damping off.", minimum=0, maximum=10_000)  # fmt: skip
-    damping: float = setting(1e-5, "Share of the kept text's energy at which a direction is damped by half; smaller protects "
-                             "more.", minimum=1e-12)  # fmt: skip
-    auxiliary: str = setting("none", "Names to keep that need no typing: a list of a hundred styles, objects, public figures or scenes, "
-                             "or auto, all that suit the target. What would leave too little of it to forget is left out.",
-                             choices=("none", "auto", *LISTS), added_later=True)  # fmt: skip
-    auxiliary_names: str = setting("", "Further names to keep, separated by commas or line breaks; one of another kind than the target "
-                                   "says so, such as object: cat.", added_later=True)  # fmt: skip
+    decoys: int = setting(
+        0,
+        "Made-up names, in the sentences that are trained, whose effect is damped too: they stand for "
+        "everything that nobody listed. 0 turns damping off.",
+        minimum=0,
+        maximum=10_000,
+    )
+    damping: float = setting(
+        1e-5,
+        "Share of the kept text's energy at which a direction is damped by half; smaller protects more.",
+        minimum=1e-12,
+    )
+    auxiliary: str = setting(
+        "none",
+        "Names to keep that need no typing: a list of a hundred styles, objects, public figures or scenes, "
+        "or auto, all that suit the target. What would leave too little of it to forget is left out.",
+        choices=("none", "auto", *LISTS),
+        added_later=True,
+    )
+    auxiliary_names: str = setting(
+        "",
+        "Further names to keep, separated by commas or line breaks; one of another kind than the target "
+        "says so, such as object: cat.",
+        added_later=True,
+    )
     REFERENCE: ClassVar[dict] = {"form": "reference", "rows": "last"}
 
     def __post_init__(self):
@@ -52,7 +77,8 @@ class ProjectionConfig(Config):
 
 
 def distinct_columns(columns: Tensor, cosine: float = _DUPLICATE_COSINE) -> Tensor:
-    """The rows of (n, d) kept by the reference's greedy filter: in order, if the cosine with every kept one is below `cosine`."""
+    """The rows of (n, d) kept by the reference's greedy filter: in order, if the cosine with every kept one
+    is below `cosine`."""
     units, kept = torch.empty_like(columns), []
     for number, row in enumerate(columns):
         unit = row / row.norm().clamp_min(1e-12)
@@ -63,7 +89,8 @@ def distinct_columns(columns: Tensor, cosine: float = _DUPLICATE_COSINE) -> Tens
 
 
 def orthonormal_basis(rows: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """Orthonormal basis (d, r) of the span of (n, d) rows, by SVD in fp64; singular values under tolerance x the largest drop out."""
+    """Orthonormal basis (d, r) of the span of (n, d) rows, by SVD in fp64; singular values under tolerance x
+    the largest drop out."""
     _, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
     return right[values > tolerance * values[:1]].T
 
@@ -71,14 +98,15 @@ def orthonormal_basis(rows: Tensor, tolerance: float = 1e-6) -> Tensor:
 def complement_basis(basis: Tensor) -> Tensor:
     """Orthonormal basis (d, d - r) of what is orthogonal to the r orthonormal columns of (d, r), in fp64.
 
-    It completes a QR decomposition by r reflections, so that its vectors are axes with a correction of rank r: what is sparse in
-    it is nearly so in the axes.
+    It completes a QR decomposition by r reflections, so that its vectors are axes with a correction of rank
+    r: what is sparse in it is nearly so in the axes.
     """
     return torch.linalg.qr(basis.double(), mode="complete").Q[:, basis.shape[1] :]
 
 
 def regularized_projector(rows: Tensor) -> Tensor:
-    """The reference's P = I - C (C^T C + rho I)^-1 C^T, (d, d) in fp32, for columns C = rows^T; only approximately a projector."""
+    """The reference's P = I - C (C^T C + rho I)^-1 C^T, (d, d) in fp32, for columns C = rows^T; only
+    approximately a projector."""
     columns = distinct_columns(rows).T.float()
     gram = columns.T @ columns
     rho = max(1e-4, 1e-6 * gram.trace().item() / len(gram))
@@ -90,32 +118,39 @@ def regularized_projector(rows: Tensor) -> Tensor:
     "projection",
     config=ProjectionConfig,
     display_name="Gradient Projection",
-    description="Keeps what the model makes of the concepts to be kept, by forbidding changes that act on their text.",
-    paper="Continual Unlearning for Text-to-Image Diffusion Models: A Regularization Perspective, ICLR 2026, arXiv 2511.07970",
+    description="Keeps what the model makes of the concepts to be kept, by forbidding changes that act on "
+    "their text.",
+    paper="Continual Unlearning for Text-to-Image Diffusion Models: A Regularization Perspective, ICLR "
+    "2026, arXiv 2511.07970",
     families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "full"),
 )
 class GradientProjection(Regularizer):
-    """W c stays the same for every protected text vector c: the change D of each K/V matrix becomes D (I - Q Q^T).
+    """W c stays the same for every protected text vector c: the change D of each K/V matrix becomes D (I - Q
+    Q^T).
 
-    Q is an orthonormal basis of the protected vectors (kept concepts, earlier targets). Directions are compared after taking off
-    the mean vector of made-up names, because all names share most of their vector: kept concepts within a cosine of 0.9 of a
-    target are left out, and the energy left is ||P (c_t - mean)|| / ||c_t - mean||.
+    Q is an orthonormal basis of the protected vectors (kept concepts, earlier targets). Directions are
+    compared after taking off the mean vector of made-up names, because all names share most of their vector:
+    kept concepts within a cosine of 0.9 of a target are left out, and the energy left is ||P (c_t - mean)|| /
+    ||c_t - mean||.
 
-    Auxiliary names are kept too: all that were typed, then those of a list that leave each target 0.4 of its energy, tried in the
-    list's order, so that no list makes a step fail. Left out besides are names that contain a target's, as in the paper's code, and,
-    where the model knows few words, names of a list with others. For damping each stands in an anchor prompt, in the target's place,
-    or, where its kind cannot, in the prompt that names it alone.
+    Auxiliary names are kept too: all that were typed, then those of a list that leave each target 0.4 of its
+    energy, tried in the list's order, so that no list makes a step fail. Left out besides are names that
+    contain a target's, as in the paper's code, and, where the model knows few words, names of a list with
+    others. For damping each stands in an anchor prompt, in the target's place, or, where its kind cannot, in
+    the prompt that names it alone.
 
-    With decoys, the matrices are also trained in coordinates where kept text is small: gradient G S^1/2, change D S^1/2, with
-    S = g (I + M / damping)^-1. M is the mean of second moments of token vectors, each of trace 1: of decoys, of kept concepts, of
-    earlier targets, of anchors, and of auxiliary names. g makes the response of the target's own text what it was without damping.
+    With decoys, the matrices are also trained in coordinates where kept text is small: gradient G S^1/2,
+    change D S^1/2, with S = g (I + M / damping)^-1. M is the mean of second moments of token vectors, each of
+    trace 1: of decoys, of kept concepts, of earlier targets, of anchors, and of auxiliary names. g makes the
+    response of the target's own text what it was without damping.
 
-    With a mask, the change becomes ((D B) * mask) B^T, B an orthonormal basis of the complement of Q (`coordinates`): exactly
-    orthogonal to the protected vectors and exactly sparse in B. With decoys too, D S^1/2 is masked, so that both of these stay
-    exact while damping does not: what is left is no longer of the form D S^1/2. B then diagonalizes M within the complement, so
-    that a mask never raises the change's mean square response to the damped text, sum_j (B^T M B)_jj |A_j|^2. The form
-    `reference` limits no directions, and leaves masks to the axes.
+    With a mask, the change becomes ((D B) * mask) B^T, B an orthonormal basis of the complement of Q
+    (`coordinates`): exactly orthogonal to the protected vectors and exactly sparse in B. With decoys too, D
+    S^1/2 is masked, so that both of these stay exact while damping does not: what is left is no longer of the
+    form D S^1/2. B then diagonalizes M within the complement, so that a mask never raises the change's mean
+    square response to the damped text, sum_j (B^T M B)_jj |A_j|^2. The form `reference` limits no directions,
+    and leaves masks to the axes.
 
     Raises:
         ConceptError: nothing to protect, or less than 0.2 of a target's vector would be left.
@@ -129,14 +164,23 @@ class GradientProjection(Regularizer):
         centre = torch.stack([target_vector(network, concept) for concept in made_up]).mean(0)
         targets = torch.stack([target_vector(network, concept) for concept in context.concepts]) - centre
         names = {concept.name.lower() for concept in context.concepts}
-        kept = [concept for concept in (*context.retain, *(context.previous if self.config.protect_previous else ()))
-                if concept.name.lower() not in names]  # fmt: skip
-        kept = [concept for concept in kept if _cosine(target_vector(network, concept) - centre, targets).max() <= _NEAR_TARGET_COSINE]
+        kept = [
+            concept
+            for concept in (*context.retain, *(context.previous if self.config.protect_previous else ()))
+            if concept.name.lower() not in names
+        ]
+        kept = [
+            concept
+            for concept in kept
+            if _cosine(target_vector(network, concept) - centre, targets).max() <= _NEAR_TARGET_COSINE
+        ]
         auxiliary, self._report = self._auxiliary(context, kept, centre, targets)
         kept += auxiliary
         if not kept and not self.config.decoys:
-            raise ConceptError("Gradient projection has nothing to protect: the keep list is empty, or all of it says the same as the "
-                               "target; name other concepts to keep, or set auxiliary or decoys.")  # fmt: skip
+            raise ConceptError(
+                "Gradient projection has nothing to protect: the keep list is empty, or all of it says the "
+                "same as the target; name other concepts to keep, or set auxiliary or decoys."
+            )
         self._projector = self._basis = self._damper = self._complement = None
         left = targets
         if kept:
@@ -153,13 +197,20 @@ class GradientProjection(Regularizer):
         self._report |= {"protected_rank": rank, "target_energy_left": shares.min().item()}
         for concept, share in zip(context.concepts, shares.tolist(), strict=True):
             if share < LEAST_TARGET_ENERGY:
-                raise ConceptError(f"Only {share:.2f} of {concept.target!r} would be left to forget (at least {LEAST_TARGET_ENERGY} is "
-                                   "needed), because the concepts to keep say nearly the same; remove those closest to it.")  # fmt: skip
+                raise ConceptError(
+                    f"Only {share:.2f} of {concept.target!r} would be left to forget (at least "
+                    f"{LEAST_TARGET_ENERGY} is needed), because the concepts to keep say nearly the same; "
+                    "remove those closest to it."
+                )
         if self.config.decoys:
             moment, damper = self._damped(context, kept, auxiliary)
             self._damper = damper.float()
             if self.config.form == "update":
-                free = torch.eye(len(moment), dtype=moment.dtype, device=moment.device) if self._complement is None else self._complement
+                free = (
+                    torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+                    if self._complement is None
+                    else self._complement
+                )
                 self._complement = free @ torch.linalg.eigh(free.T @ moment @ free).eigenvectors
         if self._complement is not None:
             self._complement = self._complement.float()
@@ -176,13 +227,22 @@ class GradientProjection(Regularizer):
         listed = listed_names(self.config.auxiliary, [concept.kind for concept in context.concepts])
         if not typed and not listed:
             return [], {}
-        known = [concept for concept in listed
-                 if not network.family.closed_vocabulary or network.token_count(concept.name) == len(concept.name.split())]  # fmt: skip
+        known = [
+            concept
+            for concept in listed
+            if not network.family.closed_vocabulary
+            or network.token_count(concept.name) == len(concept.name.split())
+        ]
         if listed and not known:
-            raise ConceptError(f"{network.family.display_name} knows none of the names that auxiliary {self.config.auxiliary!r} would keep; "
-                               "choose another list, or type names it knows as auxiliary_names.")  # fmt: skip
+            raise ConceptError(
+                f"{network.family.display_name} knows none of the names that auxiliary "
+                f"{self.config.auxiliary!r} would keep; choose another list, or type names it knows as "
+                "auxiliary_names."
+            )
         network.encode([concept.prompt for concept in (*typed, *known)])  # many at a time
-        basis = orthonormal_basis(torch.cat([targets[:0], *(self._rows(network, concept) for concept in kept)]))
+        basis = orthonormal_basis(
+            torch.cat([targets[:0], *(self._rows(network, concept) for concept in kept)])
+        )
         found, seen, excluded = [], {concept.prompt.lower() for concept in kept}, 0
         for number, concept in enumerate((*typed, *known)):
             if concept.prompt.lower() in seen:
@@ -190,16 +250,33 @@ class GradientProjection(Regularizer):
             seen.add(concept.prompt.lower())
             rows = self._rows(network, concept)
             fresh = rows - rows @ basis @ basis.T
-            wider = torch.cat([basis, orthonormal_basis(fresh)], dim=1) if fresh.norm() > 1e-6 * rows.norm() else basis
-            takes_too_much = number >= len(typed) and _shares(targets - targets @ wider @ wider.T, targets).min() < _LEAST_BESIDE_LISTS
+            wider = (
+                torch.cat([basis, orthonormal_basis(fresh)], dim=1)
+                if fresh.norm() > 1e-6 * rows.norm()
+                else basis
+            )
+            takes_too_much = (
+                number >= len(typed)
+                and _shares(targets - targets @ wider @ wider.T, targets).min() < _LEAST_BESIDE_LISTS
+            )
             is_near = _cosine(target_vector(network, concept) - centre, targets).max() > _NEAR_TARGET_COSINE
-            if takes_too_much or is_near or any(target.mentioned_in(concept.name) for target in context.concepts):
+            if (
+                takes_too_much
+                or is_near
+                or any(target.mentioned_in(concept.name) for target in context.concepts)
+            ):
                 excluded += 1
             else:
                 found, basis = [*found, concept], wider
-        return found, {"auxiliary_protected": len(found), "auxiliary_excluded": excluded, "auxiliary_unknown": len(listed) - len(known)}
+        return found, {
+            "auxiliary_protected": len(found),
+            "auxiliary_excluded": excluded,
+            "auxiliary_unknown": len(listed) - len(known),
+        }
 
-    def _damped(self, context: StepContext, kept: list[Concept], auxiliary: list[Concept]) -> tuple[Tensor, Tensor]:
+    def _damped(
+        self, context: StepContext, kept: list[Concept], auxiliary: list[Concept]
+    ) -> tuple[Tensor, Tensor]:
         """(M, S^1/2), each (d, d) in fp64."""
         generator = context.generator("decoys")
         decoys = decoy_concepts(context.network, context.concepts, self.config.decoys, generator)
@@ -214,13 +291,20 @@ class GradientProjection(Regularizer):
             for concept in concepts:
                 anchors = torch.randint(len(context.anchor_prompts), (count,), generator=generator).tolist()
                 placed = concept.in_the_place_of(anchor)
-                prompts += [prompt for i in anchors for prompt in placed.target_prompts(context.anchor_prompts[i])]
+                prompts += [
+                    prompt for i in anchors for prompt in placed.target_prompts(context.anchor_prompts[i])
+                ]
             return prompts
 
         previous = [concept for concept in kept if concept in context.previous]
         declared = [concept for concept in kept if concept not in (*context.previous, *auxiliary)]
-        groups = [sentences(decoys, 1), sentences(declared, 8), sentences(previous, 8), sorted(set(context.anchor_prompts)),
-                  [prompt for concept in auxiliary for prompt in sentences([concept], 1) or [concept.prompt]]]  # fmt: skip
+        groups = [
+            sentences(decoys, 1),
+            sentences(declared, 8),
+            sentences(previous, 8),
+            sorted(set(context.anchor_prompts)),
+            [prompt for concept in auxiliary for prompt in sentences([concept], 1) or [concept.prompt]],
+        ]
         moments = [moment(prompts) for prompts in groups if prompts]
         mean = sum(moments) / len(moments)
         values, vectors = torch.linalg.eigh(mean)

@@ -23,28 +23,58 @@ from .base import REGULARIZERS, Regularizer
 class SelFTConfig(Config):
     """`reference` is what the authors' code does; the defaults are ours."""
 
-    kept_fraction: float = setting(0.05, "Share of the trained weights that may change (tau); the others stay exactly as they are.",
-                                   minimum=1e-6, maximum=1.0)  # fmt: skip
-    importance: str = setting("abs", "How weight w and its gradients g at the visited states become a score. abs: sum of abs(w g). signed: "
-                              "abs(w sum of g), where states cancel, as in the reference. fisher: sum of (w g) squared.",
-                              choices=("abs", "signed", "fisher"))  # fmt: skip
-    states: int = setting(50, "States of a picture in the making at which gradients are taken (DDIM steps).", minimum=1, maximum=1000)
+    kept_fraction: float = setting(
+        0.05,
+        "Share of the trained weights that may change (tau); the others stay exactly as they are.",
+        minimum=1e-6,
+        maximum=1.0,
+    )
+    importance: str = setting(
+        "abs",
+        "How weight w and its gradients g at the visited states become a score. abs: sum of abs(w g). "
+        "signed: abs(w sum of g), where states cancel, as in the reference. fisher: sum of (w g) squared.",
+        choices=("abs", "signed", "fisher"),
+    )
+    states: int = setting(
+        50,
+        "States of a picture in the making at which gradients are taken (DDIM steps).",
+        minimum=1,
+        maximum=1000,
+    )
     seeds: int = setting(1, "Pictures per target whose states are visited.", minimum=1, maximum=1000)
-    guidance_scale: float = setting(3.0, "Classifier-free guidance of these pictures; 1 is none.", minimum=1.0)
-    trajectories: str = setting("one", "one: the states of one picture. per_state: every state from new noise, as in the reference, "
-                                "which takes (states - 1) / 2 times as many sampling steps.", choices=("one", "per_state"))  # fmt: skip
-    form: str = setting("update", "update: the change the optimizer made is masked too, in the directions that a projection leaves. "
-                        "reference: gradients alone are, weight by weight.", choices=("update", "reference"))  # fmt: skip
+    guidance_scale: float = setting(
+        3.0, "Classifier-free guidance of these pictures; 1 is none.", minimum=1.0
+    )
+    trajectories: str = setting(
+        "one",
+        "one: the states of one picture. per_state: every state from new noise, as in the reference, which "
+        "takes (states - 1) / 2 times as many sampling steps.",
+        choices=("one", "per_state"),
+    )
+    form: str = setting(
+        "update",
+        "update: the change the optimizer made is masked too, in the directions that a projection leaves. "
+        "reference: gradients alone are, weight by weight.",
+        choices=("update", "reference"),
+    )
     REFERENCE: ClassVar[dict] = {"importance": "signed", "trajectories": "per_state", "form": "reference"}
 
 
 def scoring_texts(concept: Concept) -> tuple[str, str]:
-    """(target, anchor) texts of the scoring loss: `{T} Style` and nothing for a style, the bare words for other kinds."""
-    return (f"{concept.name} Style", "") if concept.kind == "style" else (concept.name, display_name(concept.anchor))
+    """(target, anchor) texts of the scoring loss: `{T} Style` and nothing for a style, the bare words for
+    other kinds."""
+    return (
+        (f"{concept.name} Style", "")
+        if concept.kind == "style"
+        else (concept.name, display_name(concept.anchor))
+    )
 
 
-def importance_scores(weights: Mapping[str, Tensor], gradients: Iterable[Sequence[Tensor]], importance: str) -> dict[str, Tensor]:
-    """Score >= 0 of every weight, same shapes: sum_k |w g_k| (`abs`), |w sum_k g_k| (`signed`) or sum_k (w g_k)^2 (`fisher`).
+def importance_scores(
+    weights: Mapping[str, Tensor], gradients: Iterable[Sequence[Tensor]], importance: str
+) -> dict[str, Tensor]:
+    """Score >= 0 of every weight, same shapes: sum_k |w g_k| (`abs`), |w sum_k g_k| (`signed`) or sum_k (w
+    g_k)^2 (`fisher`).
 
     Args:
         weights: name -> w.
@@ -61,15 +91,18 @@ def importance_scores(weights: Mapping[str, Tensor], gradients: Iterable[Sequenc
 
 
 def top_masks(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Boolean masks, same shapes, true at exactly the `count` largest of all scores (>= 0) together; of equal ones the first win.
+    """Boolean masks, same shapes, true at exactly the `count` largest of all scores (>= 0) together; of equal
+    ones the first win.
 
     Raises:
         TrainingError: a score is NaN or infinite.
     """
     for name, score in scores.items():
         if not torch.isfinite(score).all():
-            raise TrainingError(f"The importance of {name!r} for the target is not finite; the model's weights are damaged, start from "
-                                "another checkpoint.")  # fmt: skip
+            raise TrainingError(
+                f"The importance of {name!r} for the target is not finite; the model's weights are damaged, "
+                "start from another checkpoint."
+            )
     cut = top_k(scores, count, order=list(scores))
     return {name: cut.mask(name, score) for name, score in scores.items()}
 
@@ -78,23 +111,28 @@ def top_masks(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     "selft",
     config=SelFTConfig,
     display_name="SelFT",
-    description="Trains only the weights that matter most for the target; all others stay exactly as they are.",
-    paper="Continual Unlearning for Text-to-Image Diffusion Models: A Regularization Perspective, ICLR 2026, arXiv 2511.07970",
+    description="Trains only the weights that matter most for the target; all others stay exactly as they "
+    "are.",
+    paper="Continual Unlearning for Text-to-Image Diffusion Models: A Regularization Perspective, ICLR "
+    "2026, arXiv 2511.07970",
     families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class SelFT(Regularizer):
-    """Only the floor(tau N) weights with the highest score change, N the number of trained values of all tensors together.
+    """Only the floor(tau N) weights with the highest score change, N the number of trained values of all
+    tensors together.
 
-    The score of weight w is sum_k |w g_k| (see `importance_scores`), g_k the gradient of Concept Ablation's loss
-    |f_W(z_k, t_k, E(target)) - sg[f_W(z_k, t_k, E(anchor))]|^2 at the states z_k that DDIM visits while it draws the target with
-    guidance. One trajectory per concept and seed, and two calls of the UNet per state: O(T), where the reference's `per_state`
-    draws every state from new noise, O(T^2). Scores are kept by content, so that another tau needs no new scoring.
+    The score of weight w is sum_k |w g_k| (see `importance_scores`), g_k the gradient of Concept Ablation's
+    loss |f_W(z_k, t_k, E(target)) - sg[f_W(z_k, t_k, E(anchor))]|^2 at the states z_k that DDIM visits while
+    it draws the target with guidance. One trajectory per concept and seed, and two calls of the UNet per
+    state: O(T), where the reference's `per_state` draws every state from new noise, O(T^2). Scores are kept
+    by content, so that another tau needs no new scoring.
 
-    In the form `update`, the mask acts on the gradients, which keeps the optimizer's moments clean, and on the actual change, which
-    therefore is zero elsewhere whatever the optimizer or its weight decay did. If another regularizer limits the directions in
-    which a matrix may change (`coordinates` B), then w and g_k are W B and G_k B, and the mask holds there: zeros in D B, none
-    in D. In the form `reference`, only gradients are masked, weight by weight; what follows may fill the zeros in.
+    In the form `update`, the mask acts on the gradients, which keeps the optimizer's moments clean, and on
+    the actual change, which therefore is zero elsewhere whatever the optimizer or its weight decay did. If
+    another regularizer limits the directions in which a matrix may change (`coordinates` B), then w and g_k
+    are W B and G_k B, and the mask holds there: zeros in D B, none in D. In the form `reference`, only
+    gradients are masked, weight by weight; what follows may fill the zeros in.
 
     Raises:
         ConfigError: the fraction keeps no weight at all.
@@ -108,18 +146,27 @@ class SelFT(Regularizer):
 
     def prepare_mask(self, context: StepContext, coordinates: Callable[[str], Tensor | None]) -> None:
         in_update = self.config.form == "update"
-        self._bases = {name: basis for name in context.start if in_update and (basis := coordinates(name)) is not None}
+        self._bases = {
+            name: basis for name in context.start if in_update and (basis := coordinates(name)) is not None
+        }
         scores = context.network.scores(self._key(context), lambda: self._scores(context))
         total = sum(score.numel() for score in scores.values())
         count = count_of_fraction(self.config.kept_fraction, total)
         if not count:
-            raise ConfigError(f"A kept fraction of {self.config.kept_fraction:g} lets none of {total} weights change; raise it to "
-                              f"{1 / total:.1g} or more.")  # fmt: skip
+            raise ConfigError(
+                f"A kept fraction of {self.config.kept_fraction:g} lets none of {total} weights change; "
+                f"raise it to {1 / total:.1g} or more."
+            )
         masks = top_masks(scores, count)
         self._masks = {name: mask.to(context.start[name].device) for name, mask in masks.items()}
-        chosen, whole = (sum(part.double().sum().item() for part in parts)
-                         for parts in ((scores[name][masks[name]] for name in scores), scores.values()))  # fmt: skip
-        self._report = {"changeable_weights": float(count), "changeable_importance": chosen / whole if whole else 0.0}
+        chosen, whole = (
+            sum(part.double().sum().item() for part in parts)
+            for parts in ((scores[name][masks[name]] for name in scores), scores.values())
+        )
+        self._report = {
+            "changeable_weights": float(count),
+            "changeable_importance": chosen / whole if whole else 0.0,
+        }
 
     def _key(self, context: StepContext) -> str:
         """Hash of all that the scores depend on; the kept fraction is not part of it."""
@@ -128,8 +175,17 @@ class SelFT(Regularizer):
             digest.update(name.encode())
             digest.update(basis.cpu().numpy().tobytes())
         settings = self.config.to_json() | {"kept_fraction": None, "form": None}
-        return stable_hash([context.origin, sorted(context.start), [scoring_texts(concept) for concept in context.concepts], settings,
-                            context.training.seed, str(context.network.device), digest.hexdigest()])  # fmt: skip
+        return stable_hash(
+            [
+                context.origin,
+                sorted(context.start),
+                [scoring_texts(concept) for concept in context.concepts],
+                settings,
+                context.training.seed,
+                str(context.network.device),
+                digest.hexdigest(),
+            ]
+        )
 
     def _in_coordinates(self, name: str, matrix: Tensor) -> Tensor:
         if name not in self._bases:
@@ -141,9 +197,17 @@ class SelFT(Regularizer):
         """Score of every trained weight, or of every coordinate where bases say so, in fp32 on the CPU."""
         parameters = {name: p for name, p in context.network.unet.named_parameters() if name in context.start}
         weights = {name: self._in_coordinates(name, context.start[name]) for name in parameters}
-        gradients = ([self._in_coordinates(name, gradient.to(weights[name])) for name, gradient in zip(parameters, state, strict=True)]
-                     for state in self._gradients(context, list(parameters.values())))  # fmt: skip
-        return {name: score.cpu() for name, score in importance_scores(weights, gradients, self.config.importance).items()}
+        gradients = (
+            [
+                self._in_coordinates(name, gradient.to(weights[name]))
+                for name, gradient in zip(parameters, state, strict=True)
+            ]
+            for state in self._gradients(context, list(parameters.values()))
+        )
+        return {
+            name: score.cpu()
+            for name, score in importance_scores(weights, gradients, self.config.importance).items()
+        }
 
     def _gradients(self, context: StepContext, parameters: list[Tensor]) -> Iterator[Sequence[Tensor]]:
         """Gradient of the loss at every visited state, in the order of `parameters`."""
@@ -164,7 +228,9 @@ class SelFT(Regularizer):
                 generator = context.generator(f"selft/{number}/{seed}")
 
                 def noise(generator: torch.Generator = generator) -> Tensor:
-                    return torch.randn(1, *network.family.latent_shape, generator=generator).to(network.device)
+                    return torch.randn(1, *network.family.latent_shape, generator=generator).to(
+                        network.device
+                    )
 
                 latents = noise()
                 for k, t in enumerate(solver.timesteps):
@@ -174,10 +240,13 @@ class SelFT(Regularizer):
                         for earlier in solver.timesteps[:k]:
                             context.check()
                             with torch.no_grad():
-                                empty, full = predict(latents, earlier, Conditioning.cat([others[:1], target])).split(1)
+                                empty, full = predict(
+                                    latents, earlier, Conditioning.cat([others[:1], target])
+                                ).split(1)
                             latents = step(empty, full, earlier, latents)
                     with torch.no_grad():
-                        known = predict(latents, t, others)  # of the empty prompt and of the anchor, which for a style is the same
+                        # of the empty prompt and of the anchor, which for a style is the same
+                        known = predict(latents, t, others)
                     predicted = predict(latents, t, target)
                     loss = (predicted - known[-1:]).square().sum()
                     yield torch.autograd.grad(loss, parameters, materialize_grads=True)

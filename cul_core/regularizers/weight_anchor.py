@@ -14,21 +14,34 @@ from ..parts.step_context import StepContext
 from .base import REGULARIZERS, Regularizer
 
 _ANCHORS = ("start", "pretrained", "both")
-_ANCHOR_HELP = "Weights to stay near: the pretrained ones (bounds the drift of a whole chain), this step's start, or both."
-_STRENGTH_HELP = "Weight of the penalty (lambda); what it does per update is divided by the number of trained values. Proximal: "
-_FORM_HELP = "proximal: an exact shrinkage after the optimizer's update. penalty: a term of the loss, as in the reference."
+_ANCHOR_HELP = (
+    "Weights to stay near: the pretrained ones (bounds the drift of a whole chain), this step's "
+    "start, or both."
+)
+_STRENGTH_HELP = (
+    "Weight of the penalty (lambda); what it does per update is divided by the number of "
+    "trained values. Proximal: "
+)
+_FORM_HELP = (
+    "proximal: an exact shrinkage after the optimizer's update. penalty: a term of the loss, as "
+    "in the reference."
+)
 
 
 @dataclass(frozen=True)
 class L1SPConfig(Config):
-    strength: float = setting(1e4, _STRENGTH_HELP + "1e4 is gentle on MiniCanvas, 6e4 stops forgetting.", minimum=0.0)
+    strength: float = setting(
+        1e4, _STRENGTH_HELP + "1e4 is gentle on MiniCanvas, 6e4 stops forgetting.", minimum=0.0
+    )
     anchor: str = setting("pretrained", _ANCHOR_HELP, choices=_ANCHORS)
     form: str = setting("proximal", _FORM_HELP, choices=("proximal", "penalty"))
 
 
 @dataclass(frozen=True)
 class L2SPConfig(Config):
-    strength: float = setting(5e4, _STRENGTH_HELP + "5e4 is gentle on MiniCanvas, 5e5 stops forgetting.", minimum=0.0)
+    strength: float = setting(
+        5e4, _STRENGTH_HELP + "5e4 is gentle on MiniCanvas, 5e5 stops forgetting.", minimum=0.0
+    )
     anchor: str = setting("pretrained", _ANCHOR_HELP, choices=_ANCHORS)
     form: str = setting("proximal", _FORM_HELP, choices=("proximal", "penalty"))
 
@@ -39,7 +52,11 @@ class _WeightAnchor(Regularizer):
     config: L1SPConfig | L2SPConfig
 
     def prepare(self, context: StepContext) -> None:
-        anchors = {"start": [context.start], "pretrained": [context.pretrained], "both": [context.start, context.pretrained]}
+        anchors = {
+            "start": [context.start],
+            "pretrained": [context.pretrained],
+            "both": [context.start, context.pretrained],
+        }
         self._references = anchors[self.config.anchor]
         self._count = sum(w.numel() for w in context.start.values())
 
@@ -47,21 +64,27 @@ class _WeightAnchor(Regularizer):
         raise NotImplementedError
 
     def _shrunk(self, weight: Tensor, anchors: Sequence[Tensor], threshold: float) -> Tensor:
-        """argmin_w threshold sum_a R(w - a) + |w - weight|^2 / 2 over one or two anchors a, elementwise; R is the element's penalty."""
+        """argmin_w threshold sum_a R(w - a) + |w - weight|^2 / 2 over one or two anchors a, elementwise; R is
+        the element's penalty."""
         raise NotImplementedError
 
     def penalty(self, weights: Mapping[str, Tensor]) -> Tensor | None:
         if self.config.form != "penalty":
             return None
-        total = sum(self._element_penalty(weights[name].float() - reference[name]).sum()
-                    for reference in self._references for name in reference)  # fmt: skip
+        total = sum(
+            self._element_penalty(weights[name].float() - reference[name]).sum()
+            for reference in self._references
+            for name in reference
+        )
         return self.config.strength * total / self._count
 
     def proximal(self, name: str, weight: Tensor, learning_rate: float) -> Tensor:
         if self.config.form != "proximal":
             return weight
         threshold = learning_rate * self.config.strength / self._count
-        return self._shrunk(weight, [reference[name].to(weight.device) for reference in self._references], threshold)
+        return self._shrunk(
+            weight, [reference[name].to(weight.device) for reference in self._references], threshold
+        )
 
 
 @REGULARIZERS.register(
@@ -74,9 +97,11 @@ class _WeightAnchor(Regularizer):
     groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class L1SP(_WeightAnchor):
-    """R = (1/N) sum |w - w_ref|; proximal step sign(D) max(|D| - lr lambda / N, 0), N the number of trained elements.
+    """R = (1/N) sum |w - w_ref|; proximal step sign(D) max(|D| - lr lambda / N, 0), N the number of trained
+    elements.
 
-    With both anchors, weights between the two stay, and the others move towards the nearer one by up to 2 lr lambda / N.
+    With both anchors, weights between the two stay, and the others move towards the nearer one by up to 2 lr
+    lambda / N.
     """
 
     def _element_penalty(self, difference: Tensor) -> Tensor:
@@ -92,7 +117,8 @@ class L1SP(_WeightAnchor):
     "l2sp",
     config=L2SPConfig,
     display_name="L2-SP",
-    description="Pulls changed weights back in proportion to their change, so that the whole drift stays small.",
+    description="Pulls changed weights back in proportion to their change, so that the whole drift stays "
+    "small.",
     paper="Li et al., ICML 2018, arXiv 1802.01483; Continual Unlearning, ICLR 2026, arXiv 2511.07970",
     families=("mini", "sd1", "sd2", "sdxl"),
     groups=("kv", "attn2", "attn", "non-attn2", "full"),

@@ -1,4 +1,5 @@
-"""Named combinations of method, regularizers and training settings, so that two words are enough to forget something."""
+"""Named combinations of method, regularizers and training settings, so that two words are enough to forget
+something."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from .request import Request
 
 @dataclass(frozen=True)
 class Preset:
-    """A way to run one step, with a line that says when to use it. Its values are MiniCanvas'; `for_family` gives another family's.
+    """A way to run one step, with a line that says when to use it. Its values are MiniCanvas'; `for_family`
+    gives another family's.
 
     Args:
         description: when to use it.
@@ -51,145 +53,243 @@ class Preset:
     def for_family(self, family: Family) -> Preset:
         """This preset with the family's own values; whoever has other wishes replaces parts of the result.
 
-        Those of Stable Diffusion 1.x are the papers'. We have not tuned them, nor measured what a preset does there.
+        Those of Stable Diffusion 1.x are the papers'. We have not tuned them, nor measured what a preset does
+        there.
         """
         recipe = family.recipe
         if recipe is None:
             return self
-        usual = replace(self.training, iterations=recipe.iterations, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate)
+        usual = replace(
+            self.training,
+            iterations=recipe.iterations,
+            batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+        )
         return replace(
-            self, regularizers=self.regularizers_of.get(family.name, self.regularizers), anchor_count=recipe.anchor_count,
+            self,
+            regularizers=self.regularizers_of.get(family.name, self.regularizers),
+            anchor_count=recipe.anchor_count,
             anchor_sampler=SamplerConfig(steps=recipe.anchor_steps, guidance_scale=recipe.anchor_guidance),
-            training=self.training_of.get(family.name, usual), method=self.method_of.get(family.name, self.method),
-        )  # fmt: skip
+            training=self.training_of.get(family.name, usual),
+            method=self.method_of.get(family.name, self.method),
+        )
 
     def with_settings(self, values: Mapping[str, Any]) -> Preset:
         """This preset with some training settings, `anchor_count` or `anchor_steps` replaced."""
         values = dict(values)
-        count, steps = values.pop("anchor_count", self.anchor_count), values.pop("anchor_steps", self.anchor_sampler.steps)
-        return replace(self, training=TrainingConfig.from_json(self.training.to_json() | values), anchor_count=count,
-                       anchor_sampler=replace(self.anchor_sampler, steps=steps))  # fmt: skip
+        count, steps = (
+            values.pop("anchor_count", self.anchor_count),
+            values.pop("anchor_steps", self.anchor_sampler.steps),
+        )
+        return replace(
+            self,
+            training=TrainingConfig.from_json(self.training.to_json() | values),
+            anchor_count=count,
+            anchor_sampler=replace(self.anchor_sampler, steps=steps),
+        )
 
-    def request(self, concepts: Sequence[Concept], *, retain: Sequence[Concept], anchor_prompts: Sequence[str], seed: int,
-                anchor_seed: int = 0) -> Request:  # fmt: skip
+    def request(
+        self,
+        concepts: Sequence[Concept],
+        *,
+        retain: Sequence[Concept],
+        anchor_prompts: Sequence[str],
+        seed: int,
+        anchor_seed: int = 0,
+    ) -> Request:
         return Request(
-            concepts=tuple(concepts), method=self.method, regularizers=self.regularizers, training=replace(self.training, seed=seed),
-            retain=tuple(retain), anchor_prompts=tuple(anchor_prompts), anchor_count=self.anchor_count,
-            anchor_sampler=self.anchor_sampler, anchor_seed=anchor_seed,
-        )  # fmt: skip
+            concepts=tuple(concepts),
+            method=self.method,
+            regularizers=self.regularizers,
+            training=replace(self.training, seed=seed),
+            retain=tuple(retain),
+            anchor_prompts=tuple(anchor_prompts),
+            anchor_count=self.anchor_count,
+            anchor_sampler=self.anchor_sampler,
+            anchor_seed=anchor_seed,
+        )
 
 
 _LARGE = ("sd1", "sd2", "sdxl")
-_ESD_PAPER = TrainingConfig(iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2")
+_ESD_PAPER = TrainingConfig(
+    iterations=200, batch_size=1, learning_rate=5e-5, max_grad_norm=0.0, group="attn2"
+)
 _STEEP = TrainingConfig(learning_rate=6e-4, schedule="linear")
 _DAMPED = ProjectionConfig(decoys=300, damping=3e-5)
 
 PRESETS = {
     "plain": Preset(
-        "Concept Ablation as its authors' code does it, with nothing to hold the rest: the baseline that collapses.",
-        ConAblConfig(**ConAblConfig.REFERENCE), (), TrainingConfig(),
+        "Concept Ablation as its authors' code does it, with nothing to hold the rest: the baseline that "
+        "collapses.",
+        ConAblConfig(**ConAblConfig.REFERENCE),
+        (),
+        TrainingConfig(),
     ),
     "recommended": Preset(
-        "Concept Ablation towards the pretrained model's anchors, with update projection in damped coordinates: forgets as much, "
-        "keeps what was listed and nearly all that was not.",
-        ConAblConfig(teacher="pretrained"), (_DAMPED,), _STEEP,
+        "Concept Ablation towards the pretrained model's anchors, with update projection in damped "
+        "coordinates: forgets as much, keeps what was listed and nearly all that was not.",
+        ConAblConfig(teacher="pretrained"),
+        (_DAMPED,),
+        _STEEP,
     ),
     "projection": Preset(
         "The paper's gradient projection as its authors' code does it.",
-        ConAblConfig(**ConAblConfig.REFERENCE), (ProjectionConfig(**ProjectionConfig.REFERENCE),), TrainingConfig(),
+        ConAblConfig(**ConAblConfig.REFERENCE),
+        (ProjectionConfig(**ProjectionConfig.REFERENCE),),
+        TrainingConfig(),
     ),
-    "l1sp": Preset("The paper's L1-SP, as a term of the loss.", ConAblConfig(**ConAblConfig.REFERENCE),
-                   (L1SPConfig(strength=5.0, anchor="start", form="penalty"),), TrainingConfig(),
-                   regularizers_of=dict.fromkeys(_LARGE, (L1SPConfig(strength=50.0, anchor="start", form="penalty"),))),
-    "l2sp": Preset("The paper's L2-SP, as a term of the loss.", ConAblConfig(**ConAblConfig.REFERENCE),
-                   (L2SPConfig(strength=300.0, anchor="start", form="penalty"),), TrainingConfig(),
-                   regularizers_of=dict.fromkeys(_LARGE, (L2SPConfig(strength=25000.0, anchor="start", form="penalty"),))),
+    "l1sp": Preset(
+        "The paper's L1-SP, as a term of the loss.",
+        ConAblConfig(**ConAblConfig.REFERENCE),
+        (L1SPConfig(strength=5.0, anchor="start", form="penalty"),),
+        TrainingConfig(),
+        regularizers_of=dict.fromkeys(_LARGE, (L1SPConfig(strength=50.0, anchor="start", form="penalty"),)),
+    ),
+    "l2sp": Preset(
+        "The paper's L2-SP, as a term of the loss.",
+        ConAblConfig(**ConAblConfig.REFERENCE),
+        (L2SPConfig(strength=300.0, anchor="start", form="penalty"),),
+        TrainingConfig(),
+        regularizers_of=dict.fromkeys(
+            _LARGE, (L2SPConfig(strength=25000.0, anchor="start", form="penalty"),)
+        ),
+    ),
     "esd": Preset(
-        "Erased Stable Diffusion, with nothing to hold the rest: steers away from the target instead of towards an anchor, and draws "
-        "no anchor pictures.",
-        ESDConfig(), (), TrainingConfig(batch_size=4, learning_rate=1.2e-3, schedule="linear"),
+        "Erased Stable Diffusion, with nothing to hold the rest: steers away from the target instead of "
+        "towards an anchor, and draws no anchor pictures.",
+        ESDConfig(),
+        (),
+        TrainingConfig(batch_size=4, learning_rate=1.2e-3, schedule="linear"),
         training_of=dict.fromkeys(_LARGE, _ESD_PAPER),
     ),
     "selft": Preset(
-        "The paper's SelFT as its authors' code does it: only the weights that matter most for the target are trained.",
-        ConAblConfig(**ConAblConfig.REFERENCE), (SelFTConfig(kept_fraction=0.2, **SelFTConfig.REFERENCE),), TrainingConfig(),
+        "The paper's SelFT as its authors' code does it: only the weights that matter most for the target "
+        "are trained.",
+        ConAblConfig(**ConAblConfig.REFERENCE),
+        (SelFTConfig(kept_fraction=0.2, **SelFTConfig.REFERENCE),),
+        TrainingConfig(),
         regularizers_of=dict.fromkeys(_LARGE, (SelFTConfig(kept_fraction=0.05, **SelFTConfig.REFERENCE),)),
     ),
     "projection_selft": Preset(
         "The paper's hybrid for styles as its authors' code does it: gradients are masked, then projected.",
         ConAblConfig(**ConAblConfig.REFERENCE),
-        (SelFTConfig(kept_fraction=0.30, **SelFTConfig.REFERENCE), ProjectionConfig(**ProjectionConfig.REFERENCE)), TrainingConfig(),
+        (
+            SelFTConfig(kept_fraction=0.30, **SelFTConfig.REFERENCE),
+            ProjectionConfig(**ProjectionConfig.REFERENCE),
+        ),
+        TrainingConfig(),
     ),
     "projection_l1sp": Preset(
         "The paper's hybrid for objects as its authors' code does it: a far weaker L1-SP beside projection.",
         ConAblConfig(**ConAblConfig.REFERENCE),
-        (ProjectionConfig(**ProjectionConfig.REFERENCE), L1SPConfig(strength=0.075, anchor="start", form="penalty")), TrainingConfig(),
-        regularizers_of=dict.fromkeys(_LARGE, (
-            ProjectionConfig(**ProjectionConfig.REFERENCE), L1SPConfig(strength=0.75, anchor="start", form="penalty"))),
+        (
+            ProjectionConfig(**ProjectionConfig.REFERENCE),
+            L1SPConfig(strength=0.075, anchor="start", form="penalty"),
+        ),
+        TrainingConfig(),
+        regularizers_of=dict.fromkeys(
+            _LARGE,
+            (
+                ProjectionConfig(**ProjectionConfig.REFERENCE),
+                L1SPConfig(strength=0.75, anchor="start", form="penalty"),
+            ),
+        ),
     ),
     "plain_ours": Preset(
-        "Concept Ablation towards the pretrained model's anchors, with nothing to hold the rest but a slow rate: the first requests of a "
-        "chain forget little.",
-        ConAblConfig(teacher="pretrained"), (), replace(_STEEP, learning_rate=2e-4),
+        "Concept Ablation towards the pretrained model's anchors, with nothing to hold the rest but a slow "
+        "rate: the first requests of a chain forget little.",
+        ConAblConfig(teacher="pretrained"),
+        (),
+        replace(_STEEP, learning_rate=2e-4),
     ),
     "l1sp_ours": Preset(
-        "L1-SP as a proximal step towards the pretrained weights, so that the whole chain's drift is bounded.",
-        ConAblConfig(teacher="pretrained"), (L1SPConfig(strength=1e4),), _STEEP,
+        "L1-SP as a proximal step towards the pretrained weights, so that the whole chain's drift is "
+        "bounded.",
+        ConAblConfig(teacher="pretrained"),
+        (L1SPConfig(strength=1e4),),
+        _STEEP,
     ),
     "l2sp_ours": Preset(
-        "L2-SP as a proximal step towards the pretrained weights, so that the whole chain's drift is bounded.",
-        ConAblConfig(teacher="pretrained"), (L2SPConfig(strength=5e5),), _STEEP,
+        "L2-SP as a proximal step towards the pretrained weights, so that the whole chain's drift is "
+        "bounded.",
+        ConAblConfig(teacher="pretrained"),
+        (L2SPConfig(strength=5e5),),
+        _STEEP,
     ),
     "selft_ours": Preset(
         "SelFT whose mask holds on what the optimizer does, scored along one picture.",
-        ConAblConfig(teacher="pretrained"), (SelFTConfig(kept_fraction=0.2),), _STEEP,
+        ConAblConfig(teacher="pretrained"),
+        (SelFTConfig(kept_fraction=0.2),),
+        _STEEP,
     ),
     "projection_ours": Preset(
         "Update projection in more strongly damped coordinates than the recommended ones.",
-        ConAblConfig(teacher="pretrained"), (replace(_DAMPED, damping=3e-6),), _STEEP,
+        ConAblConfig(teacher="pretrained"),
+        (replace(_DAMPED, damping=3e-6),),
+        _STEEP,
     ),
     "projection_selft_ours": Preset(
         "The recommended projection and SelFT, exactly sparse in the directions that projection leaves.",
-        ConAblConfig(teacher="pretrained"), (SelFTConfig(kept_fraction=0.3), _DAMPED), replace(_STEEP, learning_rate=4e-4),
+        ConAblConfig(teacher="pretrained"),
+        (SelFTConfig(kept_fraction=0.3), _DAMPED),
+        replace(_STEEP, learning_rate=4e-4),
     ),
     "projection_l1sp_ours": Preset(
-        "The recommended projection in more strongly damped coordinates, and L1-SP towards the pretrained weights.",
-        ConAblConfig(teacher="pretrained"), (replace(_DAMPED, damping=1e-5), L1SPConfig(strength=5e3)), _STEEP,
+        "The recommended projection in more strongly damped coordinates, and L1-SP towards the pretrained "
+        "weights.",
+        ConAblConfig(teacher="pretrained"),
+        (replace(_DAMPED, damping=1e-5), L1SPConfig(strength=5e3)),
+        _STEEP,
     ),
     "esd_reference": Preset(
-        "Erased Stable Diffusion as its authors' code does it, a new picture for every update; on Stable Diffusion XL as the paper's.",
-        ESDConfig(**ESDConfig.REFERENCE), (), TrainingConfig(batch_size=4, learning_rate=1.2e-3),
-        training_of={"sd1": _ESD_PAPER, "sd2": _ESD_PAPER,
-                     "sdxl": TrainingConfig(iterations=200, batch_size=1, learning_rate=2e-4, max_grad_norm=0.0)},
+        "Erased Stable Diffusion as its authors' code does it, a new picture for every update; on Stable "
+        "Diffusion XL as the paper's.",
+        ESDConfig(**ESDConfig.REFERENCE),
+        (),
+        TrainingConfig(batch_size=4, learning_rate=1.2e-3),
+        training_of={
+            "sd1": _ESD_PAPER,
+            "sd2": _ESD_PAPER,
+            "sdxl": TrainingConfig(iterations=200, batch_size=1, learning_rate=2e-4, max_grad_norm=0.0),
+        },
     ),
     "distillation": Preset(
-        "Concept Ablation as its authors' code does it, beside distillation: the model draws pictures of what is to be kept and learns to "
-        "go on predicting there what the pretrained one does.",
-        ConAblConfig(**ConAblConfig.REFERENCE), (DistillationConfig(),), TrainingConfig(),
+        "Concept Ablation as its authors' code does it, beside distillation: the model draws pictures of "
+        "what is to be kept and learns to go on predicting there what the pretrained one does.",
+        ConAblConfig(**ConAblConfig.REFERENCE),
+        (DistillationConfig(),),
+        TrainingConfig(),
     ),
     "distillation_ours": Preset(
-        "Distillation beside Concept Ablation towards the pretrained model's anchors: stronger, from more states of pictures that take "
-        "less time to draw.",
-        ConAblConfig(teacher="pretrained"), (DistillationConfig(keep_weight=4.0, batch_size=4, trajectory_steps=20),), _STEEP,
+        "Distillation beside Concept Ablation towards the pretrained model's anchors: stronger, from more "
+        "states of pictures that take less time to draw.",
+        ConAblConfig(teacher="pretrained"),
+        (DistillationConfig(keep_weight=4.0, batch_size=4, trajectory_steps=20),),
+        _STEEP,
     ),
     "sculpmem": Preset(
         "The paper's SculpMem as its authors' code does it: half of the weights are trained at a time.",
-        SculpMemConfig(warm_up=3, interval=6, **SculpMemConfig.REFERENCE), (), TrainingConfig(),
+        SculpMemConfig(warm_up=3, interval=6, **SculpMemConfig.REFERENCE),
+        (),
+        TrainingConfig(),
         method_of=dict.fromkeys(_LARGE, SculpMemConfig(**SculpMemConfig.REFERENCE)),
     ),
     "sculpmem_ours": Preset(
-        "SculpMem towards the pretrained model's anchors, with a frozen warm-up, and held by distillation to what the step began with.",
-        SculpMemConfig(teacher="pretrained", warm_up=3, interval=6, distillation=1.5), (),
+        "SculpMem towards the pretrained model's anchors, with a frozen warm-up, and held by distillation "
+        "to what the step began with.",
+        SculpMemConfig(teacher="pretrained", warm_up=3, interval=6, distillation=1.5),
+        (),
         TrainingConfig(learning_rate=8e-4, schedule="linear"),
         method_of=dict.fromkeys(_LARGE, SculpMemConfig(teacher="pretrained", distillation=1.5)),
     ),
     "thorough": Preset(
-        "The recommended way with twice the pictures per update, and with earlier targets trained again instead of protected: cleaner "
-        "forgetting, in twice the time.",
-        ConAblConfig(teacher="pretrained", replay=0.25), (replace(_DAMPED, protect_previous=False),),
+        "The recommended way with twice the pictures per update, and with earlier targets trained again "
+        "instead of protected: cleaner forgetting, in twice the time.",
+        ConAblConfig(teacher="pretrained", replay=0.25),
+        (replace(_DAMPED, protect_previous=False),),
         TrainingConfig(batch_size=16, learning_rate=7e-4, schedule="linear"),
     ),
-}  # fmt: skip
+}
 
 
 def preset(name: str) -> Preset:

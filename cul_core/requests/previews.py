@@ -1,4 +1,5 @@
-"""Anchor prompts: captions of pictures that must stay as they are, chosen by what is forgotten and by the model's family."""
+"""Anchor prompts: captions of pictures that must stay as they are, chosen by what is forgotten and by the
+model's family."""
 
 from __future__ import annotations
 
@@ -10,18 +11,25 @@ from .request import Request
 
 
 def preview_prompts(request: Request) -> list[tuple[str, str]]:
-    """(label, prompt) of what to watch while a request trains: its first targets, and what should stay as it is.
+    """(label, prompt) of what to watch while a request trains: its first targets, and what should stay as it
+    is.
 
     Where nothing is declared as to be kept, anchor prompts show it.
     """
     first = request.concepts[0]
 
     def shown(role: str, concept: Concept, count: int) -> list[tuple[str, str]]:
-        rewritten = [prompts[0] for caption in request.anchor_prompts if (prompts := concept.target_prompts(caption))]
+        rewritten = [
+            prompts[0] for caption in request.anchor_prompts if (prompts := concept.target_prompts(caption))
+        ]
         return [(f"{role}\n{concept.name}", prompt) for prompt in _spread(rewritten, count)]
 
     targets = request.concepts[:2]
-    stay = [replace(concept, anchor=concept.anchor or first.anchor) for concept in request.retain if concept.name != first.anchor]
+    stay = [
+        replace(concept, anchor=concept.anchor or first.anchor)
+        for concept in request.retain
+        if concept.name != first.anchor
+    ]
     kept = [pair for concept in stay[:2] for pair in shown("keep", concept, 1)]
     return [pair for concept in targets for pair in shown("forget", concept, 3 - len(targets))] + (
         kept or [("anchor", prompt) for prompt in _spread(request.anchor_prompts, 2)]

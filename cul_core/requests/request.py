@@ -1,4 +1,5 @@
-"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its input."""
+"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its
+input."""
 
 from __future__ import annotations
 
@@ -46,13 +47,22 @@ class Request:
     def __post_init__(self):
         if not self.concepts:
             raise ConfigError("The request names no concept; give at least one target.")
-        for name, kind in (("concepts", Concept), ("retain", Concept), ("regularizers", Config), ("anchor_prompts", str)):
+        for name, kind in (
+            ("concepts", Concept),
+            ("retain", Concept),
+            ("regularizers", Config),
+            ("anchor_prompts", str),
+        ):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
-                raise ConfigError(f"{name} of the request is {brief_repr(values)}; give a tuple of type {kind.__name__}.")
+                raise ConfigError(
+                    f"{name} of the request is {brief_repr(values)}; give a tuple of type {kind.__name__}."
+                )
         for name, kind in (("training", TrainingConfig), ("anchor_sampler", SamplerConfig)):
             if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name} of the request is {brief_repr(getattr(self, name))}; give a {kind.__name__}.")
+                raise ConfigError(
+                    f"{name} of the request is {brief_repr(getattr(self, name))}; give a {kind.__name__}."
+                )
         check_count("names to forget", self.concepts)
         check_count("names to keep", self.retain)
         check_count("anchor prompts", self.anchor_prompts, _MOST_PROMPTS)
@@ -63,7 +73,9 @@ class Request:
         for prompt in self.anchor_prompts:
             check_text("anchor prompt", prompt, LONGEST_PROMPT)
         if not self.anchor_prompts:
-            raise ConfigError("The request has no anchor prompts; give some captions of pictures that must stay.")
+            raise ConfigError(
+                "The request has no anchor prompts; give some captions of pictures that must stay."
+            )
         METHODS.of(self.method)
         for config in self.regularizers:
             REGULARIZERS.of(config)

@@ -30,44 +30,68 @@ def anchor_generator(seed: int, number: int) -> torch.Generator:
 
 
 class AnchorStore:
-    """Content-addressed anchor latents, in memory and, when a folder is given, on disk. Safe to delete at any time.
+    """Content-addressed anchor latents, in memory and, when a folder is given, on disk. Safe to delete at any
+    time.
 
     A file holds the pictures made so far: whoever is stopped goes on there.
 
     Args:
         folder: made when first written to.
-        locks: folder of lock files, by which of several processes that need the same pictures only one draws them.
+        locks: folder of lock files, by which of several processes that need the same pictures only one draws
+            them.
         every_seconds: time between writings of unfinished ones.
     """
 
-    def __init__(self, folder: Path | str | None = None, locks: Path | None = None, every_seconds: float = 10.0):
-        self._folder, self._locks, self._every = Path(folder) if folder is not None else None, locks, every_seconds
+    def __init__(
+        self, folder: Path | str | None = None, locks: Path | None = None, every_seconds: float = 10.0
+    ):
+        self._folder, self._locks, self._every = (
+            Path(folder) if folder is not None else None,
+            locks,
+            every_seconds,
+        )
         self._memory: dict[str, Tensor] = {}
         self.used: set[Path] = set()
 
     def anchor_latents(
-        self, source: Source, network: DiffusersNetwork, prompts: Sequence[str], count: int, sampler: SamplerConfig, seed: int,
-        should_stop: Callable[[], bool] = lambda: False, on_batch: Callable[[int, int], None] = lambda done, count: None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        source: Source,
+        network: DiffusersNetwork,
+        prompts: Sequence[str],
+        count: int,
+        sampler: SamplerConfig,
+        seed: int,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_batch: Callable[[int, int], None] = lambda done, count: None,
+    ) -> Tensor:
         """(count, c, h, w) latents on the CPU, always by the weights of `source`; prompts repeat in turn.
 
-        `network` must hold those weights. `on_batch(done, count)` runs after each batch that is sampled. Raises Cancelled when
-        `should_stop` says so.
+        `network` must hold those weights. `on_batch(done, count)` runs after each batch that is sampled.
+        Raises Cancelled when `should_stop` says so.
         """
         key = stable_hash([source.sha256, list(prompts), count, sampler.to_json(), seed, "anchors-2"])
         if key not in self._memory:
-            file = _AnchorFile(self._folder / f"anchors-{key[:32]}.safetensors", self._every) if self._folder else None
+            file = (
+                _AnchorFile(self._folder / f"anchors-{key[:32]}.safetensors", self._every)
+                if self._folder
+                else None
+            )
 
             def check(done: int) -> None:
                 on_batch(done, count)
                 if file is not None:
                     file.offer(batches)
                 if should_stop():
-                    raise Cancelled(f"Cancelled after {done} of {count} anchor pictures; the input model is unchanged.")
+                    raise Cancelled(
+                        f"Cancelled after {done} of {count} anchor pictures; the input model is unchanged."
+                    )
 
             def wait() -> None:
                 if should_stop():
-                    raise Cancelled("Cancelled while another process draws the anchor pictures; the input model is unchanged.")
+                    raise Cancelled(
+                        "Cancelled while another process draws the anchor pictures; the input model is "
+                        "unchanged."
+                    )
 
             with locked(lock_of(self._locks, file.path), wait) if file and self._locks else nullcontext():
                 batches = file.read(count) if file is not None else []
@@ -75,7 +99,15 @@ class AnchorStore:
                     repeated = [prompts[i % len(prompts)] for i in range(count)]
                     generators = [anchor_generator(seed, i) for i in range(count)]
                     try:
-                        sample_latents(network, repeated, generators, sampler, check, batches=batches, keeps_text_encoders=False)
+                        sample_latents(
+                            network,
+                            repeated,
+                            generators,
+                            sampler,
+                            check,
+                            batches=batches,
+                            keeps_text_encoders=False,
+                        )
                     finally:
                         if file is not None:
                             file.write(batches)
@@ -94,7 +126,8 @@ class _AnchorFile:
         self._written, self._due = 0, time.monotonic() + every_seconds
 
     def read(self, count: int) -> list[Tensor]:
-        """The pictures in the file, as one batch; none if it is not there, or damaged (it is removed then)."""
+        """The pictures in the file, as one batch; none if it is not there, or damaged (it is removed
+        then)."""
         with suppress(OSError):
             for path in leftovers(self.path.parent, self.path.stem):
                 path.unlink()

@@ -79,9 +79,9 @@ class Evictor:
     """Bounds the files of some folders. The chain that was used longest ago goes first, its last file first.
 
     A chain is cut from its end: no file goes while one that builds on it stays. What this process holds (see
-    `hold`) and what that builds on stay in any case. What any process has used within `recent_seconds` goes only
-    when the disk is nearly full. Last uses are the files' time stamps, so several processes may share the folders.
-    A file whose lock is taken stays.
+    `hold`) and what that builds on stay in any case. What any process has used within `recent_seconds` goes
+    only when the disk is nearly full. Last uses are the files' time stamps, so several processes may share
+    the folders. A file whose lock is taken stays.
 
     Args:
         folders: where the files lie; all on one disk.
@@ -119,7 +119,8 @@ class Evictor:
         if disk is not None and disk.free < size + disk.reserve:
             raise CheckpointError(
                 f"No space left in {str(self._folders[0].parent)!r}: {size / 1e6:.1f} MB are needed, and of "
-                f"{disk.free / 1e6:.1f} MB that are free {disk.reserve / 1e6:.1f} MB stay so; free some space there."
+                f"{disk.free / 1e6:.1f} MB that are free {disk.reserve / 1e6:.1f} MB stay so; free some "
+                "space there."
             )
 
     def evict(self, incoming: int = 0) -> Disk | None:
@@ -208,7 +209,8 @@ def _leaves_first(
     files: Iterable[StoredFile],
     links: Callable[[Path], Links],
 ) -> list[tuple[StoredFile, int, set[Path]]]:
-    """(file, last use of it or of what builds on it, paths it builds on), in the order in which they may go."""
+    """(file, last use of it or of what builds on it, paths it builds on), in the order in which they may
+    go."""
     files = sorted(files)
     linked = {file.path: links(file.path) for file in files}
     maker = {linked[file.path].makes: file.path for file in files}  # of equal ones the latest used

@@ -1,4 +1,5 @@
-"""Weights that lie in no file yet, such as a host's model with LoRAs on it, kept as a checkpoint that is named by its content."""
+"""Weights that lie in no file yet, such as a host's model with LoRAs on it, kept as a checkpoint that is
+named by its content."""
 
 from __future__ import annotations
 
@@ -23,17 +24,22 @@ _RECENT_SECONDS = 3600.0
 
 
 def snapshot_model(
-    folder: Path, tensors: Mapping[str, Tensor], on_tensor: Callable[[int, int], None] = lambda done, count: None,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    on_tensor: Callable[[int, int], None] = lambda done, count: None,
     largest_bytes: int = 32 << 30,
-) -> Source:  # fmt: skip
-    """The file `<its SHA-256>.safetensors` of these tensors in `folder`; it is written only if it is not there.
+) -> Source:
+    """The file `<its SHA-256>.safetensors` of these tensors in `folder`; it is written only if it is not
+    there.
 
-    One tensor at a time is moved to the CPU: once to name the file and once to write it, so it must give the same values twice.
-    `on_tensor(done, count)` runs for each and may raise to cancel, also while another process writes this file.
+    One tensor at a time is moved to the CPU: once to name the file and once to write it, so it must give the
+    same values twice. `on_tensor(done, count)` runs for each and may raise to cancel, also while another
+    process writes this file.
 
-    Of other such files the least recently used go first when all are larger than `largest_bytes`. A file stays while
-    this process has the `Source` that was returned for it. It also stays for an hour after its last use by any
-    process, unless the disk is nearly full. Deleting the folder is always safe: the same tensors make the same file.
+    Of other such files the least recently used go first when all are larger than `largest_bytes`. A file
+    stays while this process has the `Source` that was returned for it. It also stays for an hour after its
+    last use by any process, unless the disk is nearly full. Deleting the folder is always safe: the same
+    tensors make the same file.
 
     Raises:
         ModelError: a tensor's dtype cannot hold what a step changes.
@@ -42,7 +48,9 @@ def snapshot_model(
     for name, tensor in tensors.items():
         if tensor.dtype not in _KEPT:
             held = f"{name!r} is held as {str(tensor.dtype).removeprefix('torch.')}"
-            raise ModelError(f"{held}, which cannot hold what a step changes; load the model in fp16, bf16 or fp32.")
+            raise ModelError(
+                f"{held}, which cannot hold what a step changes; load the model in fp16, bf16 or fp32."
+            )
     entries, done = tensor_entries(tensors), 0
     header = packed_header("the file of the model", entries, {"format": "pt"})
 
@@ -53,7 +61,10 @@ def snapshot_model(
             on_tensor(done, 2 * len(entries))
             tensor = tensors[name].to("cpu").detach().contiguous()
             if tensor.dtype != DTYPES[entry["dtype"]] or list(tensor.shape) != entry["shape"]:
-                raise ModelError(f"{name!r} turned from {tensors[name].dtype} into {tensor.dtype} when it was read; load the model again.")
+                raise ModelError(
+                    f"{name!r} turned from {tensors[name].dtype} into {tensor.dtype} when it was read; load "
+                    "the model again."
+                )
             yield memoryview(tensor.flatten().view(torch.uint8).numpy())
             done += 1
 
@@ -62,7 +73,8 @@ def snapshot_model(
         digest.update(block)
     path, locks = folder / f"{digest.hexdigest()}.safetensors", folder / "locks"
     evictor = Evictor([folder], locks, largest_bytes, _RECENT_SECONDS)
-    with locked(lock_of(locks, path), lambda: on_tensor(done, 2 * len(entries))):  # nobody evicts it meanwhile
+    # nobody evicts it meanwhile
+    with locked(lock_of(locks, path), lambda: on_tensor(done, 2 * len(entries))):
         evictor.touch(path)
         source = _whole(path)
         if source is None:

@@ -1,4 +1,5 @@
-"""The step store: finished and unfinished steps by content, so that no training is repeated or lost when a program ends or forgets."""
+"""The step store: finished and unfinished steps by content, so that no training is repeated or lost when a
+program ends or forgets."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from .eviction import remove
 
 logger = logging.getLogger(__name__)
 EVERY_SECONDS = 10.0
-"""Time between writings of a step's state and of its anchor pictures; more where a state is large or takes long to write."""
+"""Time between writings of a step's state and of its anchor pictures; more where a state is large or takes
+long to write."""
 _BYTES_PER_INTERVAL, _SHARE_OF_TIME = 40e6, 0.05
 _QUICK_SECONDS, _LONGEST_SECONDS = 1.0, 5.0
 _BYTES_PER_SECOND = 100e6
@@ -47,7 +49,8 @@ class StepState:
             "iterations": request.training.iterations,
             "needs": sorted(needs),
         }
-        self._due = time.monotonic() + every_seconds / 5  # the first one early: what was prepared took time too
+        # the first one early: what was prepared took time too
+        self._due = time.monotonic() + every_seconds / 5
         self.resumed_at = self.kept_at = 0
         self._has_failed = False
         self._kept_since = time.monotonic()
@@ -60,7 +63,10 @@ class StepState:
             tensors, metadata = read_sealed(self.path)
             values = json.loads(metadata["cul_state"])
             if values["state"]["origin"] != origin:
-                logger.warning("the state of an unfinished step comes from another device or other versions, so the step begins anew")
+                logger.warning(
+                    "the state of an unfinished step comes from another device or other versions, so the "
+                    "step begins anew"
+                )
                 return None
             state = joined(values["state"], tensors)
             self.resumed_at = self.kept_at = state["iteration"]
@@ -76,7 +82,11 @@ class StepState:
             seconds = time.monotonic() - begun
             with suppress(OSError):
                 often = max(1.0, self.path.stat().st_size / _BYTES_PER_INTERVAL)
-                self._due = begun + seconds + (max(self._every * often, seconds / _SHARE_OF_TIME) if self._every else 0)
+                self._due = (
+                    begun
+                    + seconds
+                    + (max(self._every * often, seconds / _SHARE_OF_TIME) if self._every else 0)
+                )
 
     def save_if_quick(self, state: State) -> None:
         """Keep it now if that takes less than a second, or less than what would be lost and five seconds."""
@@ -96,7 +106,10 @@ class StepState:
             write_sealed(self.path, tensors, {"cul_state": json.dumps({"state": plain, **self._about})})
         except CheckpointError as error:
             if not self._has_failed:
-                logger.warning("the state of the step is not kept, so it cannot go on from here if it is stopped: %s", error)
+                logger.warning(
+                    "the state of the step is not kept, so it cannot go on from here if it is stopped: %s",
+                    error,
+                )
             self._has_failed, self._due = True, time.monotonic() + self._every
         else:
             self.kept_at = state["iteration"]

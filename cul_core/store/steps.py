@@ -1,4 +1,5 @@
-"""The step store: finished and unfinished steps by content, so that no training is repeated or lost when a program ends or forgets."""
+"""The step store: finished and unfinished steps by content, so that no training is repeated or lost when a
+program ends or forgets."""
 
 from __future__ import annotations
 
@@ -32,13 +33,15 @@ _RECENT_SECONDS = 24 * 3600.0
 
 
 def step_key(model: UnlearnModel, request: Request) -> str:
-    """What a step's result depends on, as a SHA-256 in hex: the model, what it forgot before, the request, and this code's version."""
+    """What a step's result depends on, as a SHA-256 in hex: the model, what it forgot before, the request,
+    and this code's version."""
     return stable_hash([model.content_hash, list(model.forgotten), request.to_json(), _RESULTS_VERSION])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A step that was trained or found: the edited model, its report, and a note for people on where it comes from (", resumed ...")."""
+    """A step that was trained or found: the edited model, its report, and a note for people on where it comes
+    from (", resumed ...")."""
 
     model: UnlearnModel
     report: StepReport
@@ -48,10 +51,10 @@ class Outcome:
 class StepStore:
     """Finished steps, states of unfinished ones, and anchor latents in a folder, bounded in size.
 
-    Beyond the bound, the chain of steps that was used longest ago goes first, its last step first (see `eviction.Evictor`).
-    What this process has made or read stays, with all the steps it builds on, and so does what any process has used within a day,
-    unless the disk is nearly full. The state of a step that any process is training stays too.
-    Several processes may share the folder. Deleting it is always safe.
+    Beyond the bound, the chain of steps that was used longest ago goes first, its last step first (see
+    `eviction.Evictor`). What this process has made or read stays, with all the steps it builds on, and so
+    does what any process has used within a day, unless the disk is nearly full. The state of a step that any
+    process is training stays too. Several processes may share the folder. Deleting it is always safe.
 
     Args:
         folder: made when first written to.
@@ -59,7 +62,9 @@ class StepStore:
         every_seconds: takes the place of `EVERY_SECONDS`; 0 is after every update.
     """
 
-    def __init__(self, folder: Path | str, largest_bytes: int | None = None, every_seconds: float | None = None):
+    def __init__(
+        self, folder: Path | str, largest_bytes: int | None = None, every_seconds: float | None = None
+    ):
         self._folder = Path(folder)
         self._every = EVERY_SECONDS if every_seconds is None else every_seconds
         self._locks = self._folder / "locks"
@@ -71,7 +76,8 @@ class StepStore:
         return self._folder / part / f"{key}.safetensors"
 
     def get(self, model: UnlearnModel, request: Request) -> tuple[UnlearnModel, StepReport] | None:
-        """The result of an earlier identical step; None if there is none, or if its file is damaged (it is removed then)."""
+        """The result of an earlier identical step; None if there is none, or if its file is damaged (it is
+        removed then)."""
         path = self._path("steps", step_key(model, request))
         if not path.is_file():
             return None
@@ -96,7 +102,8 @@ class StepStore:
             CheckpointError: the folder cannot be written, or its disk has no room.
         """
         key = step_key(model, request)
-        path, freed = self._path("steps", key), _size_of(self._path("states", key))  # it takes its state's place
+        # it takes its state's place
+        path, freed = self._path("steps", key), _size_of(self._path("states", key))
         self._evictor.make_room(edited.nbytes() - freed)
         values = {"record": asdict(report.record), "losses": report.losses, "figures": dict(report.figures)}
         write_sealed(path, edited.edits, edited.metadata() | {"cul_step": canonical_json(values)})
@@ -104,16 +111,21 @@ class StepStore:
         self._evict(-freed)
 
     def get_or_train(
-        self, model: UnlearnModel, request: Request, train: Callable[[StepState], tuple[UnlearnModel, StepReport]],
+        self,
+        model: UnlearnModel,
+        request: Request,
+        train: Callable[[StepState], tuple[UnlearnModel, StepReport]],
         on_wait: Callable[[], None] = lambda: None,
-    ) -> Outcome:  # fmt: skip
-        """The step's result: found, or trained now, from where an earlier run was stopped, and kept. Of several processes one trains.
+    ) -> Outcome:
+        """The step's result: found, or trained now, from where an earlier run was stopped, and kept. Of
+        several processes one trains.
 
         Args:
             model: where the step begins.
             request: what it forgets and how.
             train: trains it, with this `state_store`.
-            on_wait: runs several times a second while another process trains this step; may raise to wait no longer.
+            on_wait: runs several times a second while another process trains this step; may raise to wait no
+                longer.
         """
         begun, path = time.monotonic(), self._path("states", step_key(model, request))
         found = self.get(model, request)
@@ -124,11 +136,19 @@ class StepStore:
                     needs = _ancestors(model.content_hash, model.history)
                     return self._trained(model, request, train, StepState(path, request, self._every, needs))
         remove(path)  # of a process that was killed between keeping the one and removing the other
-        logger.info("took a finished step from the store in %.1f s: %s", time.monotonic() - begun, ", ".join(found[1].record.targets))
+        logger.info(
+            "took a finished step from the store in %.1f s: %s",
+            time.monotonic() - begun,
+            ", ".join(found[1].record.targets),
+        )
         return Outcome(*found, ", kept from an earlier run")
 
     def _trained(
-        self, model: UnlearnModel, request: Request, train: Callable[[StepState], tuple[UnlearnModel, StepReport]], state: StepState
+        self,
+        model: UnlearnModel,
+        request: Request,
+        train: Callable[[StepState], tuple[UnlearnModel, StepReport]],
+        state: StepState,
     ) -> Outcome:
         for part in ("steps", "states"):
             for path in leftovers(self._folder / part, state.path.stem):  # nobody else writes these now
@@ -170,7 +190,8 @@ class StepStore:
         self._evictor.evict(incoming)
 
     def clear(self, *parts: str) -> str:
-        """Remove what is in these of `PARTS`, but for files that a process is working on; says what was removed, as a line of text."""
+        """Remove what is in these of `PARTS`, but for files that a process is working on; says what was
+        removed, as a line of text."""
         removed = freed = kept = 0
         for _, size, path in self.files(*parts):
             if self._evictor.remove_unlocked(path):
@@ -178,12 +199,16 @@ class StepStore:
             else:
                 kept += 1
         self._evictor.remove_leftovers(self._folder / part for part in parts)
-        return f"removed {removed} files, {freed / 1e6:.1f} MB" + (f"; {kept} are in use or cannot be removed, and stay" if kept else "")
+        return f"removed {removed} files, {freed / 1e6:.1f} MB" + (
+            f"; {kept} are in use or cannot be removed, and stay" if kept else ""
+        )
 
     def describe(self) -> str:
         """What is in the store, as text: a line for each kind of file, and one for each step."""
         lines = []
-        for part, what in zip(PARTS, ("finished steps", "sets of anchor pictures", "unfinished steps"), strict=True):
+        for part, what in zip(
+            PARTS, ("finished steps", "sets of anchor pictures", "unfinished steps"), strict=True
+        ):
             files = self.files(part)
             lines.append(f"{len(files)} {what}, {sum(size for _, size, _ in files) / 1e6:.1f} MB")
             if part != "anchors":
@@ -192,7 +217,8 @@ class StepStore:
 
 
 def _ancestors(parent: str, history: Iterable[StepRecord]) -> frozenset[str]:
-    """Content hashes of the models on the way to `parent`, itself included; behind a merge, those of all merged models."""
+    """Content hashes of the models on the way to `parent`, itself included; behind a merge, those of all
+    merged models."""
     made_by = {record.result: record for record in history}
     found, open_ends = set(), [parent]
     while open_ends:
@@ -235,8 +261,14 @@ def _described(path: Path) -> str:
         _, metadata, _ = read_header(path)
         if "cul_step" in metadata:
             record = StepRecord(**json.loads(metadata["cul_step"])["record"])
-            return f"{', '.join(record.targets)} ({record.finished}, {record.request['training']['iterations']} iterations)"
+            return (
+                f"{', '.join(record.targets)} ({record.finished}, "
+                f"{record.request['training']['iterations']} iterations)"
+            )
         values = json.loads(metadata["cul_state"])
-        return f"{', '.join(values['targets'])} (stopped after iteration {values['state']['iteration']} of {values['iterations']})"
+        return (
+            f"{', '.join(values['targets'])} (stopped after iteration {values['state']['iteration']} of "
+            f"{values['iterations']})"
+        )
     except _UNREADABLE:
         return "a damaged file"

@@ -1,4 +1,5 @@
-"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its input."""
+"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its
+input."""
 
 from __future__ import annotations
 
@@ -34,13 +35,16 @@ class Callbacks:
 
     Args:
         on_progress: called after every update.
-        should_stop: asked before every update, anchor batch and prediction of the teacher; true ends the step. It may also raise.
+        should_stop: asked before every update, anchor batch and prediction of the teacher; true ends the
+            step. It may also raise.
         on_anchors: called with (anchor pictures made, their number).
-        on_preview: called with (iteration, latents (n, c, h, w) of `preview_prompts` as the model draws them now), always from
-            the same noise, before the first update, after every `preview_every` and after the last.
+        on_preview: called with (iteration, latents (n, c, h, w) of `preview_prompts` as the model draws them
+            now), always from the same noise, before the first update, after every `preview_every` and after
+            the last.
         preview_prompts: what previews show.
         preview_every: updates between previews; 0 turns them off.
-        on_message: called with a sentence for the user, such as what the step needs, or what is done about short memory.
+        on_message: called with a sentence for the user, such as what the step needs, or what is done about
+            short memory.
     """
 
     on_progress: Callable[[Progress], None] = lambda progress: None
@@ -53,8 +57,14 @@ class Callbacks:
 
     def preview(self, network: DiffusersNetwork, iteration: int, iterations: int) -> None:
         """Sample and hand over a preview if it is time for one."""
-        if self.preview_every and self.preview_prompts and (iteration % self.preview_every == 0 or iteration == iterations):
+        if (
+            self.preview_every
+            and self.preview_prompts
+            and (iteration % self.preview_every == 0 or iteration == iterations)
+        ):
             generators = [generator_for(0, "preview", i) for i in range(len(self.preview_prompts))]
             batch_size = min(len(generators), network.family.sampling_batch)
-            latents = sample_latents(network, self.preview_prompts, generators, _PREVIEW_SAMPLER, batch_size=batch_size)
+            latents = sample_latents(
+                network, self.preview_prompts, generators, _PREVIEW_SAMPLER, batch_size=batch_size
+            )
             self.on_preview(iteration, latents)

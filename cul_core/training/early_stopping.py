@@ -1,4 +1,5 @@
-"""Early stopping: measure what a model in training has forgotten, keep its best weights, and say when it is time to stop."""
+"""Early stopping: measure what a model in training has forgotten, keep its best weights, and say when it is
+time to stop."""
 
 from __future__ import annotations
 
@@ -14,18 +15,21 @@ from ..models.diffusers_network import DiffusersNetwork
 from ..parts.training_config import TrainingConfig
 
 Measure = Callable[[DiffusersNetwork, Callable[[], None]], tuple[float, float] | None]
-"""(the model as it is now, raises Cancelled if the caller wants to stop) -> (UA, RA) in percent: how much of what the step forgets is
-gone, and how much of the rest is left; None if that was not measured, which ends the step with an error.
+"""(the model as it is now, raises Cancelled if the caller wants to stop) -> (UA, RA) in percent: how much of
+what the step forgets is gone, and how much of the rest is left; None if that was not measured, which ends the
+step with an error.
 
 A stored step is found by its request alone, so a measurement must depend on nothing else but the model.
 """
 
 
 class EarlyStopping:
-    """Measures every `evaluate_every` updates and after the last, and keeps a copy of the best weights (CUIG, simultaneous setting).
+    """Measures every `evaluate_every` updates and after the last, and keeps a copy of the best weights (CUIG,
+    simultaneous setting).
 
-    The best have the highest UA, where all from `stop_at_ua` on are as good as each other; of equal ones the highest RA; else the
-    first. It is time to stop when UA is `stop_at_ua` or more, or has not been higher than ever for `patience` updates.
+    The best have the highest UA, where all from `stop_at_ua` on are as good as each other; of equal ones the
+    highest RA; else the first. It is time to stop when UA is `stop_at_ua` or more, or has not been higher
+    than ever for `patience` updates.
 
     Args:
         training: its settings; `evaluate_every` 0 turns all of this off.
@@ -37,8 +41,10 @@ class EarlyStopping:
 
     def __init__(self, training: TrainingConfig, measure: Measure | None):
         if training.evaluate_every and measure is None:
-            raise ConfigError(f"The step is to be measured every {training.evaluate_every} updates (evaluate_every), but there is nothing "
-                              "to measure this model with; set it to 0.")  # fmt: skip
+            raise ConfigError(
+                f"The step is to be measured every {training.evaluate_every} updates (evaluate_every), but "
+                "there is nothing to measure this model with; set it to 0."
+            )
         self._training, self._measure = training, measure
         self._highest, self._rose_at, self._rank = -math.inf, 0, (-math.inf, -math.inf)
         self.weights: dict[str, Tensor] | None = None
@@ -46,27 +52,44 @@ class EarlyStopping:
 
     def state(self) -> dict[str, Any]:
         """What measurements have changed, for `restore`."""
-        return {"highest": self._highest, "rose_at": self._rose_at, "rank": list(self._rank), "weights": self.weights,
-                "figures": dict(self.figures)}  # fmt: skip
+        return {
+            "highest": self._highest,
+            "rose_at": self._rose_at,
+            "rank": list(self._rank),
+            "weights": self.weights,
+            "figures": dict(self.figures),
+        }
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         self._highest, self._rose_at, self._rank = state["highest"], state["rose_at"], tuple(state["rank"])
-        self.weights = state["weights"] and {name: weight.to(device) for name, weight in state["weights"].items()}
+        self.weights = state["weights"] and {
+            name: weight.to(device) for name, weight in state["weights"].items()
+        }
         self.figures = state["figures"]
 
-    def is_time(self, iteration: int, network: DiffusersNetwork, parameters: Mapping[str, Tensor], check: Callable[[], None]) -> bool:
+    def is_time(
+        self,
+        iteration: int,
+        network: DiffusersNetwork,
+        parameters: Mapping[str, Tensor],
+        check: Callable[[], None],
+    ) -> bool:
         """Whether to stop after this update, once it is measured if it is due.
 
         Raises:
             TrainingError: nothing was measured.
         """
         training = self._training
-        if not training.evaluate_every or (iteration % training.evaluate_every and iteration != training.iterations):
+        if not training.evaluate_every or (
+            iteration % training.evaluate_every and iteration != training.iterations
+        ):
             return False
         measured = self._measure(network, check)
         if measured is None or not all(map(math.isfinite, measured)):
-            raise TrainingError(f"The measurement after iteration {iteration} of {training.iterations} gave {measured} instead of two "
-                                "percentages, so nobody knows when to stop; set evaluate_every to 0.")  # fmt: skip
+            raise TrainingError(
+                f"The measurement after iteration {iteration} of {training.iterations} gave {measured} "
+                "instead of two percentages, so nobody knows when to stop; set evaluate_every to 0."
+            )
         ua, ra = measured
         if ua > self._highest:
             self._highest, self._rose_at = ua, iteration

@@ -1,4 +1,5 @@
-"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its input."""
+"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its
+input."""
 
 from __future__ import annotations
 
@@ -33,17 +34,25 @@ def _coordinates(regularizers: list[Regularizer], name: str) -> Tensor | None:
     """
     found = [basis for regularizer in regularizers if (basis := regularizer.coordinates(name)) is not None]
     if len(found) > 1:
-        raise ConfigError(f"{len(found)} regularizers limit the directions of {name!r}, and no mask can respect them all; keep one of "
-                          "them, and give it everything that should stay.")  # fmt: skip
+        raise ConfigError(
+            f"{len(found)} regularizers limit the directions of {name!r}, and no mask can respect them all; "
+            "keep one of them, and give it everything that should stay."
+        )
     return found[0] if found else None
 
 
 def _train(
-    context: StepContext, method: Method, regularizers: list[Regularizer], callbacks: Callbacks, stopping: EarlyStopping,
-    state_store: StateStore | None, compute: Compute, is_offloaded: bool,
-) -> tuple[dict[str, Tensor], list[float], dict[str, float], float]:  # fmt: skip
-    """(new weights, the best if they were measured; loss of every update; last value of each part of the loss; seconds of training that
-    earlier runs have spent on it).
+    context: StepContext,
+    method: Method,
+    regularizers: list[Regularizer],
+    callbacks: Callbacks,
+    stopping: EarlyStopping,
+    state_store: StateStore | None,
+    compute: Compute,
+    is_offloaded: bool,
+) -> tuple[dict[str, Tensor], list[float], dict[str, float], float]:
+    """(new weights, the best if they were measured; loss of every update; last value of each part of the
+    loss; seconds of training that earlier runs have spent on it).
     """
     training, unet = context.training, context.network.unet
     parameters = {name: parameter for name, parameter in unet.named_parameters() if name in context.start}
@@ -52,19 +61,25 @@ def _train(
 
     def stop_if_asked() -> None:
         if callbacks.should_stop():
-            raise Cancelled(f"Cancelled at iteration {iteration} of {training.iterations}; the input model is unchanged.")
+            raise Cancelled(
+                f"Cancelled at iteration {iteration} of {training.iterations}; the input model is unchanged."
+            )
 
     def teacher(weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
         stop_if_asked()  # whole pictures may be sampled by a teacher within one update
         with torch.no_grad(), swapped_weights(unet, weights):
             return student(*inputs)
 
-    blocked = [module for name, module in unet.named_modules() if method.blocks_first_token and reads_text(f"{name}.weight")]
+    blocked = [
+        module
+        for name, module in unet.named_modules()
+        if method.blocks_first_token and reads_text(f"{name}.weight")
+    ]
     pretrained, start = partial(teacher, context.pretrained), partial(teacher, context.start)
 
     def terms() -> Iterator[tuple[Tensor, Mapping[str, float]]]:
-        """(what to minimize, its named parts), one after the other: each is made after the backward of the one before, so that no
-        teacher is called in between and one graph at a time is in memory."""
+        """(what to minimize, its named parts), one after the other: each is made after the backward of the
+        one before, so that no teacher is called in between and one graph at a time is in memory."""
         with _first_token_blocked(blocked):  # until the backward is done, which may run the network again
             loss = method.loss(student, pretrained if method.teacher_is_pretrained else start, generator)
             total = loss.total
@@ -86,11 +101,15 @@ def _train(
             loop = Loop(masters, generator, (method, *regularizers, stopping), state_store)
 
             def is_over() -> bool:
-                """Measures and shows what the last update made, if it is time to; whether it was the last of all."""
+                """Measures and shows what the last update made, if it is time to; whether it was the last of
+                all."""
                 done, iterations = loop.iteration, training.iterations
                 if not done:
                     return not iterations
-                is_last = stopping.is_time(done, context.network, masters.weights, stop_if_asked) or done == iterations
+                is_last = (
+                    stopping.is_time(done, context.network, masters.weights, stop_if_asked)
+                    or done == iterations
+                )
                 callbacks.preview(context.network, done, done if is_last else iterations)
                 return is_last
 
@@ -100,15 +119,21 @@ def _train(
                 while not is_over():
                     iteration = loop.iteration + 1
                     stop_if_asked()
-                    context.network.free_text_encoders()  # all prompts are encoded by now, but for a caller's own
+                    # all prompts are encoded by now, but for a caller's own
+                    context.network.free_text_encoders()
                     if training.schedule == "linear":
-                        optimizer.param_groups[0]["lr"] = training.learning_rate * (1 - (iteration - 1) / training.iterations)
+                        optimizer.param_groups[0]["lr"] = training.learning_rate * (
+                            1 - (iteration - 1) / training.iterations
+                        )
                     total, parts = 0.0, {}
                     for term, named in terms():
                         total += term.item()
                         if not math.isfinite(total):
-                            raise TrainingError(f"The loss became {total} at iteration {iteration} of {training.iterations}; lower the "
-                                                f"learning rate ({training.learning_rate:g}) or the regularizers' strengths.")  # fmt: skip
+                            raise TrainingError(
+                                f"The loss became {total} at iteration {iteration} of {training.iterations}; "
+                                f"lower the learning rate ({training.learning_rate:g}) or the regularizers' "
+                                "strengths."
+                            )
                         student.backward(term, masters)
                         parts |= named
                     loop.change()
@@ -121,19 +146,27 @@ def _train(
                     else:
                         optimizer.zero_grad()
                     loop.advance(total, parts)
-                    callbacks.on_progress(Progress(iteration, training.iterations, total, parts, loop.seconds))
+                    callbacks.on_progress(
+                        Progress(iteration, training.iterations, total, parts, loop.seconds)
+                    )
             return stopping.weights or masters.values(), loop.losses, loop.terms, loop.earlier_seconds
 
 
 @torch.no_grad()
 def _update(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, method: Method, regularizers: list[Regularizer],
-    training: TrainingConfig, device: torch.device | str = "cpu",
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    method: Method,
+    regularizers: list[Regularizer],
+    training: TrainingConfig,
+    device: torch.device | str = "cpu",
     on_device: Callable[[str], AbstractContextManager] = nullcontext,
-) -> None:  # fmt: skip
-    """One constrained optimizer update. The order is a contract: gradients, clipping, optimizer, proximal, then hard constraints.
+) -> None:
+    """One constrained optimizer update. The order is a contract: gradients, clipping, optimizer, proximal,
+    then hard constraints.
 
-    After clipping the tensors are updated one by one, so that only one is held twice. Each is on `device` within `on_device` of its name.
+    After clipping the tensors are updated one by one, so that only one is held twice. Each is on `device`
+    within `on_device` of its name.
     """
     for name, parameter in parameters.items():
         gradient = parameter.grad.to(device)
@@ -150,15 +183,23 @@ def _update(
                 group["params"] = [parameter]
                 optimizer.step()
                 parameter.grad = None
-                parameter.data.copy_(before + _allowed(name, before, parameter.data, group["lr"], method, regularizers))
+                parameter.data.copy_(
+                    before + _allowed(name, before, parameter.data, group["lr"], method, regularizers)
+                )
     finally:
         group["params"] = list(parameters.values())
 
 
 def _allowed(
-    name: str, before: Tensor, weight: Tensor, learning_rate: float, method: Method, regularizers: list[Regularizer]
-) -> Tensor:  # fmt: skip
-    """The change of a weight that proximal steps, masks and hard constraints leave of what the optimizer did."""
+    name: str,
+    before: Tensor,
+    weight: Tensor,
+    learning_rate: float,
+    method: Method,
+    regularizers: list[Regularizer],
+) -> Tensor:
+    """The change of a weight that proximal steps, masks and hard constraints leave of what the optimizer
+    did."""
     for regularizer in regularizers:
         weight = regularizer.proximal(name, weight, learning_rate)
     masks = [mask for part in (method, *regularizers) if (mask := part.mask(name, weight)) is not None]
@@ -177,7 +218,9 @@ def _allowed(
 def _student_weights(context: StepContext, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Within the block the UNet holds the step's start, in weights that may change; then W0 again."""
     if context.network.dtype == torch.float32:
-        with swapped_weights(context.network.unet, {name: weight.clone() for name, weight in context.start.items()}):
+        with swapped_weights(
+            context.network.unet, {name: weight.clone() for name, weight in context.start.items()}
+        ):
             yield
         return
     try:  # in place: W0 is rounded in the UNet, and exact elsewhere

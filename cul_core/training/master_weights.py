@@ -1,4 +1,5 @@
-"""The trained weights in fp32 and their optimizer, beside a network that may compute with rounded copies of them."""
+"""The trained weights in fp32 and their optimizer, beside a network that may compute with rounded copies of
+them."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ _FIRST_SCALE, _GROWS_AFTER, _MOST_OVERFLOWS = 2.0**16, 1000, 20
 
 
 class LossScale:
-    """Keeps small gradients from vanishing in fp16: a power of two that multiplies losses, halved when a gradient overflows and
-    doubled after many that did not (Micikevicius et al., arXiv 1710.03740). Always 1 unless it `is_needed`."""
+    """Keeps small gradients from vanishing in fp16: a power of two that multiplies losses, halved when a
+    gradient overflows and doubled after many that did not (Micikevicius et al., arXiv 1710.03740). Always 1
+    unless it `is_needed`."""
 
     def __init__(self, is_needed: bool):
         self.is_needed, self.value = is_needed, _FIRST_SCALE if is_needed else 1.0
@@ -37,23 +39,35 @@ class LossScale:
             return
         self._good, self._overflows, self.value = 0, self._overflows + 1, self.value / 2
         if self._overflows >= _MOST_OVERFLOWS:
-            raise TrainingError(f"The gradients overflowed fp16 in {self._overflows} updates in a row; choose bfloat16 or float32.")
+            raise TrainingError(
+                f"The gradients overflowed fp16 in {self._overflows} updates in a row; choose bfloat16 or "
+                "float32."
+            )
 
 
 class MasterWeights:
-    """fp32 masters of a network's trained parameters, with AdamW; owns all that an update needs beside gradients.
+    """fp32 masters of a network's trained parameters, with AdamW; owns all that an update needs beside
+    gradients.
 
-    Where the network computes in fp32, they are its very parameters. Otherwise its parameters are rounded copies, renewed after every
-    update. With `is_offloaded` masters, moments and gradients rest in the CPU's memory, and visit the device one tensor at a time.
+    Where the network computes in fp32, they are its very parameters. Otherwise its parameters are rounded
+    copies, renewed after every update. With `is_offloaded` masters, moments and gradients rest in the CPU's
+    memory, and visit the device one tensor at a time.
 
     Args:
-        parameters: name -> parameter of the network, which holds the step's start in the dtype it computes in.
+        parameters: name -> parameter of the network, which holds the step's start in the dtype it computes
+            in.
         start: name -> the step's start in fp32.
         training: settings of the optimizer.
         is_offloaded: see above; means nothing where the masters are the network's own.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor], training: TrainingConfig, is_offloaded: bool):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        start: Mapping[str, Tensor],
+        training: TrainingConfig,
+        is_offloaded: bool,
+    ):
         first = next(iter(parameters.values()))
         self._copies, self.device, self.dtype = parameters, first.device, first.dtype
         self.are_own = first.dtype == torch.float32
@@ -61,15 +75,20 @@ class MasterWeights:
         if self.are_own:
             self.weights: Mapping[str, nn.Parameter] = parameters
         else:
-            self.weights = {name: nn.Parameter(start[name].to(self._storage_device, copy=True)) for name in parameters}
-        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+            self.weights = {
+                name: nn.Parameter(start[name].to(self._storage_device, copy=True)) for name in parameters
+            }
+        self.optimizer = torch.optim.AdamW(
+            self.weights.values(), lr=training.learning_rate, weight_decay=training.weight_decay
+        )
         self.scale = LossScale(first.dtype == torch.float16)
         self._gradients: dict[str, Tensor] = {}
         self._arrived: dict[str, Tensor] = {}
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Within the block the network's parameters take gradients, which `keep` and `gather` see and nothing else."""
+        """Within the block the network's parameters take gradients, which `keep` and `gather` see and nothing
+        else."""
         handles = []
         try:
             for name, copy in self._copies.items():
@@ -102,7 +121,8 @@ class MasterWeights:
             copy.grad = None
 
     def gather(self) -> bool:
-        """Gives every master the gradient of the unscaled loss; False, and none, if one overflowed in fp16: this update is left out.
+        """Gives every master the gradient of the unscaled loss; False, and none, if one overflowed in fp16:
+        this update is left out.
 
         Raises:
             TrainingError: see `LossScale.note`.
@@ -111,7 +131,8 @@ class MasterWeights:
         for name, weight in self.weights.items():
             gradient = self._gradients.pop(name, None)
             gradient = torch.zeros_like(weight) if gradient is None else gradient
-            if not self.are_own and weight.grad is not None:  # of a penalty, which is a function of the masters
+            # of a penalty, which is a function of the masters
+            if not self.are_own and weight.grad is not None:
                 gradient += weight.grad
             if self.scale.is_needed:
                 gradient /= self.scale.value
@@ -125,7 +146,8 @@ class MasterWeights:
 
     @contextmanager
     def on_device(self, name: str) -> Iterator[nn.Parameter]:
-        """Within the block a master, its gradient and its moments are on the device; at its end the network's copy is what it became."""
+        """Within the block a master, its gradient and its moments are on the device; at its end the network's
+        copy is what it became."""
         weight = self.weights[name]
         if self._storage_device != self.device:
             self._move(weight, self.device)
@@ -142,14 +164,23 @@ class MasterWeights:
         weight.data = weight.data.to(device)
         weight.grad = None if gradient is None else gradient.to(device)
         moments = self.optimizer.state.get(weight, {})
-        moments.update({key: value.to(device) for key, value in moments.items() if isinstance(value, Tensor) and value.ndim})
+        moments.update(
+            {
+                key: value.to(device)
+                for key, value in moments.items()
+                if isinstance(value, Tensor) and value.ndim
+            }
+        )
 
     def state(self) -> dict[str, Any]:
-        """What updates have changed, for `restore`: weights, AdamW's moments, the scale. Tensors are its own."""
+        """What updates have changed, for `restore`: weights, AdamW's moments, the scale. Tensors are its
+        own."""
         moments = self.optimizer.state
         return {
             "weights": {name: weight.detach() for name, weight in self.weights.items()},
-            "moments": [dict(moments[weight]) if weight in moments else {} for weight in self.weights.values()],
+            "moments": [
+                dict(moments[weight]) if weight in moments else {} for weight in self.weights.values()
+            ],
             "scale": vars(self.scale),
         }
 

@@ -1,4 +1,5 @@
-"""What a step will need, found before it starts: the network runs on tensors without data, and bytes and operations are counted."""
+"""What a step will need, found before it starts: the network runs on tensors without data, and bytes and
+operations are counted."""
 
 from __future__ import annotations
 
@@ -37,10 +38,12 @@ _SHARE_OF_MATMUL = 0.5
 
 @dataclass(frozen=True)
 class Passes:
-    """What the network itself takes for a number of pictures. Activations are those at the worst moment, without weights.
+    """What the network itself takes for a number of pictures. Activations are those at the worst moment,
+    without weights.
 
     Args:
-        training_bytes: activations of a forward pass and its backward pass, with no more than one gradient of a weight.
+        training_bytes: activations of a forward pass and its backward pass, with no more than one gradient of
+            a weight.
         kept_bytes: of these, what the forward pass leaves for the backward pass.
         teacher_bytes: activations of a forward pass without gradients.
         forward_flops: floating point operations of a forward pass; a multiplication and an addition are two.
@@ -58,16 +61,20 @@ class Passes:
 class Estimate:
     """What a step needs of its device.
 
-    All but the last two are counted or follow from numbers of weights. Not counted is what regularizers keep and compute for themselves.
+    All but the last two are counted or follow from numbers of weights. Not counted is what regularizers keep
+    and compute for themselves.
 
     Args:
         network_bytes: the UNet in the dtype it computes in.
-        trained_bytes: fp32 masters, moments, gradients and exact values of the trained group, if they rest on the device.
-        passes_bytes: activations at the worst moment; a teacher's copy of the trained group, if that moment is its.
+        trained_bytes: fp32 masters, moments, gradients and exact values of the trained group, if they rest on
+            the device.
+        passes_bytes: activations at the worst moment; a teacher's copy of the trained group, if that moment
+            is its.
         anchor_bytes: anchor latents and the encoded prompts that go with them.
         margin_bytes: what is not derived but guessed: the device's libraries, and gaps between allocations.
-        seconds: of all updates; derived from operations, a short measurement of the device's rate, and the guess that a network
-            reaches half of that. It may well be off by a factor of two. None if the rate was not measured.
+        seconds: of all updates; derived from operations, a short measurement of the device's rate, and the
+            guess that a network reaches half of that. It may well be off by a factor of two. None if the rate
+            was not measured.
         anchor_seconds: likewise of drawing the anchor pictures, if they are not kept from an earlier step.
     """
 
@@ -81,12 +88,22 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> int:
-        return self.network_bytes + self.trained_bytes + self.passes_bytes + self.anchor_bytes + self.margin_bytes
+        return (
+            self.network_bytes
+            + self.trained_bytes
+            + self.passes_bytes
+            + self.anchor_bytes
+            + self.margin_bytes
+        )
 
     def sentence(self, free_bytes: int | None) -> str:
         """For users, such as 'Needs about 5.1 GB and 4 min; 7.2 GB are free.'"""
         spent = "" if self.seconds is None else f" and {_minutes(self.seconds)}"
-        anchors = f", after up to {_minutes(self.anchor_seconds)} for anchor pictures" if self.anchor_seconds else ""
+        anchors = (
+            f", after up to {_minutes(self.anchor_seconds)} for anchor pictures"
+            if self.anchor_seconds
+            else ""
+        )
         free = "" if free_bytes is None else f"; {free_bytes / 1e9:.1f} GB are free"
         return f"Needs about {self.memory_bytes / 1e9:.1f} GB{spent}{anchors}{free}."
 
@@ -96,9 +113,11 @@ def _minutes(seconds: float) -> str:
 
 
 class _Count(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are still there (`now`), the most there ever were (`most`), and `flops`.
+    """Bytes of the tensors that operations made and that are still there (`now`), the most there ever were
+    (`most`), and `flops`.
 
-    PyTorch's own counter of these, whose formulas this uses, holds on to tensors that checkpointing would let go.
+    PyTorch's own counter of these, whose formulas this uses, holds on to tensors that checkpointing would let
+    go.
     """
 
     def __init__(self, weights: Iterable[Tensor]):
@@ -125,7 +144,8 @@ class _Count(TorchDispatchMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Without a device PyTorch writes attention out with all its scores; devices have kernels that never hold them."""
+    """Without a device PyTorch writes attention out with all its scores; devices have kernels that never hold
+    them."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is nn.functional.scaled_dot_product_attention:
@@ -142,20 +162,32 @@ def _network(family: Family, config: str, dtype: torch.dtype) -> nn.Module:
 
 
 @lru_cache(maxsize=64)
-def _passes(family: Family, config: str, dtype: torch.dtype, group: str, rows: int, is_checkpointed: bool) -> Passes:
+def _passes(
+    family: Family, config: str, dtype: torch.dtype, group: str, rows: int, is_checkpointed: bool
+) -> Passes:
     unet = _network(family, config, dtype)
     trained = [unet.get_parameter(name) for name in group_names(unet, group)]
     pooled = [kind for kind in family.text_encoders if kind.is_pooled]
-    pooled = torch.empty(rows, family.config(pooled[0].config)["projection_dim"], device="meta") if pooled else None
+    pooled = (
+        torch.empty(rows, family.config(pooled[0].config)["projection_dim"], device="meta")
+        if pooled
+        else None
+    )
     embeddings = Conditioning(torch.empty(rows, 77, unet.config.cross_attention_dim, device="meta"), pooled)
-    inputs = torch.empty(rows, *family.latent_shape, device="meta"), torch.empty(rows, dtype=torch.long, device="meta"), embeddings
+    inputs = (
+        torch.empty(rows, *family.latent_shape, device="meta"),
+        torch.empty(rows, dtype=torch.long, device="meta"),
+        embeddings,
+    )
     network = DiffusersNetwork(family, unet, (), None, None)
 
     def drop(weight: nn.Parameter) -> None:
         weight.grad = None
 
     def again(module: nn.Module, *args: object) -> object:
-        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _FusedAttention()))
+        return checkpoint(
+            module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _FusedAttention())
+        )
 
     unet.requires_grad_(False)
     with torch.no_grad(), _FusedAttention(), _Count(unet.parameters()) as teacher:
@@ -175,15 +207,23 @@ def _passes(family: Family, config: str, dtype: torch.dtype, group: str, rows: i
             handle.remove()
 
 
-def passes(family: Family, dtype: torch.dtype, group: str, rows: int, is_checkpointed: bool = False) -> Passes:
+def passes(
+    family: Family, dtype: torch.dtype, group: str, rows: int, is_checkpointed: bool = False
+) -> Passes:
     """See `Passes`, for `rows` pictures and training of `group`; kept for the next call."""
     return _passes(family, canonical_json(family.config("unet")), dtype, group, rows, is_checkpointed)
 
 
 def estimate_step(
-    family: Family, request: Request, device: torch.device | str, compute: Compute, *, is_edited: bool = False, is_offloaded: bool = False,
+    family: Family,
+    request: Request,
+    device: torch.device | str,
+    compute: Compute,
+    *,
+    is_edited: bool = False,
+    is_offloaded: bool = False,
     with_seconds: bool = True,
-) -> Estimate:  # fmt: skip
+) -> Estimate:
     """What a step of `request` needs.
 
     Args:
@@ -199,19 +239,32 @@ def estimate_step(
     method = METHODS.of(request.method).cls(request.method)
     unet = _network(family, canonical_json(family.config("unet")), dtype)
     trained = sum(unet.get_parameter(name).numel() for name in group_names(unet, training.group))
-    batch, is_checkpointed, micro = training.batch_size, compute.checkpointing == "on", compute.largest_micro_batch
+    batch, is_checkpointed, micro = (
+        training.batch_size,
+        compute.checkpointing == "on",
+        compute.largest_micro_batch,
+    )
     rows = batch * method.student_calls  # all their graphs are there at a time
     is_split = 0 < micro < batch
     taken = passes(family, dtype, training.group, micro if is_split else rows, is_checkpointed)
     asked = batch * method.teacher_calls
-    teacher = passes(family, dtype, training.group, min(asked, micro) if micro else asked, is_checkpointed) if asked else taken
+    teacher = (
+        passes(family, dtype, training.group, min(asked, micro) if micro else asked, is_checkpointed)
+        if asked
+        else taken
+    )
     network = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
     # gradient, two moments, and the student's own weights; exact W0 where the network has it rounded; start
     resting = 0 if is_offloaded else trained * 4 * (4 + (dtype != torch.float32) + is_edited)
-    worst = max(taken.training_bytes, teacher.teacher_bytes + (dtype != torch.float32) * trained * dtype.itemsize)
+    worst = max(
+        taken.training_bytes, teacher.teacher_bytes + (dtype != torch.float32) * trained * dtype.itemsize
+    )
     needs_anchors = method.needs_anchor_latents
     prompts = len(set(request.anchor_prompts)) * (1 + len(request.concepts))
-    numbers = request.anchor_count * torch.Size(family.latent_shape).numel() + prompts * 77 * unet.config.cross_attention_dim
+    numbers = (
+        request.anchor_count * torch.Size(family.latent_shape).numel()
+        + prompts * 77 * unet.config.cross_attention_dim
+    )
     anchors = 4 * numbers * needs_anchors
     margin = int(_GAPS * worst) + _LIBRARIES_BYTES if device.type == "cuda" else 0
     estimate = Estimate(network, resting, worst, anchors, margin)
@@ -258,19 +311,33 @@ def _ways(compute: Compute, batch: int, can_offload: bool) -> Iterator[tuple[Com
 
 
 def planned(
-    family: Family, request: Request, device: torch.device, compute: Compute, free_bytes: int | None, is_edited: bool = False
+    family: Family,
+    request: Request,
+    device: torch.device,
+    compute: Compute,
+    free_bytes: int | None,
+    is_edited: bool = False,
 ) -> tuple[Compute, bool, Estimate | None]:
-    """(compute with nothing left to choose, whether masters are offloaded, what that needs): the fastest that fits into the free memory.
+    """(compute with nothing left to choose, whether masters are offloaded, what that needs): the fastest that
+    fits into the free memory.
 
-    The smallest if none fits, and as it was asked for where nobody knows what is free. No estimate for MiniCanvas, which fits anywhere.
+    The smallest if none fits, and as it was asked for where nobody knows what is free. No estimate for
+    MiniCanvas, which fits anywhere.
     """
     if family == MINI:
         return compute, False, None
     can_offload = compute.dtype_on(device) != torch.float32  # otherwise the network trains its own weights
     for way, is_offloaded in _ways(compute, request.training.batch_size, can_offload):
-        found = estimate_step(family, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded, with_seconds=False)
+        found = estimate_step(
+            family, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded, with_seconds=False
+        )
         if free_bytes is None or found.memory_bytes <= free_bytes:
             break
-    if way.checkpointing == "off" and compute.checkpointing == "auto":  # it may still be turned on, should memory run out
+    # it may still be turned on, should memory run out
+    if way.checkpointing == "off" and compute.checkpointing == "auto":
         way = replace(way, checkpointing="auto")
-    return way, is_offloaded, estimate_step(family, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded)
+    return (
+        way,
+        is_offloaded,
+        estimate_step(family, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded),
+    )

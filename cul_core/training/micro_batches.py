@@ -1,4 +1,5 @@
-"""The network in training as its losses see it: predictions whose gradients are taken later, in parts if memory is short."""
+"""The network in training as its losses see it: predictions whose gradients are taken later, in parts if
+memory is short."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ Inputs = tuple[Tensor, Tensor, Conditioning]
 
 @dataclass
 class _Call:
-    """One prediction: what went in; what the loss saw, cut off from the network; the network's own output, unless memory was short."""
+    """One prediction: what went in; what the loss saw, cut off from the network; the network's own output,
+    unless memory was short."""
 
     inputs: Inputs
     seen: Tensor
@@ -35,13 +37,16 @@ class _Call:
 class MicroBatchedModel:
     """Predicts (see `diffusion.Predict`), and later takes the gradients of any loss of its predictions.
 
-    A loss is a function of tensors that are cut off from the network. `backward` first takes the loss's gradients by these, then
-    those of the network by its weights, one call after the other, the last one first: the chain rule in two steps, which gives the
-    same sums in the same order. So a call may run the network on a few pictures at a time, without a graph, and again with one in
-    `backward` (Gao et al., arXiv 2101.06983): the loss is still that of the whole batch, whatever it is, and is made once, so that
-    nothing random is drawn again. That takes one more forward pass. Where inputs need gradients themselves, nothing is cut.
+    A loss is a function of tensors that are cut off from the network. `backward` first takes the loss's
+    gradients by these, then those of the network by its weights, one call after the other, the last one
+    first: the chain rule in two steps, which gives the same sums in the same order. So a call may run the
+    network on a few pictures at a time, without a graph, and again with one in `backward` (Gao et al., arXiv
+    2101.06983): the loss is still that of the whole batch, whatever it is, and is made once, so that nothing
+    random is drawn again. That takes one more forward pass. Where inputs need gradients themselves, nothing
+    is cut.
 
-    When the device runs out of memory, the same call goes on with half the pictures at a time, down to one, then with checkpointing.
+    When the device runs out of memory, the same call goes on with half the pictures at a time, down to one,
+    then with checkpointing.
 
     Args:
         network: its UNet holds the weights in training.
@@ -66,7 +71,8 @@ class MicroBatchedModel:
                 return
             import torch._dynamo
 
-            # hooks come and go (see `training._first_token_blocked`), which compiled code does not look for otherwise
+            # hooks come and go (see `training._first_token_blocked`), which compiled code does not look for
+            # otherwise
             with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
                 unet.compile()
                 yield
@@ -86,7 +92,8 @@ class MicroBatchedModel:
                 return self._network.predict(latents, timesteps, embeddings)
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, ImportError, OSError, NotImplementedError) as error:  # what missing or unfit compilers raise
+            # what missing or unfit compilers raise
+            except (RuntimeError, ImportError, OSError, NotImplementedError) as error:
                 logger.warning("the network could not be compiled", exc_info=error)
                 unet._compiled_call_impl = None
                 self._say("The network could not be compiled here; the step goes on without.")
@@ -99,7 +106,11 @@ class MicroBatchedModel:
         if latents.requires_grad or embeddings.text.requires_grad:
             return self._predict(*inputs)
         with torch.enable_grad():
-            output = self._fitting(len(latents), lambda: self._predict(*inputs)) if self._fits(len(latents)) else None
+            output = (
+                self._fitting(len(latents), lambda: self._predict(*inputs))
+                if self._fits(len(latents))
+                else None
+            )
         if output is None:
             with torch.no_grad():
                 seen = self._in_parts(inputs)
@@ -109,7 +120,8 @@ class MicroBatchedModel:
         return self._calls[-1].seen
 
     def backward(self, loss: Tensor, masters: MasterWeights) -> None:
-        """Adds the gradients of a loss, which is made of predictions since the last call of this and of the masters, to theirs."""
+        """Adds the gradients of a loss, which is made of predictions since the last call of this and of the
+        masters, to theirs."""
         calls, self._calls = self._calls, []
         (loss * masters.scale.value).backward()
         masters.keep()
@@ -143,7 +155,9 @@ class MicroBatchedModel:
         done, rows, said = 0, len(inputs[0]), []
         while done < rows:
             part = slice(done, rows if self._fits(rows - done) else done + self._rows)
-            output = self._fitting(part.stop - part.start, lambda part=part: self._predict(*_rows(inputs, part)))
+            output = self._fitting(
+                part.stop - part.start, lambda part=part: self._predict(*_rows(inputs, part))
+            )
             if output is not None:
                 said.append(output)
                 done = part.stop
@@ -165,7 +179,10 @@ class MicroBatchedModel:
             self._say(f"Memory ran out; the step goes on with {self._rows} of {rows} pictures at a time.")
         elif not self._is_checkpointed and self._compute.checkpointing != "off":
             self._checkpoint()
-            self._say("Memory ran out with one picture at a time; the step goes on with checkpointing, which takes a third more time.")
+            self._say(
+                "Memory ran out with one picture at a time; the step goes on with checkpointing, which "
+                "takes a third more time."
+            )
         else:
             raise MemoryShortError(out_of_memory(self._network, self._is_checkpointed))
         return None
@@ -180,6 +197,13 @@ def _rows(inputs: Inputs, part: slice) -> Inputs:
 
 def out_of_memory(network: DiffusersNetwork, is_checkpointed: bool) -> str:
     """The sentence that a step ends with when nothing more can be saved."""
-    remedy = "choose a smaller parameter group, or another device" if is_checkpointed else "allow checkpointing (auto)"
-    return (f"The memory of {network.device} is too short to train {network.family.display_name}, even one picture at a time "
-            f"{'with' if is_checkpointed else 'without'} checkpointing; close what else uses it, {remedy}.")  # fmt: skip
+    remedy = (
+        "choose a smaller parameter group, or another device"
+        if is_checkpointed
+        else "allow checkpointing (auto)"
+    )
+    return (
+        f"The memory of {network.device} is too short to train {network.family.display_name}, even one "
+        f"picture at a time {'with' if is_checkpointed else 'without'} checkpointing; close what else uses "
+        f"it, {remedy}."
+    )

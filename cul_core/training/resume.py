@@ -1,4 +1,5 @@
-"""Going on where a step was stopped: all that its next update depends on, as one tree of tensors and JSON values."""
+"""Going on where a step was stopped: all that its next update depends on, as one tree of tensors and JSON
+values."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class StateStore(Protocol):
     """Where the state of a step stays while it trains. A state that cannot be kept never fails the step."""
 
     def load(self, origin: Mapping[str, Any]) -> State | None:
-        """The state that an earlier run of this step left, if its `origin` is this one: another would give other bits."""
+        """The state that an earlier run of this step left, if its `origin` is this one: another would give
+        other bits."""
 
     def offer(self, state: Callable[[], State]) -> None:
         """Keep the state if it is time to."""
@@ -43,15 +45,17 @@ class Resumable(Protocol):
         """What updates have changed in it; tensors may be its own."""
 
     def restore(self, state: State, device: torch.device) -> None:
-        """Go on from a state; it owns the tensors from here on, which are on the CPU. The step trains on `device`."""
+        """Go on from a state; it owns the tensors from here on, which are on the CPU. The step trains on
+        `device`."""
 
 
 class Loop:
     """How far a step is, and how it goes on from where it was stopped, to the same bits.
 
-    A step may be stopped within an update, while a teacher draws, or while it is measured after one: weights are whole then, but the
-    parts may have moved on. So these are noted between updates (`mark`), and a step that goes on does the rest once more. From
-    `change` to the next mark nothing is whole; a step that is stopped there keeps what it last wrote.
+    A step may be stopped within an update, while a teacher draws, or while it is measured after one: weights
+    are whole then, but the parts may have moved on. So these are noted between updates (`mark`), and a step
+    that goes on does the rest once more. From `change` to the next mark nothing is whole; a step that is
+    stopped there keeps what it last wrote.
 
     Args:
         masters: what is trained, and its optimizer.
@@ -61,13 +65,21 @@ class Loop:
     """
 
     def __init__(
-        self, masters: MasterWeights, generator: torch.Generator, parts: Sequence[Resumable], state_store: StateStore | None
-    ):  # fmt: skip
+        self,
+        masters: MasterWeights,
+        generator: torch.Generator,
+        parts: Sequence[Resumable],
+        state_store: StateStore | None,
+    ):
         self._masters, self._generator, self._parts, self._keeper = masters, generator, parts, state_store
         self.iteration, self.losses, self.terms = 0, [], {}
         self.earlier_seconds, self._begun = 0.0, time.monotonic()
         self._marked: State | None = None
-        self._origin = {"device": masters.device.type, "dtype": str(masters.dtype), "versions": library_versions()}
+        self._origin = {
+            "device": masters.device.type,
+            "dtype": str(masters.dtype),
+            "versions": library_versions(),
+        }
 
     @property
     def seconds(self) -> float:
@@ -116,13 +128,21 @@ class Loop:
         return self._marked is not None and self.iteration > 0
 
     def _mark(self) -> None:
-        self._marked = {"generator": self._generator.get_state(), "parts": [part.state() for part in self._parts]}
+        self._marked = {
+            "generator": self._generator.get_state(),
+            "parts": [part.state() for part in self._parts],
+        }
 
     def _state(self) -> State:
         return {
-            "iteration": self.iteration, "losses": self.losses, "terms": self.terms, "seconds": self.seconds, **self._marked,
-            "origin": self._origin, "masters": self._masters.state(),
-        }  # fmt: skip
+            "iteration": self.iteration,
+            "losses": self.losses,
+            "terms": self.terms,
+            "seconds": self.seconds,
+            **self._marked,
+            "origin": self._origin,
+            "masters": self._masters.state(),
+        }
 
     def _restore(self, state: State) -> None:
         try:
@@ -133,8 +153,10 @@ class Loop:
             for part, values in zip(self._parts, state["parts"], strict=True):
                 part.restore(values, self._masters.device)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise TrainingError(f"The state that an earlier run of this step left does not fit it ({error!r}); it is thrown away, so "
-                                "run the step again.") from error  # fmt: skip
+            raise TrainingError(
+                f"The state that an earlier run of this step left does not fit it ({error!r}); it is thrown "
+                "away, so run the step again."
+            ) from error
 
 
 _MARKS = {"tensor", "tuple", "plain"}
@@ -160,8 +182,8 @@ def split(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
         return _split_dict(tree, path)
     if not isinstance(tree, list | tuple):
         raise CheckpointError(
-            f"The state at {path!r} is a {type(tree).__name__}, which its file cannot hold; make it of dicts, "
-            "lists, tuples, tensors, text and numbers."
+            f"The state at {path!r} is a {type(tree).__name__}, which its file cannot hold; make it of "
+            "dicts, lists, tuples, tensors, text and numbers."
         )
     parts = [split(value, f"{path}/{number}") for number, value in enumerate(tree)]
     values = [plain for plain, _ in parts]
@@ -173,7 +195,9 @@ def _split_dict(tree: dict[str, Any], path: str) -> tuple[dict[str, Any], dict[s
     values, tensors = {}, {}
     for key, value in tree.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"The state at {path!r} has the key {brief_repr(key)}; give it text as keys.")
+            raise CheckpointError(
+                f"The state at {path!r} has the key {brief_repr(key)}; give it text as keys."
+            )
         values[key], found = split(value, f"{path}/{key.replace('~', '~0').replace('/', '~1')}")
         tensors |= found
     return ({"plain": values} if _mark_of(values) else values), tensors

@@ -1,4 +1,5 @@
-"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its input."""
+"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its
+input."""
 
 from __future__ import annotations
 
@@ -49,11 +50,19 @@ class StepReport:
 
 
 def run_step(
-    model: UnlearnModel, request: Request, *, device: torch.device | str = "cpu", callbacks: Callbacks | None = None,
-    store: AnchorStore | None = None, networks: NetworkCache | None = None, measure: Measure | None = None,
-    state_store: StateStore | None = None, compute: Compute | None = None,
-) -> tuple[UnlearnModel, StepReport]:  # fmt: skip
-    """Forget `request.concepts`: (the edited model, a report). Same seed, device and versions give the same bits on a CPU.
+    model: UnlearnModel,
+    request: Request,
+    *,
+    device: torch.device | str = "cpu",
+    callbacks: Callbacks | None = None,
+    store: AnchorStore | None = None,
+    networks: NetworkCache | None = None,
+    measure: Measure | None = None,
+    state_store: StateStore | None = None,
+    compute: Compute | None = None,
+) -> tuple[UnlearnModel, StepReport]:
+    """Forget `request.concepts`: (the edited model, a report). Same seed, device and versions give the same
+    bits on a CPU.
 
     Args:
         model: where the step begins; not changed.
@@ -63,7 +72,8 @@ def run_step(
         store: anchor latents shared between steps; made here if not given.
         networks: loaded models shared between steps.
         measure: how early stopping measures, if the request asks for it.
-        state_store: where the state stays of which a step that is stopped goes on, to the same bits as one that is not.
+        state_store: where the state stays of which a step that is stopped goes on, to the same bits as one
+            that is not.
         compute: precision, and what to do about memory.
 
     Raises:
@@ -73,13 +83,20 @@ def run_step(
         MemoryShortError: the device's memory is too short; the state that is kept then is a good one.
         Cancelled: `callbacks.should_stop` said so.
     """
-    callbacks, store, networks, compute = callbacks or Callbacks(), store or AnchorStore(), networks or NetworkCache(), compute or Compute()
+    callbacks, store, networks, compute = (
+        callbacks or Callbacks(),
+        store or AnchorStore(),
+        networks or NetworkCache(),
+        compute or Compute(),
+    )
     begun = time.monotonic()
     _check_supported(model, request)
     stopping = EarlyStopping(request.training, measure)
     network = networks.get(model.source, device, compute.dtype_on(device))
     try:
-        edits, drift, losses, parts, figures, earlier = _step(model, request, network, callbacks, store, stopping, state_store, compute)
+        edits, drift, losses, parts, figures, earlier = _step(
+            model, request, network, callbacks, store, stopping, state_store, compute
+        )
     except torch.OutOfMemoryError:
         is_short = True  # what the step held is free only when its frames are, after this block
     else:
@@ -89,20 +106,31 @@ def run_step(
         raise MemoryShortError(out_of_memory(network, is_checkpointed=True))
     result = UnlearnModel(model.source, model.family, edits)
     record = StepRecord(
-        request=request.to_json(), losses=parts, drift=drift, parent=model.content_hash, result=result.content_hash,
-        seconds=round(earlier + time.monotonic() - begun, 3), finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        request=request.to_json(),
+        losses=parts,
+        drift=drift,
+        parent=model.content_hash,
+        result=result.content_hash,
+        seconds=round(earlier + time.monotonic() - begun, 3),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=library_versions(),
-    )  # fmt: skip
+    )
     logger.info("forgot %d concept(s) in %.1f s", len(request.concepts), record.seconds)
     return result.with_history((*model.history, record)), StepReport(record, tuple(losses), figures)
 
 
 def _step(
-    model: UnlearnModel, request: Request, network: DiffusersNetwork, callbacks: Callbacks, store: AnchorStore, stopping: EarlyStopping,
-    state_store: StateStore | None, compute: Compute,
-) -> tuple[dict[str, Tensor], dict[str, list[float]], list[float], dict[str, float], dict[str, float], float]:  # fmt: skip
-    """(edits of the new model, drift by name, loss of every update, last value of each part of the loss, figures, seconds of earlier
-    runs).
+    model: UnlearnModel,
+    request: Request,
+    network: DiffusersNetwork,
+    callbacks: Callbacks,
+    store: AnchorStore,
+    stopping: EarlyStopping,
+    state_store: StateStore | None,
+    compute: Compute,
+) -> tuple[dict[str, Tensor], dict[str, list[float]], list[float], dict[str, float], dict[str, float], float]:
+    """(edits of the new model, drift by name, loss of every update, last value of each part of the loss,
+    figures, seconds of earlier runs).
     """
     names = group_names(network.unet, request.training.group)
     compute, is_offloaded = _planned(model, network, request, compute, callbacks)
@@ -114,38 +142,61 @@ def _step(
     regularizers = [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
     if any(part.needs_anchor_latents for part in (method, *regularizers)):
         latents = store.anchor_latents(
-            model.source, network, request.anchor_prompts, request.anchor_count, request.anchor_sampler, request.anchor_seed,
-            should_stop=callbacks.should_stop, on_batch=callbacks.on_anchors,
-        )  # fmt: skip
+            model.source,
+            network,
+            request.anchor_prompts,
+            request.anchor_count,
+            request.anchor_sampler,
+            request.anchor_seed,
+            should_stop=callbacks.should_stop,
+            on_batch=callbacks.on_anchors,
+        )
     else:
         latents = torch.empty(0, *network.family.latent_shape)
     context = StepContext(
-        network=network, concepts=request.concepts, retain=request.retain,
+        network=network,
+        concepts=request.concepts,
+        retain=request.retain,
         previous=tuple(Concept.from_json(values) for values in model.forgotten),
-        anchor_prompts=tuple(request.anchor_prompts[i % len(request.anchor_prompts)] for i in range(request.anchor_count)),
-        anchor_latents=latents.to(network.device), pretrained=pretrained, start=start, training=request.training,
+        anchor_prompts=tuple(
+            request.anchor_prompts[i % len(request.anchor_prompts)] for i in range(request.anchor_count)
+        ),
+        anchor_latents=latents.to(network.device),
+        pretrained=pretrained,
+        start=start,
+        training=request.training,
         generator=partial(generator_for, request.training.seed),
         schedule=NoiseSchedule(ends_in_noise=network.family.ends_in_noise),
-        origin=stable_hash([model.content_hash, request.method.to_json()]), check=partial(_check_going_on, callbacks),
+        origin=stable_hash([model.content_hash, request.method.to_json()]),
+        check=partial(_check_going_on, callbacks),
         anchor_sampler=request.anchor_sampler,
-    )  # fmt: skip
-    edited = {name: weight + outside[name].to(weight.device) for name, weight in network.exact(list(outside)).items()}
+    )
+    edited = {
+        name: weight + outside[name].to(weight.device)
+        for name, weight in network.exact(list(outside)).items()
+    }
     with swapped_weights(network.unet, edited):
         for part in (method, *regularizers):
             part.prepare(context)
         if method.is_closed_form:
             weights, losses, parts, earlier = method.edit(context), [], {}, 0.0
         else:
-            weights, losses, parts, earlier = _train(context, method, regularizers, callbacks, stopping, state_store, compute, is_offloaded)
-    figures = {name: value for regularizer in regularizers for name, value in regularizer.report().items()} | stopping.figures
+            weights, losses, parts, earlier = _train(
+                context, method, regularizers, callbacks, stopping, state_store, compute, is_offloaded
+            )
+    figures = {
+        name: value for regularizer in regularizers for name, value in regularizer.report().items()
+    } | stopping.figures
 
     edits, drift = dict(outside), {}
     for name in names:
         weight = weights[name].to(home)
         delta = (weight - pretrained[name]).cpu().contiguous()
         if not torch.isfinite(delta).all():
-            raise TrainingError(f"Weight {name!r} is not finite after the step; lower the learning rate "
-                                f"({request.training.learning_rate:g}).")  # fmt: skip
+            raise TrainingError(
+                f"Weight {name!r} is not finite after the step; lower the learning rate "
+                f"({request.training.learning_rate:g})."
+            )
         if delta.any():
             edits[name] = delta
             drift[name] = [delta.norm().item(), (weight - start[name]).norm().item()]
@@ -154,26 +205,36 @@ def _step(
 
 def _planned(
     model: UnlearnModel, network: DiffusersNetwork, request: Request, compute: Compute, callbacks: Callbacks
-) -> tuple[Compute, bool]:  # fmt: skip
-    """(how to compute, whether masters rest in the CPU's memory), chosen for the free memory; the user is told what that needs."""
+) -> tuple[Compute, bool]:
+    """(how to compute, whether masters rest in the CPU's memory), chosen for the free memory; the user is
+    told what that needs."""
     free = free_memory(network.device)
     if free is not None:
-        free += sum(weight.numel() * weight.element_size() for weight in network.unet.parameters())  # is there, and counted in the estimate
-    compute, is_offloaded, estimate = planned(network.family, request, network.device, compute, free, bool(model.edits))
+        # is there, and counted in the estimate
+        free += sum(weight.numel() * weight.element_size() for weight in network.unet.parameters())
+    compute, is_offloaded, estimate = planned(
+        network.family, request, network.device, compute, free, bool(model.edits)
+    )
     if estimate is not None:
         callbacks.on_message(estimate.sentence(free))
     return compute, is_offloaded
 
 
 def _check_supported(model: UnlearnModel, request: Request) -> None:
-    for registry, config in [(METHODS, request.method), *((REGULARIZERS, config) for config in request.regularizers)]:
+    for registry, config in [
+        (METHODS, request.method),
+        *((REGULARIZERS, config) for config in request.regularizers),
+    ]:
         entry = registry.of(config)
         for value, allowed, what in (
             (model.family.name, entry.families, "model family"),
             (request.training.group, entry.groups, "parameter group"),
         ):
             if value not in allowed:
-                raise ConfigError(f"{entry.display_name} does not support {what} {value!r}; it supports {', '.join(allowed)}.")
+                raise ConfigError(
+                    f"{entry.display_name} does not support {what} {value!r}; it supports "
+                    f"{', '.join(allowed)}."
+                )
 
 
 def _check_going_on(callbacks: Callbacks) -> None:

@@ -1,4 +1,5 @@
-"""Fixtures: MiniCanvas' architecture and small larger ones with random weights (for mechanics), and the shipped one (for what it does)."""
+"""Fixtures: MiniCanvas' architecture and small larger ones with random weights (for mechanics), and the
+shipped one (for what it does)."""
 
 import os
 
@@ -31,7 +32,9 @@ def write_random_checkpoint(path, dtype=torch.float16, seed=0):
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(**MINI.config("unet"))
     text = CLIPTextModel(CLIPTextConfig(**MINI.config("text_encoder")))
-    write_weights(path, checkpoint_tensors(unet, text.state_dict(), models.NarrowAutoencoder().widened(), dtype), {})
+    write_weights(
+        path, checkpoint_tensors(unet, text.state_dict(), models.NarrowAutoencoder().widened(), dtype), {}
+    )
     return path
 
 
@@ -95,7 +98,9 @@ def tiny_networks():
 @pytest.fixture
 def known_tiny(monkeypatch):
     """Small models of the larger families are recognized, and speak MiniCanvas' words."""
-    words = {name: MINI.config("text_encoder")[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+    words = {
+        name: MINI.config("text_encoder")[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")
+    }
     monkeypatch.setattr("cul_core.models.load_diffusers.load_tokenizer", lambda *_: load_tokenizer(MINI))
     for table in (FAMILIES, V_PREDICTION):
         for name in ("sd2", "sdxl"):
@@ -116,7 +121,9 @@ def tiny_network(tiny_model, tiny_networks):
 def make_request():
     """A small request; keyword arguments replace its parts, training settings by their own names."""
 
-    def make(target="Candy_Stripes", *, method=None, regularizers=(), retain=("Navy_Stripes", "Lava"), **settings):
+    def make(
+        target="Candy_Stripes", *, method=None, regularizers=(), retain=("Navy_Stripes", "Lava"), **settings
+    ):
         training = TrainingConfig(**({"iterations": 3, "batch_size": 2} | settings))
         return Request(
             concepts=(Concept(target),),

@@ -47,12 +47,16 @@ SHORT = {
     "esd": {"trajectories": 2, "trajectory_steps": 3},
     "sculpmem": {"warm_up": 1, "interval": 1},
 }
-"""Settings by registered name that make a part quick, where it uses them at all; everything else is the preset's."""
+"""Settings by registered name that make a part quick, where it uses them at all; everything else is the
+preset's."""
 
 
 def environment() -> dict[str, str]:
     """What the last bits of a result depend on beside the code."""
-    cpu = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
     packages = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return {"cpu": cpu, "capability": torch.backends.cpu.get_cpu_capability(), **packages}
 
@@ -62,7 +66,9 @@ def _lines(path: str) -> list[str]:
 
 
 def _short(config):
-    values = {name: value for name, value in SHORT.get(config.registry_name, {}).items() if getattr(config, name)}
+    values = {
+        name: value for name, value in SHORT.get(config.registry_name, {}).items() if getattr(config, name)
+    }
     return replace(config, **values)
 
 
@@ -70,15 +76,21 @@ def short_request(name: str, family, number: int):
     """The `number`-th request of a chain by a preset, in a few iterations."""
     chosen = PRESETS[name].for_family(family)
     chosen = replace(
-        chosen, method=_short(chosen.method), regularizers=tuple(map(_short, chosen.regularizers)),
-        training=replace(chosen.training, iterations=ITERATIONS, batch_size=4), anchor_count=4, anchor_sampler=SamplerConfig(steps=2),
-    )  # fmt: skip
+        chosen,
+        method=_short(chosen.method),
+        regularizers=tuple(map(_short, chosen.regularizers)),
+        training=replace(chosen.training, iterations=ITERATIONS, batch_size=4),
+        anchor_count=4,
+        anchor_sampler=SamplerConfig(steps=2),
+    )
     return request_of(chosen, family, number)
 
 
 def request_of(chosen, family, number: int = 0):
     concepts = (Concept(TARGETS[number]),)
-    return chosen.request(concepts, retain=RETAIN, anchor_prompts=anchor_prompts(family, concepts), seed=7 + number)
+    return chosen.request(
+        concepts, retain=RETAIN, anchor_prompts=anchor_prompts(family, concepts), seed=7 + number
+    )
 
 
 def weights_hash(model: UnlearnModel) -> str:
@@ -110,10 +122,16 @@ class Golden:
         """Two requests by a preset: hashes of the weights, losses, norms of the edits."""
         model, hashes, losses = self.model, [], []
         for number in range(len(TARGETS)):
-            model, report = run_step(model, short_request(name, model.family, number), store=self.anchors, networks=self.networks)
+            model, report = run_step(
+                model, short_request(name, model.family, number), store=self.anchors, networks=self.networks
+            )
             hashes.append(weights_hash(model))
             losses.append(list(report.losses))
-        return {"hashes": hashes, "losses": losses, "norm": sum(delta.square().sum().item() for delta in model.edits.values()) ** 0.5}
+        return {
+            "hashes": hashes,
+            "losses": losses,
+            "norm": sum(delta.square().sum().item() for delta in model.edits.values()) ** 0.5,
+        }
 
     def merged(self, name: str) -> dict:
         """Two independent requests, merged by one of the mergers with its defaults."""
@@ -122,17 +140,22 @@ class Golden:
             request = short_request("recommended", self.model.family, number)
             models.append(run_step(self.model, request, store=self.anchors, networks=self.networks)[0])
         model = merge(models, MERGERS.get(name).config())
-        return {"hashes": [weights_hash(model)], "losses": [],
-                "norm": sum(delta.square().sum().item() for delta in model.edits.values()) ** 0.5}  # fmt: skip
+        return {
+            "hashes": [weights_hash(model)],
+            "losses": [],
+            "norm": sum(delta.square().sum().item() for delta in model.edits.values()) ** 0.5,
+        }
 
 
 def main() -> None:
     torch.set_num_threads(1)
     golden = Golden()
     values = {
-        "environment": environment(), "step_keys": step_keys(), "presets": {name: golden.chain(name) for name in PRESETS},
+        "environment": environment(),
+        "step_keys": step_keys(),
+        "presets": {name: golden.chain(name) for name in PRESETS},
         "mergers": {entry.name: golden.merged(entry.name) for entry in MERGERS},
-    }  # fmt: skip
+    }
     PATH.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 

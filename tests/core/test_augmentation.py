@@ -1,4 +1,5 @@
-"""Scaled, shifted and mirrored anchor pictures: where they lie, what is said of them, and what of them counts."""
+"""Scaled, shifted and mirrored anchor pictures: where they lie, what is said of them, and what of them
+counts."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,9 +28,17 @@ def test_two_pictures_of_three_are_smaller_than_the_frame_and_lie_in_it_and_the_
     large = [place for place in drawn(frame_px) if place.size_px > frame_px]
     # 396 of 600 expected, with a standard deviation of sqrt(600 * 0.66 * 0.34) = 11.6
     assert abs(len(small) - 396) < 58
-    assert all(frame_px / 3 <= place.size_px and 0 <= place.top_px <= frame_px - place.size_px for place in small)
-    assert all(1.2 * frame_px <= place.size_px <= 1.4 * frame_px and frame_px - place.size_px <= place.left_px <= 0 for place in large)
-    assert min(place.size_px for place in small) < 0.4 * frame_px and max(place.size_px for place in small) > 0.95 * frame_px
+    assert all(
+        frame_px / 3 <= place.size_px and 0 <= place.top_px <= frame_px - place.size_px for place in small
+    )
+    assert all(
+        1.2 * frame_px <= place.size_px <= 1.4 * frame_px and frame_px - place.size_px <= place.left_px <= 0
+        for place in large
+    )
+    assert (
+        min(place.size_px for place in small) < 0.4 * frame_px
+        and max(place.size_px for place in small) > 0.95 * frame_px
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,25 +82,45 @@ def test_latent_cells_count_that_lie_wholly_in_the_picture(place, margin, rows, 
 def test_without_augmentation_the_pool_is_the_anchors_themselves():
     latents = torch.randn(2, 4, 8, 8)
     network = DiffusersNetwork(SD1, nn.Linear(1, 1), (), None, None)  # nothing can be decoded
-    pool = anchor_pool(network, latents, versions=0, flip=False, border=True, generator=partial(generator_for, 0))
-    assert pool.latents is latents and pool.masks is None and [*pool.anchors] == [0, 1] and pool.prefixes == ["", ""]
+    pool = anchor_pool(
+        network, latents, versions=0, flip=False, border=True, generator=partial(generator_for, 0)
+    )
+    assert (
+        pool.latents is latents
+        and pool.masks is None
+        and [*pool.anchors] == [0, 1]
+        and pool.prefixes == ["", ""]
+    )
 
 
 @pytest.fixture(scope="module")
 def anchor_latents(shipped_network):
-    return sample_latents(shipped_network, ["a star", "a boat"], [generator_for(0, i) for i in range(2)], SamplerConfig(steps=4))
+    return sample_latents(
+        shipped_network, ["a star", "a boat"], [generator_for(0, i) for i in range(2)], SamplerConfig(steps=4)
+    )
 
 
 def test_flipping_alone_keeps_the_anchors_bits_and_adds_their_mirror_images(shipped_network, anchor_latents):
-    pool = anchor_pool(shipped_network, anchor_latents, versions=0, flip=True, border=False, generator=partial(generator_for, 0))
+    pool = anchor_pool(
+        shipped_network,
+        anchor_latents,
+        versions=0,
+        flip=True,
+        border=False,
+        generator=partial(generator_for, 0),
+    )
     assert pool.anchors == [0, 0, 1, 1] and pool.masks is None
     assert torch.equal(pool.latents[::2], anchor_latents)
     before, mirrored = shipped_network.decode(anchor_latents), shipped_network.decode(pool.latents[1::2])
     assert (mirrored.flip(-1) - before).abs().mean() < 0.5 * (mirrored - before).abs().mean()
 
 
-def test_versions_are_in_both_orientations_with_their_masks_and_each_anchors_do_not_depend_on_the_others(shipped_network, anchor_latents):
-    make = partial(anchor_pool, shipped_network, versions=2, flip=True, border=False, generator=partial(generator_for, 0))
+def test_versions_are_in_both_orientations_with_their_masks_and_each_anchors_do_not_depend_on_the_others(
+    shipped_network, anchor_latents
+):
+    make = partial(
+        anchor_pool, shipped_network, versions=2, flip=True, border=False, generator=partial(generator_for, 0)
+    )
     pool, alone = make(anchor_latents), make(anchor_latents[:1])
     assert pool.anchors == [0] * 4 + [1] * 4 and pool.prefixes[:2] == pool.prefixes[2:4]
     assert torch.equal(pool.masks[:2].flip(-1), pool.masks[2:4])
@@ -103,7 +132,9 @@ def test_making_versions_can_be_cancelled(shipped_network, anchor_latents):
         raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
-        anchor_pool(shipped_network, anchor_latents, versions=1, flip=False, border=False, generator=None, check=stop)
+        anchor_pool(
+            shipped_network, anchor_latents, versions=1, flip=False, border=False, generator=None, check=stop
+        )
 
 
 # --- Stable Diffusion's autoencoder
@@ -134,8 +165,13 @@ def test_autoencoder_is_loaded_for_the_pool_and_freed_after_it(small_file):
         return opened[-1]
 
     family = replace(SD1, image_size_px=64, latent_shape=(4, 8, 8))
-    network, latents = DiffusersNetwork(family, nn.Linear(1, 1), (), None, None, open_it), torch.zeros(1, 4, 8, 8)
-    make = partial(anchor_pool, network, latents, flip=False, border=False, generator=partial(generator_for, 0))
+    network, latents = (
+        DiffusersNetwork(family, nn.Linear(1, 1), (), None, None, open_it),
+        torch.zeros(1, 4, 8, 8),
+    )
+    make = partial(
+        anchor_pool, network, latents, flip=False, border=False, generator=partial(generator_for, 0)
+    )
     make(versions=0)
     assert not opened
     pool = make(versions=1)
@@ -144,11 +180,14 @@ def test_autoencoder_is_loaded_for_the_pool_and_freed_after_it(small_file):
     picture = (opened[0].decode(latents).sample / 2 + 0.5).clamp(0, 1)
     posterior = opened[0].encode(place.apply(picture) * 2 - 1).latent_dist
     spread = (pool.latents / SD1.latent_scale - posterior.mean).div(posterior.std).std()
-    assert 0.8 < spread < 1.2  # a sample of the posterior: 256 values, so a standard error of 1 / sqrt(512) = 0.04
+    # a sample of the posterior: 256 values, so a standard error of 1 / sqrt(512) = 0.04
+    assert 0.8 < spread < 1.2
 
 
 def test_autoencoder_that_a_file_lacks_is_refused_by_name(tmp_path):
     partly = {name: shape for name, shape in SMALL_SHAPES.items() if "decoder" not in name}
     path = write_random(tmp_path / "half.safetensors", partly)
-    with pytest.raises(ModelError, match="'half.safetensors' does not fit.*AutoencoderKL weights are incomplete"):
+    with pytest.raises(
+        ModelError, match="'half.safetensors' does not fit.*AutoencoderKL weights are incomplete"
+    ):
         load_autoencoder(path, SMALL)

@@ -33,7 +33,16 @@ def run_of(name, order="a", suite=STYLE_SUITE):
 
 def line(cell="plain", k=12, seed=1, order="a", **scores):
     values = dict.fromkeys(METRICS, 50.0) | scores
-    return {"suite": "styles", "cell": cell, "order": order, "seed": seed, "k": k, "pictures": 1, "requests": "x", "scores": values}
+    return {
+        "suite": "styles",
+        "cell": cell,
+        "order": order,
+        "seed": seed,
+        "k": k,
+        "pictures": 1,
+        "requests": "x",
+        "scores": values,
+    }
 
 
 def test_the_grid_has_every_cell_of_the_paper_as_it_is_there_and_as_we_do_it():
@@ -49,7 +58,8 @@ def test_the_grid_has_every_cell_of_the_paper_as_it_is_there_and_as_we_do_it():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("best", "no preset 'best'"), ("plain together", "no setting 'together'; choose one of sequential")]
+    ("name", "said"),
+    [("best", "no preset 'best'"), ("plain together", "no setting 'together'; choose one of sequential")],
 )
 def test_a_cell_that_does_not_exist_is_refused(name, said):
     with pytest.raises(ConfigError, match=said):
@@ -65,7 +75,10 @@ def test_a_chain_forgets_one_target_a_request_and_simultaneous_all_so_far_with_t
 
 
 def test_two_benchmarks_in_one_folder_do_not_overwrite_each_others_lines(tmp_path):
-    with try_locked(tmp_path / "results.lock"), pytest.raises(CheckpointError, match="Another benchmark is running in"):
+    with (
+        try_locked(tmp_path / "results.lock"),
+        pytest.raises(CheckpointError, match="Another benchmark is running in"),
+    ):
         run_benchmark(tmp_path, cells=[Cell.parse("plain")], seeds=[1])
     assert [path.name for path in tmp_path.iterdir()] == ["results.lock"]
 
@@ -96,13 +109,22 @@ def test_a_measurement_of_other_settings_is_another_measurement():
 def test_objects_are_asked_in_styles_and_kept_objects_that_are_no_anchor_are_told_to_nobody():
     run = run_of("plain", "b", OBJECT_SUITE)
     request = run.request(2)
-    assert [(concept.target, concept.kind, concept.anchor) for concept in request.concepts] == [("cat", "object", "flower")]
+    assert [(concept.target, concept.kind, concept.anchor) for concept in request.concepts] == [
+        ("cat", "object", "flower")
+    ]
     assert request.training.iterations == 2 * run_of("plain").request(2).training.iterations
-    assert {concept.target for concept in request.retain} == set(OBJECT_SUITE.anchors.values()) == set(OBJECT_SUITE.declared)
+    assert (
+        {concept.target for concept in request.retain}
+        == set(OBJECT_SUITE.anchors.values())
+        == set(OBJECT_SUITE.declared)
+    )
     assert set(OBJECT_SUITE.declared + OBJECT_SUITE.hidden + OBJECT_SUITE.orders["a"]) == set(OBJECTS)
     assert not any(name in prompt for prompt in request.anchor_prompts for name in OBJECT_SUITE.hidden)
     shots = OBJECT_SUITE.shots(["tree", "cat"])
-    assert len(shots) == 6 * 24 and {shot.object for shot in shots if shot.role == "target"} == {"tree", "cat"}
+    assert len(shots) == 6 * 24 and {shot.object for shot in shots if shot.role == "target"} == {
+        "tree",
+        "cat",
+    }
 
 
 def test_what_was_forgotten_says_which_suite_measures_it():
@@ -131,9 +153,20 @@ def test_a_run_is_measured_once_and_an_unfinished_last_line_again(tmp_path, monk
 
 def test_seeds_take_the_orders_in_turn(tmp_path, monkeypatch):
     runs = []
-    monkeypatch.setattr(Run, "identity", lambda run, k: runs.append((run.seed, run.order)) or line(k=k, seed=run.seed, order=run.order))
-    monkeypatch.setattr(benchmark, "read_results", lambda path: [line(k=1, seed=seed, order=order) for seed in (1, 2) for order in "ab"])
-    for seeds, pairs in (([1, 2], [(1, "a"), (2, "b")]), ([1, 1, 2, 2], [(1, "a"), (1, "b"), (2, "a"), (2, "b")])):
+    monkeypatch.setattr(
+        Run,
+        "identity",
+        lambda run, k: runs.append((run.seed, run.order)) or line(k=k, seed=run.seed, order=run.order),
+    )
+    monkeypatch.setattr(
+        benchmark,
+        "read_results",
+        lambda path: [line(k=1, seed=seed, order=order) for seed in (1, 2) for order in "ab"],
+    )
+    for seeds, pairs in (
+        ([1, 2], [(1, "a"), (2, "b")]),
+        ([1, 1, 2, 2], [(1, "a"), (1, "b"), (2, "a"), (2, "b")]),
+    ):
         runs.clear()
         run_benchmark(tmp_path, cells=[Cell.parse("plain")], seeds=seeds, requests=1)
         assert list(dict.fromkeys(runs)) == pairs
@@ -147,24 +180,47 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
 
 
 def test_the_table_has_means_over_seeds_and_orders_and_the_papers_figures_where_they_exist(tmp_path):
-    lines = [line(seed=1, ua=90.0), line(seed=2, ua=100.0), line(seed=1, k=4, ua=60.0), line("recommended", leak=None)]
-    assert averages(lines)["plain"] == {4: averages(lines)["plain"][4], 12: dict.fromkeys(METRICS, 50.0) | {"ua": 95.0}}
+    lines = [
+        line(seed=1, ua=90.0),
+        line(seed=2, ua=100.0),
+        line(seed=1, k=4, ua=60.0),
+        line("recommended", leak=None),
+    ]
+    assert averages(lines)["plain"] == {
+        4: averages(lines)["plain"][4],
+        12: dict.fromkeys(METRICS, 50.0) | {"ua": 95.0},
+    }
     text = result_table(lines, compare_paper=True).splitlines()
     assert "95.0" in text[1] and "100/16/45" in text[1]
     assert text[2].startswith("recommended, after 12") and text[2].count(" -") == 2
-    assert write_figure(lines, tmp_path).name == "benchmark-styles.png" and write_figure(lines, tmp_path).name == "benchmark-styles_2.png"
+    assert (
+        write_figure(lines, tmp_path).name == "benchmark-styles.png"
+        and write_figure(lines, tmp_path).name == "benchmark-styles_2.png"
+    )
 
 
 def test_the_papers_order_is_counted_over_pairs_that_it_tells_apart():
-    # the paper's IRA: ties 39, plain 16, l1sp 13; all three pairs at least 3 apart; here l1sp stands above plain
-    lines = [line("plain", ira_hidden=10.0), line("l1sp", ira_hidden=20.0), line("plain ties", ira_hidden=60.0)]
+    # the paper's IRA: ties 39, plain 16, l1sp 13; all three pairs at least 3 apart; here l1sp stands above
+    # plain
+    lines = [
+        line("plain", ira_hidden=10.0),
+        line("l1sp", ira_hidden=20.0),
+        line("plain ties", ira_hidden=60.0),
+    ]
     said = order_report(lines)[1]
-    assert said == "IRA hidden: of 3 pairs at least 3 points apart in the paper, 2 stand in its order; not l1sp (20.0) above plain (10.0)."
+    assert (
+        said == "IRA hidden: of 3 pairs at least 3 points apart in the paper, 2 stand in its order; not l1sp "
+        "(20.0) above plain (10.0)."
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--cells", "best"], "no preset 'best'"), (["--requests", "13"], "--requests is 13"), (["--pictures", "0"], "--pictures")],
+    [
+        (["--cells", "best"], "no preset 'best'"),
+        (["--requests", "13"], "--requests is 13"),
+        (["--pictures", "0"], "--pictures"),
+    ],
 )
 def test_the_command_refuses_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,5 @@
-"""The scripts in `benchmarks/`: what they make of what was measured, and what they refuse. The reference itself is not here."""
+"""The scripts in `benchmarks/`: what they make of what was measured, and what they refuse. The reference
+itself is not here."""
 
 import json
 import os
@@ -42,23 +43,44 @@ def run_of(side, kind, *, begin, slow, selft=(0, 0)):
     """The record of a run in which everything takes `slow` times as long."""
     updates = [[begin + slow * at, slow * at * 2] for at in (20, 21, 24, 25)]
     spans = {
-        "anchors": [span(begin + slow * 2, begin + slow * 12)], "run": [span(begin + slow, begin + slow * 30)],
+        "anchors": [span(begin + slow * 2, begin + slow * 12)],
+        "run": [span(begin + slow, begin + slow * 30)],
         "selft": [span(begin, begin + slow * 7, *selft)],
         "project_prepare": [span(begin, begin + slow), span(begin, begin + slow)],
         "project_update": [span(begin, begin + slow * 0.5)] * 4,
-    }  # fmt: skip
+    }
     return {
-        "side": side, "kind": kind, "begin": begin, "end": begin + slow * 31, "cpu": slow * 40, "updates": updates, "spans": spans,
-        "load": [1.5, 1, 1], "shims": [f"shim of {side}"], "torch": "2", "threads": 2, "peak_bytes": slow * 2**30,
-        "peak_anonymous_bytes": slow * 2**29, "peak_training_bytes": None, "notes": {},
-    }  # fmt: skip
+        "side": side,
+        "kind": kind,
+        "begin": begin,
+        "end": begin + slow * 31,
+        "cpu": slow * 40,
+        "updates": updates,
+        "spans": spans,
+        "load": [1.5, 1, 1],
+        "shims": [f"shim of {side}"],
+        "torch": "2",
+        "threads": 2,
+        "peak_bytes": slow * 2**30,
+        "peak_anonymous_bytes": slow * 2**29,
+        "peak_training_bytes": None,
+        "notes": {},
+    }
 
 
 @pytest.fixture
 def measured(script):
     """(the script, a job, runs in which the reference takes 2, 3 and 4 times as long)."""
-    job = {"anchors": 4, "anchor_steps": 3, "selft_steps": 4, "selft_resolution": 64, "keep": ["cat"], "resolution": 256, "batch_size": 1,
-           "iterations": 4}  # fmt: skip
+    job = {
+        "anchors": 4,
+        "anchor_steps": 3,
+        "selft_steps": 4,
+        "selft_resolution": 64,
+        "keep": ["cat"],
+        "resolution": 256,
+        "batch_size": 1,
+        "iterations": 4,
+    }
     runs = [run_of("reference", "request", begin=100.0 * slow, slow=slow) for slow in (2, 3, 4)]
     runs += [run_of("ours", "request", begin=1000.0, slow=1)]
     for side, slow, selft in (("reference", 6, (18, 24)), ("ours", 1, (8, 12))):
@@ -69,10 +91,17 @@ def measured(script):
 def test_figures_are_medians_of_runs_and_ratios_say_how_many_times_as_much_the_reference_takes(measured):
     vs_reference, job, runs = measured
     rows = {row.name: row for row in vs_reference.rows_of(runs, job)}
-    # updates end at 20, 21, 24 and 25: the median of 1, 3 and 1 is 1, and the reference's median run is 3 times as slow
-    assert (rows["iteration, s"].reference, rows["iteration, s"].ours, rows["iteration, s"].ratio) == (3, 1, 3)
+    # updates end at 20, 21, 24 and 25: the median of 1, 3 and 1 is 1, and the reference's median run is 3
+    # times as slow
+    assert (rows["iteration, s"].reference, rows["iteration, s"].ours, rows["iteration, s"].ratio) == (
+        3,
+        1,
+        3,
+    )
     assert rows["iteration, cpu s"].reference == 6
-    assert rows["anchor pictures, s"].reference == 30 and rows["to the first update, s"].reference == 3 * 20 - 30
+    assert (
+        rows["anchor pictures, s"].reference == 30 and rows["to the first update, s"].reference == 3 * 20 - 30
+    )
     assert rows["whole request, s"].ours == 30 and rows["whole request, cpu s"].ratio == 3
     assert rows["peak memory, GiB"].reference == 3 and rows["of it anonymous, GiB"].ours == 0.5
     assert rows["training's peak, GiB"].ratio is None
@@ -83,8 +112,12 @@ def test_figures_are_medians_of_runs_and_ratios_say_how_many_times_as_much_the_r
 
 
 def test_calls_of_selft_by_formula_are_those_that_are_made(script):
-    # states 0 to 3 are led to by 0 to 3 guided calls of two pictures; at each there are two calls without and one with gradients
-    assert script("vs_reference").selft_calls(4) == {"reference": (0 + 1 + 2 + 3 + 12, 2 * 6 + 12), "ours": (8, 12)}
+    # states 0 to 3 are led to by 0 to 3 guided calls of two pictures; at each there are two calls without and
+    # one with gradients
+    assert script("vs_reference").selft_calls(4) == {
+        "reference": (0 + 1 + 2 + 3 + 12, 2 * 6 + 12),
+        "ours": (8, 12),
+    }
 
 
 def test_report_says_what_every_figure_means_and_what_was_replaced(measured):
@@ -93,7 +126,11 @@ def test_report_says_what_every_figure_means_and_what_was_replaced(measured):
         if run["side"] == "ours" and run["kind"] != "selft":
             run["shims"] = []
     text, values = vs_reference.report(job, runs)
-    lines = {line.rsplit(None, 3)[0]: line.rsplit(None, 3)[1:] for line in text.splitlines() if line.count("  ") > 3}
+    lines = {
+        line.rsplit(None, 3)[0]: line.rsplit(None, 3)[1:]
+        for line in text.splitlines()
+        if line.count("  ") > 3
+    }
     assert lines["iteration, s"] == ["3", "1", "3.00x"] and lines["training's peak, GiB"] == ["-", "-", "-"]
     for line in (
         "- shim of reference\n",
@@ -108,8 +145,15 @@ def test_report_says_what_every_figure_means_and_what_was_replaced(measured):
 
 def test_one_kind_alone_has_its_rows_alone(measured):
     vs_reference, job, runs = measured
-    names = [row.name for row in vs_reference.rows_of([run for run in runs if run["kind"] == "projection"], job)]
-    assert names == ["projection: prepare, s", "projection: prepare, cpu s", "projection: update, ms", "projection: update, cpu ms"]
+    names = [
+        row.name for row in vs_reference.rows_of([run for run in runs if run["kind"] == "projection"], job)
+    ]
+    assert names == [
+        "projection: prepare, s",
+        "projection: prepare, cpu s",
+        "projection: update, ms",
+        "projection: update, cpu ms",
+    ]
 
 
 @pytest.fixture
@@ -144,16 +188,29 @@ def test_folder_without_the_reference_is_refused(script, words, tmp_path, capsys
         (["--python", "no-such-python"], "no interpreter 'no-such-python'"),
     ],
 )
-def test_arguments_of_the_comparison_are_checked_before_anything_is_made(arguments, said, script, reference, words, tmp_path, capsys):
+def test_arguments_of_the_comparison_are_checked_before_anything_is_made(
+    arguments, said, script, reference, words, tmp_path, capsys
+):
     work = tmp_path / "work"
-    code = script("vs_reference").main(["--reference", str(reference), "--tokenizer", str(words), "--work", str(work), *arguments])
+    code = script("vs_reference").main(
+        ["--reference", str(reference), "--tokenizer", str(words), "--work", str(work), *arguments]
+    )
     assert said in refused(capsys, code) and not work.exists()
 
 
 def test_a_side_that_fails_ends_the_comparison_with_its_last_line(script, reference, words, tmp_path, capsys):
     (tmp_path / "work" / "random-sd15").mkdir(parents=True)
     (tmp_path / "work" / "random-sd15.safetensors").touch()
-    given = ["--reference", str(reference), "--tokenizer", str(words), "--work", str(tmp_path / "work"), "--kinds", "projection"]
+    given = [
+        "--reference",
+        str(reference),
+        "--tokenizer",
+        str(words),
+        "--work",
+        str(tmp_path / "work"),
+        "--kinds",
+        "projection",
+    ]
     err = refused(capsys, script("vs_reference").main(given))
     assert "reference_side.py ended with 1 (" in err
     assert [path.suffix for path in (tmp_path / "work").glob("projection-*") if path.is_file()] == [".log"]
@@ -195,18 +252,38 @@ def test_gpu_benchmark_runs_small_on_the_cpu(gpu, monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(gpu, "WARM_UP", 1)
     monkeypatch.setattr(gpu, "_MATRIX_SIDE", {"cpu": 64})
     path = tmp_path / "gpu.json"
-    code = gpu.main(["--device", "cpu", "--family", "mini", "--batch", "1", "2", "--dtype", "float32", "--checkpointing", "off",
-                     "--compile", "off", "--iterations", "1", "--json", str(path)])  # fmt: skip
+    code = gpu.main(
+        [
+            "--device",
+            "cpu",
+            "--family",
+            "mini",
+            "--batch",
+            "1",
+            "2",
+            "--dtype",
+            "float32",
+            "--checkpointing",
+            "off",
+            "--compile",
+            "off",
+            "--iterations",
+            "1",
+            "--json",
+            str(path),
+        ]
+    )
     out = capsys.readouterr().out
     found = json.loads(path.read_text())
     one, two = found["rows"]
     assert code == 0 and (one["batch"], two["batch"]) == (1, 2)
     assert one["peak_gib"] is None and two["iterations_per_second"] > 0
-    # three passes through the network, two of them for one picture with gradients; a multiplication and an addition are two operations
+    # three passes through the network, two of them for one picture with gradients; a multiplication and an
+    # addition are two operations
     done = found["flops_per_picture"]["mini"] * two["batch"] * two["iterations_per_second"]
-    assert two["share"] == pytest.approx(done / found["matrix_flops_per_second"]["float32"]) and two["teraflops"] == pytest.approx(
-        done / 1e12
-    )
+    assert two["share"] == pytest.approx(done / found["matrix_flops_per_second"]["float32"]) and two[
+        "teraflops"
+    ] == pytest.approx(done / 1e12)
     assert out.startswith("CPU: ") and "mini      2  float32" in out
 
 
@@ -219,7 +296,8 @@ def test_operations_of_an_iteration_are_those_of_the_network(gpu):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.predict(torch.zeros(1, *network.family.latent_shape), torch.tensor([5]), embeddings)
     forward = counter.get_total_flops()
-    # one forward for the anchor, one for the target, and a backward through most of the latter that takes no gradient of most weights
+    # one forward for the anchor, one for the target, and a backward through most of the latter that takes no
+    # gradient of most weights
     assert 2.5 * forward < bench.flops("float32") < 4 * forward
 
 
@@ -242,7 +320,12 @@ def test_arguments_of_the_gpu_benchmark_are_checked(arguments, said, gpu, capsys
 
 
 def test_machine_without_a_gpu_is_told_so(gpu):
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(cul_core.__file__).parents[1])}
-    done = subprocess.run([sys.executable, BENCHMARKS / "gpu.py"], env=environment, capture_output=True, text=True)
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(Path(cul_core.__file__).parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu.py"], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: This needs a CUDA GPU") and done.stderr.count("\n") == 1

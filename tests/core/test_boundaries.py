@@ -12,17 +12,45 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "cul_core").rglob("*.py"))
 
-# From the bottom: a module may import from its own layer or from those before it; a package stands for its modules.
+# From the bottom: a module may import from its own layer or from those before it; a package stands for its
+# modules.
 LAYERS = (
-    {"config", "compute", "concepts", "auxiliary", "registry", "errors", "safetensor_files", "locks", "memory", "lean",
-     "eviction"},
+    {
+        "config",
+        "compute",
+        "concepts",
+        "auxiliary",
+        "registry",
+        "errors",
+        "safetensor_files",
+        "locks",
+        "memory",
+        "lean",
+        "eviction",
+    },
     {"embeddings", "families", "network", "loading", "kept_weights", "compact"},
     {"augmentation", "diffusion", "trajectories", "conditioning", "params", "largest", "stopping"},
     {"methods", "regularizers", "merging"},
-    {"training", "chain", "checkpoint", "anchors", "presets", "prompts", "export", "evaluation", "minicanvas", "store", "merge_models",
-     "memorized", "resume", "masters", "student", "estimate"},
+    {
+        "training",
+        "chain",
+        "checkpoint",
+        "anchors",
+        "presets",
+        "prompts",
+        "export",
+        "evaluation",
+        "minicanvas",
+        "store",
+        "merge_models",
+        "memorized",
+        "resume",
+        "masters",
+        "student",
+        "estimate",
+    },
     {"cli", "__main__"},
-)  # fmt: skip
+)
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 BARE_INTERPRETER = """
@@ -37,7 +65,8 @@ class NoHost:
 
 sys.meta_path.insert(0, NoHost())
 import cul_core
-names = ["cul_core"] + [m.name for m in pkgutil.walk_packages(cul_core.__path__, "cul_core.") if m.name != "cul_core.__main__"]
+names = ["cul_core", *(m.name for m in pkgutil.walk_packages(cul_core.__path__, "cul_core."))]
+names.remove("cul_core.__main__")
 failed = {}
 for name in names:
     for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "cul_core"]:
@@ -46,7 +75,8 @@ for name in names:
         importlib.import_module(name)
     except BaseException as error:
         failed[name] = repr(error)
-print(json.dumps({"names": names, "failed": failed, "heavy": sorted({"diffusers", "transformers"} & sys.modules.keys())}))
+heavy = sorted({"diffusers", "transformers"} & sys.modules.keys())
+print(json.dumps({"names": names, "failed": failed, "heavy": heavy}))
 """
 
 
@@ -77,13 +107,17 @@ def trees():
 
 @pytest.fixture(scope="module")
 def bare_interpreter():
-    done = subprocess.run([sys.executable, "-c", BARE_INTERPRETER], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", BARE_INTERPRETER], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_every_module_imports_alone_without_a_host(bare_interpreter):
-    assert {"cul_core.training.step", "cul_core.methods.conabl", "cul_core.minicanvas.demo"} <= set(bare_interpreter["names"])
+    assert {"cul_core.training.step", "cul_core.methods.conabl", "cul_core.minicanvas.demo"} <= set(
+        bare_interpreter["names"]
+    )
     assert bare_interpreter["failed"] == {}
 
 
@@ -109,14 +143,20 @@ def test_no_module_imports_from_a_layer_above_it():
 
 def test_methods_do_not_import_regularizers():
     files = [file for file in FILES if module_of(file).startswith("methods")]
-    assert [(file.name, name) for file in files for name in imported_by(file) if name.startswith("regularizers")] == []
+    assert [
+        (file.name, name) for file in files for name in imported_by(file) if name.startswith("regularizers")
+    ] == []
 
 
 def test_regularizers_know_of_methods_only_the_step_context():
     files = [file for file in FILES if module_of(file).startswith("regularizers")]
     wrong = []
     for file in files:
-        wrong += [(file.name, name) for name in imported_by(file) if name.startswith("methods") and name != "methods.base"]
+        wrong += [
+            (file.name, name)
+            for name in imported_by(file)
+            if name.startswith("methods") and name != "methods.base"
+        ]
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module == "methods.base":
                 wrong += [(file.name, alias.name) for alias in node.names if alias.name != "StepContext"]
@@ -132,7 +172,9 @@ def test_no_module_changes_the_search_path_or_uses_what_is_banned():
             if isinstance(node, ast.Call) and ast.unparse(node.func) in banned_calls:
                 wrong.append(f"{module}:{node.lineno} calls {ast.unparse(node.func)}")
             if isinstance(node, ast.Import | ast.ImportFrom):
-                names = {alias.name.partition(".")[0] for alias in node.names} | {getattr(node, "module", None)}
+                names = {alias.name.partition(".")[0] for alias in node.names} | {
+                    getattr(node, "module", None)
+                }
                 if names & banned_imports or (getattr(node, "module", None) == "torch" and "load" in names):
                     wrong.append(f"{module}:{node.lineno} {ast.unparse(node)}")
     assert wrong == []
@@ -142,7 +184,9 @@ def test_no_exception_is_swallowed_whatever_it_is():
     wrong = []
     for module, tree in trees():
         for node in ast.walk(tree):
-            if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")):
+            if isinstance(node, ast.ExceptHandler) and (
+                node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+            ):
                 if not any(isinstance(part, ast.Raise) for part in ast.walk(node)):
                     wrong.append(f"{module}:{node.lineno}")
     assert wrong == []
@@ -159,7 +203,11 @@ def test_the_only_requirement_is_diffusers_within_bounds(pyproject):
 
 
 def test_packages_of_the_host_are_asked_for_only_by_extras(pyproject):
-    extras = " ".join(entry.lower() for entries in pyproject["project"]["optional-dependencies"].values() for entry in entries)
+    extras = " ".join(
+        entry.lower()
+        for entries in pyproject["project"]["optional-dependencies"].values()
+        for entry in entries
+    )
     for package in ("torch", "transformers", "safetensors", "pillow", "numpy"):
         assert package in extras
         assert not any(package in entry.lower() for entry in pyproject["project"]["dependencies"])

@@ -1,4 +1,5 @@
-"""Files: what is written is exact and complete or not there at all; what is damaged or foreign is refused by name."""
+"""Files: what is written is exact and complete or not there at all; what is damaged or foreign is refused by
+name."""
 
 import errno
 import json
@@ -22,7 +23,14 @@ from cul_core.models.family import UNET_PREFIX
 from cul_core.models.load_diffusers import checkpoint_key_map, load_network, require_diffusers
 from cul_core.models.source import source_of
 from cul_core.models.weight_roles import reads_text
-from cul_core.output.checkpoint import difference, load_edits, open_continued, open_model, save_checkpoint, save_edits
+from cul_core.output.checkpoint import (
+    difference,
+    load_edits,
+    open_continued,
+    open_model,
+    save_checkpoint,
+    save_edits,
+)
 from cul_core.store.model_snapshots import snapshot_model
 from cul_core.training.step import run_step
 
@@ -31,11 +39,22 @@ def with_edits(model, request, scale=0.01):
     """The model as a step might leave it: every key and value matrix moved at random, with a record of it."""
     header, _, _ = read_header(model.source.path)
     generator = torch.Generator().manual_seed(len(model.history))
-    edits = {name: scale * torch.randn(header[key]["shape"], generator=generator)
-             for name, key in checkpoint_key_map(model.source.path).items() if reads_text(name)}  # fmt: skip
+    edits = {
+        name: scale * torch.randn(header[key]["shape"], generator=generator)
+        for name, key in checkpoint_key_map(model.source.path).items()
+        if reads_text(name)
+    }
     result = UnlearnModel(model.source, model.family, edits).content_hash
-    record = StepRecord(request.to_json(), {"unlearn": 0.5}, {name: [1.0, 1.0] for name in edits}, model.content_hash, result, 1.5,
-                        "2026-01-02T03:04:05+00:00", {"torch": "2"})  # fmt: skip
+    record = StepRecord(
+        request.to_json(),
+        {"unlearn": 0.5},
+        {name: [1.0, 1.0] for name in edits},
+        model.content_hash,
+        result,
+        1.5,
+        "2026-01-02T03:04:05+00:00",
+        {"torch": "2"},
+    )
     return model.with_step(edits, record)
 
 
@@ -47,7 +66,11 @@ def tensor_bytes(path):
 
 def recast(source, path, dtype):
     """A copy of a checkpoint in another dtype, with a header of its own."""
-    save_file({name: tensor.to(dtype) for name, tensor in load_file(source).items()}, path, metadata={"license": "none"})
+    save_file(
+        {name: tensor.to(dtype) for name, tensor in load_file(source).items()},
+        path,
+        metadata={"license": "none"},
+    )
     return path
 
 
@@ -65,8 +88,12 @@ def saved(edited, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_checkpoint_differs_from_its_source_only_in_the_edited_tensors(random_checkpoint, make_request, tmp_path, dtype):
-    model = with_edits(open_model(recast(random_checkpoint, tmp_path / "source.safetensors", dtype)), make_request())
+def test_checkpoint_differs_from_its_source_only_in_the_edited_tensors(
+    random_checkpoint, make_request, tmp_path, dtype
+):
+    model = with_edits(
+        open_model(recast(random_checkpoint, tmp_path / "source.safetensors", dtype)), make_request()
+    )
     path = save_checkpoint(model, tmp_path / "edited.safetensors")
 
     (before, old_metadata, _), (after, metadata, _) = read_header(model.source.path), read_header(path)
@@ -74,7 +101,8 @@ def test_checkpoint_differs_from_its_source_only_in_the_edited_tensors(random_ch
     assert old_metadata.items() <= metadata.items()
     keys = checkpoint_key_map(model.source.path)
     edited_keys = {keys[name] for name in model.edits}
-    assert len(edited_keys) == 14  # keys and values of seven cross-attentions: two down, one in the middle, four up
+    # keys and values of seven cross-attentions: two down, one in the middle, four up
+    assert len(edited_keys) == 14
     old, new = tensor_bytes(model.source.path), tensor_bytes(path)
     assert {key for key in old if old[key] != new[key]} == edited_keys
     bases, weights = load_file(model.source.path), load_file(path)
@@ -90,7 +118,11 @@ def test_header_tells_history_and_hashes_of_parent_and_result(random_model, edit
     assert history == edited.history
     assert history[0].targets == ("Candy_Stripes",) and history[0].request == edited.history[0].request
     assert (history[0].parent, history[0].result) == (random_model.content_hash, edited.content_hash)
-    assert made_from == {"name": random_model.source.path.name, "size": random_model.source.size, "sha256": random_model.source.sha256}
+    assert made_from == {
+        "name": random_model.source.path.name,
+        "size": random_model.source.size,
+        "sha256": random_model.source.sha256,
+    }
 
 
 def test_header_holds_no_path(random_model, edited, saved, tmp_path):
@@ -112,7 +144,9 @@ def test_edit_that_is_not_finite_is_refused_before_anything_is_written(edited, t
     broken = edited.edits[name].clone()
     broken[0, 0] = float("nan")
     with pytest.raises(TrainingError, match=f"{name}.*not finite"):
-        save_checkpoint(replace(edited, edits={**edited.edits, name: broken}), tmp_path / "new" / "a.safetensors")
+        save_checkpoint(
+            replace(edited, edits={**edited.edits, name: broken}), tmp_path / "new" / "a.safetensors"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,7 +157,9 @@ def test_edit_too_large_for_the_dtype_of_the_file_is_refused(random_model, make_
 
 
 @pytest.mark.parametrize("calls", [0, 3])
-def test_systems_that_cannot_copy_inside_the_kernel_write_the_same_bytes(edited, tmp_path, monkeypatch, calls):
+def test_systems_that_cannot_copy_inside_the_kernel_write_the_same_bytes(
+    edited, tmp_path, monkeypatch, calls
+):
     monkeypatch.setattr("cul_core.output.checkpoint._CHUNK", 1 << 16)
     usual = save_checkpoint(edited, tmp_path / "usual.safetensors").read_bytes()
     left, copy = [None] * calls, getattr(os, "copy_file_range", None)
@@ -235,7 +271,9 @@ def header_that_is_a_list(source, folder):
 
 
 def header_without_offsets(source, folder):
-    return _with_header(folder / "offsets.safetensors", {"a": {"dtype": "F32", "shape": [1], "data_offsets": []}})
+    return _with_header(
+        folder / "offsets.safetensors", {"a": {"dtype": "F32", "shape": [1], "data_offsets": []}}
+    )
 
 
 def header_without_shapes(source, folder):
@@ -253,8 +291,21 @@ def another_width(source, folder):
     return folder / "wide.safetensors"
 
 
-BAD_FILES = [truncated, cut_within_the_header, too_long, missing, a_folder, garbage, empty, pickled, header_that_is_a_list,
-             header_without_offsets, header_without_shapes, another_kind_of_model, another_width]  # fmt: skip
+BAD_FILES = [
+    truncated,
+    cut_within_the_header,
+    too_long,
+    missing,
+    a_folder,
+    garbage,
+    empty,
+    pickled,
+    header_that_is_a_list,
+    header_without_offsets,
+    header_without_shapes,
+    another_kind_of_model,
+    another_width,
+]
 
 
 @pytest.mark.parametrize("make", BAD_FILES, ids=lambda make: make.__name__)
@@ -281,7 +332,13 @@ def with_a_tensor_of_another_shape(tensors):
 
 
 @pytest.mark.parametrize(
-    "spoil", [without_a_unet_tensor, without_a_text_tensor, without_an_autoencoder_tensor, with_a_tensor_of_another_shape]
+    "spoil",
+    [
+        without_a_unet_tensor,
+        without_a_text_tensor,
+        without_an_autoencoder_tensor,
+        with_a_tensor_of_another_shape,
+    ],
 )
 def test_checkpoint_with_missing_or_misshapen_tensors_is_refused_by_name(random_checkpoint, tmp_path, spoil):
     tensors = load_file(random_checkpoint)
@@ -310,7 +367,9 @@ def test_checkpoint_whose_tensors_overlap_is_refused_by_name(random_checkpoint, 
     ],
 )
 def test_history_that_cannot_be_read_is_refused(random_checkpoint, edited, tmp_path, entries, said):
-    save_file(load_file(random_checkpoint), tmp_path / "odd.safetensors", metadata=edited.metadata() | entries)
+    save_file(
+        load_file(random_checkpoint), tmp_path / "odd.safetensors", metadata=edited.metadata() | entries
+    )
     with pytest.raises(CheckpointError, match=said):
         open_model(tmp_path / "odd.safetensors", random_checkpoint)
 
@@ -322,13 +381,19 @@ def test_edits_come_back_bit_for_bit(random_model, edited, tmp_path):
     back = load_edits(save_edits(edited, tmp_path / "edits.safetensors"), random_model.source)
     assert back.content_hash == edited.content_hash and back.history == edited.history
     assert back.edits.keys() == edited.edits.keys()
-    assert all(torch.equal(back.edits[name], delta) and delta.dtype == torch.float32 for name, delta in edited.edits.items())
+    assert all(
+        torch.equal(back.edits[name], delta) and delta.dtype == torch.float32
+        for name, delta in edited.edits.items()
+    )
 
 
 def test_edits_of_another_source_are_refused(random_checkpoint, edited, tmp_path):
     other = source_of(recast(random_checkpoint, tmp_path / "other.safetensors", torch.float32))
     path = save_edits(edited, tmp_path / "edits.safetensors")
-    with pytest.raises(CheckpointError, match=f"'edits.safetensors' belong to '{random_checkpoint.name}', not to 'other.safetensors'"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"'edits.safetensors' belong to '{random_checkpoint.name}', not to 'other.safetensors'",
+    ):
         load_edits(path, other)
     with pytest.raises(CheckpointError, match="belong to 'no model'"):
         load_edits(random_checkpoint, other)
@@ -346,7 +411,9 @@ def test_opened_checkpoint_keeps_its_history_and_counts_its_weights_as_pretraine
     assert opened.history == edited.history and opened.source.path == saved and not opened.edits
 
 
-def test_earlier_targets_of_an_opened_checkpoint_are_previous_ones_of_the_next_step(saved, make_request, monkeypatch):
+def test_earlier_targets_of_an_opened_checkpoint_are_previous_ones_of_the_next_step(
+    saved, make_request, monkeypatch
+):
     class BlankAnchors:
         def anchor_latents(self, source, network, prompts, count, *others, **settings):
             return torch.zeros(count, *network.family.latent_shape)
@@ -371,7 +438,8 @@ def test_with_its_source_at_hand_the_edits_come_back_within_fp16_rounding(random
     assert opened.edits.keys() == edited.edits.keys()
     bases, keys = load_file(random_checkpoint), checkpoint_key_map(random_checkpoint)
     for name, delta in edited.edits.items():
-        # rounding to fp16 is at most half a unit in the last of 11 significant bits, or 2^-25 where numbers are subnormal
+        # rounding to fp16 is at most half a unit in the last of 11 significant bits, or 2^-25 where numbers
+        # are subnormal
         bound = (bases[keys[name]].float() + delta).abs() * 2**-11 + 2**-25
         assert ((opened.edits[name] - delta).abs() <= bound).all()
     assert difference(random_checkpoint, random_checkpoint) == {}
@@ -379,17 +447,24 @@ def test_with_its_source_at_hand_the_edits_come_back_within_fp16_rounding(random
 
 def test_pretrained_file_that_the_checkpoint_was_not_made_from_is_refused(random_checkpoint, saved, tmp_path):
     other = recast(random_checkpoint, tmp_path / "other.safetensors", torch.float32)
-    with pytest.raises(ModelError, match=f"'other.safetensors' is not .* '{saved.name}' was made from; .*{random_checkpoint.name}"):
+    with pytest.raises(
+        ModelError,
+        match=f"'other.safetensors' is not .* '{saved.name}' was made from; .*{random_checkpoint.name}",
+    ):
         open_model(saved, other)
 
 
-def test_pretrained_file_for_a_checkpoint_that_does_not_say_where_it_is_from_is_refused(random_checkpoint, tmp_path):
+def test_pretrained_file_for_a_checkpoint_that_does_not_say_where_it_is_from_is_refused(
+    random_checkpoint, tmp_path
+):
     other = recast(random_checkpoint, tmp_path / "other.safetensors", torch.float32)
     with pytest.raises(ModelError, match="other.safetensors"):
         open_model(random_checkpoint, other)
 
 
-def test_chain_continued_from_disk_equals_the_chain_in_memory(random_model, make_request, anchors, networks, tmp_path):
+def test_chain_continued_from_disk_equals_the_chain_in_memory(
+    random_model, make_request, anchors, networks, tmp_path
+):
     shared = {"store": anchors, "networks": networks["random"]}
     first, _ = run_step(random_model, make_request(), **shared)
     reloaded = load_edits(save_edits(first, tmp_path / "first.safetensors"), random_model.source)
@@ -409,7 +484,9 @@ def test_path_may_be_given_as_text(edited, random_checkpoint, tmp_path):
     assert isinstance(path, Path) and open_model(str(path), str(random_checkpoint)).edits
 
 
-def test_an_edited_checkpoint_goes_on_from_its_original_where_that_is_at_hand(edited, saved, random_checkpoint, tmp_path):
+def test_an_edited_checkpoint_goes_on_from_its_original_where_that_is_at_hand(
+    edited, saved, random_checkpoint, tmp_path
+):
     stranger = tmp_path / random_checkpoint.name
     stranger.write_bytes(random_checkpoint.read_bytes()[:-2] + b"\0\1")
     assert open_continued(saved, [stranger]).edits == {}
@@ -419,13 +496,16 @@ def test_an_edited_checkpoint_goes_on_from_its_original_where_that_is_at_hand(ed
 
 
 def test_callers_entries_join_the_header_but_never_replace_the_history(edited, tmp_path):
-    path = save_checkpoint(edited, tmp_path / "e.safetensors", metadata={"workflow": "{}", "cul_history": "forged"})
+    path = save_checkpoint(
+        edited, tmp_path / "e.safetensors", metadata={"workflow": "{}", "cul_history": "forged"}
+    )
     _, metadata, _ = read_header(path)
     assert metadata["workflow"] == "{}" and read_history(path)[0] == edited.history
 
 
 @pytest.mark.parametrize(
-    ("found", "said"), [(None, "is not installed"), ("0.32.9", "has version 0.32.9"), ("0.40.0", "has version 0.40.0")]
+    ("found", "said"),
+    [(None, "is not installed"), ("0.32.9", "has version 0.32.9"), ("0.40.0", "has version 0.40.0")],
 )
 def test_a_missing_or_untested_diffusers_is_named_with_the_command_that_mends_it(monkeypatch, found, said):
     def version(name):
@@ -442,7 +522,9 @@ def test_the_bounds_on_diffusers_are_those_of_the_package(monkeypatch):
     monkeypatch.setattr("cul_core.models.load_diffusers.version", lambda name: "9")
     with pytest.raises(ModelError) as caught:
         require_diffusers()
-    requirement = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"][0]
+    requirement = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "dependencies"
+    ][0]
     assert f'"{requirement}"' in str(caught.value)
 
 

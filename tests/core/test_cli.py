@@ -1,4 +1,5 @@
-"""The command line, in process: what it writes and prints, and that every mistake is one line and leaves nothing behind."""
+"""The command line, in process: what it writes and prints, and that every mistake is one line and leaves
+nothing behind."""
 
 import errno
 import json
@@ -16,7 +17,9 @@ from cul_core.requests.presets import Preset
 def few_anchors(monkeypatch, anchors):
     """Eight anchor pictures, sampled once for all tests."""
     full = Preset.request
-    monkeypatch.setattr(Preset, "request", lambda self, *args, **kwargs: replace(full(self, *args, **kwargs), anchor_count=8))
+    monkeypatch.setattr(
+        Preset, "request", lambda self, *args, **kwargs: replace(full(self, *args, **kwargs), anchor_count=8)
+    )
     monkeypatch.setattr("cul_core.store.anchors.AnchorStore", lambda: anchors)
 
 
@@ -25,7 +28,16 @@ def unlearn(random_checkpoint, tmp_path):
     """Runs `unlearn` with two iterations on the random model; later arguments win over these."""
 
     def run(target, *arguments):
-        given = ["--model", random_checkpoint, "--iterations", "2", "--preset", "plain", "--out", tmp_path / "out.safetensors"]
+        given = [
+            "--model",
+            random_checkpoint,
+            "--iterations",
+            "2",
+            "--preset",
+            "plain",
+            "--out",
+            tmp_path / "out.safetensors",
+        ]
         return main(list(map(str, ["unlearn", target, *given, *arguments])))
 
     return run
@@ -51,11 +63,22 @@ def test_unlearn_writes_a_checkpoint_that_inspect_explains(unlearn, random_model
     out = capsys.readouterr().out
     ((record,), _) = read_history(path)
     assert record.parent == random_model.content_hash
-    for said in ("Candy Stripes", "conabl", "2 iterations", "seed 4", record.finished, record.parent[:12], record.result[:12],
-                 random_model.source.path.name):  # fmt: skip
+    for said in (
+        "Candy Stripes",
+        "conabl",
+        "2 iterations",
+        "seed 4",
+        record.finished,
+        record.parent[:12],
+        record.result[:12],
+        random_model.source.path.name,
+    ):
         assert said in out
     values = json.loads((tmp_path / "history.json").read_text())
-    assert values["source"]["sha256"] == random_model.source.sha256 and values["history"][0]["result"] == record.result
+    assert (
+        values["source"]["sha256"] == random_model.source.sha256
+        and values["history"][0]["result"] == record.result
+    )
 
 
 def test_a_step_in_a_store_is_found_again_shown_and_cleared(unlearn, tmp_path, capsys):
@@ -65,10 +88,15 @@ def test_a_step_in_a_store_is_found_again_shown_and_cleared(unlearn, tmp_path, c
     assert "kept from an earlier run" in second and "kept" not in first
     assert main(["store", "--folder", str(store), "--json", str(tmp_path / "store.json")]) == 0
     out = capsys.readouterr().out
-    assert "1 finished steps" in out and "  Lava (" in out and "2 iterations" in out and "1 sets of anchor pictures" in out
-    assert {part: len(files) for part, files in json.loads((tmp_path / "store.json").read_text()).items()} == {
-        "steps": 1, "anchors": 1, "states": 0
-    }  # fmt: skip
+    assert (
+        "1 finished steps" in out
+        and "  Lava (" in out
+        and "2 iterations" in out
+        and "1 sets of anchor pictures" in out
+    )
+    assert {
+        part: len(files) for part, files in json.loads((tmp_path / "store.json").read_text()).items()
+    } == {"steps": 1, "anchors": 1, "states": 0}
     assert main(["store", "--folder", str(store), "--clear", "steps"]) == 0
     assert "removed 1 files" in capsys.readouterr().out
     assert main(["store", "--folder", str(store), "--clear"]) == 0
@@ -77,7 +105,9 @@ def test_a_step_in_a_store_is_found_again_shown_and_cleared(unlearn, tmp_path, c
 
 
 def test_a_store_that_is_not_there_is_refused(tmp_path, capsys):
-    assert "give the one that unlearn --store" in refused(capsys, main(["store", "--folder", str(tmp_path / "none")]))
+    assert "give the one that unlearn --store" in refused(
+        capsys, main(["store", "--folder", str(tmp_path / "none")])
+    )
 
 
 def test_unlearn_keeps_a_shipped_list_of_names_and_says_how_many(unlearn, tmp_path, capsys):
@@ -91,15 +121,28 @@ def test_unlearn_goes_on_from_an_edited_checkpoint(unlearn, random_checkpoint, t
     monkeypatch.chdir(tmp_path)
     assert unlearn("Lava") == 0
     first = tmp_path / "out.safetensors"
-    arguments = ["unlearn", "Frost", "--model", str(first), "--pretrained", str(random_checkpoint), "--iterations", "2"]
+    arguments = [
+        "unlearn",
+        "Frost",
+        "--model",
+        str(first),
+        "--pretrained",
+        str(random_checkpoint),
+        "--iterations",
+        "2",
+    ]
     assert main([*arguments, "--keep", "Navy Stripes"]) == 0
     (second,) = set(tmp_path.iterdir()) - {first}
-    assert second.name == "out-without-Frost.safetensors" and f"checkpoint: {second}" in capsys.readouterr().out
+    assert (
+        second.name == "out-without-Frost.safetensors" and f"checkpoint: {second}" in capsys.readouterr().out
+    )
     assert [record.targets for record in read_history(second)[0]] == [("Lava",), ("Frost",)]
 
 
 def test_unlearn_stops_early_where_minicanvas_is_measured(unlearn, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cul_core.minicanvas.judge.measure_for", lambda request: lambda network, check: (99.0, 12.5))
+    monkeypatch.setattr(
+        "cul_core.minicanvas.judge.measure_for", lambda request: lambda network, check: (99.0, 12.5)
+    )
     assert unlearn("Lava", "--evaluate-every", "1", "--json", tmp_path / "figures.json") == 0
     assert "best ra: 12.5" in capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -117,7 +160,10 @@ def test_target_that_is_no_file_name_still_makes_one(random_checkpoint, tmp_path
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "model.safetensors"
     model.write_bytes(random_checkpoint.read_bytes())
-    assert main(["unlearn", "AC/DC: live?", "--model", str(model), "--iterations", "0", "--preset", "plain"]) == 0
+    assert (
+        main(["unlearn", "AC/DC: live?", "--model", str(model), "--iterations", "0", "--preset", "plain"])
+        == 0
+    )
     (written,) = set(tmp_path.iterdir()) - {model}
     assert not set('/\\:*?"<>| ') & set(written.name)
 
@@ -137,7 +183,10 @@ def test_inspect_of_a_file_without_history_says_so(random_checkpoint, capsys):
         (["dog", "--kind", "object"], "no anchor"),
         (["Lava", "--preset", "best"], "no preset 'best'"),
         (["Lava", "--auxiliary", "auto"], "--auxiliary is 'auto', which preset 'plain' does not use"),
-        (["Lava", "--preset", "projection", "--auxiliary", "people"], "auxiliary is 'people'; choose one of none, auto, styles"),
+        (
+            ["Lava", "--preset", "projection", "--auxiliary", "people"],
+            "auxiliary is 'people'; choose one of none, auto, styles",
+        ),
         (["Lava", "--iterations", "-1"], "iterations is -1"),
         (["Lava", "--learning-rate", "nan"], "learning_rate is nan"),
         (["Lava", "--seed", "-1"], "seed is -1"),
@@ -150,24 +199,32 @@ def test_request_that_cannot_work_is_one_line_and_writes_nothing(unlearn, capsys
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["evaluate"], ["unlearn", "Lava", "--model"]], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["evaluate"], ["unlearn", "Lava", "--model"]], ids=lambda command: command[0]
+)
 @pytest.mark.parametrize("name", ["cut_short.safetensors", "missing.safetensors", "pickle.ckpt"])
 def test_unusable_file_is_one_line_that_names_it(random_checkpoint, tmp_path, capsys, command, name):
     if name != "missing.safetensors":
         (tmp_path / name).write_bytes(random_checkpoint.read_bytes()[:-1000])
     before = set(tmp_path.iterdir())
-    assert name in refused(capsys, main([*command, str(tmp_path / name), "--json", str(tmp_path / "figures.json")]))
+    assert name in refused(
+        capsys, main([*command, str(tmp_path / name), "--json", str(tmp_path / "figures.json")])
+    )
     assert set(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("requests", ["0", "13", "-1"])
 def test_demo_of_an_impossible_length_is_refused(tmp_path, capsys, requests):
-    assert f"--requests is {requests}" in refused(capsys, main(["demo", "--requests", requests, "--out", str(tmp_path / "demo")]))
+    assert f"--requests is {requests}" in refused(
+        capsys, main(["demo", "--requests", requests, "--out", str(tmp_path / "demo")])
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_evaluate_of_an_unknown_style_is_refused(random_checkpoint, capsys):
-    assert "no style 'Rococo'" in refused(capsys, main(["evaluate", str(random_checkpoint), "--target", "Rococo"]))
+    assert "no style 'Rococo'" in refused(
+        capsys, main(["evaluate", str(random_checkpoint), "--target", "Rococo"])
+    )
 
 
 def test_output_folder_that_is_a_file_is_noticed_before_training(unlearn, tmp_path, capsys):
@@ -190,7 +247,10 @@ def test_full_disk_is_one_error_and_leaves_nothing_behind(unlearn, tmp_path, cap
     assert unlearn("Lava") == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("error: ") == 1
-    assert err.splitlines()[-1].startswith("error: 'out.safetensors' could not be written") and "No space left" in err
+    assert (
+        err.splitlines()[-1].startswith("error: 'out.safetensors' could not be written")
+        and "No space left" in err
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,12 +263,16 @@ def test_interrupted_step_is_one_line_and_writes_nothing(unlearn, tmp_path, caps
     assert capsys.readouterr().err.startswith("error: Cancelled") and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["unlearn"], ["merge"], ["evaluate"], ["inspect"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["unlearn"], ["merge"], ["evaluate"], ["inspect"]], ids=str
+)
 def test_help_is_printed(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
     out, err = capsys.readouterr()
-    assert ended.value.code == 0 and err == "" and out.startswith(f"usage: {' '.join(['cul_core', *command])}")
+    assert (
+        ended.value.code == 0 and err == "" and out.startswith(f"usage: {' '.join(['cul_core', *command])}")
+    )
 
 
 def test_version_is_printed(capsys):

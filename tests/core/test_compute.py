@@ -1,4 +1,5 @@
-"""How a step is computed: precision, checkpointing, micro batches, short memory, text encoders, and the estimate of it all."""
+"""How a step is computed: precision, checkpointing, micro batches, short memory, text encoders, and the
+estimate of it all."""
 
 import gc
 import weakref
@@ -35,8 +36,10 @@ from cul_core.training.step import run_step
 
 BF16, FP16 = Compute(dtype="bfloat16"), Compute(dtype="float16")
 DISTILLATION = DistillationConfig(**SHORT["distillation"], batch_size=2)
-EVERYTHING = {"method": SculpMemConfig(warm_up=1, interval=1, distillation=1.0, preservation=1.0, replay=0.5),
-              "regularizers": [ProjectionConfig(), L1SPConfig(), SelFTConfig(states=2), DISTILLATION]}  # fmt: skip
+EVERYTHING = {
+    "method": SculpMemConfig(warm_up=1, interval=1, distillation=1.0, preservation=1.0, replay=0.5),
+    "regularizers": [ProjectionConfig(), L1SPConfig(), SelFTConfig(states=2), DISTILLATION],
+}
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -54,7 +57,16 @@ class Watching(Regularizer):
 @pytest.fixture
 def watching(monkeypatch):
     config = type("WatchingConfig", (L1SPConfig,), {"registry_name": "watching"})
-    entry = Entry("watching", Watching, config, "d", "d", "p", ("mini", "sd2", "sdxl"), ("kv", "attn2", "attn", "non-attn2", "full"))
+    entry = Entry(
+        "watching",
+        Watching,
+        config,
+        "d",
+        "d",
+        "p",
+        ("mini", "sd2", "sdxl"),
+        ("kv", "attn2", "attn", "non-attn2", "full"),
+    )
     monkeypatch.setitem(REGULARIZERS._entries, "watching", entry)
     return config()
 
@@ -79,7 +91,9 @@ def gradients(step, make_request, watching):
     """(the gradients of a step's first update by name, its loss); after that comes one more."""
 
     def of(method, compute=None, regularizers=(), say=lambda text: None):
-        request = make_request(method=method, regularizers=[*regularizers, watching], iterations=2, batch_size=4)
+        request = make_request(
+            method=method, regularizers=[*regularizers, watching], iterations=2, batch_size=4
+        )
         _, report = step(request, compute, callbacks=Callbacks(on_message=say))
         return dict(Watching.gradients), report.losses[0]
 
@@ -96,7 +110,8 @@ def assert_close(one, other, rtol=1e-4):
 
 @contextmanager
 def calls(network, out_of_memory=lambda rows, with_graph: False):
-    """(rows, whether with a graph, its latents) of every call of the UNet; one runs out of memory where that says so."""
+    """(rows, whether with a graph, its latents) of every call of the UNet; one runs out of memory where that
+    says so."""
     seen = []
 
     def note(unet, inputs):
@@ -123,17 +138,24 @@ def unet_state(network):
 def assert_untouched(network, before):
     unet = network.unet
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
-    assert not any(p.requires_grad or p.grad is not None or p._post_accumulate_grad_hooks for p in unet.parameters())
+    assert not any(
+        p.requires_grad or p.grad is not None or p._post_accumulate_grad_hooks for p in unet.parameters()
+    )
     assert not unet.is_gradient_checkpointing and not any(module._forward_hooks for module in unet.modules())
 
 
 # --- the same gradients in every way
 
 
-@pytest.mark.parametrize("compute", [Compute(checkpointing="on"), Compute(largest_micro_batch=1), Compute("auto", "on", False, 3)],
-                         ids=["checkpointing", "one", "three and checkpointing"])  # fmt: skip
+@pytest.mark.parametrize(
+    "compute",
+    [Compute(checkpointing="on"), Compute(largest_micro_batch=1), Compute("auto", "on", False, 3)],
+    ids=["checkpointing", "one", "three and checkpointing"],
+)
 @pytest.mark.parametrize("name", [entry.name for entry in METHODS if not entry.cls.is_closed_form])
-def test_checkpointing_and_micro_batches_give_every_method_the_same_gradients_and_loss(name, compute, gradients, random_network):
+def test_checkpointing_and_micro_batches_give_every_method_the_same_gradients_and_loss(
+    name, compute, gradients, random_network
+):
     method = METHODS.get(name).config(**SHORT.get(name, {}))
     with calls(random_network) as seen:
         changed = gradients(method, compute)
@@ -151,7 +173,11 @@ def test_losses_of_several_predictions_and_penalties_are_split_as_well(gradients
 
 def test_checkpointing_computes_again_and_gives_the_same_bits(step, make_request, random_network):
     count = []
-    handle = random_network.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda *_: count.append(torch.is_grad_enabled()))
+    handle = (
+        random_network.unet.up_blocks[-1]
+        .resnets[-1]
+        .register_forward_pre_hook(lambda *_: count.append(torch.is_grad_enabled()))
+    )
     request = make_request(method=ConAblConfig(preservation=1.0), iterations=2)
     plain, _ = step(request)
     before = sum(count)
@@ -171,22 +197,30 @@ def test_inputs_that_need_gradients_themselves_are_not_cut_off(random_network):
 
 
 def test_attention_is_fused(random_network):
-    assert {type(processor).__name__ for processor in random_network.unet.attn_processors.values()} == {"AttnProcessor2_0"}
+    assert {type(processor).__name__ for processor in random_network.unet.attn_processors.values()} == {
+        "AttnProcessor2_0"
+    }
 
 
 # --- short memory
 
 
-def test_when_memory_runs_out_the_same_update_goes_on_in_parts_and_then_with_checkpointing(gradients, random_network):
+def test_when_memory_runs_out_the_same_update_goes_on_in_parts_and_then_with_checkpointing(
+    gradients, random_network
+):
     told = []
     with calls(random_network) as seen:
         plain = gradients(ConAblConfig())
     unet = random_network.unet
-    with calls(random_network, lambda rows, graph: graph and (rows > 1 or not unet.is_gradient_checkpointing)) as seen_again:
+    with calls(
+        random_network, lambda rows, graph: graph and (rows > 1 or not unet.is_gradient_checkpointing)
+    ) as seen_again:
         saved = gradients(ConAblConfig(), say=told.append)
     assert_close(plain, saved)
     assert torch.equal(with_graph(seen), with_graph(seen_again))  # nothing was drawn anew
-    assert [text.partition(";")[0] for text in told] == ["Memory ran out"] * 2 + ["Memory ran out with one picture at a time"]
+    assert [text.partition(";")[0] for text in told] == ["Memory ran out"] * 2 + [
+        "Memory ran out with one picture at a time"
+    ]
     assert "2 of 4 pictures" in told[0] and "1 of 2 pictures" in told[1] and "checkpointing" in told[2]
 
 
@@ -201,7 +235,8 @@ def test_a_backward_pass_that_breaks_off_half_way_counts_for_nothing(regularizer
 
     def watch(module, inputs, output):
         if output.requires_grad:
-            output.register_hook(fail)  # the gradients of the second half of the network have arrived by then
+            # the gradients of the second half of the network have arrived by then
+            output.register_hook(fail)
 
     plain = gradients(ConAblConfig(), regularizers=regularizers)
     handle = random_network.unet.mid_block.register_forward_hook(watch)
@@ -213,9 +248,11 @@ def test_a_backward_pass_that_breaks_off_half_way_counts_for_nothing(regularizer
 
 @pytest.mark.parametrize(
     ("compute", "remedy"),
-    [(None, "with checkpointing; close what else uses it, choose a smaller parameter group"),
-     (Compute(checkpointing="off"), "without checkpointing; .*allow checkpointing")],
-)  # fmt: skip
+    [
+        (None, "with checkpointing; close what else uses it, choose a smaller parameter group"),
+        (Compute(checkpointing="off"), "without checkpointing; .*allow checkpointing"),
+    ],
+)
 def test_memory_that_is_short_for_one_picture_is_an_error_that_leaves_everything_as_it_was(
     compute, remedy, step, make_request, random_network, random_model
 ):
@@ -265,10 +302,13 @@ def test_gradients_in_low_precision_are_about_the_exact_ones(compute, gradients)
     exact, low = gradients(ConAblConfig()), gradients(ConAblConfig(), compute)
     for name, gradient in exact[0].items():
         assert torch.cosine_similarity(gradient.flatten(), low[0][name].flatten(), 0) > 0.97
-        assert low[0][name].norm() == pytest.approx(gradient.norm().item(), rel=0.05)  # the scale is gone again
+        # the scale is gone again
+        assert low[0][name].norm() == pytest.approx(gradient.norm().item(), rel=0.05)
 
 
-def test_everything_at_once_trains_in_low_precision_and_offloaded_masters_give_the_same_bits(step, make_request, monkeypatch):
+def test_everything_at_once_trains_in_low_precision_and_offloaded_masters_give_the_same_bits(
+    step, make_request, monkeypatch
+):
     first, _ = step(make_request("Lava", iterations=1, group="attn2"), BF16)
     resting, _ = step(make_request(**EVERYTHING), BF16, model=first)
     monkeypatch.setattr(training, "_planned", lambda *arguments: (BF16, True))
@@ -329,7 +369,9 @@ def test_a_network_that_cannot_be_compiled_is_not(step, make_request, random_net
 # --- text encoders
 
 
-def test_text_encoders_are_gone_in_training_and_come_back_for_a_new_prompt(tiny_model, tiny_network, make_request, tiny_networks):
+def test_text_encoders_are_gone_in_training_and_come_back_for_a_new_prompt(
+    tiny_model, tiny_network, make_request, tiny_networks
+):
     before = tiny_network.encode(["a very new prompt"])
     assert tiny_network.text_encoders
     encoders, alive = [weakref.ref(encoder) for encoder in tiny_network.text_encoders], []
@@ -339,14 +381,26 @@ def test_text_encoders_are_gone_in_training_and_come_back_for_a_new_prompt(tiny_
         alive.append([encoder() is not None for encoder in encoders] + list(tiny_network.text_encoders))
 
     watch = Callbacks(on_progress=look, on_anchors=look, preview_prompts=("a cat",), preview_every=1)
-    run_step(tiny_model, make_request(iterations=2), store=AnchorStore(), networks=tiny_networks[tiny_model.family.name], callbacks=watch)
-    assert len(alive) > 2 and alive == [[False] * len(encoders)] * len(alive) and tiny_network.text_encoders == ()
+    run_step(
+        tiny_model,
+        make_request(iterations=2),
+        store=AnchorStore(),
+        networks=tiny_networks[tiny_model.family.name],
+        callbacks=watch,
+    )
+    assert (
+        len(alive) > 2
+        and alive == [[False] * len(encoders)] * len(alive)
+        and tiny_network.text_encoders == ()
+    )
     tiny_network._prompts.clear()
     after = tiny_network.encode(["a very new prompt"])
     assert torch.equal(before.text, after.text) and len(tiny_network.text_encoders) == len(encoders)
 
 
-def test_prompts_that_are_asked_for_again_are_kept_and_never_fewer_than_one_call_needs(random_network, monkeypatch):
+def test_prompts_that_are_asked_for_again_are_kept_and_never_fewer_than_one_call_needs(
+    random_network, monkeypatch
+):
     monkeypatch.setattr("cul_core.models.diffusers_network._CACHED_PROMPTS", 3)
     random_network._prompts.clear()
     for prompts in (["a cat", "a dog"], ["a house", "a cat"], ["a boat"]):
@@ -371,7 +425,9 @@ def kept_by_autograd(network, rows):
     for weight in weights:
         weight.requires_grad_(True)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = network.predict(torch.randn(rows, 4, 8, 8), torch.zeros(rows, dtype=torch.long), network.encode(["a cat"] * rows))
+        output = network.predict(
+            torch.randn(rows, 4, 8, 8), torch.zeros(rows, dtype=torch.long), network.encode(["a cat"] * rows)
+        )
     for weight in weights:
         weight.requires_grad_(False)
     del output
@@ -390,7 +446,9 @@ def test_more_pictures_take_more_and_checkpointing_and_half_precision_take_less(
     assert one.training_bytes < two.training_bytes < four.training_bytes < 4.2 * one.training_bytes
     assert four.forward_flops == 4 * one.forward_flops < 1.2 * four.backward_flops
     again = passes(MINI, torch.float32, "kv", 4, is_checkpointed=True)
-    assert again.training_bytes < 0.7 * four.training_bytes and again.backward_flops > 1.2 * four.backward_flops
+    assert (
+        again.training_bytes < 0.7 * four.training_bytes and again.backward_flops > 1.2 * four.backward_flops
+    )
     assert passes(MINI, torch.bfloat16, "kv", 4).training_bytes < 0.6 * four.training_bytes
 
 
@@ -398,7 +456,8 @@ def test_the_parts_of_an_estimate(make_request):
     request = make_request(batch_size=4, iterations=10)
     trained = 4 * sum(weight.numel() for weight in kv_of_mini())
     exact, low = (estimate_step(MINI, request, "cpu", compute) for compute in (Compute(), BF16))
-    assert exact.trained_bytes == 4 * trained and low.trained_bytes == 5 * trained  # weights, gradients, two moments; and exact W0
+    # weights, gradients, two moments; and exact W0
+    assert exact.trained_bytes == 4 * trained and low.trained_bytes == 5 * trained
     assert estimate_step(MINI, request, "cpu", BF16, is_edited=True).trained_bytes == 6 * trained
     assert estimate_step(MINI, request, "cpu", BF16, is_offloaded=True).trained_bytes == 0
     assert exact.network_bytes == 2 * low.network_bytes and exact.margin_bytes == 0 < exact.seconds
@@ -420,7 +479,13 @@ def test_the_fastest_way_that_fits_is_chosen(make_request, monkeypatch):
 
     def estimate(family, request, device, compute, *, is_edited=False, is_offloaded=False, with_seconds=True):
         scale = (compute.largest_micro_batch or 4) / 4 if compute.checkpointing == "on" else 1
-        return Estimate(0, 0 if is_offloaded else 8, int(100 * needs[1, compute.checkpointing.replace("auto", "off")] * scale), 0, 0)
+        return Estimate(
+            0,
+            0 if is_offloaded else 8,
+            int(100 * needs[1, compute.checkpointing.replace("auto", "off")] * scale),
+            0,
+            0,
+        )
 
     monkeypatch.setattr("cul_core.training.memory_plan.estimate_step", estimate)
     request, cpu = make_request(batch_size=4), torch.device("cpu")
@@ -441,10 +506,19 @@ def test_the_fastest_way_that_fits_is_chosen(make_request, monkeypatch):
 
 
 def test_what_is_needed_is_said_before_the_step_begins(tiny_model, make_request, anchors, tiny_networks):
-    assert Estimate(4 * 10**9, 10**9, 10**8, 0, 0, 230.0).sentence(7_200_000_000) == "Needs about 5.1 GB and 4 min; 7.2 GB are free."
+    assert (
+        Estimate(4 * 10**9, 10**9, 10**8, 0, 0, 230.0).sentence(7_200_000_000)
+        == "Needs about 5.1 GB and 4 min; 7.2 GB are free."
+    )
     told = []
     watch = Callbacks(on_message=told.append, on_progress=lambda progress: told.append("update"))
-    run_step(tiny_model, make_request(iterations=1), store=anchors, networks=tiny_networks[tiny_model.family.name], callbacks=watch)
+    run_step(
+        tiny_model,
+        make_request(iterations=1),
+        store=anchors,
+        networks=tiny_networks[tiny_model.family.name],
+        callbacks=watch,
+    )
     assert told[0].startswith("Needs about 0.0 GB and 1 min") and told[1:] == ["update"]
 
 
@@ -457,7 +531,19 @@ def test_the_command_line_says_how_to_compute(tmp_path, monkeypatch):
 
     monkeypatch.setattr("cul_core.training.step.run_step", run)
     with pytest.raises(Asked) as asked:
-        main(["unlearn", "Lava", "--out", str(tmp_path / "x.safetensors"), "--dtype", "bfloat16", "--checkpointing", "on", "--compile"])
+        main(
+            [
+                "unlearn",
+                "Lava",
+                "--out",
+                str(tmp_path / "x.safetensors"),
+                "--dtype",
+                "bfloat16",
+                "--checkpointing",
+                "on",
+                "--compile",
+            ]
+        )
     assert asked.value.args == (Compute("bfloat16", "on", True),)
 
 
@@ -472,11 +558,20 @@ def test_a_step_on_a_gpu(tiny_model, make_request, anchors, monkeypatch, is_offl
     real = training._planned
     monkeypatch.setattr(training, "_planned", lambda *arguments: (real(*arguments)[0], is_offloaded))
     edited, report = run_step(
-        tiny_model, request, device="cuda", store=anchors, networks=networks, callbacks=Callbacks(on_message=told.append)
+        tiny_model,
+        request,
+        device="cuda",
+        store=anchors,
+        networks=networks,
+        callbacks=Callbacks(on_message=told.append),
     )
     network = networks.get(tiny_model.source, "cuda", Compute().dtype_on("cuda"))
-    assert network.dtype in (torch.bfloat16, torch.float16) and network.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert edited.edits and all(delta.dtype == torch.float32 and delta.device.type == "cpu" for delta in edited.edits.values())
+    assert network.dtype in (torch.bfloat16, torch.float16) and network.unet.conv_in.weight.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    assert edited.edits and all(
+        delta.dtype == torch.float32 and delta.device.type == "cpu" for delta in edited.edits.values()
+    )
     assert "are free" in told[0] and all(map(torch.isfinite, map(torch.tensor, report.losses)))
     del network
     networks.free()

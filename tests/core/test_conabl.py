@@ -22,21 +22,36 @@ from cul_core.training.step import run_step
 
 def context_for(network, concepts, anchor_prompts, latents, previous=(), batch_size=2):
     concepts = concepts if isinstance(concepts, tuple) else (concepts,)
-    return StepContext(network, concepts, (), previous, anchor_prompts, latents, {}, {}, TrainingConfig(batch_size=batch_size),
-                       partial(generator_for, 0))  # fmt: skip
+    return StepContext(
+        network,
+        concepts,
+        (),
+        previous,
+        anchor_prompts,
+        latents,
+        {},
+        {},
+        TrainingConfig(batch_size=batch_size),
+        partial(generator_for, 0),
+    )
 
 
 @pytest.fixture
 def trainable_kv(random_network):
     """Keys and values of the random UNet, with gradients for the test."""
-    weights = [random_network.unet.get_parameter(name).requires_grad_(True) for name in group_names(random_network.unet, "kv")]
+    weights = [
+        random_network.unet.get_parameter(name).requires_grad_(True)
+        for name in group_names(random_network.unet, "kv")
+    ]
     yield weights
     for weight in weights:
         weight.requires_grad_(False)
         weight.grad = None
 
 
-def test_loss_is_zero_when_student_equals_teacher_on_equal_prompts_and_four_times_the_element_mean_else(random_network):
+def test_loss_is_zero_when_student_equals_teacher_on_equal_prompts_and_four_times_the_element_mean_else(
+    random_network,
+):
     method = ConAbl(ConAblConfig())
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     method.prepare(context_for(random_network, Concept("Lava"), ("a star",), latents))
@@ -60,7 +75,9 @@ def test_loss_is_zero_when_student_equals_teacher_on_equal_prompts_and_four_time
 def test_anchor_prompts_that_mention_the_target_or_an_earlier_one_are_dropped(random_network):
     method = ConAbl(ConAblConfig())
     prompts = ("a star", "a Lava star", "a denim house")
-    method.prepare(context_for(random_network, Concept("Lava"), prompts, torch.zeros(3, 4, 8, 8), (Concept("Denim"),)))
+    method.prepare(
+        context_for(random_network, Concept("Lava"), prompts, torch.zeros(3, 4, 8, 8), (Concept("Denim"),))
+    )
     assert [index for index, _ in method._pairs[0]] == [0]
 
 
@@ -71,7 +88,9 @@ def test_blocked_start_token_takes_no_part_in_the_weights_gradient():
     with _first_token_blocked([layer]):
         (layer(tokens) * seen).sum().backward()
     # dL/dW = sum over tokens i >= 1 of delta_i c_i^T, delta_i = seen_i
-    assert torch.allclose(layer.weight.grad, torch.einsum("bio,bid->od", seen[:, 1:], tokens[:, 1:]), atol=1e-6)
+    assert torch.allclose(
+        layer.weight.grad, torch.einsum("bio,bid->od", seen[:, 1:], tokens[:, 1:]), atol=1e-6
+    )
     layer.weight.grad = None
     with _first_token_blocked([layer]):
         (layer(tokens[:, :1]) * seen[:, :1]).sum().backward()
@@ -79,9 +98,14 @@ def test_blocked_start_token_takes_no_part_in_the_weights_gradient():
     assert not layer._forward_hooks
 
 
-def test_training_brings_the_target_prompt_to_the_teachers_anchor_prediction(random_model, random_network, networks, anchors, make_request):
+def test_training_brings_the_target_prompt_to_the_teachers_anchor_prediction(
+    random_model, random_network, networks, anchors, make_request
+):
     _, report = run_step(
-        random_model, make_request(iterations=30, learning_rate=1e-2, batch_size=4), store=anchors, networks=networks["random"]
+        random_model,
+        make_request(iterations=30, learning_rate=1e-2, batch_size=4),
+        store=anchors,
+        networks=networks["random"],
     )
     losses = torch.tensor(report.losses)
     assert losses[-8:].mean() < 0.5 * losses[:8].mean()
@@ -91,7 +115,9 @@ def test_teacher_options_differ_only_after_the_first_update(random_model, networ
     losses = {}
     for teacher in ("start", "pretrained", "student"):
         request = make_request(method=ConAblConfig(teacher=teacher), iterations=3, learning_rate=3e-2)
-        losses[teacher] = run_step(random_model, request, store=anchors, networks=networks["random"])[1].losses
+        losses[teacher] = run_step(random_model, request, store=anchors, networks=networks["random"])[
+            1
+        ].losses
     assert losses["start"] == losses["pretrained"]
     assert losses["start"][0] == losses["student"][0] and losses["start"][2] != losses["student"][2]
 
@@ -99,7 +125,10 @@ def test_teacher_options_differ_only_after_the_first_update(random_model, networ
 def test_anchor_prompts_that_do_not_say_the_anchor_are_refused(random_network):
     method = ConAbl(ConAblConfig())
     concept = Concept("dragonfly", "object", "zebra")
-    with pytest.raises(ConceptError, match="No anchor prompt can be turned into one for 'dragonfly'; add prompts that name its anchor"):
+    with pytest.raises(
+        ConceptError,
+        match="No anchor prompt can be turned into one for 'dragonfly'; add prompts that name its anchor",
+    ):
         method.prepare(context_for(random_network, concept, ("a house", "a cat"), torch.zeros(2, 4, 8, 8)))
 
 
@@ -113,7 +142,10 @@ def test_equal_prompts_and_weights_give_no_loss_and_no_gradient(random_network, 
 
 
 def test_prompts_encoded_once_or_before_every_update_give_the_same_losses(random_network):
-    latents, captions = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), ("a star", "a house", "a cat")
+    latents, captions = (
+        torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        ("a star", "a house", "a cat"),
+    )
     context, predict = context_for(random_network, Concept("Lava"), captions, latents), random_network.predict
 
     def losses(encode_again):
@@ -140,11 +172,22 @@ def test_errors_outside_the_mask_do_not_count_and_each_picture_is_averaged_over_
     assert masked_error(error, torch.ones(2, 3, 3)) == masked_error(error) == 4 * error.square().mean()
 
 
-@pytest.mark.parametrize(("family", "margin"), [(SD1, 1), (MINI, 0)], ids=["64 latent pixels", "8 latent pixels"])
-def test_the_rim_that_the_reference_leaves_out_is_one_latent_pixel_of_sixty_four(family, margin, random_network):
+@pytest.mark.parametrize(
+    ("family", "margin"), [(SD1, 1), (MINI, 0)], ids=["64 latent pixels", "8 latent pixels"]
+)
+def test_the_rim_that_the_reference_leaves_out_is_one_latent_pixel_of_sixty_four(
+    family, margin, random_network
+):
     side = family.latent_shape[1]
     method = ConAbl(ConAblConfig(border_mask=True))
-    method.prepare(context_for(replace(random_network, family=family), Concept("Lava"), ("a star",), torch.zeros(1, 4, side, side)))
+    method.prepare(
+        context_for(
+            replace(random_network, family=family),
+            Concept("Lava"),
+            ("a star",),
+            torch.zeros(1, 4, side, side),
+        )
+    )
     inside = torch.zeros(2, 4, side, side)
     inside[:, :, margin : side - margin, margin : side - margin] = 1
 
@@ -155,13 +198,18 @@ def test_the_rim_that_the_reference_leaves_out_is_one_latent_pixel_of_sixty_four
 
 
 def preserving(network, prediction_type):
-    """(what a student's preservation costs by its answer: total and parts of the loss, the answer that it should give)."""
+    """(what a student's preservation costs by its answer: total and parts of the loss, the answer that it
+    should give)."""
     method = ConAbl(ConAblConfig(preservation=0.5))
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     method.prepare(context_for(network, Concept("Lava"), ("a star",), latents, batch_size=1))
     method._prediction_type = prediction_type
     seen = []
-    method.loss(lambda *inputs: seen.append(inputs) or inputs[0], lambda *inputs: inputs[0], torch.Generator().manual_seed(1))
+    method.loss(
+        lambda *inputs: seen.append(inputs) or inputs[0],
+        lambda *inputs: inputs[0],
+        torch.Generator().manual_seed(1),
+    )
     (noisy, timestep, embeddings), abar = seen[-1], method._schedule.alphas_cumprod
     assert torch.equal(embeddings.text, network.encode(["a star"]).text)
     signal, sigma = abar[timestep].sqrt(), (1 - abar[timestep]).sqrt()
@@ -169,7 +217,11 @@ def preserving(network, prediction_type):
     truth = noise if prediction_type == "epsilon" else signal * noise - sigma * latents
 
     def part(answer):
-        said = method.loss(lambda z, t, e: answer if torch.equal(z, noisy) else z, lambda z, t, e: z, torch.Generator().manual_seed(1))
+        said = method.loss(
+            lambda z, t, e: answer if torch.equal(z, noisy) else z,
+            lambda z, t, e: z,
+            torch.Generator().manual_seed(1),
+        )
         return said.total.item(), said.parts
 
     return part, truth
@@ -200,18 +252,32 @@ def test_targets_of_a_request_are_drawn_equally_often_whatever_anchors_they_have
     assert all(abs(Counter(pictures)[i] - (2400 if i == 2 else 400)) < 160 for i in range(5))
 
 
-def test_replay_gives_earlier_targets_their_share_of_every_batch_and_nothing_changes_without_any(random_network):
-    captions, earlier = ("a star", "a house"), (Concept("Denim"), Concept("tulip", "object", "star"), Concept("rose", "object", "cup"))
+def test_replay_gives_earlier_targets_their_share_of_every_batch_and_nothing_changes_without_any(
+    random_network,
+):
+    captions, earlier = (
+        ("a star", "a house"),
+        (Concept("Denim"), Concept("tulip", "object", "star"), Concept("rose", "object", "cup")),
+    )
 
     def drawn(replay, previous):
         method = ConAbl(ConAblConfig(replay=replay))
-        method.prepare(context_for(random_network, Concept("Lava"), captions, torch.zeros(2, 4, 8, 8), previous, batch_size=8))
+        method.prepare(
+            context_for(
+                random_network, Concept("Lava"), captions, torch.zeros(2, 4, 8, 8), previous, batch_size=8
+            )
+        )
         return method, method._draw(torch.Generator().manual_seed(0))
 
     method, (pictures, prompts) = drawn(0.25, earlier)
-    assert [len(pairs) for pairs in method._earlier] == [2, 1]  # no caption shows a cup, so the rose is left out
-    known = [{row for _, rows in group for row in rows} for group in (method._pairs[0], method._earlier[0] + method._earlier[1])]
-    assert all(row in known[0] for row in prompts[:6]) and all(row in known[1] for row in prompts[6:])  # 8 x 0.25 = 2 of 8
+    # no caption shows a cup, so the rose is left out
+    assert [len(pairs) for pairs in method._earlier] == [2, 1]
+    known = [
+        {row for _, rows in group for row in rows}
+        for group in (method._pairs[0], method._earlier[0] + method._earlier[1])
+    ]
+    # 8 x 0.25 = 2 of 8
+    assert all(row in known[0] for row in prompts[:6]) and all(row in known[1] for row in prompts[6:])
     assert drawn(0.25, ())[1] == drawn(0.0, ())[1] == drawn(0.0, earlier)[1]
 
 
@@ -223,8 +289,13 @@ def test_scaled_pictures_say_so_in_both_prompts_and_padding_does_not_count(rando
     prompts = {}
     for picture, versions in method._pairs[0]:
         caption = method._pool.prefixes[picture] + captions[method._pool.anchors[picture]]
-        prompts[picture] = [caption, *(method._pool.prefixes[picture] + text for text in
-                                       Concept("Lava").target_prompts(captions[method._pool.anchors[picture]]))]  # fmt: skip
+        prompts[picture] = [
+            caption,
+            *(
+                method._pool.prefixes[picture] + text
+                for text in Concept("Lava").target_prompts(captions[method._pool.anchors[picture]])
+            ),
+        ]
         rows = [method._anchor_rows[picture], *versions]
         assert torch.equal(method._embeddings[rows].text, random_network.encode(prompts[picture]).text)
     assert len(prompts) == 2 * 3 * 2 and any(method._pool.prefixes)
@@ -241,12 +312,25 @@ def test_scaled_pictures_say_so_in_both_prompts_and_padding_does_not_count(rando
 
 def test_augmenting_a_family_without_an_autoencoder_is_refused(random_network):
     network = replace(random_network, family=SD1, autoencoder=None)
-    with pytest.raises(ModelError, match="Stable Diffusion 1.x is loaded here without an autoencoder.*turn off.*augmentations and flip"):
-        ConAbl(ConAblConfig(flip=True)).prepare(context_for(network, Concept("Lava"), ("a star",), torch.zeros(1, 4, 64, 64)))
+    with pytest.raises(
+        ModelError,
+        match="Stable Diffusion 1.x is loaded here without an autoencoder.*turn off.*augmentations and flip",
+    ):
+        ConAbl(ConAblConfig(flip=True)).prepare(
+            context_for(network, Concept("Lava"), ("a star",), torch.zeros(1, 4, 64, 64))
+        )
 
 
 def test_all_options_together_train_and_repeat(random_model, networks, anchors, make_request):
     config = ConAblConfig(augmentations=1, flip=True, preservation=1.0)
-    runs = [run_step(random_model, make_request(method=config, iterations=2), store=anchors, networks=networks["random"]) for _ in range(2)]
+    runs = [
+        run_step(
+            random_model,
+            make_request(method=config, iterations=2),
+            store=anchors,
+            networks=networks["random"],
+        )
+        for _ in range(2)
+    ]
     assert runs[0][0].content_hash == runs[1][0].content_hash
     assert runs[0][1].record.losses.keys() == {"unlearn", "preserve"}

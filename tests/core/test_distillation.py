@@ -1,4 +1,5 @@
-"""Distillation: its prompts, its loss against both teachers, and what it does in real steps, alone and with all the others."""
+"""Distillation: its prompts, its loss against both teachers, and what it does in real steps, alone and with
+all the others."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,9 +30,28 @@ QUICK = DistillationConfig(trajectories=2, trajectory_steps=3)
 
 @pytest.fixture
 def context_for(random_network):
-    def make(target="Lava", kind="style", anchor="", *, retain=(), previous=(), captions=("a star", "a house"), iterations=0):
-        return StepContext(random_network, (Concept(target, kind, anchor),), retain, previous, captions, torch.empty(0, 4, 8, 8), {}, {},
-                           TrainingConfig(iterations=iterations), partial(generator_for, 5))  # fmt: skip
+    def make(
+        target="Lava",
+        kind="style",
+        anchor="",
+        *,
+        retain=(),
+        previous=(),
+        captions=("a star", "a house"),
+        iterations=0,
+    ):
+        return StepContext(
+            random_network,
+            (Concept(target, kind, anchor),),
+            retain,
+            previous,
+            captions,
+            torch.empty(0, 4, 8, 8),
+            {},
+            {},
+            TrainingConfig(iterations=iterations),
+            partial(generator_for, 5),
+        )
 
     return make
 
@@ -78,7 +98,9 @@ def test_prompts_take_turns_between_kept_concepts_anchor_prompts_and_the_users(c
     assert found["previous"] == [] and len(found["keep"]) == 9
     kept, neutral, own = (found["keep"][i::3] for i in range(3))
     assert all(("Navy Stripes" in prompt) != ("Denim" in prompt) for prompt in kept)
-    assert len({"Denim" in prompt for prompt in kept[:2]}) == 2 and all("star" in prompt or "house" in prompt for prompt in kept)
+    assert len({"Denim" in prompt for prompt in kept[:2]}) == 2 and all(
+        "star" in prompt or "house" in prompt for prompt in kept
+    )
     assert neutral[0] == "" and set(neutral[1:]) == {"a star", "a house"}
     assert set(own) == {"a red barn", "two boats"}  # the one that names the target is left out
 
@@ -90,16 +112,25 @@ def test_as_many_prompts_as_pictures_are_ever_drawn(context_for):
 
 def test_what_is_forgotten_is_never_kept_and_what_was_forgotten_is_held_apart(context_for):
     known = (Concept("Denim"), Concept("Lava"), Concept("Denim"))  # Lava is forgotten once more
-    context = context_for(retain=(Concept("denim"), Concept("LAVA")), previous=known, captions=("a star", "a Denim star", "a lava house"))
+    context = context_for(
+        retain=(Concept("denim"), Concept("LAVA")),
+        previous=known,
+        captions=("a star", "a Denim star", "a lava house"),
+    )
     found = prompts_of(context, replace(QUICK, trajectories=6))
     assert found["keep"] == ["", "a star"] * 3
-    assert len(found["previous"]) == 6 and all("Denim" in prompt and "star" in prompt for prompt in found["previous"])
+    assert len(found["previous"]) == 6 and all(
+        "Denim" in prompt and "star" in prompt for prompt in found["previous"]
+    )
 
 
 def test_an_object_takes_the_place_of_the_targets_anchor_and_the_anchor_itself_its_own_prompt(context_for):
     retain = (Concept("fish", "object"), Concept("star", "object"))
-    found = prompts_of(context_for("cat", "object", "star", retain=retain), replace(QUICK, trajectories=24))["keep"][::2]
-    assert set(found) == {"a fish", "An image of a fish", "An image of a star"}  # "a house" has no place for the fish
+    found = prompts_of(context_for("cat", "object", "star", retain=retain), replace(QUICK, trajectories=24))[
+        "keep"
+    ][::2]
+    # "a house" has no place for the fish
+    assert set(found) == {"a fish", "An image of a fish", "An image of a star"}
 
 
 # --- loss
@@ -134,7 +165,9 @@ def test_terms_by_hand(prepared):
 
 
 @pytest.mark.parametrize(
-    ("weights", "names"), [({}, {"keep"}), ({"keep_weight": 0.0}, set())], ids=["nothing forgotten before", "and nothing kept"]
+    ("weights", "names"),
+    [({}, {"keep"}), ({"keep_weight": 0.0}, set())],
+    ids=["nothing forgotten before", "and nothing kept"],
 )
 def test_a_term_without_weight_or_prompts_asks_no_teacher(prepared, weights, names):
     def teacher(latents, timesteps, embeddings):
@@ -151,11 +184,18 @@ def test_no_gradient_where_keys_and_values_of_the_prompts_are_unchanged(prepared
     unet = random_network.unet
     pretrained = {name: unet.get_parameter(name).data for name in group_names(unet, "kv")}
     teacher, generator, sizes = predict_with(random_network, pretrained), torch.Generator().manual_seed(3), []
-    rows = random_network.encode(["", "a star"]).text.flatten(0, 1)  # all there is to keep, of 154 of 192 directions at most
+    # all there is to keep, of 154 of 192 directions at most
+    rows = random_network.encode(["", "a star"]).text.flatten(0, 1)
     right = torch.linalg.svd(rows.double(), full_matrices=False)[2].float()
     for protected in (torch.zeros_like(right), right):
-        changes = {name: 0.1 * weight.std() * torch.randn(weight.shape, generator=generator) for name, weight in pretrained.items()}
-        student = {name: weight + changes[name] - changes[name] @ protected.T @ protected for name, weight in pretrained.items()}
+        changes = {
+            name: 0.1 * weight.std() * torch.randn(weight.shape, generator=generator)
+            for name, weight in pretrained.items()
+        }
+        student = {
+            name: weight + changes[name] - changes[name] @ protected.T @ protected
+            for name, weight in pretrained.items()
+        }
         distillation = prepared(captions=("a star",))
         with swapped_weights(unet, student), trainable(random_network, pretrained) as parameters:
             term = distillation.loss_terms(random_network.predict, teacher, teacher)["keep"]
@@ -179,8 +219,13 @@ def test_teachers_are_w0_and_the_start_take_no_gradient_and_leave_the_students_w
             def call(*inputs):
                 before = {name: random_network.unet.get_parameter(name).data.clone() for name in first.edits}
                 predicted = teacher(*inputs)
-                assert all(torch.equal(random_network.unet.get_parameter(name).data, weight) for name, weight in before.items())
-                assert not predicted.requires_grad and torch.equal(predicted, predict_with(random_network, known[name])(*inputs))
+                assert all(
+                    torch.equal(random_network.unet.get_parameter(name).data, weight)
+                    for name, weight in before.items()
+                )
+                assert not predicted.requires_grad and torch.equal(
+                    predicted, predict_with(random_network, known[name])(*inputs)
+                )
                 calls.append(name)
                 return predicted
 
@@ -192,7 +237,9 @@ def test_teachers_are_w0_and_the_start_take_no_gradient_and_leave_the_students_w
     _, report = step(make_request(regularizers=[QUICK], learning_rate=1e-2, iterations=2), model=first)
     # two pictures of three states each at the first update, and one call for each of two updates
     assert calls.count("pretrained") == calls.count("start") == 2 * 3 + 2
-    assert report.record.losses.keys() == {"unlearn", "keep", "previous"} and all(report.record.losses.values())
+    assert report.record.losses.keys() == {"unlearn", "keep", "previous"} and all(
+        report.record.losses.values()
+    )
     assert report.losses[-1] == pytest.approx(sum(report.record.losses.values()))
 
 
@@ -202,14 +249,20 @@ def test_without_weights_it_changes_no_bit(step, make_request):
 
 
 def test_all_regularizers_together_keep_their_promises(step, random_network, make_request):
-    others = [SelFTConfig(states=4), ProjectionConfig(), L1SPConfig(strength=5.0, form="penalty"), L2SPConfig()]
+    others = [
+        SelFTConfig(states=4),
+        ProjectionConfig(),
+        L1SPConfig(strength=5.0, form="penalty"),
+        L2SPConfig(),
+    ]
     alone, _ = step(make_request(regularizers=others))
     edited, report = step(make_request(regularizers=[*others, QUICK]))
     assert edited.content_hash != alone.content_hash and "keep" in report.record.losses
     kept = target_vector(random_network, Concept("Navy_Stripes")).float()
     basis = [delta for delta in edited.edits.values() if delta.any()]
     assert basis and all((delta @ kept).norm() < 1e-5 * delta.norm() * kept.norm() for delta in basis)
-    assert report.figures["changeable_weights"] == int(0.05 * 1408 * 190)  # rows of all matrices x directions left by two kept concepts
+    # rows of all matrices x directions left by two kept concepts
+    assert report.figures["changeable_weights"] == int(0.05 * 1408 * 190)
 
 
 def test_cancelling_does_not_wait_for_the_pictures(step, random_network, make_request):

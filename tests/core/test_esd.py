@@ -47,8 +47,20 @@ def prepared(random_network):
         concepts = tuple(map(Concept, concepts))
         method = ESD(ESDConfig(**(SHORT | settings)))
         training = TrainingConfig(batch_size=3)
-        method.prepare(StepContext(random_network, concepts, (), (), (), torch.empty(0, 4, 8, 8), {}, {}, training,
-                                   partial(generator_for, seed)))  # fmt: skip
+        method.prepare(
+            StepContext(
+                random_network,
+                concepts,
+                (),
+                (),
+                (),
+                torch.empty(0, 4, 8, 8),
+                {},
+                {},
+                training,
+                partial(generator_for, seed),
+            )
+        )
         return method
 
     return prepare
@@ -61,8 +73,14 @@ def noise(seed, *shape):
 def buffer_of(network, prompts=("a cat", "a house"), *, schedule=None, **settings):
     schedule = schedule or partial(NoiseSchedule().ddim, "epsilon", 5)
     settings = {"size": 3, "refresh_every": 4} | settings
-    return TrajectoryBuffer(network.encode(prompts), network.encode([""]), (4, 8, 8), schedule,
-                            partial(generator_for, 7, "trajectory"), **settings)  # fmt: skip
+    return TrajectoryBuffer(
+        network.encode(prompts),
+        network.encode([""]),
+        (4, 8, 8),
+        schedule,
+        partial(generator_for, 7, "trajectory"),
+        **settings,
+    )
 
 
 def euler(steps=5):
@@ -81,7 +99,9 @@ def test_no_negative_guidance_leaves_a_loss_of_zero(prepared, predict):
         assert method.loss(predict, predict, torch.Generator().manual_seed(0)).total < 1e-10
 
 
-def test_a_negative_guidance_of_one_makes_the_goal_the_unconditional_prediction(random_network, prepared, predict):
+def test_a_negative_guidance_of_one_makes_the_goal_the_unconditional_prediction(
+    random_network, prepared, predict
+):
     null, concept = noise(0, 2, 3, 4, 8, 8)
     torch.testing.assert_close(erasing_goal(null, concept, concept, 1.0), null, atol=1e-6, rtol=0)
     seen = []
@@ -97,7 +117,8 @@ def test_a_negative_guidance_of_one_makes_the_goal_the_unconditional_prediction(
 @pytest.mark.parametrize("papers", [0.0, 1.0, 2.0])
 def test_strength_is_one_more_than_the_papers(papers):
     null, concept = noise(1, 2, 2, 4, 8, 8)
-    expected = null - papers * (concept - null)  # arXiv 2303.07345: what the concept adds, taken off the unconditional prediction
+    # arXiv 2303.07345: what the concept adds, taken off the unconditional prediction
+    expected = null - papers * (concept - null)
     torch.testing.assert_close(erasing_goal(null, concept, concept, 1 + papers), expected, atol=1e-5, rtol=0)
 
 
@@ -108,7 +129,9 @@ def test_goal_and_loss_by_hand(prepared, random_network):
     def teacher(latents, timesteps, embeddings):
         """Each prompt its own constant."""
         known = random_network.encode(list(values)).text
-        numbers = [list(values.values())[int((known - one).abs().sum((1, 2)).argmin())] for one in embeddings.text]
+        numbers = [
+            list(values.values())[int((known - one).abs().sum((1, 2)).argmin())] for one in embeddings.text
+        ]
         return torch.tensor(numbers).view(-1, 1, 1, 1).expand_as(latents)
 
     asked = []
@@ -130,12 +153,15 @@ def test_several_targets_take_turns(prepared, predict, random_network):
     assert [kept.prompt for kept in method._buffer.trajectories] == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize(("values", "said"), [
-    ({"negative_guidance": -1.0}, "negative_guidance is -1.0; give a number between 0.0 and"),
-    ({"trajectories": 0}, "trajectories is 0"),
-    ({"teacher": "student"}, "teacher is 'student'; choose one of start, pretrained"),
-    ({"erase_from": 3}, "erase_from is 3; give a value of type str"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"negative_guidance": -1.0}, "negative_guidance is -1.0; give a number between 0.0 and"),
+        ({"trajectories": 0}, "trajectories is 0"),
+        ({"teacher": "student"}, "teacher is 'student'; choose one of start, pretrained"),
+        ({"erase_from": 3}, "erase_from is 3; give a value of type str"),
+    ],
+)
 def test_setting_that_cannot_work_is_refused(values, said):
     with pytest.raises(ConfigError, match=said):
         ESDConfig(**values)
@@ -155,12 +181,17 @@ def test_kept_states_are_bit_for_bit_those_of_a_run_from_the_same_seed_up_to_the
             scheduler = NoiseSchedule().ddim("epsilon", 5)
             latents = torch.randn(1, 4, 8, 8, generator=generator_for(7, "trajectory", number))
             for timestep in scheduler.timesteps[:stop]:
-                empty, full = predict(torch.cat([latents, latents]), timestep, Conditioning.cat([null, prompts[kept.prompt]])).chunk(2)
+                empty, full = predict(
+                    torch.cat([latents, latents]), timestep, Conditioning.cat([null, prompts[kept.prompt]])
+                ).chunk(2)
                 latents = scheduler.step(empty + 3.0 * (full - empty), timestep, latents).prev_sample
             assert torch.equal(kept.states[stop], latents[0].half()), (number, stop)
 
 
-@pytest.mark.parametrize("fresh", [partial(NoiseSchedule().ddim, "epsilon", 5), partial(NoiseSchedule().ddim, "v_prediction", 5), euler])
+@pytest.mark.parametrize(
+    "fresh",
+    [partial(NoiseSchedule().ddim, "epsilon", 5), partial(NoiseSchedule().ddim, "v_prediction", 5), euler],
+)
 def test_a_schedulers_step_leads_from_every_kept_state_to_the_next(fresh, random_network, predict):
     null, prompt = random_network.encode(["", "a cat"])
     kept = run_trajectory(predict, prompt, null, noise(2, 4, 8, 8), fresh(), 3.0)
@@ -168,10 +199,13 @@ def test_a_schedulers_step_leads_from_every_kept_state_to_the_next(fresh, random
     for i in range(4):
         state, scheduler = kept.states[i].float()[None], fresh()
         inputs = scheduler.scale_model_input(state, kept.timesteps[i])
-        empty, full = predict(inputs.expand(2, -1, -1, -1), kept.timesteps[i], Conditioning.cat([null, prompt])).chunk(2)
+        empty, full = predict(
+            inputs.expand(2, -1, -1, -1), kept.timesteps[i], Conditioning.cat([null, prompt])
+        ).chunk(2)
         following = scheduler.step(empty + 3.0 * (full - empty), kept.timesteps[i], state).prev_sample[0]
         expected = kept.states[i + 1].float()
-        assert (following - expected).abs().max() < 4e-3 * expected.abs().max()  # fp16 of both, through the network
+        # fp16 of both, through the network
+        assert (following - expected).abs().max() < 4e-3 * expected.abs().max()
 
 
 def test_states_of_sigma_scaled_schedulers_reach_the_network_scaled(random_network, predict):
@@ -214,16 +248,22 @@ def test_states_depend_on_the_seed_of_the_step_alone(prepared, predict):
 
     one, again, other = kept(1), kept(1), kept(2)
     assert all(torch.equal(a.states, b.states) for a, b in zip(one, again, strict=True))
-    assert not torch.equal(one[0].states, other[0].states) and not torch.equal(one[0].states[0], one[1].states[0])
+    assert not torch.equal(one[0].states, other[0].states) and not torch.equal(
+        one[0].states[0], one[1].states[0]
+    )
 
 
 # --- training
 
 
 @pytest.mark.parametrize("group", ["kv", "attn2", "non-attn2"])
-def test_training_lowers_the_loss_and_changes_only_its_group(group, random_model, random_network, networks, make_request):
+def test_training_lowers_the_loss_and_changes_only_its_group(
+    group, random_model, random_network, networks, make_request
+):
     method = ESDConfig(**SHORT, erase_from="a house")
-    request = make_request("Denim", method=method, iterations=40, batch_size=4, learning_rate=3e-3, group=group)
+    request = make_request(
+        "Denim", method=method, iterations=40, batch_size=4, learning_rate=3e-3, group=group
+    )
     edited, report = run_step(random_model, request, store=NoAnchors(), networks=networks["random"])
     losses = torch.tensor(report.losses)
     assert losses[-10:].mean() < 0.7 * losses[:10].mean()
@@ -248,7 +288,9 @@ def test_a_part_that_needs_anchor_pictures_gets_them(random_model, networks, mak
 
 def test_teachers_differ_from_the_second_request_on(random_model, networks, make_request):
     def losses(model, target, teacher):
-        request = make_request(target, method=ESDConfig(teacher=teacher, **SHORT), iterations=2, learning_rate=3e-2)
+        request = make_request(
+            target, method=ESDConfig(teacher=teacher, **SHORT), iterations=2, learning_rate=3e-2
+        )
         model, report = run_step(model, request, store=NoAnchors(), networks=networks["random"])
         return model, report.losses
 

@@ -19,13 +19,19 @@ def edited(random_model, networks, anchors):
     from cul_core.parts.training_config import TrainingConfig
     from cul_core.requests.request import Request
 
-    request = Request((Concept("Lava"),), ConAblConfig(), training=TrainingConfig(iterations=3, batch_size=2), anchor_count=8,
-                      anchor_prompts=("A star image.", "a house"))  # fmt: skip
+    request = Request(
+        (Concept("Lava"),),
+        ConAblConfig(),
+        training=TrainingConfig(iterations=3, batch_size=2),
+        anchor_count=8,
+        anchor_prompts=("A star image.", "a house"),
+    )
     return run_step(random_model, request, store=anchors, networks=networks["random"])[0]
 
 
 def applied(tensors, name):
-    """What a host adds to its weight of that name at strength 1 (alpha / rank times up times down; or the difference)."""
+    """What a host adds to its weight of that name at strength 1 (alpha / rank times up times down; or the
+    difference)."""
     module = name.removesuffix(".weight")
     if f"{module}.diff" in tensors:
         return tensors[f"{module}.diff"]
@@ -36,7 +42,9 @@ def applied(tensors, name):
 def test_a_difference_holds_every_edit_exactly_in_the_hosts_names(edited, tmp_path):
     path = save_difference(edited, tmp_path / "d.safetensors")
     tensors, names = load_file(path), patch_names(edited)
-    assert len(tensors) == len(edited.edits) and all(name.startswith("diffusion_model.") for name in names.values())
+    assert len(tensors) == len(edited.edits) and all(
+        name.startswith("diffusion_model.") for name in names.values()
+    )
     assert all(torch.equal(applied(tensors, names[ours]), delta) for ours, delta in edited.edits.items())
     assert [record.targets for record in read_history(path)[0]] == [("Lava",)]
     assert save_difference(edited, tmp_path / "d.safetensors").name == "d_2.safetensors"
@@ -63,8 +71,12 @@ def test_convolutions_and_biases_are_exported_too(random_model, tmp_path):
     lora = load_file(save_lora(model, tmp_path / "l.safetensors", 1000)[0])
     exact = load_file(save_difference(model, tmp_path / "d.safetensors"))
     module = "diffusion_model.input_blocks.0.0"
-    assert lora[f"{module}.lora_down.weight"].shape[1:] == (4, 3, 3) and lora[f"{module}.lora_up.weight"].shape[2:] == (1, 1)
-    assert torch.allclose(applied(lora, f"{module}.weight").reshape(64, 4, 3, 3), edits["conv_in.weight"], atol=1e-5)
+    assert lora[f"{module}.lora_down.weight"].shape[1:] == (4, 3, 3) and lora[
+        f"{module}.lora_up.weight"
+    ].shape[2:] == (1, 1)
+    assert torch.allclose(
+        applied(lora, f"{module}.weight").reshape(64, 4, 3, 3), edits["conv_in.weight"], atol=1e-5
+    )
     assert all(torch.equal(tensors[f"{module}.diff_b"], edits["conv_in.bias"]) for tensors in (lora, exact))
 
 

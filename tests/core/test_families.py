@@ -1,4 +1,5 @@
-"""Model families: told apart by shapes, refused with what was found, loaded from every layout, and trained at full size."""
+"""Model families: told apart by shapes, refused with what was found, loaded from every layout, and trained at
+full size."""
 
 import json
 import math
@@ -20,7 +21,7 @@ from sd_layout import (
     unet_shapes,
     write_hollow,
     write_random,
-    xl_shapes,  # fmt: skip
+    xl_shapes,
 )
 from torch import nn
 
@@ -31,7 +32,14 @@ from cul_core.files.safetensors_format import read_header
 from cul_core.methods import METHODS
 from cul_core.models.diffusers_network import DiffusersNetwork
 from cul_core.models.family import FAMILIES, MINI, SD1, SD2, SDXL
-from cul_core.models.load_diffusers import NetworkCache, _build_text_encoder, checkpoint_key_map, load_network, load_tokenizer, text_tensors
+from cul_core.models.load_diffusers import (
+    NetworkCache,
+    _build_text_encoder,
+    checkpoint_key_map,
+    load_network,
+    load_tokenizer,
+    text_tensors,
+)
 from cul_core.models.recognize import detect_family, family_of
 from cul_core.models.sampling import SamplerConfig
 from cul_core.models.weight_roles import group_names, reads_text
@@ -51,8 +59,12 @@ from cul_core.training.step import run_step
 
 @pytest.fixture
 def stub(tmp_path):
-    """Two tensors by which Stable Diffusion 1.x is recognized: enough for all that happens before weights are read."""
-    recognized = (f"{UNET}input_blocks.0.0.weight", f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    """Two tensors by which Stable Diffusion 1.x is recognized: enough for all that happens before weights are
+    read."""
+    recognized = (
+        f"{UNET}input_blocks.0.0.weight",
+        f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+    )
     return write_hollow(tmp_path / "sd15.safetensors", {key: unet_shapes()[key] for key in recognized})
 
 
@@ -60,11 +72,16 @@ def stub(tmp_path):
 
 
 def test_family_is_recognized_by_shapes(random_checkpoint):
-    emas = {key.replace(UNET, "model_ema.diffusion_model").replace(".", ""): shape for key, shape in unet_shapes().items()}
+    emas = {
+        key.replace(UNET, "model_ema.diffusion_model").replace(".", ""): shape
+        for key, shape in unet_shapes().items()
+    }
     assert family_of(checkpoint_shapes(), "a") is SD1
     assert family_of(sd2_shapes(), "a") is SD2
     assert family_of(xl_shapes(), "a") is SDXL
-    assert family_of(checkpoint_shapes(level="") | emas | {"betas": (1000,), "model_ema.decay": ()}, "a") is SD1
+    assert (
+        family_of(checkpoint_shapes(level="") | emas | {"betas": (1000,), "model_ema.decay": ()}, "a") is SD1
+    )
     assert detect_family(random_checkpoint) is MINI
 
 
@@ -74,20 +91,32 @@ def test_every_family_is_told_apart_and_complete():
         unet = family.config("unet")
         assert (unet["block_out_channels"][0], unet["cross_attention_dim"]) == family.signature
         assert (unet["in_channels"], unet["sample_size"], unet["sample_size"]) == family.latent_shape
-        assert sum(family.config(kind.config)["hidden_size"] for kind in family.text_encoders) == family.signature[1]
+        assert (
+            sum(family.config(kind.config)["hidden_size"] for kind in family.text_encoders)
+            == family.signature[1]
+        )
         assert family.tokenizer_folder is None or family.tokenizer_folder.is_dir()
 
 
 @pytest.mark.parametrize(
     ("shapes", "said"),
     [
-        (unet_shapes(in_channels=9), "9 input channels, where Stable Diffusion 1.x has 4: inpainting.*choose the text-to-image"),
+        (
+            unet_shapes(in_channels=9),
+            "9 input channels, where Stable Diffusion 1.x has 4: inpainting.*choose the text-to-image",
+        ),
         (unet_shapes(in_channels=8), "8 input channels"),
         (unet_shapes(1024, in_channels=5), "5 input channels, where Stable Diffusion 2.x has 4"),
         (unet_shapes(1024, linear=True, pooled=2048), "is an unCLIP checkpoint.*choose the text-to-image"),
-        (unet_shapes(1280, width=384), r"width 384 and text width 1280 \(the Stable Diffusion XL refiner\).*choose.*Stable Diffusion XL"),
+        (
+            unet_shapes(1280, width=384),
+            r"width 384 and text width 1280 \(the Stable Diffusion XL refiner\).*choose.*Stable Diffusion XL",
+        ),
         (unet_shapes(context=512), "width 320 and text width 512, which is no supported"),
-        (text_shapes() | autoencoder_shapes(), "holds no Stable Diffusion UNet.*choose.*MiniCanvas, Stable Diffusion 1.x"),
+        (
+            text_shapes() | autoencoder_shapes(),
+            "holds no Stable Diffusion UNet.*choose.*MiniCanvas, Stable Diffusion 1.x",
+        ),
     ],
     ids=["inpainting", "picture-to-picture", "depth", "unclip", "refiner", "unknown", "no-unet"],
 )
@@ -101,7 +130,11 @@ def test_other_architecture_is_refused_with_what_was_found(shapes, said, tmp_pat
 
 @pytest.mark.parametrize(
     ("family", "file", "tensors", "matrices", "values"),
-    [(SD1, checkpoint_shapes, 686, 32, 19_169_280), (SD2, sd2_shapes, 686, 32, 25_559_040), (SDXL, xl_shapes, 1680, 140, 340_787_200)],
+    [
+        (SD1, checkpoint_shapes, 686, 32, 19_169_280),
+        (SD2, sd2_shapes, 686, 32, 25_559_040),
+        (SDXL, xl_shapes, 1680, 140, 340_787_200),
+    ],
     ids=["sd1", "sd2", "sdxl"],
 )
 def test_unet_keys_of_stable_diffusion_map_one_to_one(family, file, tensors, matrices, values, tmp_path):
@@ -109,11 +142,17 @@ def test_unet_keys_of_stable_diffusion_map_one_to_one(family, file, tensors, mat
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(family.config("unet"))
-    emas = {key.replace(UNET, "model_ema.diffusion_model").replace(".", ""): (1,) for key in file() if key.startswith(UNET)}
+    emas = {
+        key.replace(UNET, "model_ema.diffusion_model").replace(".", ""): (1,)
+        for key in file()
+        if key.startswith(UNET)
+    }
     shapes = {key: shape for key, shape in file().items() if key.startswith(UNET)}
     keys = checkpoint_key_map(write_hollow(tmp_path / "a.safetensors", file() | emas))
     assert len(keys) == tensors and set(keys.values()) == set(shapes)
-    assert {name: shapes[key] for name, key in keys.items()} == {name: tuple(w.shape) for name, w in unet.state_dict().items()}
+    assert {name: shapes[key] for name, key in keys.items()} == {
+        name: tuple(w.shape) for name, w in unet.state_dict().items()
+    }
     kv = group_names(unet, "kv")
     assert len(kv) == matrices and sum(math.prod(shapes[keys[name]]) for name in kv) == values
 
@@ -129,14 +168,21 @@ def test_text_keys_map_from_both_layouts_to_both(level, ours):
     wanted = {ours + name.removeprefix("text_model."): weight for name, weight in text.state_dict().items()}
     text.state_dict = lambda: wanted
     found = text_tensors(SD1.text_encoders[0], tensors, text)
-    assert {name: tensor.shape for name, tensor in found.items()} == {name: weight.shape for name, weight in wanted.items()}
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: weight.shape for name, weight in wanted.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("family", "file", "left_out"),
     [
         # the layer after the rows that are read, and the projection of a vector that is not
-        (SD2, sd2_shapes, {key for key in open_clip_shapes(SD2_TEXT, 1024, 24) if ".23." in key} | {SD2_TEXT + "text_projection"}),
+        (
+            SD2,
+            sd2_shapes,
+            {key for key in open_clip_shapes(SD2_TEXT, 1024, 24) if ".23." in key}
+            | {SD2_TEXT + "text_projection"},
+        ),
         (SDXL, xl_shapes, set()),
     ],
     ids=["sd2", "sdxl"],
@@ -148,20 +194,33 @@ def test_text_encoders_take_every_value_of_theirs_and_no_other(family, file, lef
     for kind in family.text_encoders:
         encoder = _build_text_encoder(family, kind)
         found = text_tensors(kind, tensors, encoder)
-        assert {name: tensor.shape for name, tensor in found.items()} == {name: w.shape for name, w in encoder.state_dict().items()}
-        theirs = [tensor.numel() for key, tensor in tensors.items() if key.startswith(kind.prefix) and key not in left_out
-                  and not key.endswith(("position_ids", "logit_scale"))]  # fmt: skip
+        assert {name: tensor.shape for name, tensor in found.items()} == {
+            name: w.shape for name, w in encoder.state_dict().items()
+        }
+        theirs = [
+            tensor.numel()
+            for key, tensor in tensors.items()
+            if key.startswith(kind.prefix)
+            and key not in left_out
+            and not key.endswith(("position_ids", "logit_scale"))
+        ]
         assert sum(tensor.numel() for tensor in found.values()) == sum(theirs)
 
 
-def test_open_clips_joined_matrices_are_query_key_and_value_and_its_projection_is_turned(known_tiny, tiny_checkpoints):
+def test_open_clips_joined_matrices_are_query_key_and_value_and_its_projection_is_turned(
+    known_tiny, tiny_checkpoints
+):
     file, network = load_file(tiny_checkpoints["sdxl"]), load_network(tiny_checkpoints["sdxl"])
     ours = dict(network.text_encoders[1].named_parameters())
     joined = file["conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight"].float()
     for i, letter in enumerate("qkv"):
-        (weight,) = (w for name, w in ours.items() if name.endswith(f"layers.1.self_attn.{letter}_proj.weight"))
+        (weight,) = (
+            w for name, w in ours.items() if name.endswith(f"layers.1.self_attn.{letter}_proj.weight")
+        )
         assert torch.equal(weight, joined[64 * i : 64 * (i + 1)])
-    assert torch.equal(ours["text_projection.weight"], file["conditioner.embedders.1.model.text_projection"].float().T)
+    assert torch.equal(
+        ours["text_projection.weight"], file["conditioner.embedders.1.model.text_projection"].float().T
+    )
 
 
 def test_text_encoder_of_an_old_file_is_the_same_one(random_checkpoint, random_network, tmp_path):
@@ -169,7 +228,10 @@ def test_text_encoder_of_an_old_file_is_the_same_one(random_checkpoint, random_n
     tensors = {name.replace(level, TEXT): tensor for name, tensor in load_file(random_checkpoint).items()}
     save_file(tensors, tmp_path / "old.safetensors")
     assert f"{TEXT}final_layer_norm.weight" in tensors
-    assert torch.equal(load_network(tmp_path / "old.safetensors").encode(["a cat"]).text, random_network.encode(["a cat"]).text)
+    assert torch.equal(
+        load_network(tmp_path / "old.safetensors").encode(["a cat"]).text,
+        random_network.encode(["a cat"]).text,
+    )
 
 
 # --- tokenizer and decoder
@@ -194,8 +256,12 @@ def test_tokenizer_folder_that_does_not_fit_is_refused_by_name(stub, tmp_path):
     bare = copied(MINI.tokenizer_folder, tmp_path / "bare", "vocab.json")
     broken = copied(MINI.tokenizer_folder, tmp_path / "broken", "vocab.json", "merges.txt")
     (broken / "vocab.json").write_text("{")
-    for folder, said in ((tmp_path / "nowhere", "has no vocab.json"), (bare, "has no merges.txt"), (broken, "cannot be read"),
-                         (MINI.tokenizer_folder, "has 968 tokens.*where Stable Diffusion 1.x has 49408")):  # fmt: skip
+    for folder, said in (
+        (tmp_path / "nowhere", "has no vocab.json"),
+        (bare, "has no merges.txt"),
+        (broken, "cannot be read"),
+        (MINI.tokenizer_folder, "has 968 tokens.*where Stable Diffusion 1.x has 49408"),
+    ):
         with pytest.raises(ModelError, match=f"{folder}.*{said}"):
             load_network(stub, tokenizer_folder=folder)
         with pytest.raises(ModelError, match=said):
@@ -208,15 +274,25 @@ def test_family_with_a_tokenizer_of_its_own_ignores_the_folder(random_checkpoint
 
 def test_clip_tokenizer_needs_two_files_and_pads_with_the_end(clip_tokenizer, tmp_path):
     second = copied(clip_tokenizer, tmp_path / "sd2", "vocab.json", "merges.txt")
-    (second / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "pad_token": "!"}))
-    for folder in (clip_tokenizer, copied(clip_tokenizer, tmp_path / "two", "vocab.json", "merges.txt"), second):
-        ids = load_tokenizer(SD1, folder)(["A photo of a Cat"], padding="max_length", max_length=77, truncation=True).input_ids[0]
+    (second / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "pad_token": "!"})
+    )
+    for folder in (
+        clip_tokenizer,
+        copied(clip_tokenizer, tmp_path / "two", "vocab.json", "merges.txt"),
+        second,
+    ):
+        ids = load_tokenizer(SD1, folder)(
+            ["A photo of a Cat"], padding="max_length", max_length=77, truncation=True
+        ).input_ids[0]
         assert ids == [49406, 320, 1125, 539, 320, 2368] + 71 * [49407]  # CLIP's ids of these words
 
 
 def test_latents_of_a_family_without_a_decoder_are_not_decoded():
     network = DiffusersNetwork(SD1, nn.Linear(1, 1), (), None, None).to("cpu")
-    with pytest.raises(ModelError, match="Latents of Stable Diffusion 1.x cannot be decoded here.*decode them with the VAE"):
+    with pytest.raises(
+        ModelError, match="Latents of Stable Diffusion 1.x cannot be decoded here.*decode them with the VAE"
+    ):
         network.decode(torch.zeros(1, 4, 64, 64))
 
 
@@ -227,27 +303,63 @@ def test_latents_of_a_family_without_a_decoder_are_not_decoded():
 def test_preset_takes_the_values_of_its_family(name):
     chosen = preset(name)
     assert chosen.for_family(MINI) is chosen
-    request = chosen.for_family(SD1).request([Concept("Van_Gogh")], retain=[], anchor_prompts=["a cup"], seed=3)
+    request = chosen.for_family(SD1).request(
+        [Concept("Van_Gogh")], retain=[], anchor_prompts=["a cup"], seed=3
+    )
     training = request.training
-    assert (training.iterations, training.batch_size, training.learning_rate, training.seed) == (1000, 4, 8e-6, 3)
-    assert (request.anchor_count, request.anchor_sampler) == (200, SamplerConfig(steps=25, guidance_scale=6.0))
-    assert (request.method, training.schedule) == (chosen.method_of.get("sd1", chosen.method), chosen.training.schedule)
+    assert (training.iterations, training.batch_size, training.learning_rate, training.seed) == (
+        1000,
+        4,
+        8e-6,
+        3,
+    )
+    assert (request.anchor_count, request.anchor_sampler) == (
+        200,
+        SamplerConfig(steps=25, guidance_scale=6.0),
+    )
+    assert (request.method, training.schedule) == (
+        chosen.method_of.get("sd1", chosen.method),
+        chosen.training.schedule,
+    )
 
 
 def test_erased_stable_diffusion_trains_on_its_own_family_as_its_authors_do():
-    request = preset("esd").for_family(SD1).request([Concept("Van_Gogh")], retain=[], anchor_prompts=["a cup"], seed=3)
+    request = (
+        preset("esd")
+        .for_family(SD1)
+        .request([Concept("Van_Gogh")], retain=[], anchor_prompts=["a cup"], seed=3)
+    )
     training = request.training
-    assert (training.iterations, training.batch_size, training.learning_rate, training.group) == (200, 1, 5e-5, "attn2")
+    assert (training.iterations, training.batch_size, training.learning_rate, training.group) == (
+        200,
+        1,
+        5e-5,
+        "attn2",
+    )
     assert (training.schedule, training.max_grad_norm, training.seed) == ("constant", 0.0, 3)
     assert preset("esd").for_family(MINI) is preset("esd")
 
 
 def test_erased_stable_diffusion_trains_on_sdxl_as_the_paper_does():
-    request = preset("esd_reference").for_family(SDXL).request([Concept("Van_Gogh")], retain=[], anchor_prompts=["a cup"], seed=3)
+    request = (
+        preset("esd_reference")
+        .for_family(SDXL)
+        .request([Concept("Van_Gogh")], retain=[], anchor_prompts=["a cup"], seed=3)
+    )
     training, method = request.training, request.method
-    assert (training.iterations, training.batch_size, training.learning_rate, training.group) == (200, 1, 2e-4, "kv")
+    assert (training.iterations, training.batch_size, training.learning_rate, training.group) == (
+        200,
+        1,
+        2e-4,
+        "kv",
+    )
     assert (training.schedule, training.max_grad_norm, training.weight_decay) == ("constant", 0.0, 0.0)
-    assert (method.negative_guidance, method.guidance_scale, method.teacher, method.block_first_token) == (2.0, 3.0, "start", False)
+    assert (method.negative_guidance, method.guidance_scale, method.teacher, method.block_first_token) == (
+        2.0,
+        3.0,
+        "start",
+        False,
+    )
 
 
 def test_papers_penalties_have_the_papers_strengths():
@@ -276,10 +388,15 @@ def test_every_entry_names_families_that_exist(entry):
 
 @pytest.mark.parametrize(
     ("command", "said"),
-    [(["unlearn", "Van Gogh", "--model"], "--tokenizer on the command line"), (["evaluate"], "there is no classifier")],
+    [
+        (["unlearn", "Van Gogh", "--model"], "--tokenizer on the command line"),
+        (["evaluate"], "there is no classifier"),
+    ],
     ids=["unlearn", "evaluate"],
 )
-def test_command_that_lacks_something_for_stable_diffusion_is_one_line(stub, tmp_path, monkeypatch, capsys, command, said):
+def test_command_that_lacks_something_for_stable_diffusion_is_one_line(
+    stub, tmp_path, monkeypatch, capsys, command, said
+):
     monkeypatch.chdir(tmp_path)
     assert main([*command, str(stub)]) == 2
     out, err = capsys.readouterr()
@@ -299,16 +416,29 @@ def full_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def full_step(full_checkpoint, clip_tokenizer):
-    """(model, edited, report, [text vector (768,) of the kept, of the forgotten name]) of one update, under every regularizer at once."""
+    """(model, edited, report, [text vector (768,) of the kept, of the forgotten name]) of one update, under
+    every regularizer at once."""
     model, networks = open_model(full_checkpoint), NetworkCache(clip_tokenizer)
     kept, target = Concept("Claude_Monet"), Concept("Van_Gogh")
     request = Request(
-        concepts=(target,), method=preset("recommended").method, retain=(kept,), anchor_prompts=("A painting of a horse.",),
-        regularizers=(ProjectionConfig(decoys=8), L1SPConfig(strength=50.0), L2SPConfig(strength=25000.0, form="penalty")),
-        training=TrainingConfig(iterations=1, batch_size=1, learning_rate=1e-3), anchor_count=1, anchor_sampler=SamplerConfig(steps=1),
-    )  # fmt: skip
+        concepts=(target,),
+        method=preset("recommended").method,
+        retain=(kept,),
+        anchor_prompts=("A painting of a horse.",),
+        regularizers=(
+            ProjectionConfig(decoys=8),
+            L1SPConfig(strength=50.0),
+            L2SPConfig(strength=25000.0, form="penalty"),
+        ),
+        training=TrainingConfig(iterations=1, batch_size=1, learning_rate=1e-3),
+        anchor_count=1,
+        anchor_sampler=SamplerConfig(steps=1),
+    )
     edited, report = run_step(model, request, store=AnchorStore(), networks=networks)
-    rows = [prompt_rows(networks.get(model.source), [concept.prompt], "mean", concept.name)[0].float() for concept in (kept, target)]
+    rows = [
+        prompt_rows(networks.get(model.source), [concept.prompt], "mean", concept.name)[0].float()
+        for concept in (kept, target)
+    ]
     return model, edited, report, rows
 
 
@@ -346,7 +476,8 @@ def test_full_size_checkpoint_differs_only_in_the_edited_tensors(full_step, full
     assert changed == {keys[name] for name in edited.edits}
     rounded = difference(full_saved, model.source.path)
     largest = max(float((rounded[name] - delta).abs().max()) for name, delta in edited.edits.items())
-    assert rounded.keys() == edited.edits.keys() and largest <= 2**-11  # half an fp16 step of weights below 1
+    # half an fp16 step of weights below 1
+    assert rounded.keys() == edited.edits.keys() and largest <= 2**-11
     reopened = open_model(full_saved)
     assert reopened.family is SD1 and [record.targets for record in reopened.history] == [("Van_Gogh",)]
 
@@ -355,8 +486,16 @@ def test_full_size_checkpoint_differs_only_in_the_edited_tensors(full_step, full
 def test_full_size_edits_are_exported_in_the_hosts_names(full_step, tmp_path):
     _, edited, *_ = full_step
     few = replace(edited, edits={name: edited.edits[name] for name in sorted(edited.edits)[:2]})
-    places = ["middle_block", *(f"input_blocks.{i}" for i in (1, 2, 4, 5, 7, 8)), *(f"output_blocks.{i}" for i in range(3, 12))]
-    modules = {f"diffusion_model.{place}.1.transformer_blocks.0.attn2.to_{letter}" for place in places for letter in "kv"}
+    places = [
+        "middle_block",
+        *(f"input_blocks.{i}" for i in (1, 2, 4, 5, 7, 8)),
+        *(f"output_blocks.{i}" for i in range(3, 12)),
+    ]
+    modules = {
+        f"diffusion_model.{place}.1.transformer_blocks.0.attn2.to_{letter}"
+        for place in places
+        for letter in "kv"
+    }
     whole = load_file(save_difference(edited, tmp_path / "difference.safetensors"))
     assert whole.keys() == {f"{module}.diff" for module in modules}
     path, energy = save_lora(few, tmp_path / "lora.safetensors", rank=4)

@@ -27,7 +27,9 @@ def check(found, recorded):
 
 
 def test_the_record_is_whole():
-    assert GOLDEN["presets"].keys() == PRESETS.keys() and GOLDEN["mergers"].keys() == {entry.name for entry in MERGERS}
+    assert GOLDEN["presets"].keys() == PRESETS.keys() and GOLDEN["mergers"].keys() == {
+        entry.name for entry in MERGERS
+    }
 
 
 @pytest.mark.parametrize("name", PRESETS)

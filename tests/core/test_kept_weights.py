@@ -17,7 +17,12 @@ from cul_core.store.model_snapshots import snapshot_model
 
 
 def tensors():
-    return {"b": torch.arange(6.0).view(2, 3).t(), "a": torch.tensor([1.5]).half(), "mark": torch.empty(0), "scale": torch.tensor(0.5)}
+    return {
+        "b": torch.arange(6.0).view(2, 3).t(),
+        "a": torch.tensor([1.5]).half(),
+        "mark": torch.empty(0),
+        "scale": torch.tensor(0.5),
+    }
 
 
 class Lazy(torch.nn.Parameter):
@@ -34,13 +39,21 @@ class Lazy(torch.nn.Parameter):
 
 def test_the_file_holds_the_tensors_and_is_named_by_its_content(tmp_path):
     seen = []
-    source = snapshot_model(tmp_path, tensors() | {"lazy": Lazy(torch.zeros(2))}, lambda *progress: seen.append(progress))
+    source = snapshot_model(
+        tmp_path, tensors() | {"lazy": Lazy(torch.zeros(2))}, lambda *progress: seen.append(progress)
+    )
     found = load_file(source.path)
     assert found.keys() == {"a", "b", "lazy", "mark", "scale"}
-    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors().items())
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+        for name, tensor in tensors().items()
+    )
     assert torch.equal(found["lazy"], torch.ones(2))
     header, _, start = read_header(source.path)
-    assert all((start + entry["data_offsets"][0]) % {"F32": 4, "F16": 2}[entry["dtype"]] == 0 for entry in header.values())
+    assert all(
+        (start + entry["data_offsets"][0]) % {"F32": 4, "F16": 2}[entry["dtype"]] == 0
+        for entry in header.values()
+    )
     assert source.path.stem == source.sha256 == hashlib.sha256(source.path.read_bytes()).hexdigest()
     assert seen == [(done, 10) for done in range(10)]
 
@@ -48,7 +61,10 @@ def test_the_file_holds_the_tensors_and_is_named_by_its_content(tmp_path):
 def test_equal_tensors_are_kept_once_and_a_damaged_file_is_written_anew(tmp_path):
     source = snapshot_model(tmp_path, tensors())
     number = source.path.stat().st_ino
-    assert snapshot_model(tmp_path, dict(reversed(tensors().items()))) == source and source.path.stat().st_ino == number
+    assert (
+        snapshot_model(tmp_path, dict(reversed(tensors().items()))) == source
+        and source.path.stat().st_ino == number
+    )
     data = source.path.read_bytes()
     source.path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     os.utime(source.path, (1, 1))
@@ -64,8 +80,18 @@ def cancelled(done, count):
 @pytest.mark.parametrize(
     ("more", "on_tensor", "error", "said"),
     [
-        ({"c": torch.zeros(2, dtype=torch.float8_e4m3fn)}, lambda *_: None, ModelError, "'c' is held as float8.*load the"),
-        ({"c": Lazy(torch.zeros(2), changes=[1.0, 0.0])}, lambda *_: None, ModelError, "changed while they were written"),
+        (
+            {"c": torch.zeros(2, dtype=torch.float8_e4m3fn)},
+            lambda *_: None,
+            ModelError,
+            "'c' is held as float8.*load the",
+        ),
+        (
+            {"c": Lazy(torch.zeros(2), changes=[1.0, 0.0])},
+            lambda *_: None,
+            ModelError,
+            "changed while they were written",
+        ),
         ({}, cancelled, KeyboardInterrupt, None),
     ],
     ids=["fp8", "changing", "cancelled"],
@@ -81,7 +107,9 @@ def test_the_least_recently_used_goes_first(tmp_path):
     for age, path in enumerate(paths):
         os.utime(path, (age, age))
     snapshot_model(tmp_path, {"a": torch.zeros(100)})  # used again
-    new = snapshot_model(tmp_path, {"a": torch.full((100,), 9.0)}, largest_bytes=2 * paths[0].stat().st_size).path
+    new = snapshot_model(
+        tmp_path, {"a": torch.full((100,), 9.0)}, largest_bytes=2 * paths[0].stat().st_size
+    ).path
     assert set(tmp_path.glob("*.safetensors")) == {paths[0], new}
 
 
@@ -111,7 +139,9 @@ def test_what_a_graph_uses_stays_and_goes_when_it_is_used_no_longer(tmp_path, si
         hold(source.path, source)
     del source, sources[:4]
     snapshot_model(tmp_path, weights(7), largest_bytes=4 * size)
-    assert {path.stem for path in tmp_path.glob("*.safetensors")} >= {source.sha256 for source in (*equal, *sources)}
+    assert {path.stem for path in tmp_path.glob("*.safetensors")} >= {
+        source.sha256 for source in (*equal, *sources)
+    }
     assert len(list(tmp_path.glob("*.safetensors"))) == 5
 
 
@@ -147,7 +177,9 @@ def failing(monkeypatch, owner, name, error, when=lambda path: True):
     ],
     ids=["open", "gone", "read only", "gone before stat", "locked"],
 )
-def test_neighbours_that_cannot_be_removed_or_looked_at_cost_nothing(owner, name, error, tmp_path, size, monkeypatch):
+def test_neighbours_that_cannot_be_removed_or_looked_at_cost_nothing(
+    owner, name, error, tmp_path, size, monkeypatch
+):
     old = [snapshot_model(tmp_path, weights(number)).path for number in range(3)]
     age(tmp_path)
     failing(monkeypatch, owner, name, error, lambda path: name == "utime" or path in old)

@@ -1,4 +1,5 @@
-"""Small models with the layout of Stable Diffusion 2.x and XL: what their networks are told, how they train, and what is written."""
+"""Small models with the layout of Stable Diffusion 2.x and XL: what their networks are told, how they train,
+and what is written."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,14 +46,18 @@ def tiny_anchors():
 @pytest.fixture
 def step(tiny_model, tiny_networks, tiny_anchors):
     networks = tiny_networks[tiny_model.family.name]
-    return lambda request, **options: run_step(tiny_model, request, store=tiny_anchors, networks=networks, **options)
+    return lambda request, **options: run_step(
+        tiny_model, request, store=tiny_anchors, networks=networks, **options
+    )
 
 
 @contextmanager
 def unet_calls(network):
     """(latents, keyword arguments) of every call."""
     seen = []
-    handle = network.unet.register_forward_pre_hook(lambda module, inputs, named: seen.append((inputs[0], named)), with_kwargs=True)
+    handle = network.unet.register_forward_pre_hook(
+        lambda module, inputs, named: seen.append((inputs[0], named)), with_kwargs=True
+    )
     try:
         yield seen
     finally:
@@ -72,11 +77,16 @@ def test_every_method_and_regularizer_supports_all_families_or_says_so():
 
 
 @only_xl
-def test_every_call_of_the_network_gets_each_prompts_own_pooled_vector_and_the_pictures_size(step, tiny_network, make_request):
+def test_every_call_of_the_network_gets_each_prompts_own_pooled_vector_and_the_pictures_size(
+    step, tiny_network, make_request
+):
     callbacks = Callbacks(preview_prompts=("a cat",), preview_every=3)
     regularizers = [SelFTConfig(states=2), ProjectionConfig()]
     with unet_calls(tiny_network) as seen:
-        step(make_request("Lava", method=ConAblConfig(), regularizers=regularizers, seed=1), callbacks=callbacks)
+        step(
+            make_request("Lava", method=ConAblConfig(), regularizers=regularizers, seed=1),
+            callbacks=callbacks,
+        )
         step(make_request("Lava", method=ESD), callbacks=callbacks)
     known = tiny_network.encode(list(tiny_network._prompts))
     assert len(known) > 5 and len(set(map(tuple, known.pooled.tolist()))) == len(known)
@@ -95,7 +105,10 @@ def test_every_call_of_the_network_gets_each_prompts_own_pooled_vector_and_the_p
 
 def test_pooled_text_and_size_are_as_wide_as_the_full_network_reads_them():
     assert SDXL.config("text_encoder_2")["projection_dim"] == 1280
-    assert SDXL.config("unet")["projection_class_embeddings_input_dim"] == 1280 + 6 * SDXL.config("unet")["addition_time_embed_dim"]
+    assert (
+        SDXL.config("unet")["projection_class_embeddings_input_dim"]
+        == 1280 + 6 * SDXL.config("unet")["addition_time_embed_dim"]
+    )
 
 
 @only_xl
@@ -108,7 +121,8 @@ def test_a_prompt_is_the_first_encoders_rows_beside_the_seconds(tiny_network):
     with torch.no_grad():
         one, other = first(ids, output_hidden_states=True), second(padded, output_hidden_states=True)
     encoded = tiny_network.encode(["a cat", ""])
-    rows = torch.cat([one.hidden_states[2], other.hidden_states[2]], -1)  # of three layers, after the second
+    # of three layers, after the second
+    rows = torch.cat([one.hidden_states[2], other.hidden_states[2]], -1)
     torch.testing.assert_close(encoded.text, rows)
     torch.testing.assert_close(encoded.pooled, other.text_embeds)
     assert encoded.text.shape == (2, 77, 128) and encoded[0].text.shape == (1, 77, 128)
@@ -119,10 +133,17 @@ def test_a_prompt_is_the_first_encoders_rows_beside_the_seconds(tiny_network):
 
 @pytest.mark.parametrize(
     ("method", "regularizers"),
-    [*((method, []) for method in configs(METHODS)), *((ESD, [regularizer]) for regularizer in configs(REGULARIZERS))],
-    ids=lambda value: value.registry_name if not isinstance(value, list) else value[0].registry_name if value else "alone",
+    [
+        *((method, []) for method in configs(METHODS)),
+        *((ESD, [regularizer]) for regularizer in configs(REGULARIZERS)),
+    ],
+    ids=lambda value: (
+        value.registry_name if not isinstance(value, list) else value[0].registry_name if value else "alone"
+    ),
 )
-def test_methods_and_regularizers_train_it_and_change_only_their_group(method, regularizers, step, tiny_network, make_request):
+def test_methods_and_regularizers_train_it_and_change_only_their_group(
+    method, regularizers, step, tiny_network, make_request
+):
     edited, report = step(make_request(method=method, regularizers=regularizers, iterations=2))
     assert edited.edits and set(edited.edits) <= set(group_names(tiny_network.unet, "kv"))
     assert all(torch.isfinite(torch.tensor(report.losses)))
@@ -130,8 +151,11 @@ def test_methods_and_regularizers_train_it_and_change_only_their_group(method, r
 
 @only_xl
 def test_erasing_lowers_the_loss_and_changes_only_its_group(step, tiny_network, make_request):
-    method = ESDConfig(trajectories=1, trajectory_steps=1, erase_from="a house")  # every update has the same state
-    edited, report = step(make_request("Denim", method=method, iterations=15, learning_rate=2e-3, group="attn2"))
+    # every update has the same state
+    method = ESDConfig(trajectories=1, trajectory_steps=1, erase_from="a house")
+    edited, report = step(
+        make_request("Denim", method=method, iterations=15, learning_rate=2e-3, group="attn2")
+    )
     assert report.losses[-1] < 0.5 * report.losses[0]
     assert edited.edits and set(edited.edits) <= set(group_names(tiny_network.unet, "attn2"))
 
@@ -150,7 +174,9 @@ def test_saved_checkpoint_has_every_other_byte_of_its_source_and_opens_again(tin
     assert before == after and "cul_history" in metadata and "model_ema.decay" in after
     keys = checkpoint_key_map(tiny_model.source.path)
     old, new = load_file(tiny_model.source.path), load_file(path)
-    assert {key for key in old if not torch.equal(old[key], new[key])} == {keys[name] for name in edited.edits}
+    assert {key for key in old if not torch.equal(old[key], new[key])} == {
+        keys[name] for name in edited.edits
+    }
     rounded = difference(path, tiny_model.source.path)
     for name, delta in edited.edits.items():
         assert (rounded[name] - delta).abs().max() <= 2**-10  # half an fp16 step of weights below 2
@@ -161,7 +187,9 @@ def test_edits_are_exported_in_the_hosts_names(tiny_model, edited, tmp_path):
     keys = checkpoint_key_map(tiny_model.source.path)
     modules = {keys[name].removeprefix("model.").removesuffix(".weight") for name in edited.edits}
     assert all(module.startswith("diffusion_model.") and ".attn2.to_" in module for module in modules)
-    assert load_file(save_difference(edited, tmp_path / "difference.safetensors")).keys() == {f"{module}.diff" for module in modules}
+    assert load_file(save_difference(edited, tmp_path / "difference.safetensors")).keys() == {
+        f"{module}.diff" for module in modules
+    }
     path, energy = save_lora(edited, tmp_path / "lora.safetensors", rank=64)
     leaves = ("lora_up.weight", "lora_down.weight", "alpha")
     assert load_file(path).keys() == {f"{module}.{leaf}" for module in modules for leaf in leaves}
@@ -169,16 +197,26 @@ def test_edits_are_exported_in_the_hosts_names(tiny_model, edited, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shapes", "width", "pooled"), [(sd2_shapes, 1024, None), (xl_shapes, 2048, (2, 1280))], ids=["sd2", "sdxl"])
-def test_full_size_file_is_loaded_and_written_with_one_matrix_changed(shapes, width, pooled, clip_tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("shapes", "width", "pooled"),
+    [(sd2_shapes, 1024, None), (xl_shapes, 2048, (2, 1280))],
+    ids=["sd2", "sdxl"],
+)
+def test_full_size_file_is_loaded_and_written_with_one_matrix_changed(
+    shapes, width, pooled, clip_tokenizer, tmp_path
+):
     """7 GB on the disk and of memory for XL, in bf16; every weight is 0."""
     path = write_hollow(tmp_path / "full.safetensors", shapes())
     encoded = load_network(path, torch.bfloat16, clip_tokenizer).encode(["a cat", ""])
-    assert encoded.text.shape == (2, 77, width) and (encoded.pooled is None if pooled is None else encoded.pooled.shape == pooled)
+    assert encoded.text.shape == (2, 77, width) and (
+        encoded.pooled is None if pooled is None else encoded.pooled.shape == pooled
+    )
     model = open_model(path)
     name, key = min(item for item in checkpoint_key_map(path).items() if reads_text(item[0]))
     edit = torch.full(shapes()[key], 0.5)
-    with safe_open(save_checkpoint(replace(model, edits={name: edit}), tmp_path / "edited.safetensors"), "pt") as file:
+    with safe_open(
+        save_checkpoint(replace(model, edits={name: edit}), tmp_path / "edited.safetensors"), "pt"
+    ) as file:
         assert {k for k in file.keys() if file.get_tensor(k).any()} == {key}
         assert torch.equal(file.get_tensor(key), edit.half())
     for written in tmp_path.iterdir():
@@ -205,10 +243,14 @@ def test_xl_that_predicts_the_velocity_is_told_by_its_marks(tiny_model, tmp_path
 
 
 def test_sd2_that_predicts_the_velocity_is_told_by_the_spread_of_one_tensor(tmp_path):
-    tensors = {f"{UNET}input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3),
-               f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(320, 1024)}  # fmt: skip
+    tensors = {
+        f"{UNET}input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3),
+        f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(320, 1024),
+    }
     for spread, found in ((0.08, ("epsilon", (4, 64, 64), 512)), (0.1, ("v_prediction", (4, 96, 96), 768))):
-        tensors[f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"] = spread * torch.tensor([-1.0, 1.0]).repeat(160)
+        tensors[f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"] = spread * torch.tensor(
+            [-1.0, 1.0]
+        ).repeat(160)
         save_file(tensors, tmp_path / "a.safetensors")
         family = detect_family(tmp_path / "a.safetensors")
         assert (family.prediction_type, family.latent_shape, family.image_size_px) == found
@@ -219,7 +261,10 @@ def test_sd2_that_predicts_the_velocity_is_told_by_the_spread_of_one_tensor(tmp_
     ("more", "said"),
     [
         ({"edm_mean": torch.zeros(4)}, "noise schedule of EDM"),
-        ({f"{UNET}middle_block.1.proj_in.weight": torch.zeros(64, 64, dtype=torch.float8_e4m3fn)}, "8 bits.*choose the fp16"),
+        (
+            {f"{UNET}middle_block.1.proj_in.weight": torch.zeros(64, 64, dtype=torch.float8_e4m3fn)},
+            "8 bits.*choose the fp16",
+        ),
     ],
     ids=["edm", "fp8"],
 )
@@ -228,23 +273,35 @@ def test_checkpoint_that_cannot_be_edited_is_refused_with_the_reason(more, said,
         detect_family(marked(tiny_model.source.path, tmp_path / "a.safetensors", **more))
 
 
-@pytest.mark.parametrize(("predicted", "noisy"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)])
+@pytest.mark.parametrize(
+    ("predicted", "noisy"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+)
 def test_sampling_finds_the_picture_of_a_network_that_knows_it(predicted, noisy):
-    """Whatever z_t is, the network knows the picture x in it: noise e = (z - a x) / s, velocity a e - s x = (a z - x) / s."""
-    family = replace(V_PREDICTION["sdxl"], prediction_type=predicted, ends_in_noise=noisy, latent_shape=(4, 8, 8))
+    """Whatever z_t is, the network knows the picture x in it: noise e = (z - a x) / s, velocity a e - s x =
+    (a z - x) / s."""
+    family = replace(
+        V_PREDICTION["sdxl"], prediction_type=predicted, ends_in_noise=noisy, latent_shape=(4, 8, 8)
+    )
     schedule = NoiseSchedule(ends_in_noise=noisy)
     picture = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def predict(latents, timesteps, embeddings):
         signal, sigma = schedule.coefficients(timesteps.long().expand(len(latents)))
-        return ((latents - signal * picture) if predicted == "epsilon" else (signal * latents - picture)) / sigma
+        return (
+            (latents - signal * picture) if predicted == "epsilon" else (signal * latents - picture)
+        ) / sigma
 
     prompts = Conditioning(torch.zeros(1, 77, 8))
-    network = SimpleNamespace(device="cpu", family=family, encode=lambda texts: prompts.expand(len(texts)), predict=predict)
-    (sampled,) = sample_latents(network, ["a cat"], [generator_for(0)], SamplerConfig(steps=6, guidance_scale=1.0))
+    network = SimpleNamespace(
+        device="cpu", family=family, encode=lambda texts: prompts.expand(len(texts)), predict=predict
+    )
+    (sampled,) = sample_latents(
+        network, ["a cat"], [generator_for(0)], SamplerConfig(steps=6, guidance_scale=1.0)
+    )
     torch.testing.assert_close(sampled, picture, atol=2e-3, rtol=0)
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
     kept = run_trajectory(predict, prompts, prompts, noise, schedule.ddim(predicted, 5), 1.0)
     signal, sigma = schedule.coefficients(kept.timesteps)
-    first = (noise - signal[0] * picture) / sigma[0]  # deterministic DDIM keeps picture and noise as they are in the first state
+    # deterministic DDIM keeps picture and noise as they are in the first state
+    first = (noise - signal[0] * picture) / sigma[0]
     torch.testing.assert_close(kept.states.float(), signal * picture + sigma * first, atol=3e-3, rtol=0)

@@ -28,7 +28,11 @@ def _pair(name, dtype=torch.float32):
     """(PyTorch's layer, ours, an input), with equal frozen weights."""
     layer, shape = _LAYERS[name]
     layer = copy.deepcopy(layer).to(dtype).requires_grad_(False)
-    return layer, replace_frozen_layers(copy.deepcopy(layer)), torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return (
+        layer,
+        replace_frozen_layers(copy.deepcopy(layer)),
+        torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype),
+    )
 
 
 def _run(layer, rows):
@@ -90,7 +94,9 @@ def test_products_without_onednn(monkeypatch):
     monkeypatch.setattr("cul_core.models.frozen_layers._HAS_ONEDNN", False)
     for a, b in zip(expected[:2], _run(ours, rows)[:2], strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
-    assert torch.equal(product(rows, ours.weight, ours.bias), nn.functional.linear(rows, ours.weight, ours.bias))
+    assert torch.equal(
+        product(rows, ours.weight, ours.bias), nn.functional.linear(rows, ours.weight, ours.bias)
+    )
 
 
 def test_a_network_is_turned_in_place_and_only_where_it_is_pytorchs():
@@ -108,16 +114,23 @@ class _Network(nn.Module):
     def __init__(self, is_checkpointed=False):
         super().__init__()
         torch.manual_seed(1)
-        self.layers = replace_frozen_layers(nn.Sequential(nn.Conv2d(4, 40, 3, padding=1), nn.Flatten(2), GEGLU(36, 12), nn.Linear(12, 3)))
+        self.layers = replace_frozen_layers(
+            nn.Sequential(nn.Conv2d(4, 40, 3, padding=1), nn.Flatten(2), GEGLU(36, 12), nn.Linear(12, 3))
+        )
         self.requires_grad_(False)
         self.is_checkpointed = is_checkpointed
 
     def forward(self, rows):
-        return checkpoint(self.layers, rows, use_reentrant=False) if self.is_checkpointed else self.layers(rows)
+        return (
+            checkpoint(self.layers, rows, use_reentrant=False) if self.is_checkpointed else self.layers(rows)
+        )
 
 
 def test_layers_can_be_compiled_and_checkpointed():
     rows = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
     plain = _run(_Network(), rows)
-    for other in (torch.compile(_Network(), backend="aot_eager", fullgraph=True), _Network(is_checkpointed=True)):
+    for other in (
+        torch.compile(_Network(), backend="aot_eager", fullgraph=True),
+        _Network(is_checkpointed=True),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(plain[:2], _run(other, rows)[:2], strict=True))

@@ -1,4 +1,5 @@
-"""Memorized pictures: what counts as a copy, which captions are forgotten and which are anchors, and the request they make."""
+"""Memorized pictures: what counts as a copy, which captions are forgotten and which are anchors, and the
+request they make."""
 
 from dataclasses import replace
 
@@ -26,13 +27,20 @@ from cul_core.output.charts import to_image
 from cul_core.store.anchors import AnchorStore
 
 CAPTION = "A house image in Lava style."
-QUICK = replace(MEMORIZATION, anchor_count=4, anchor_sampler=SamplerConfig(steps=4), training=replace(MEMORIZATION.training, batch_size=2))
+QUICK = replace(
+    MEMORIZATION,
+    anchor_count=4,
+    anchor_sampler=SamplerConfig(steps=4),
+    training=replace(MEMORIZATION.training, batch_size=2),
+)
 TWO = MemorizationConfig(pictures=2, fewest_anchors=2)
 
 
 @pytest.fixture(scope="module")
 def original(shipped_network):
-    return shipped_network.decode(sample_latents(shipped_network, [CAPTION], [generator_for(9)], SamplerConfig(steps=4)))[0]
+    return shipped_network.decode(
+        sample_latents(shipped_network, [CAPTION], [generator_for(9)], SamplerConfig(steps=4))
+    )[0]
 
 
 def test_pixel_correlation_is_blind_to_size_brightness_and_contrast_and_not_to_place():
@@ -48,25 +56,46 @@ def test_pixel_correlation_is_blind_to_size_brightness_and_contrast_and_not_to_p
 
 
 def test_embedding_cosine_compares_what_a_network_sees():
-    embed = lambda pictures: torch.stack([pictures[:, 0].mean((1, 2)), pictures[:, 1].mean((1, 2))], 1)  # noqa: E731
+    def embed(pictures):
+        return torch.stack([pictures[:, 0].mean((1, 2)), pictures[:, 1].mean((1, 2))], 1)
+
     red, both = torch.zeros(3, 2, 2), torch.zeros(3, 2, 2)
     red[0], both[:2] = 1, 1
     # vectors (1, 0) and (1, 1): cosine 1 / sqrt(2)
-    assert torch.allclose(embedding_cosine(red, embed)(torch.stack([red, both])), torch.tensor([1.0, 0.5**0.5]))
+    assert torch.allclose(
+        embedding_cosine(red, embed)(torch.stack([red, both])), torch.tensor([1.0, 0.5**0.5])
+    )
 
 
 def test_captions_that_copy_are_targets_and_the_least_memorized_of_the_others_are_anchors():
-    rates = {"Ann at sea": 1.0, "a": 0.3, "b": 0.6, "c": 0.0, "d": 0.31, "e": 0.59, "f": 0.1, "g": 0.1, "print of Ann at Sea": 0.2}
+    rates = {
+        "Ann at sea": 1.0,
+        "a": 0.3,
+        "b": 0.6,
+        "c": 0.0,
+        "d": 0.31,
+        "e": 0.59,
+        "f": 0.1,
+        "g": 0.1,
+        "print of Ann at Sea": 0.2,
+    }
     concepts, anchors = sorted_captions("Ann at sea", rates, MemorizationConfig(fewest_anchors=4))
     assert anchors == ("c", "f", "g", "a")
     assert concepts == (Concept("Ann at sea", "memorized", "c"), Concept("b", "memorized", "c"))
-    assert sorted_captions("Ann at sea", rates, MemorizationConfig(fewest_anchors=1, most_anchors=2))[1] == ("c", "f")
+    assert sorted_captions("Ann at sea", rates, MemorizationConfig(fewest_anchors=1, most_anchors=2))[1] == (
+        "c",
+        "f",
+    )
 
 
 def test_too_few_anchors_and_a_caption_that_is_not_memorized_are_refused():
-    with pytest.raises(ConceptError, match="Only 1 of 2 paraphrases of 'Ann' can be anchors, where 5 are needed.*at most 30%"):
+    with pytest.raises(
+        ConceptError, match="Only 1 of 2 paraphrases of 'Ann' can be anchors, where 5 are needed.*at most 30%"
+    ):
         sorted_captions("Ann", {"Ann": 0.9, "a": 0.1, "b": 0.5})
-    with pytest.raises(ConceptError, match="'Ann' draws the memorized picture in only 20% of its pictures.*check the caption"):
+    with pytest.raises(
+        ConceptError, match="'Ann' draws the memorized picture in only 20% of its pictures.*check the caption"
+    ):
         sorted_captions("Ann", {"Ann": 0.2, "a": 0.1})
 
 
@@ -75,7 +104,9 @@ def test_rate_of_a_caption_does_not_depend_on_the_others(random_network):
         return (pictures[:, 0].mean((1, 2)) * 1e6) % 1
 
     def rates(*prompts):
-        return copy_rates(random_network, prompts, similarity, MemorizationConfig(pictures=5), SamplerConfig(steps=1), 0)
+        return copy_rates(
+            random_network, prompts, similarity, MemorizationConfig(pictures=5), SamplerConfig(steps=1), 0
+        )
 
     both = rates("a star", "a cat", "a star")
     assert [*both] == ["a star", "a cat"] and both["a cat"] == rates("a cat")["a cat"]
@@ -98,18 +129,32 @@ def test_anchor_pictures_that_are_copies_are_drawn_by_another_caption(random_mod
     prompts = captions_without_copies(random_network, anchors, similarity, config, sampler, 6, 3)
     assert list(prompts) == ["a cat", "a cup", *in_turn[2:]]
     assert (similarity(pictures_of(prompts)) <= 0.5).all() and (similarity(copies) > 0.5).all()
-    with pytest.raises(ConceptError, match="6 of 6 anchor pictures are copies of the memorized one whichever of the 3 anchors"):
-        captions_without_copies(random_network, anchors, lambda pictures: torch.ones(len(pictures)), config, sampler, 6, 3)
+    with pytest.raises(
+        ConceptError,
+        match="6 of 6 anchor pictures are copies of the memorized one whichever of the 3 anchors",
+    ):
+        captions_without_copies(
+            random_network, anchors, lambda pictures: torch.ones(len(pictures)), config, sampler, 6, 3
+        )
 
 
 def test_memorized_picture_is_forgotten_by_all_weights_with_the_paraphrases_that_draw_it(
     original, shipped_model, shipped_network, networks
 ):
     paraphrases = ("a house", "In Lava style, a picture of a house", "an image of a house")
-    request, rates = memorization_request(shipped_network, CAPTION, paraphrases, pixel_correlation(original), seed=5, chosen=QUICK,
-                                       config=TWO)  # fmt: skip
-    assert rates == {CAPTION: 1.0, "a house": 0.0, "In Lava style, a picture of a house": 1.0, "an image of a house": 0.0}
-    assert [(concept.target, concept.kind) for concept in request.concepts] == [(CAPTION, "memorized"), (paraphrases[1], "memorized")]
+    request, rates = memorization_request(
+        shipped_network, CAPTION, paraphrases, pixel_correlation(original), seed=5, chosen=QUICK, config=TWO
+    )
+    assert rates == {
+        CAPTION: 1.0,
+        "a house": 0.0,
+        "In Lava style, a picture of a house": 1.0,
+        "an image of a house": 0.0,
+    }
+    assert [(concept.target, concept.kind) for concept in request.concepts] == [
+        (CAPTION, "memorized"),
+        (paraphrases[1], "memorized"),
+    ]
     assert request.anchor_prompts == ("a house", "an image of a house") * 2 and request.anchor_count == 4
     assert request.method == ConAblConfig(teacher="pretrained", preservation=1.0)
     assert (request.training.group, request.training.seed) == ("full", 5)
@@ -121,7 +166,14 @@ def test_drawing_pictures_to_compare_can_be_stopped(original, shipped_network):
 
     with pytest.raises(Cancelled):
         memorization_request(
-            shipped_network, CAPTION, ("a house",), pixel_correlation(original), seed=0, chosen=QUICK, config=TWO, check=stop
+            shipped_network,
+            CAPTION,
+            ("a house",),
+            pixel_correlation(original),
+            seed=0,
+            chosen=QUICK,
+            config=TWO,
+            check=stop,
         )
 
 
@@ -131,7 +183,12 @@ def test_picture_and_paraphrases_are_read_from_files(tmp_path):
     assert (read_picture(tmp_path / "a.png") - picture).abs().max() <= 0.5 / 255 + 1e-6
     (tmp_path / "p.txt").write_text("a boat\n\n  ein Böötchen \n", encoding="utf-8")
     assert read_paraphrases(tmp_path / "p.txt") == ["a boat", "ein Böötchen"]
-    for read, name in ((read_picture, "p.txt"), (read_picture, "none.png"), (read_paraphrases, "a.png"), (read_paraphrases, "none.txt")):
+    for read, name in (
+        (read_picture, "p.txt"),
+        (read_picture, "none.png"),
+        (read_paraphrases, "a.png"),
+        (read_paraphrases, "none.txt"),
+    ):
         with pytest.raises(ConceptError, match=f"'{name}' cannot be read"):
             read(tmp_path / name)
 

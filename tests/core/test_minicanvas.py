@@ -44,7 +44,9 @@ def test_the_world_has_ten_objects_and_three_groups_that_share_every_family():
 
 def test_no_description_says_a_styles_name():
     for style in STYLES:
-        assert not any(other.display_name.lower() in text for other in STYLES for text in style.descriptions), style.name
+        assert not any(
+            other.display_name.lower() in text for other in STYLES for text in style.descriptions
+        ), style.name
 
 
 def test_a_picture_repeats_with_its_random_state_and_differs_between_styles_objects_and_states():
@@ -88,7 +90,11 @@ def test_shipped_files_are_small_and_carry_the_figures_of_their_run_above_the_ba
         figures = json.loads(file.metadata()["minicanvas_figures"])
     assert figures["autoencoder"]["psnr"] >= 26 and figures["autoencoder"]["psnr_worst"] >= 20
     sampling = figures["sampling"]
-    assert sampling["style_by_name"] >= 97 and sampling["object_by_name"] >= 96 and sampling["style_by_description"] >= 90
+    assert (
+        sampling["style_by_name"] >= 97
+        and sampling["object_by_name"] >= 96
+        and sampling["style_by_description"] >= 90
+    )
 
 
 def test_the_shipped_autoencoder_holds_the_bars_on_fresh_renderings(shipped_network):
@@ -107,7 +113,10 @@ def test_the_compact_decoder_computes_what_the_full_one_does(shipped_network):
     with torch.no_grad():
         full = ((shipped_network.autoencoder.decode(latents).sample + 1) / 2).clamp(0, 1)
     assert torch.allclose(shipped_network.decode(latents), full, atol=1e-4)
-    compact, wide = (sum(p.numel() for p in m.parameters()) for m in (shipped_network._decoder, shipped_network.autoencoder.decoder))
+    compact, wide = (
+        sum(p.numel() for p in m.parameters())
+        for m in (shipped_network._decoder, shipped_network.autoencoder.decoder)
+    )
     assert compact < 0.8 * wide
 
 
@@ -128,7 +137,12 @@ def test_a_picture_is_the_same_in_any_company(shipped_network, shipped_model):
 def test_the_classifier_knows_fresh_renderings():
     rng = random.Random("fresh")
     cells = [(style, name) for style in STYLE_LABELS for name in OBJECTS]
-    pictures = torch.from_numpy(np.stack([render(name, style, rng) for style, name in cells])).permute(0, 3, 1, 2).float() / 255
+    pictures = (
+        torch.from_numpy(np.stack([render(name, style, rng) for style, name in cells]))
+        .permute(0, 3, 1, 2)
+        .float()
+        / 255
+    )
     verdicts = Judge()(pictures)
     assert np.mean([(v.style, v.object) == cell for v, cell in zip(verdicts, cells, strict=True)]) >= 0.97
 
@@ -139,18 +153,26 @@ def test_the_classifier_rejects_noise_grey_and_bare_backgrounds():
     grey = torch.linspace(0.1, 0.9, 20)[:, None, None, None].expand(-1, 3, 64, 64)
     bare = np.stack([render_background(style, random.Random(1)) for style in STYLE_LABELS])
     backgrounds = torch.from_numpy(bare).permute(0, 3, 1, 2).float() / 255
-    rejected = [np.mean([verdict.object == "" for verdict in Judge()(pictures)]) for pictures in (noise, grey, backgrounds)]
+    rejected = [
+        np.mean([verdict.object == "" for verdict in Judge()(pictures)])
+        for pictures in (noise, grey, backgrounds)
+    ]
     assert rejected[0] == 1 and rejected[1] >= 0.95 and rejected[2] >= 0.9
     assert all(verdict.style == "" for verdict in Judge()(noise))
 
 
 def test_the_classifier_rejects_most_pictures_of_a_deliberately_ruined_model(shipped_network):
     generator = torch.Generator().manual_seed(4)
-    ruined = {name: p.data + 0.8 * p.data.std() * torch.randn(p.shape, generator=generator)
-              for name, p in shipped_network.unet.named_parameters() if p.dim() > 1}  # fmt: skip
+    ruined = {
+        name: p.data + 0.8 * p.data.std() * torch.randn(p.shape, generator=generator)
+        for name, p in shipped_network.unet.named_parameters()
+        if p.dim() > 1
+    }
     prompts = [EVALUATION_TEMPLATE.format(object=name, style="Lava") for name in OBJECTS] * 2
     with swapped_weights(shipped_network.unet, ruined):
-        latents = sample_latents(shipped_network, prompts, [generator_for(0, "ruined", i) for i in range(20)], SamplerConfig())
+        latents = sample_latents(
+            shipped_network, prompts, [generator_for(0, "ruined", i) for i in range(20)], SamplerConfig()
+        )
     verdicts = Judge()(shipped_network.decode(latents))
     assert np.mean([verdict.object == "" for verdict in verdicts]) >= 0.9
     assert np.mean([verdict.style == "Lava" and verdict.object in OBJECTS for verdict in verdicts]) <= 0.1
@@ -160,7 +182,8 @@ def test_worthless_pictures_are_of_five_kinds_and_in_range():
     pictures = torch.rand(10, 3, 64, 64)
     worthless = _worthless_pictures(10, pictures, torch.Generator().manual_seed(0))
     assert worthless.shape == (10, 3, 64, 64) and 0 <= worthless.min() and worthless.max() <= 1
-    assert math.isclose(worthless[3].mean().item(), pictures[3].mean().item(), rel_tol=1e-4)  # a puzzle keeps its pixels
+    # a puzzle keeps its pixels
+    assert math.isclose(worthless[3].mean().item(), pictures[3].mean().item(), rel_tol=1e-4)
 
 
 def test_plain_is_the_last_style_label():

@@ -66,7 +66,9 @@ def step(random_model, low_networks, anchors, make_request, monkeypatch):
         settings = {"batch_size": 1, "retain": RETAIN} | settings
         request = make_request(regularizers=[*regularizers, config()], **settings)
         try:
-            edited, report = run_step(random_model, request, store=anchors, networks=low_networks, compute=FP16)
+            edited, report = run_step(
+                random_model, request, store=anchors, networks=low_networks, compute=FP16
+            )
         finally:
             for handle in Overflow.handles:
                 handle.remove()

@@ -1,4 +1,5 @@
-"""The paper's phenomenon on the shipped model: plain sequential requests ruin it, the recommended preset does not."""
+"""The paper's phenomenon on the shipped model: plain sequential requests ruin it, the recommended preset does
+not."""
 
 import pytest
 
@@ -25,7 +26,10 @@ def after_four(shipped_model, networks, anchors):
         model = shipped_model
         for k, target in enumerate(TARGETS):
             request = preset(name).request(
-                STYLE_SUITE.concepts([target]), retain=STYLE_SUITE.keep(), anchor_prompts=STYLE_SUITE.captions([target]), seed=500 + k
+                STYLE_SUITE.concepts([target]),
+                retain=STYLE_SUITE.keep(),
+                anchor_prompts=STYLE_SUITE.captions([target]),
+                seed=500 + k,
             )
             model, _ = run_step(model, request, store=anchors, networks=networks["shipped"])
         models[name] = model
@@ -45,12 +49,18 @@ def test_four_plain_requests_cost_over_twenty_points_of_retention_and_recommende
 
 def test_the_demo_reports_every_request_and_leaves_pictures_and_a_checkpoint(tmp_path, monkeypatch):
     shares = []
-    result = run_demo(tmp_path, requests=1, seed=3, on_progress=lambda share, left: shares.append((share, left)))
+    result = run_demo(
+        tmp_path, requests=1, seed=3, on_progress=lambda share, left: shares.append((share, left))
+    )
     keys = {"ua", "clean", "leak", "ira_declared", "ira_hidden", "cra", "cra_clean", "h"}
     assert set(result["base"]) == keys
     for run in ("plain", "recommended"):
         assert set(result["runs"][run]["after"]) == {"1"} and set(result["runs"][run]["after"]["1"]) == keys
         assert result["runs"][run]["seconds_per_request"] > 0
     assert shares[-1] == (1.0, 0.0) and [share for share, _ in shares] == sorted(share for share, _ in shares)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["before-after.png", "chart.png", "minicanvas-forgot-1.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "before-after.png",
+        "chart.png",
+        "minicanvas-forgot-1.safetensors",
+    ]
     assert open_model(result["files"]["checkpoint"]).forgotten[0]["target"] == TARGETS[0]

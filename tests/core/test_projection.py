@@ -96,13 +96,16 @@ def test_duplicate_filter_keeps_what_the_references_keeps(seed):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(120, 24, generator=generator, dtype=torch.float64)
     near = rows[torch.randint(120, (80,), generator=generator)] * 3
-    rows = torch.cat([rows, near + torch.randn(80, 24, generator=generator)])[torch.randperm(200, generator=generator)]
+    rows = torch.cat([rows, near + torch.randn(80, 24, generator=generator)])[
+        torch.randperm(200, generator=generator)
+    ]
     kept = distinct_columns(rows)
     assert 120 <= len(kept) < 200 and torch.equal(kept, stacked_anew(rows))
 
 
 def test_duplicate_filter_compares_each_row_once_with_those_kept_and_copies_none_of_them_again():
-    """Of 300 distinct rows and 300 copies, 300 are kept; tensors made on the way hold far fewer values than a stack per row."""
+    """Of 300 distinct rows and 300 copies, 300 are kept; tensors made on the way hold far fewer values than a
+    stack per row."""
     rows = torch.eye(300, dtype=torch.float64).repeat(2, 1)
     with Made() as made:
         assert torch.equal(distinct_columns(rows), rows[:300])
@@ -128,8 +131,11 @@ def protected(random_network, names=("Navy_Stripes", "Lava")):
 
 def relative_change(model, network, vectors):
     parameters = dict(network.unet.named_parameters())
-    return max(((delta.double() @ vectors.T).norm() / (parameters[name].double() @ vectors.T).norm()).item()
-               for name, delta in model.edits.items() if reads_text(name))  # fmt: skip
+    return max(
+        ((delta.double() @ vectors.T).norm() / (parameters[name].double() @ vectors.T).norm()).item()
+        for name, delta in model.edits.items()
+        if reads_text(name)
+    )
 
 
 def test_update_projection_keeps_protected_outputs_under_adam_and_weight_decay_where_the_reference_does_not(
@@ -137,7 +143,9 @@ def test_update_projection_keeps_protected_outputs_under_adam_and_weight_decay_w
 ):
     changes = {}
     for form in ("update", "reference"):
-        request = make_request(regularizers=[ProjectionConfig(form=form)], iterations=20, learning_rate=1e-3, weight_decay=0.01)
+        request = make_request(
+            regularizers=[ProjectionConfig(form=form)], iterations=20, learning_rate=1e-3, weight_decay=0.01
+        )
         edited, _ = run_step(random_model, request, store=anchors, networks=networks["random"])
         changes[form] = relative_change(edited, random_network, protected(random_network))
     assert changes["update"] < 1e-5
@@ -157,8 +165,12 @@ def prepared(random_model, networks, anchors, make_request, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(GradientProjection, "prepare", prepare)
-            _, report = run_step(random_model, make_request(regularizers=[config], iterations=0, **parts), store=anchors,
-                                 networks=networks["random"])  # fmt: skip
+            _, report = run_step(
+                random_model,
+                make_request(regularizers=[config], iterations=0, **parts),
+                store=anchors,
+                networks=networks["random"],
+            )
         return seen[0], report
 
     return run
@@ -181,28 +193,48 @@ def test_what_is_orthogonal_to_protected_text_and_every_other_matrix_is_left_alo
     """G (I - Q Q^T) = G where G Q = 0; the reference's P is only approximate, and acts on the gradient."""
     rows = prompt_rows(random_network, [Concept(name).prompt for name in ("Navy_Stripes", "Lava")], "last")
     free = complement_basis(orthonormal_basis(torch.cat([protected(random_network), rows])))
-    change = (torch.randn(64, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ free @ free.T).float()
+    change = (
+        torch.randn(64, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ free @ free.T
+    ).float()
     exact, _ = prepared(ProjectionConfig())
     reference, _ = prepared(ProjectionConfig(**ProjectionConfig.REFERENCE))
-    torch.testing.assert_close(exact.constrain("b.attn2.to_v.weight", change, None), change, atol=1e-5, rtol=0)
-    torch.testing.assert_close(reference.transform_gradient("b.attn2.to_v.weight", change), change, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        exact.constrain("b.attn2.to_v.weight", change, None), change, atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        reference.transform_gradient("b.attn2.to_v.weight", change), change, atol=1e-4, rtol=0
+    )
     for name in ("b.attn2.to_q.weight", "b.attn1.to_k.weight"):
         assert exact.constrain(name, change, None) is None
         assert reference.transform_gradient(name, change) is change
 
 
-def test_where_everything_is_protected_nothing_changes(random_model, networks, anchors, make_request, monkeypatch):
-    monkeypatch.setattr("cul_core.regularizers.projection.prompt_rows", lambda *text: torch.eye(192, dtype=torch.float64))
+def test_where_everything_is_protected_nothing_changes(
+    random_model, networks, anchors, make_request, monkeypatch
+):
+    monkeypatch.setattr(
+        "cul_core.regularizers.projection.prompt_rows", lambda *text: torch.eye(192, dtype=torch.float64)
+    )
     monkeypatch.setattr("cul_core.regularizers.projection.LEAST_TARGET_ENERGY", -1.0)
-    edited, report = run_step(random_model, make_request(regularizers=[ProjectionConfig()]), store=anchors, networks=networks["random"])
+    edited, report = run_step(
+        random_model,
+        make_request(regularizers=[ProjectionConfig()]),
+        store=anchors,
+        networks=networks["random"],
+    )
     assert report.figures["protected_rank"] == 192
     assert all(delta.abs().max() < 1e-7 for delta in edited.edits.values())
 
 
-def test_earlier_targets_are_protected_under_their_display_names(random_model, random_network, networks, anchors, make_request):
+def test_earlier_targets_are_protected_under_their_display_names(
+    random_model, random_network, networks, anchors, make_request
+):
     first, _ = run_step(random_model, make_request("Neon_Cyan"), store=anchors, networks=networks["random"])
     second, _ = run_step(
-        first, make_request("Lava", regularizers=[ProjectionConfig()], retain=()), store=anchors, networks=networks["random"]
+        first,
+        make_request("Lava", regularizers=[ProjectionConfig()], retain=()),
+        store=anchors,
+        networks=networks["random"],
     )
     vector = target_vector(random_network, Concept("Neon Cyan"))
     for name in first.edits:
@@ -218,12 +250,21 @@ def response(model, rows):
 def test_decoys_protect_names_nobody_listed(random_model, random_network, networks, anchors, make_request):
     """The change acts on the target's own text as before, but less on other names in the same sentences."""
     sentences = ("In {} Style, a star image.", "a house, in {} Style.")
-    others = prompt_rows(random_network, [s.format(name) for name in ("paper", "grey rain", "Neon Gold") for s in sentences], "all")
+    others = prompt_rows(
+        random_network,
+        [s.format(name) for name in ("paper", "grey rain", "Neon Gold") for s in sentences],
+        "all",
+    )
     own = prompt_rows(random_network, [s.format("Candy Stripes") for s in sentences], "all")
     spill = {}
     for decoys in (0, 60):
         regularizers = [ProjectionConfig(decoys=decoys, damping=1e-4)] if decoys else []
-        edited, _ = run_step(random_model, make_request(regularizers=regularizers, retain=()), store=anchors, networks=networks["random"])
+        edited, _ = run_step(
+            random_model,
+            make_request(regularizers=regularizers, retain=()),
+            store=anchors,
+            networks=networks["random"],
+        )
         spill[decoys] = response(edited, others) / response(edited, own)
     assert spill[0] > 0.8
     assert spill[60] < 0.5 * spill[0]
@@ -231,38 +272,70 @@ def test_decoys_protect_names_nobody_listed(random_model, random_network, networ
 
 def test_a_target_that_the_kept_concepts_cover_is_refused(random_model, networks, anchors, make_request):
     """Every position of a few prompts spans the whole text space: nothing would be left to change."""
-    request = make_request("Candy Stripes", regularizers=[ProjectionConfig(rows="all")], retain=("Navy_Stripes", "Lava", "Aurora"))
+    request = make_request(
+        "Candy Stripes",
+        regularizers=[ProjectionConfig(rows="all")],
+        retain=("Navy_Stripes", "Lava", "Aurora"),
+    )
     with pytest.raises(ConceptError, match=r"Only 0\.\d\d of 'Candy Stripes' would be left to forget"):
         run_step(random_model, request, store=anchors, networks=networks["random"])
 
 
-def test_kept_concepts_too_near_the_target_are_left_out(random_model, networks, anchors, make_request, monkeypatch):
+def test_kept_concepts_too_near_the_target_are_left_out(
+    random_model, networks, anchors, make_request, monkeypatch
+):
     monkeypatch.setattr("cul_core.regularizers.projection._NEAR_TARGET_COSINE", -1.0)
     with pytest.raises(ConceptError, match="all of it says the same as the target"):
-        run_step(random_model, make_request(regularizers=[ProjectionConfig()]), store=anchors, networks=networks["random"])
+        run_step(
+            random_model,
+            make_request(regularizers=[ProjectionConfig()]),
+            store=anchors,
+            networks=networks["random"],
+        )
 
 
 def test_an_empty_keep_list_is_refused(random_model, networks, anchors, make_request):
     with pytest.raises(ConceptError, match="nothing to protect"):
-        run_step(random_model, make_request(regularizers=[ProjectionConfig()], retain=()), store=anchors, networks=networks["random"])
+        run_step(
+            random_model,
+            make_request(regularizers=[ProjectionConfig()], retain=()),
+            store=anchors,
+            networks=networks["random"],
+        )
 
 
 # --- auxiliary names
 
 
-def test_auxiliary_names_are_protected_like_a_keep_list(random_model, random_network, networks, anchors, make_request):
+def test_auxiliary_names_are_protected_like_a_keep_list(
+    random_model, random_network, networks, anchors, make_request
+):
     config = ProjectionConfig(auxiliary_names="object: moon, Tartan, Tartan")
-    edited, report = run_step(random_model, make_request(regularizers=[config], retain=()), store=anchors, networks=networks["random"])
-    rows = vectors(random_network, [("An image of a moon", "moon"), ("An image in the style of Tartan", "Tartan")])
+    edited, report = run_step(
+        random_model,
+        make_request(regularizers=[config], retain=()),
+        store=anchors,
+        networks=networks["random"],
+    )
+    rows = vectors(
+        random_network, [("An image of a moon", "moon"), ("An image in the style of Tartan", "Tartan")]
+    )
     assert relative_change(edited, random_network, rows) < 1e-5
-    assert relative_change(edited, random_network, vectors(random_network, [("An image in the style of moon", "moon")])) > 1e-4
+    assert (
+        relative_change(
+            edited, random_network, vectors(random_network, [("An image in the style of moon", "moon")])
+        )
+        > 1e-4
+    )
     assert report.figures["protected_rank"] == report.figures["auxiliary_protected"] == 2
     assert report.figures["auxiliary_excluded"] == report.figures["auxiliary_unknown"] == 0
 
 
 def test_auxiliary_names_that_hold_the_target_are_left_out_and_counted(prepared):
     """Of the five, "lava" is on the keep list already and counts as neither."""
-    _, report = prepared(ProjectionConfig(auxiliary_names="candy_stripes, pale Candy Stripes, Tartan, object: cup, lava"))
+    _, report = prepared(
+        ProjectionConfig(auxiliary_names="candy_stripes, pale Candy Stripes, Tartan, object: cup, lava")
+    )
     assert (report.figures["auxiliary_protected"], report.figures["auxiliary_excluded"]) == (2, 2)
     assert report.figures["protected_rank"] == 4
 
@@ -277,7 +350,9 @@ def test_of_a_list_only_names_are_taken_that_the_model_can_read(prepared):
     """MiniCanvas has a token for cat, tree, house, pencil and cup, and splits the other ninety-five."""
     _, report = prepared(ProjectionConfig(auxiliary="objects"))
     assert (report.figures["auxiliary_protected"], report.figures["auxiliary_unknown"]) == (5, 95)
-    with pytest.raises(ConceptError, match="MiniCanvas knows none of the names that auxiliary 'public_figures' would keep"):
+    with pytest.raises(
+        ConceptError, match="MiniCanvas knows none of the names that auxiliary 'public_figures' would keep"
+    ):
         prepared(ProjectionConfig(auxiliary="public_figures"))
 
 
@@ -293,10 +368,12 @@ def test_typed_names_are_checked_where_they_are_typed():
 
 
 def test_damping_acts_on_the_text_of_auxiliary_names(prepared, random_network):
-    """Their tokens in sentences too, not only the mean that is projected out: a style's in the target's place, an object's alone."""
+    """Their tokens in sentences too, not only the mean that is projected out: a style's in the target's
+    place, an object's alone."""
     texts = (["In Tartan Style, a star image."], ["An image of a moon"])
     dampers = [
-        prepared(ProjectionConfig(decoys=1, damping=1e-4, auxiliary_names=names))[0]._damper for names in ("", "Tartan, object: moon")
+        prepared(ProjectionConfig(decoys=1, damping=1e-4, auxiliary_names=names))[0]._damper
+        for names in ("", "Tartan, object: moon")
     ]
     for text in texts:
         rows = prompt_rows(random_network, text, "all").float()
@@ -306,8 +383,16 @@ def test_damping_acts_on_the_text_of_auxiliary_names(prepared, random_network):
 
 # --- requests of several kinds
 
-REQUESTS = (Concept("Van_Gogh"), Concept("dog", "object", "horse"), Concept("Betty_White", "celebrity", "person"))
-PROMPTS = (("An image in the style of Van Gogh", "Van Gogh"), ("An image of a dog", "dog"), ("An image of Betty White", "Betty White"))
+REQUESTS = (
+    Concept("Van_Gogh"),
+    Concept("dog", "object", "horse"),
+    Concept("Betty_White", "celebrity", "person"),
+)
+PROMPTS = (
+    ("An image in the style of Van Gogh", "Van Gogh"),
+    ("An image of a dog", "dog"),
+    ("An image of Betty White", "Betty White"),
+)
 
 
 @pytest.fixture
@@ -315,7 +400,10 @@ def forget(networks, anchors, make_request):
     def run(model, concept, retain=()):
         request = make_request(regularizers=[ProjectionConfig()], retain=retain)
         request = replace(
-            request, concepts=(concept,), anchor_prompts=anchor_prompts(MINI, [concept]), anchor_sampler=SamplerConfig(steps=2)
+            request,
+            concepts=(concept,),
+            anchor_prompts=anchor_prompts(MINI, [concept]),
+            anchor_sampler=SamplerConfig(steps=2),
         )
         return run_step(model, request, store=anchors, networks=networks["random"])
 
@@ -333,7 +421,9 @@ def moved_on(later, earlier, rows):
     return max(((move @ units.T).norm(dim=0).max() / move.norm()).item() for move in moves)
 
 
-def test_a_chain_of_a_style_an_object_and_a_person_keeps_what_each_step_made_of_its_target(random_model, random_network, forget):
+def test_a_chain_of_a_style_an_object_and_a_person_keeps_what_each_step_made_of_its_target(
+    random_model, random_network, forget
+):
     style, _ = forget(random_model, REQUESTS[0], retain=("Lava",))
     both, _ = forget(style, REQUESTS[1])
     all_three, report = forget(both, REQUESTS[2])
@@ -343,10 +433,15 @@ def test_a_chain_of_a_style_an_object_and_a_person_keeps_what_each_step_made_of_
     assert moved_on(both, style, label) > 1e-3  # a file's label is another text
     assert report.figures["protected_rank"] == 2
     assert [(concept["target"], concept["kind"]) for concept in all_three.forgotten] == [
-        ("Van_Gogh", "style"), ("dog", "object"), ("Betty_White", "celebrity")]  # fmt: skip
+        ("Van_Gogh", "style"),
+        ("dog", "object"),
+        ("Betty_White", "celebrity"),
+    ]
 
 
-def test_requests_of_several_kinds_are_merged_and_a_chain_goes_on_from_there(random_model, random_network, forget):
+def test_requests_of_several_kinds_are_merged_and_a_chain_goes_on_from_there(
+    random_model, random_network, forget
+):
     alone = [forget(random_model, concept, retain=("Lava", "Navy_Stripes"))[0] for concept in REQUESTS]
     assert all(model.history[0].parent == random_model.content_hash for model in alone)
     merged = merge(alone, TiesConfig(strength=1.25, keep_fraction=0.8))

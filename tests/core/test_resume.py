@@ -1,4 +1,5 @@
-"""A step that is stopped, at whatever moment, goes on to the same bits as one that is not; a state that does not fit is never used."""
+"""A step that is stopped, at whatever moment, goes on to the same bits as one that is not; a state that does
+not fit is never used."""
 
 import json
 import random
@@ -25,7 +26,11 @@ from cul_core.training.callbacks import Callbacks
 from cul_core.training.resume import joined, split
 from cul_core.training.step import run_step
 
-SHORTER = {"esd": {"refresh_every": 2}, "distillation": {"refresh_every": 2}, "sculpmem": {"warm_up": 2, "interval": 1}}
+SHORTER = {
+    "esd": {"refresh_every": 2},
+    "distillation": {"refresh_every": 2},
+    "sculpmem": {"warm_up": 2, "interval": 1},
+}
 
 
 def short(config):
@@ -37,14 +42,28 @@ def short(config):
 
 def rows():
     yield from (pytest.param(entry.config(), (), {}, id=entry.name) for entry in METHODS)
-    yield from (pytest.param(METHODS.get("conabl").config(), (entry.config(),), {}, id=entry.name) for entry in REGULARIZERS)
+    yield from (
+        pytest.param(METHODS.get("conabl").config(), (entry.config(),), {}, id=entry.name)
+        for entry in REGULARIZERS
+    )
     both = tuple(REGULARIZERS.get(name).config() for name in ("selft", "projection", "distillation"))
     sculpmem = METHODS.get("sculpmem").config
-    yield pytest.param(sculpmem(distillation=1.0, warm_up_form="train"), both[1:2], {"schedule": "linear"}, id="sculpmem-projection")
-    yield pytest.param(sculpmem(loss="sm", importance="abs", form="reference"), (), {"group": "attn2"}, id="sculpmem-sm")
+    yield pytest.param(
+        sculpmem(distillation=1.0, warm_up_form="train"),
+        both[1:2],
+        {"schedule": "linear"},
+        id="sculpmem-projection",
+    )
+    yield pytest.param(
+        sculpmem(loss="sm", importance="abs", form="reference"), (), {"group": "attn2"}, id="sculpmem-sm"
+    )
     yield pytest.param(METHODS.get("esd").config(), both, {"weight_decay": 0.01}, id="esd-all")
-    yield pytest.param(METHODS.get("conabl").config(replay=0.3, preservation=1.0, augmentations=1, flip=True), (), {"evaluate_every": 2},
-                       id="measured")  # fmt: skip
+    yield pytest.param(
+        METHODS.get("conabl").config(replay=0.3, preservation=1.0, augmentations=1, flip=True),
+        (),
+        {"evaluate_every": 2},
+        id="measured",
+    )
 
 
 @pytest.fixture
@@ -64,25 +83,39 @@ def runner(random_model, random_network, networks, anchors):
 
         def measure(network, check):
             check()
-            weight = network.unet.get_parameter("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
+            weight = network.unet.get_parameter(
+                "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+            )
             return 50 + 10 * torch.tanh(weight.mean()).item(), 50.0
 
         random_network._scores = None  # as in a program that starts
         callbacks = Callbacks(should_stop=should_stop, **watch)
-        edited, report = run_step(model or random_model, request, callbacks=callbacks, store=anchors, networks=networks["random"],
-                                  measure=measure if request.training.evaluate_every else None, state_store=state_store)  # fmt: skip
+        edited, report = run_step(
+            model or random_model,
+            request,
+            callbacks=callbacks,
+            store=anchors,
+            networks=networks["random"],
+            measure=measure if request.training.evaluate_every else None,
+            state_store=state_store,
+        )
         return edited, report, count
 
     return run
 
 
 def stopped_again_and_again(runner, request, path, model, asks, seed=0):
-    """(edited model, report, how often it was stopped): each time at a random question of the second half of its training's `asks`."""
-    *_, before = runner(replace(request, training=replace(request.training, iterations=0, evaluate_every=0)), model=model)
+    """(edited model, report, how often it was stopped): each time at a random question of the second half of
+    its training's `asks`."""
+    *_, before = runner(
+        replace(request, training=replace(request.training, iterations=0, evaluate_every=0)), model=model
+    )
     chosen, stops = random.Random(seed), 0
     while stops < 20:
         try:
-            edited, report, _ = runner(request, StepState(path, request, 1e9), chosen.randint((before + asks) // 2, asks - 1), model)
+            edited, report, _ = runner(
+                request, StepState(path, request, 1e9), chosen.randint((before + asks) // 2, asks - 1), model
+            )
             return edited, report, stops
         except Cancelled:
             stops += 1
@@ -90,13 +123,23 @@ def stopped_again_and_again(runner, request, path, model, asks, seed=0):
 
 
 @pytest.mark.parametrize(("method", "regularizers", "settings"), list(rows()))
-def test_every_method_and_regularizer_goes_on_to_the_same_bits(method, regularizers, settings, runner, make_request, tmp_path):
-    request = make_request(method=short(method), regularizers=map(short, regularizers), **({"iterations": 5} | settings))
+def test_every_method_and_regularizer_goes_on_to_the_same_bits(
+    method, regularizers, settings, runner, make_request, tmp_path
+):
+    request = make_request(
+        method=short(method), regularizers=map(short, regularizers), **({"iterations": 5} | settings)
+    )
     first, *_ = runner(make_request("Lava", iterations=1))
     whole, report, asks = runner(request, model=first)
-    resumed, again, stops = stopped_again_and_again(runner, request, tmp_path / "state.safetensors", first, asks)
+    resumed, again, stops = stopped_again_and_again(
+        runner, request, tmp_path / "state.safetensors", first, asks
+    )
     assert stops >= 1 and resumed.content_hash == whole.content_hash
-    assert again.losses == report.losses and again.figures == report.figures and again.record.losses == report.record.losses
+    assert (
+        again.losses == report.losses
+        and again.figures == report.figures
+        and again.record.losses == report.record.losses
+    )
 
 
 def test_every_preset_is_made_of_what_the_table_has():
@@ -125,9 +168,9 @@ def same(one, other):
     return one == other
 
 
-NAMES_IN_STATES = st.sampled_from(["tensor", "plain", "tuple", "a", "b", "a/b", "/", "", "~", "~1", "~0"]) | st.text(
-    st.characters(exclude_categories=["Cs"]), max_size=4
-)
+NAMES_IN_STATES = st.sampled_from(
+    ["tensor", "plain", "tuple", "a", "b", "a/b", "/", "", "~", "~1", "~0"]
+) | st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 LEAVES = (
     st.none()
     | st.booleans()
@@ -223,7 +266,11 @@ def test_a_step_that_is_killed_after_its_last_update_is_measured_and_finished(ru
     whole, report, _ = runner(request)
     state_store = StepState(kept(runner, request, tmp_path / "s.safetensors"), request, 1e9)
     resumed, again, _ = runner(request, state_store)
-    assert state_store.resumed_at == 3 and resumed.content_hash == whole.content_hash and again.figures == report.figures
+    assert (
+        state_store.resumed_at == 3
+        and resumed.content_hash == whole.content_hash
+        and again.figures == report.figures
+    )
 
 
 def test_the_time_of_earlier_runs_counts(runner, make_request, tmp_path):
@@ -256,7 +303,9 @@ def test_a_damaged_state_is_removed_and_the_step_begins_anew(runner, make_reques
     assert state_store.resumed_at == 0 and not path.exists() and "damaged" in caplog.text
 
 
-def test_a_state_of_other_versions_or_another_device_is_not_used(runner, make_request, tmp_path, monkeypatch, caplog):
+def test_a_state_of_other_versions_or_another_device_is_not_used(
+    runner, make_request, tmp_path, monkeypatch, caplog
+):
     request = make_request()
     whole, *_ = runner(request)
     path = kept(runner, request, tmp_path / "s.safetensors", after=2)
@@ -273,7 +322,9 @@ def test_a_state_that_does_not_fit_is_refused_in_words(runner, make_request, tmp
         runner(request, StepState(path, request, 1e9))
 
 
-def test_a_step_that_is_stopped_while_weights_change_keeps_what_it_last_wrote(runner, make_request, tmp_path, monkeypatch):
+def test_a_step_that_is_stopped_while_weights_change_keeps_what_it_last_wrote(
+    runner, make_request, tmp_path, monkeypatch
+):
     request = make_request(iterations=4)
     whole, *_ = runner(request)
     original, path = ConAbl.mask, tmp_path / "s.safetensors"
@@ -306,7 +357,9 @@ def get_or_train(runner, random_model):
     """Trains a request in a store; further arguments are callbacks."""
 
     def run(store, request, **watch):
-        return store.get_or_train(random_model, request, lambda state_store: runner(request, state_store, **watch)[:2])
+        return store.get_or_train(
+            random_model, request, lambda state_store: runner(request, state_store, **watch)[:2]
+        )
 
     return run
 
@@ -348,7 +401,9 @@ def test_a_step_out_of_memory_goes_on_to_its_bits(runner, get_or_train, random_n
     assert not store.files("states")
 
 
-def test_memory_that_ends_before_any_update_leaves_no_state(get_or_train, random_network, make_request, store):
+def test_memory_that_ends_before_any_update_leaves_no_state(
+    get_or_train, random_network, make_request, store
+):
     said = runs_out_after(0, random_network, store, make_request(), get_or_train)
     assert "too short" in said and "goes on" not in said and not store.files("states")
 

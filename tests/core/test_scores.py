@@ -12,9 +12,11 @@ def shots(role, style, verdicts):
 
 
 CASE = [
-    *shots("target", "Lava", [("Lava", "star"), ("plain", "star"), ("plain", "cup"), ("", "star")]),  # UA 75, clean 25, objects 75
+    # UA 75, clean 25, objects 75
+    *shots("target", "Lava", [("Lava", "star"), ("plain", "star"), ("plain", "cup"), ("", "star")]),
     *shots("target", "Denim", [("plain", "star"), ("plain", "star")]),  # UA 100, clean 100, objects 100
-    *shots("alias", "Lava", [("Lava", "star"), ("plain", "star"), ("Lava", ""), ("plain", "star")]),  # leak 50
+    # leak 50
+    *shots("alias", "Lava", [("Lava", "star"), ("plain", "star"), ("Lava", ""), ("plain", "star")]),
     *shots("declared", "Aurora", [("Aurora", "star"), ("Aurora", "cup")]),  # IRA 100, objects 50
     *shots("hidden", "Arcade", [("Arcade", "star"), ("plain", "star")]),  # IRA 50, objects 100
 ]
@@ -26,10 +28,23 @@ def scored(case, **options):
 
 def test_each_metric_follows_from_its_definition_with_equal_weight_per_concept():
     scores = scored(CASE)
-    expected = {"ua": 87.5, "clean": 62.5, "leak": 50, "ira_declared": 100, "ira_hidden": 50, "cra": 81.25, "cra_clean": 75}
+    expected = {
+        "ua": 87.5,
+        "clean": 62.5,
+        "leak": 50,
+        "ira_declared": 100,
+        "ira_hidden": 50,
+        "cra": 81.25,
+        "cra_clean": 75,
+    }
     assert {name: getattr(scores, name) for name in expected} == expected
     assert scores.h == pytest.approx(3 / (1 / 62.5 + 1 / 50 + 1 / 75), abs=0.01)
-    assert scores.per_concept["Lava (described)"] == {"role": "alias", "style": 50, "object": 75, "pictures": 4}
+    assert scores.per_concept["Lava (described)"] == {
+        "role": "alias",
+        "style": 50,
+        "object": 75,
+        "pictures": 4,
+    }
 
 
 def test_a_perfect_model_before_any_request_has_no_ua_and_its_two_cras_agree():
@@ -40,7 +55,9 @@ def test_a_perfect_model_before_any_request_has_no_ua_and_its_two_cras_agree():
 
 def test_the_order_of_the_pictures_does_not_matter_and_intervals_contain_the_value():
     forward, backward = scored(CASE), scored(CASE[::-1])
-    assert {name: getattr(forward, name) for name in METRICS} == {name: getattr(backward, name) for name in METRICS}
+    assert {name: getattr(forward, name) for name in METRICS} == {
+        name: getattr(backward, name) for name in METRICS
+    }
     for name, (low, high) in forward.intervals.items():
         assert low <= getattr(forward, name) <= high
     assert forward.intervals["ira_declared"] == (100, 100) and forward.intervals["ua"][0] < 87.5
@@ -48,7 +65,9 @@ def test_the_order_of_the_pictures_does_not_matter_and_intervals_contain_the_val
 
 def test_more_pictures_narrow_the_interval():
     few, many = scored(CASE), scored(CASE * 30)
-    assert many.intervals["ua"][1] - many.intervals["ua"][0] < 0.5 * (few.intervals["ua"][1] - few.intervals["ua"][0])
+    assert many.intervals["ua"][1] - many.intervals["ua"][0] < 0.5 * (
+        few.intervals["ua"][1] - few.intervals["ua"][0]
+    )
 
 
 def test_harmonic_mean_is_zero_with_a_zero_and_missing_with_a_missing_part():
@@ -58,7 +77,9 @@ def test_harmonic_mean_is_zero_with_a_zero_and_missing_with_a_missing_part():
 
 
 def test_a_metric_that_is_zero_makes_h_zero_not_an_error():
-    case = [case for case in CASE if case[0].role != "hidden"] + shots("hidden", "Arcade", [("plain", "star")])
+    case = [case for case in CASE if case[0].role != "hidden"] + shots(
+        "hidden", "Arcade", [("plain", "star")]
+    )
     assert scored(case).h == 0
 
 
@@ -69,13 +90,19 @@ def test_the_table_has_a_column_per_metric_and_a_dash_for_what_was_not_measured(
 
 
 def test_the_chart_draws_every_line_in_its_colour_within_its_panel():
-    picture = chart("Title", {"UA": [Line("plain", [(1, 100), (12, 0)]), Line("recommended", [(1, 100), (12, 100)])]}, "request")
+    picture = chart(
+        "Title",
+        {"UA": [Line("plain", [(1, 100), (12, 0)]), Line("recommended", [(1, 100), (12, 100)])]},
+        "request",
+    )
     colours = {colour for _, colour in picture.getcolors(1 << 20)}
     assert set(COLOURS[:2]) <= colours and COLOURS[2] not in colours
 
 
 def test_the_grid_gives_long_labels_the_room_they_need():
     pictures = [Image.new("RGB", (64, 64), (10, 200, 30))] * 2
-    short, long = (labelled_grid("t", ["a", "b"], [(label, pictures)]) for label in ("x", "a label of many more words"))
+    short, long = (
+        labelled_grid("t", ["a", "b"], [(label, pictures)]) for label in ("x", "a label of many more words")
+    )
     assert long.width > short.width + 100
     assert long.getpixel((long.width - 60, long.height - 40)) == (10, 200, 30)

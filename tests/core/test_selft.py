@@ -1,4 +1,5 @@
-"""SelFT: scores and masks by hand, then in real steps, alone and in the coordinates that a projection leaves."""
+"""SelFT: scores and masks by hand, then in real steps, alone and in the coordinates that a projection
+leaves."""
 
 import math
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ QUICK = SelFTConfig(states=4)
 
 @pytest.fixture
 def step(random_model, random_network, networks, anchors, make_request):
-    run_step(random_model, make_request(iterations=0), store=anchors, networks=networks["random"])  # makes the anchors
+    # makes the anchors
+    run_step(random_model, make_request(iterations=0), store=anchors, networks=networks["random"])
     random_network._scores = None
 
     def run(request, model=random_model, **options):
@@ -58,7 +60,14 @@ def unet_calls(network):
     seen = []
 
     def note(module, inputs, kwargs):
-        seen.append((inputs[0][:1].clone(), int(inputs[1].flatten()[0]), len(kwargs["encoder_hidden_states"]), torch.is_grad_enabled()))
+        seen.append(
+            (
+                inputs[0][:1].clone(),
+                int(inputs[1].flatten()[0]),
+                len(kwargs["encoder_hidden_states"]),
+                torch.is_grad_enabled(),
+            )
+        )
 
     handle = network.unet.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -92,7 +101,11 @@ def test_scores_by_hand(importance, expected):
 def test_of_equal_scores_the_first_are_kept_whatever_tensor_they_are_in():
     scores = {"a": torch.tensor([[1.0, 2.0], [2.0, 0.0]]), "b": torch.tensor([2.0, 3.0, 2.0])}
     masks = top_masks(scores, 3)  # the 3, and of four 2s the first two
-    assert masks["a"].tolist() == [[False, True], [True, False]] and masks["b"].tolist() == [False, True, False]
+    assert masks["a"].tolist() == [[False, True], [True, False]] and masks["b"].tolist() == [
+        False,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 500, 1999, 2000])
@@ -123,7 +136,9 @@ def test_texts_are_the_papers():
 def test_presets_are_the_papers(name, fraction):
     first, *others = preset(name).for_family(SD1).regularizers
     assert first == SelFTConfig(fraction, importance="signed", trajectories="per_state", form="reference")
-    assert others == ([ProjectionConfig(**ProjectionConfig.REFERENCE)] if name.startswith("projection") else [])
+    assert others == (
+        [ProjectionConfig(**ProjectionConfig.REFERENCE)] if name.startswith("projection") else []
+    )
 
 
 # --- scoring on a model
@@ -133,14 +148,18 @@ def test_two_calls_of_the_unet_a_state_and_one_trajectory(step, random_network, 
     with unet_calls(random_network) as calls:
         step(make_request(regularizers=[SelFTConfig(states=6, seeds=2)], iterations=0))
     assert len(calls) == 2 * 2 * 6
-    assert [t for _, t, _, _ in calls[: 2 * 6 : 2]] == [830, 664, 498, 332, 166, 0]  # DDIM: six steps of 1000 // 6
+    # DDIM: six steps of 1000 // 6
+    assert [t for _, t, _, _ in calls[: 2 * 6 : 2]] == [830, 664, 498, 332, 166, 0]
 
 
 def test_an_object_needs_its_anchors_prediction_too(step, random_network, make_request):
-    request = replace(make_request(regularizers=[QUICK], iterations=0), concepts=(Concept("cat", "object", "star"),))
+    request = replace(
+        make_request(regularizers=[QUICK], iterations=0), concepts=(Concept("cat", "object", "star"),)
+    )
     with unet_calls(random_network) as calls:
         step(request)
-    assert [rows for _, _, rows, _ in calls] == 4 * [2, 1]  # nothing and the anchor in one call, then the target
+    # nothing and the anchor in one call, then the target
+    assert [rows for _, _, rows, _ in calls] == 4 * [2, 1]
 
 
 def test_visited_states_are_those_of_runs_from_the_start_bit_for_bit(step, random_network, make_request):
@@ -165,7 +184,9 @@ def test_the_references_trajectories_start_every_state_from_new_noise(step, rand
     assert len(starts) == 4 and not torch.equal(starts[0], starts[1])
 
 
-def test_scores_are_kept_until_anything_they_depend_on_changes(step, random_model, random_network, make_request):
+def test_scores_are_kept_until_anything_they_depend_on_changes(
+    step, random_model, random_network, make_request
+):
     def calls(request, model=random_model):
         with unet_calls(random_network) as seen:
             edited, _ = step(request, model=model)
@@ -206,11 +227,19 @@ def test_scoring_can_be_cancelled_and_repeats_without_kept_scores(step, random_n
 
 
 @pytest.mark.parametrize("importance", ["abs", "signed", "fisher"])
-def test_exactly_the_chosen_share_changes_under_weight_decay_and_the_rest_not_by_a_bit(prepared, random_network, make_request, importance):
-    request = make_request(regularizers=[replace(QUICK, importance=importance)], iterations=4, weight_decay=0.01)
+def test_exactly_the_chosen_share_changes_under_weight_decay_and_the_rest_not_by_a_bit(
+    prepared, random_network, make_request, importance
+):
+    request = make_request(
+        regularizers=[replace(QUICK, importance=importance)], iterations=4, weight_decay=0.01
+    )
     (selft,), edited, report = prepared(request)
     total = sum(mask.numel() for mask in selft._masks.values())
-    assert sum(int(mask.sum()) for mask in selft._masks.values()) == report.figures["changeable_weights"] == math.floor(0.05 * total)
+    assert (
+        sum(int(mask.sum()) for mask in selft._masks.values())
+        == report.figures["changeable_weights"]
+        == math.floor(0.05 * total)
+    )
     assert all(not delta[~selft._masks[name]].any() for name, delta in edited.edits.items())
     moved = sum(int((delta != 0).sum()) for delta in edited.edits.values())
     assert 0.9 * report.figures["changeable_weights"] < moved <= report.figures["changeable_weights"]
@@ -220,11 +249,16 @@ def test_exactly_the_chosen_share_changes_under_weight_decay_and_the_rest_not_by
 def test_all_weights_kept_is_training_without_a_mask(step, make_request):
     plain, _ = step(make_request())
     for form in ("update", "reference"):
-        assert step(make_request(regularizers=[replace(QUICK, kept_fraction=1.0, form=form)]))[0].content_hash == plain.content_hash
+        assert (
+            step(make_request(regularizers=[replace(QUICK, kept_fraction=1.0, form=form)]))[0].content_hash
+            == plain.content_hash
+        )
 
 
 def test_a_share_of_no_weight_is_refused(step, make_request):
-    with pytest.raises(ConfigError, match=r"fraction of 1e-06 lets none of 270336 weights change; raise it to 4e-06"):
+    with pytest.raises(
+        ConfigError, match=r"fraction of 1e-06 lets none of 270336 weights change; raise it to 4e-06"
+    ):
         step(make_request(regularizers=[replace(QUICK, kept_fraction=1e-6)]))
 
 
@@ -232,7 +266,9 @@ def test_larger_groups_share_one_threshold(prepared, make_request):
     (selft,), edited, report = prepared(make_request(regularizers=[QUICK], group="attn2", iterations=1))
     shares = [mask.float().mean().item() for mask in selft._masks.values()]
     assert len(shares) == 35 and max(shares) > 2 * min(shares)
-    assert report.figures["changeable_weights"] == math.floor(0.05 * sum(mask.numel() for mask in selft._masks.values()))
+    assert report.figures["changeable_weights"] == math.floor(
+        0.05 * sum(mask.numel() for mask in selft._masks.values())
+    )
 
 
 # --- together with a projection
@@ -245,8 +281,13 @@ def protected(random_network):
 def response(edited, network, since=None):
     """Largest relative change of what a matrix makes of the protected text."""
     parameters, rows = dict(network.unet.named_parameters()), protected(network)
-    return max(((changed(edited, name, since).double() @ rows.T).norm() / (parameters[name].double() @ rows.T).norm()).item()
-               for name in edited.edits)  # fmt: skip
+    return max(
+        (
+            (changed(edited, name, since).double() @ rows.T).norm()
+            / (parameters[name].double() @ rows.T).norm()
+        ).item()
+        for name in edited.edits
+    )
 
 
 @pytest.mark.parametrize("decoys", [0, 30], ids=["plain", "damped"])
@@ -255,8 +296,12 @@ def test_masked_projected_change_is_sparse_in_the_complement_and_spares_what_is_
     prepared, random_network, make_request, decoys, selft_first
 ):
     regularizers = [QUICK, ProjectionConfig(decoys=decoys, damping=1e-3)]
-    request = make_request(regularizers=regularizers if selft_first else regularizers[::-1], iterations=8, weight_decay=0.01,
-                           learning_rate=1e-3)  # fmt: skip
+    request = make_request(
+        regularizers=regularizers if selft_first else regularizers[::-1],
+        iterations=8,
+        weight_decay=0.01,
+        learning_rate=1e-3,
+    )
     (selft,), edited, report = prepared(request)
     (projection,), again, _ = prepared(request, GradientProjection)
     assert edited.content_hash == again.content_hash
@@ -266,7 +311,11 @@ def test_masked_projected_change_is_sparse_in_the_complement_and_spares_what_is_
     assert total == 1408 * 190
     for name, delta in edited.edits.items():
         coordinates = delta.double() @ basis
-        rounding = 8 * 2**-24 * (dict(random_network.unet.named_parameters())[name].double().norm(dim=1).max() + delta.norm())
+        rounding = (
+            8
+            * 2**-24
+            * (dict(random_network.unet.named_parameters())[name].double().norm(dim=1).max() + delta.norm())
+        )
         assert coordinates[~selft._masks[name]].abs().max() < rounding
         assert (coordinates @ basis.T - delta.double()).abs().max() < rounding
         nonzeros += int((coordinates.abs() > rounding).sum())
@@ -275,13 +324,21 @@ def test_masked_projected_change_is_sparse_in_the_complement_and_spares_what_is_
     assert response(edited, random_network) < 1e-5
 
 
-def test_one_large_update_has_exactly_the_chosen_number_of_coordinates(prepared, random_network, make_request):
-    request = make_request(regularizers=[QUICK, ProjectionConfig()], iterations=1, learning_rate=0.1, max_grad_norm=0.0)
+def test_one_large_update_has_exactly_the_chosen_number_of_coordinates(
+    prepared, random_network, make_request
+):
+    request = make_request(
+        regularizers=[QUICK, ProjectionConfig()], iterations=1, learning_rate=0.1, max_grad_norm=0.0
+    )
     (selft,), edited, report = prepared(request)
     (projection,), _, _ = prepared(request, GradientProjection)
     basis = projection.coordinates("x.attn2.to_k.weight").double()
     counts = [int(((delta.double() @ basis).abs() > 1e-6).sum()) for delta in edited.edits.values()]
-    assert sum(counts) == report.figures["changeable_weights"] == math.floor(0.05 * sum(m.numel() for m in selft._masks.values()))
+    assert (
+        sum(counts)
+        == report.figures["changeable_weights"]
+        == math.floor(0.05 * sum(m.numel() for m in selft._masks.values()))
+    )
 
 
 def test_updates_with_the_same_mask_stay_in_the_same_span(prepared, random_network, make_request):
@@ -290,7 +347,9 @@ def test_updates_with_the_same_mask_stay_in_the_same_span(prepared, random_netwo
     assert all(torch.equal(short._masks[name], long._masks[name]) for name in short._masks)
 
 
-def test_a_mask_never_raises_the_response_of_a_damped_change_to_the_damped_text(prepared, make_request, monkeypatch):
+def test_a_mask_never_raises_the_response_of_a_damped_change_to_the_damped_text(
+    prepared, make_request, monkeypatch
+):
     moments, original = [], GradientProjection._damped
 
     def damped(self, *inputs):
@@ -298,7 +357,9 @@ def test_a_mask_never_raises_the_response_of_a_damped_change_to_the_damped_text(
         return moments[-1]
 
     monkeypatch.setattr(GradientProjection, "_damped", damped)
-    (projection,), *_ = prepared(make_request(regularizers=[ProjectionConfig(decoys=30)], iterations=0), GradientProjection)
+    (projection,), *_ = prepared(
+        make_request(regularizers=[ProjectionConfig(decoys=30)], iterations=0), GradientProjection
+    )
     moment, generator = moments[0][0].float(), torch.Generator().manual_seed(0)
     change = torch.randn(64, 192, generator=generator)
 
@@ -310,10 +371,16 @@ def test_a_mask_never_raises_the_response_of_a_damped_change_to_the_damped_text(
         assert (responses(torch.rand(64, 190, generator=generator) < share) <= responses() * (1 + 1e-4)).all()
 
 
-def test_reference_hybrid_masks_gradients_then_projects_them_and_ends_dense(prepared, random_network, make_request):
-    reference = tuple(replace(config, states=4) if isinstance(config, SelFTConfig) else config
-                      for config in preset("projection_selft").regularizers)  # fmt: skip
-    assert [config.form for config in reference] == ["reference", "reference"] and reference[0].kept_fraction == 0.3
+def test_reference_hybrid_masks_gradients_then_projects_them_and_ends_dense(
+    prepared, random_network, make_request
+):
+    reference = tuple(
+        replace(config, states=4) if isinstance(config, SelFTConfig) else config
+        for config in preset("projection_selft").regularizers
+    )
+    assert [config.form for config in reference] == ["reference", "reference"] and reference[
+        0
+    ].kept_fraction == 0.3
     (selft,), edited, report = prepared(make_request(regularizers=reference))
     chosen = report.figures["changeable_weights"]
     assert chosen == math.floor(0.3 * sum(mask.numel() for mask in selft._masks.values()))

@@ -1,4 +1,5 @@
-"""Concepts, configs, requests, the registry, presets and the noise schedule: everything that is checked before any model is loaded."""
+"""Concepts, configs, requests, the registry, presets and the noise schedule: everything that is checked
+before any model is loaded."""
 
 import hashlib
 import json
@@ -28,7 +29,8 @@ from cul_core.requests.request import Request
 
 # --- concepts
 
-NAMED_KINDS = [kind for kind in KINDS if kind != "memorized"]  # a memorized picture is called by a whole caption
+# a memorized picture is called by a whole caption
+NAMED_KINDS = [kind for kind in KINDS if kind != "memorized"]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,10 @@ NAMED_KINDS = [kind for kind in KINDS if kind != "memorized"]  # a memorized pic
         ({"target": "dog", "kind": "object", "anchor": "_"}, "has no anchor"),
         ({"target": "Ann at sea", "kind": "memorized"}, "has no anchor; give a caption that says the same"),
         ({"target": "dog", "kind": "object", "anchor": "Dog"}, "Anchor and target are both 'dog'"),
-        ({"target": "Snow_Man", "kind": "character", "anchor": " snow  man"}, "Anchor and target are both 'Snow_Man'"),
+        (
+            {"target": "Snow_Man", "kind": "character", "anchor": " snow  man"},
+            "Anchor and target are both 'Snow_Man'",
+        ),
         ({"target": "Lava", "anchor": "lava"}, "Anchor and target are both 'Lava'"),
     ],
 )
@@ -84,7 +89,9 @@ def test_requests_are_lines_and_a_plus_joins_concepts():
 
 
 def test_a_concept_that_is_forgotten_is_not_on_the_keep_list_of_its_request():
-    joined = ConceptList((Concept("Lava"),), (Concept("Frost"), Concept("Ice"))) + ConceptList((Concept("frost"),), (Concept("Ice"),))
+    joined = ConceptList((Concept("Lava"),), (Concept("Frost"), Concept("Ice"))) + ConceptList(
+        (Concept("frost"),), (Concept("Ice"),)
+    )
     assert joined == ConceptList((Concept("Lava"), Concept("frost")), (Concept("Ice"),))
 
 
@@ -92,7 +99,10 @@ def test_anchor_prompts_follow_the_kind_and_previews_show_target_and_kept():
     styles = anchor_prompts(MINI, [Concept("Lava")])
     objects = anchor_prompts(MINI, [Concept("cat", "object", "tree")])
     assert len(styles) > 100 and all("tree" in prompt for prompt in objects)
-    assert all("horse" in prompt for prompt in anchor_prompts(replace(MINI, name="other"), [Concept("dog", "object", "horse")]))
+    assert all(
+        "horse" in prompt
+        for prompt in anchor_prompts(replace(MINI, name="other"), [Concept("dog", "object", "horse")])
+    )
     request = preset("recommended").request(
         [Concept("cat", "object", "tree")], retain=[Concept("dog", "object")], anchor_prompts=objects, seed=0
     )
@@ -109,7 +119,11 @@ def test_every_anchor_prompt_of_every_kind_can_be_rewritten_to_the_target(kind, 
     concept = Concept("Van_Gogh", kind, "" if kind == "style" else "old_man")
     prompts = anchor_prompts(family, [concept])
     rewritten = [concept.target_prompts(prompt) for prompt in prompts]
-    assert len(prompts) > 10 and all(rewritten) and all("Van Gogh" in text for texts in rewritten for text in texts)
+    assert (
+        len(prompts) > 10
+        and all(rewritten)
+        and all("Van Gogh" in text for texts in rewritten for text in texts)
+    )
 
 
 @pytest.mark.parametrize("kind", NAMED_KINDS)
@@ -127,7 +141,9 @@ def test_style_is_put_before_or_after_the_caption():
 
 def test_caption_of_a_memorized_picture_is_its_prompt_letter_by_letter_whatever_the_anchor_says():
     concept = Concept(" IMG_01  by Ann. ", "memorized", "a photo of a boat")
-    assert concept.prompt == concept.name == "IMG_01  by Ann." and concept.target_prompts("a boat") == ("IMG_01  by Ann.",)
+    assert concept.prompt == concept.name == "IMG_01  by Ann." and concept.target_prompts("a boat") == (
+        "IMG_01  by Ann.",
+    )
     assert concept.mentioned_in("Framed: img 01 by ann.") and not concept.mentioned_in("a photo by Ann.")
     assert anchor_prompts(MINI, [concept]) == ("a photo of a boat",)
 
@@ -159,7 +175,9 @@ def test_target_is_found_in_a_prompt_as_whole_words_only():
 
 
 def vocabulary(*words):
-    return SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: {word: i for i, word in reversed([*enumerate(words)])}))
+    return SimpleNamespace(
+        tokenizer=SimpleNamespace(get_vocab=lambda: {word: i for i, word in reversed([*enumerate(words)])})
+    )
 
 
 def test_vocabulary_words_are_whole_words_of_letters_in_id_order():
@@ -179,7 +197,9 @@ def test_decoys_are_of_the_targets_kind_and_never_use_its_words():
 def test_decoys_leave_out_the_anchor_however_it_is_written(anchor):
     network = vocabulary("moon</w>", "cup</w>")
     decoys = decoy_concepts(network, [Concept("cat", "object", anchor)], 60, torch.Generator().manual_seed(0))
-    assert "moon" not in {concept.name for concept in decoys} and "cup" in {concept.name for concept in decoys}
+    assert "moon" not in {concept.name for concept in decoys} and "cup" in {
+        concept.name for concept in decoys
+    }
 
 
 # --- configs
@@ -193,14 +213,20 @@ def test_decoys_leave_out_the_anchor_however_it_is_written(anchor):
         (lambda: TrainingConfig(iterations=2.5), "iterations is 2.5"),
         (lambda: TrainingConfig(iterations="5"), "iterations is '5'"),
         (lambda: TrainingConfig(batch_size=0), "batch_size is 0"),
-        (lambda: TrainingConfig(learning_rate=1.5), "learning_rate is 1.5; give a number between 0.0 and 1.0"),
+        (
+            lambda: TrainingConfig(learning_rate=1.5),
+            "learning_rate is 1.5; give a number between 0.0 and 1.0",
+        ),
         (lambda: TrainingConfig(learning_rate=float("nan")), "learning_rate is nan"),
         (lambda: TrainingConfig(seed=-1), "seed is -1"),
         (lambda: SamplerConfig(steps=0), "steps is 0"),
         (lambda: SamplerConfig(guidance_scale=0.5), "guidance_scale is 0.5"),
         (lambda: ProjectionConfig(form="sideways"), "form is 'sideways'; choose one of update, reference"),
         (lambda: replace(TrainingConfig(), iterations=-5), "iterations is -5"),
-        (lambda: TrainingConfig.from_json({"iterations": 3, "learning_rat": 1}), "no setting 'learning_rat'; it has .*learning_rate"),
+        (
+            lambda: TrainingConfig.from_json({"iterations": 3, "learning_rat": 1}),
+            "no setting 'learning_rat'; it has .*learning_rate",
+        ),
     ],
 )
 def test_setting_that_cannot_work_is_refused_with_its_value(make, said):
@@ -284,7 +310,13 @@ class ThingConfig(Config):
 @pytest.fixture
 def things():
     registry = Registry("thing")
-    details = {"display_name": "First", "description": "", "paper": "", "families": ("mini",), "groups": ("kv",)}
+    details = {
+        "display_name": "First",
+        "description": "",
+        "paper": "",
+        "families": ("mini",),
+        "groups": ("kv",),
+    }
     registry.register("first", config=ThingConfig, **details)(object)
     return registry
 
@@ -293,7 +325,9 @@ def test_registered_class_is_found_by_name_and_by_its_config(things):
     assert things.get("first") is things.of(ThingConfig(3)) and [entry.name for entry in things] == ["first"]
 
 
-@pytest.mark.parametrize("name", ["first", "", "Second", "2nd", "with-dash", "with space", "_hidden", "second\n"])
+@pytest.mark.parametrize(
+    "name", ["first", "", "Second", "2nd", "with-dash", "with space", "_hidden", "second\n"]
+)
 def test_registry_refuses_duplicate_and_ill_formed_names(things, name):
     with pytest.raises(ConfigError, match="thing name .* is taken or not lower_snake_case"):
         things.register(name, config=ThingConfig)
@@ -312,7 +346,9 @@ def test_unknown_preset_is_refused_with_the_presets_there_are():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_makes_a_request_that_travels_as_json(name):
-    request = preset(name).request([Concept("Lava")], retain=[Concept("Frost")], anchor_prompts=["a cup"], seed=5, anchor_seed=6)
+    request = preset(name).request(
+        [Concept("Lava")], retain=[Concept("Frost")], anchor_prompts=["a cup"], seed=5, anchor_seed=6
+    )
     assert (request.training.seed, request.anchor_seed, request.retain) == (5, 6, (Concept("Frost"),))
     assert Request.from_json(request.to_json()) == request
 
@@ -323,16 +359,25 @@ def test_every_preset_makes_a_request_that_travels_as_json(name):
 def test_noise_schedule_is_diffusers_scaled_linear_one():
     from diffusers import DDPMScheduler
 
-    theirs = DDPMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    theirs = DDPMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
     torch.testing.assert_close(NoiseSchedule().alphas_cumprod, theirs.alphas_cumprod, atol=1e-6, rtol=0)
-    with_noise = DDPMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                               rescale_betas_zero_snr=True)  # fmt: skip
+    with_noise = DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        rescale_betas_zero_snr=True,
+    )
     noisy = NoiseSchedule(ends_in_noise=True).alphas_cumprod
     torch.testing.assert_close(noisy, with_noise.alphas_cumprod, atol=1e-6, rtol=0)
     assert noisy[-1] == 0 and noisy[0] == pytest.approx(1 - 0.00085, abs=1e-6)
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([0, 500, 999])
-    torch.testing.assert_close(NoiseSchedule().add_noise(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps))
+    torch.testing.assert_close(
+        NoiseSchedule().add_noise(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps)
+    )
 
 
 def test_settings_of_a_user_replace_those_of_the_preset_and_no_others():

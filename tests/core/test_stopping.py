@@ -50,8 +50,11 @@ def stopped(measured, iterations=4000, **settings):
 
 def test_training_stops_when_the_target_is_gone():
     assert stopped([(50.0, 90.0), (80.0, 80.0), (80.0, 80.0), (99.0, 70.0)]) == {
-        "best_iteration": 400, "best_ua": 99.0, "best_ra": 70.0, "last_iteration": 400,
-    }  # fmt: skip
+        "best_iteration": 400,
+        "best_ua": 99.0,
+        "best_ra": 70.0,
+        "last_iteration": 400,
+    }
 
 
 def test_training_stops_when_nothing_more_was_forgotten_for_so_many_iterations():
@@ -65,8 +68,10 @@ def test_training_stops_when_nothing_more_was_forgotten_for_so_many_iterations()
 @pytest.mark.parametrize(
     ("measured", "best"),
     [
-        ([(40.0, 99.0), (60.0, 10.0), (50.0, 99.0)], 200),  # below the threshold the highest UA, whatever is left
-        ([(60.0, 50.0), (60.0, 70.0), (60.0, 70.0)], 200),  # of equal ones the highest RA, of these the first
+        # below the threshold the highest UA, whatever is left
+        ([(40.0, 99.0), (60.0, 10.0), (50.0, 99.0)], 200),
+        # of equal ones the highest RA, of these the first
+        ([(60.0, 50.0), (60.0, 70.0), (60.0, 70.0)], 200),
         ([(60.0, 50.0), (20.0, 70.0), (99.5, 0.0)], 300),
     ],
 )
@@ -81,7 +86,9 @@ def test_the_last_update_is_measured_though_it_is_not_due():
 
 @pytest.mark.parametrize("measured", [None, (float("nan"), 50.0)])
 def test_what_was_not_measured_is_an_error(measured):
-    with pytest.raises(TrainingError, match=r"after iteration 100 of 4000 gave .*(None|nan).* set evaluate_every to 0"):
+    with pytest.raises(
+        TrainingError, match=r"after iteration 100 of 4000 gave .*(None|nan).* set evaluate_every to 0"
+    ):
         stopped([measured])
 
 
@@ -100,25 +107,44 @@ def test_the_best_weights_are_the_result_bit_for_bit(step, random_network, make_
     for name, delta in edited.edits.items():
         assert torch.equal(delta, seen[1][name] - random_network.unet.get_parameter(name))
         assert not torch.equal(seen[1][name], seen[2][name])
-    assert report.figures == {"best_iteration": 2, "best_ua": 60.0, "best_ra": 90.0, "last_iteration": 3} and len(report.losses) == 3
+    assert (
+        report.figures == {"best_iteration": 2, "best_ua": 60.0, "best_ra": 90.0, "last_iteration": 3}
+        and len(report.losses) == 3
+    )
 
 
 def test_a_step_ends_where_it_stops_and_a_last_preview_is_shown(step, make_request):
     shown = []
-    watch = Callbacks(on_preview=lambda iteration, latents: shown.append(iteration), preview_prompts=("a cat",), preview_every=5)
-    _, report = step(make_request(iterations=9, evaluate_every=2), measure=scripted((0.0, 1.0), (99.0, 1.0)), callbacks=watch)
+    watch = Callbacks(
+        on_preview=lambda iteration, latents: shown.append(iteration),
+        preview_prompts=("a cat",),
+        preview_every=5,
+    )
+    _, report = step(
+        make_request(iterations=9, evaluate_every=2),
+        measure=scripted((0.0, 1.0), (99.0, 1.0)),
+        callbacks=watch,
+    )
     assert len(report.losses) == report.figures["last_iteration"] == 4 and shown == [0, 4]
 
 
 def test_measuring_changes_no_bit_of_the_training(step, make_request):
     better = ((float(ua), 50.0) for ua in range(9))
     plain, _ = step(make_request())
-    assert step(make_request(evaluate_every=1), measure=scripted(*better))[0].content_hash == plain.content_hash
+    assert (
+        step(make_request(evaluate_every=1), measure=scripted(*better))[0].content_hash == plain.content_hash
+    )
     assert step(make_request(), measure=None)[1].figures == {}
 
 
-def test_a_request_that_asks_for_it_without_a_measurement_is_refused_before_anything_is_loaded(random_model, make_request):
-    with pytest.raises(ConfigError, match=r"measured every 5 updates \(evaluate_every\), but there is nothing .* set it to 0"):
+def test_a_request_that_asks_for_it_without_a_measurement_is_refused_before_anything_is_loaded(
+    random_model, make_request
+):
+    with pytest.raises(
+        ConfigError,
+        match=r"measured every 5 updates \(evaluate_every\), but there is nothing .* set it to "
+        r"0",
+    ):
         run_step(random_model, make_request(evaluate_every=5), networks="not asked")
 
 
@@ -139,22 +165,35 @@ def test_cancelling_does_not_wait_for_a_measurement(step, make_request):
 # --- requests of before
 
 
-BEFORE = {"iterations": 60, "batch_size": 8, "learning_rate": 4e-4, "schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0,
-          "group": "kv", "seed": 0}  # fmt: skip
+BEFORE = {
+    "iterations": 60,
+    "batch_size": 8,
+    "learning_rate": 4e-4,
+    "schedule": "constant",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "group": "kv",
+    "seed": 0,
+}
 """JSON of the default training settings as it was before early stopping was there."""
 
 
 def test_requests_without_early_stopping_keep_their_json_and_hash(make_request):
     assert TrainingConfig().to_json() == BEFORE and TrainingConfig.from_json(BEFORE) == TrainingConfig()
     request = make_request()
-    assert stable_hash(request.to_json() | {"training": BEFORE | {"iterations": 3, "batch_size": 2}}) == request.hash
+    assert (
+        stable_hash(request.to_json() | {"training": BEFORE | {"iterations": 3, "batch_size": 2}})
+        == request.hash
+    )
 
 
 def test_requests_with_it_come_back_from_json(make_request):
     request = make_request(evaluate_every=5, patience=7, stop_at_ua=90.0)
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
-    hashes = {replace(request, training=replace(request.training, **change)).hash
-              for change in ({}, {"evaluate_every": 6}, {"patience": 8}, {"stop_at_ua": 91.0})}  # fmt: skip
+    hashes = {
+        replace(request, training=replace(request.training, **change)).hash
+        for change in ({}, {"evaluate_every": 6}, {"patience": 8}, {"stop_at_ua": 91.0})
+    }
     assert len(hashes) == 4
 
 
@@ -162,9 +201,12 @@ def test_requests_with_it_come_back_from_json(make_request):
 
 
 def asked_for(monkeypatch, request, gone):
-    """(what is measured, the shots of each call) where every picture shows what it is asked for, except for targets that are gone."""
+    """(what is measured, the shots of each call) where every picture shows what it is asked for, except for
+    targets that are gone."""
     calls = []
-    monkeypatch.setattr("cul_core.minicanvas.judge._draw", lambda network, shots, *rest: calls.append(shots) or shots)
+    monkeypatch.setattr(
+        "cul_core.minicanvas.judge._draw", lambda network, shots, *rest: calls.append(shots) or shots
+    )
 
     def judge(shots):
         return [Verdict("plain" if gone(shot) else shot.style, shot.object) for shot in shots]
@@ -174,11 +216,16 @@ def asked_for(monkeypatch, request, gone):
 
 def test_few_pictures_are_enough_while_the_target_shows(make_request, monkeypatch):
     request = make_request(retain=("Navy Stripes", "Candy_Stripes", "Van_Gogh", "Denim"))
-    measured, (few,) = asked_for(monkeypatch, request, lambda shot: shot.style == "Candy_Stripes" and shot.object != "cat")
+    measured, (few,) = asked_for(
+        monkeypatch, request, lambda shot: shot.style == "Candy_Stripes" and shot.object != "cat"
+    )
     assert measured == (90.0, 100.0) and len(few) == 20
     targets, kept = few[:10], few[10:]
     assert {shot.object for shot in targets} == {shot.object for shot in kept} == set(OBJECTS)
-    assert {shot.style for shot in targets} == {"Candy_Stripes"} and {shot.style for shot in kept} == {"Navy_Stripes", "Denim"}
+    assert {shot.style for shot in targets} == {"Candy_Stripes"} and {shot.style for shot in kept} == {
+        "Navy_Stripes",
+        "Denim",
+    }
 
 
 def test_all_pictures_are_asked_for_once_when_few_say_that_it_is_gone(make_request, monkeypatch):
@@ -192,27 +239,52 @@ def test_all_pictures_are_asked_for_once_when_few_say_that_it_is_gone(make_reque
 
 def test_without_a_keep_list_the_suites_own_is_measured(make_request, monkeypatch):
     _, (few,) = asked_for(monkeypatch, make_request(retain=()), lambda shot: False)
-    assert len({shot.style for shot in few[10:]}) == 10 and {shot.style for shot in few[10:]} <= set(styles_in("declared"))
+    assert len({shot.style for shot in few[10:]}) == 10 and {shot.style for shot in few[10:]} <= set(
+        styles_in("declared")
+    )
 
 
 def test_objects_are_measured_as_objects(make_request, monkeypatch):
-    request = replace(make_request(), concepts=(Concept("cat", "object", "flower"),), retain=(Concept("house", "object"), Concept("Denim")))
+    request = replace(
+        make_request(),
+        concepts=(Concept("cat", "object", "flower"),),
+        retain=(Concept("house", "object"), Concept("Denim")),
+    )
     measured, (few,) = asked_for(monkeypatch, request, lambda shot: False)
-    assert measured == (0.0, 100.0) and {shot.object for shot in few[:10]} == {"cat"} and {shot.object for shot in few[10:]} == {"house"}
+    assert (
+        measured == (0.0, 100.0)
+        and {shot.object for shot in few[:10]} == {"cat"}
+        and {shot.object for shot in few[10:]} == {"house"}
+    )
     assert len({shot.style for shot in few[:10]}) == 10
 
 
 def test_a_target_that_nobody_can_measure_is_refused(make_request):
     mixed = (Concept("Lava"), Concept("cat", "object", "star"))
-    with pytest.raises(ConceptError, match=r"Of 'Lava', 'cat', only \['Lava'\] can be measured.*or set evaluate_every to 0"):
+    with pytest.raises(
+        ConceptError, match=r"Of 'Lava', 'cat', only \['Lava'\] can be measured.*or set evaluate_every to 0"
+    ):
         measure_for(replace(make_request(), concepts=mixed), judge=len)
 
 
 def test_minicanvas_stops_early_with_the_style_gone(shipped_model, networks, anchors):
-    settings = {"iterations": 200, "learning_rate": 6e-4, "evaluate_every": 20, "anchor_count": 16, "batch_size": 4}
+    settings = {
+        "iterations": 200,
+        "learning_rate": 6e-4,
+        "evaluate_every": 20,
+        "anchor_count": 16,
+        "batch_size": 4,
+    }
     chosen = preset("plain_ours").with_settings(settings)
-    request = chosen.request([Concept("Neon_Cyan")], retain=[Concept("Neon_Pink")], anchor_prompts=["A cat image.", "a boat"], seed=1)
-    _, report = run_step(shipped_model, request, store=anchors, networks=networks["shipped"], measure=measure_for(request))
+    request = chosen.request(
+        [Concept("Neon_Cyan")],
+        retain=[Concept("Neon_Pink")],
+        anchor_prompts=["A cat image.", "a boat"],
+        seed=1,
+    )
+    _, report = run_step(
+        shipped_model, request, store=anchors, networks=networks["shipped"], measure=measure_for(request)
+    )
     figures = report.figures
     assert figures["best_iteration"] == figures["last_iteration"] == len(report.losses) < 200
     assert figures["best_ua"] >= 99 and figures["best_ra"] >= 50

@@ -1,4 +1,5 @@
-"""The step store: nothing finished is trained again, damaged or foreign entries are never trusted, and the size is bounded."""
+"""The step store: nothing finished is trained again, damaged or foreign entries are never trusted, and the
+size is bounded."""
 
 import os
 import time
@@ -45,10 +46,13 @@ def test_a_finished_step_comes_back_the_same_from_another_store_object(trained, 
 def test_the_key_changes_with_everything_the_result_depends_on(trained, random_model, make_request):
     request, edited, _ = trained()
     keys = {
-        step_key(random_model, request), step_key(edited, request), step_key(random_model, make_request("Lava")),
-        step_key(random_model, make_request(seed=1)), step_key(random_model, make_request(retain=("Lava",))),
+        step_key(random_model, request),
+        step_key(edited, request),
+        step_key(random_model, make_request("Lava")),
+        step_key(random_model, make_request(seed=1)),
+        step_key(random_model, make_request(retain=("Lava",))),
         step_key(random_model, make_request(learning_rate=1e-5)),
-    }  # fmt: skip
+    }
     assert len(keys) == 6
     assert step_key(random_model, make_request()) == step_key(random_model, request)
 
@@ -61,7 +65,10 @@ def test_a_chain_from_the_store_has_the_history_of_the_chain_that_asks(trained, 
     store.put(first, second_request, second, second_report)
     one, _ = store.get(random_model, first_request)
     two, _ = store.get(one, second_request)
-    assert two.content_hash == second.content_hash and [record.targets for record in two.history] == [("Candy_Stripes",), ("Lava",)]
+    assert two.content_hash == second.content_hash and [record.targets for record in two.history] == [
+        ("Candy_Stripes",),
+        ("Lava",),
+    ]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])
@@ -108,7 +115,8 @@ def made_step(model, request):
 
 
 def grow(folder, model, requests, largest=BOUND):
-    """(the end of the chain, how many of its steps were trained), each step with a store object of its own, as nodes have it."""
+    """(the end of the chain, how many of its steps were trained), each step with a store object of its own,
+    as nodes have it."""
     count = 0
     for request in requests:
 
@@ -124,18 +132,24 @@ def grow(folder, model, requests, largest=BOUND):
 
 @pytest.fixture
 def chain_of(make_request):
-    return lambda count, seed=0: [make_request(f"Target {number}", seed=100 * seed) for number in range(count)]
+    return lambda count, seed=0: [
+        make_request(f"Target {number}", seed=100 * seed) for number in range(count)
+    ]
 
 
 @pytest.mark.parametrize("length", [6, 7, 12, 30])
-def test_a_chain_that_runs_again_trains_nothing_however_long_it_is(length, chain_of, random_model, new_process, tmp_path):
+def test_a_chain_that_runs_again_trains_nothing_however_long_it_is(
+    length, chain_of, random_model, new_process, tmp_path
+):
     assert grow(tmp_path, random_model, chain_of(length))[1] == length
     assert grow(tmp_path, random_model, chain_of(length))[1] == 0
     new_process(hours_later=1000, folder=tmp_path)
     assert grow(tmp_path, random_model, chain_of(length))[1] == 0
 
 
-def test_a_branch_that_runs_first_costs_the_other_branch_nothing(chain_of, random_model, new_process, tmp_path):
+def test_a_branch_that_runs_first_costs_the_other_branch_nothing(
+    chain_of, random_model, new_process, tmp_path
+):
     assert grow(tmp_path, random_model, chain_of(12))[1] == 12
     new_process()
     assert grow(tmp_path, random_model, chain_of(4, seed=1))[1] == 4
@@ -167,8 +181,11 @@ def stored_numbers(folder, model, requests):
     return found
 
 
-def test_a_step_stays_while_an_unfinished_one_that_builds_on_it_is_used(chain_of, random_model, new_process, tmp_path):
-    """Another process trains the third step for more than a day; of the first two nothing was used meanwhile."""
+def test_a_step_stays_while_an_unfinished_one_that_builds_on_it_is_used(
+    chain_of, random_model, new_process, tmp_path
+):
+    """Another process trains the third step for more than a day; of the first two nothing was used
+    meanwhile."""
     *before, last = chain_of(3)
     model, _ = grow(tmp_path, random_model, before)
     new_process(hours_later=100, folder=tmp_path)
@@ -184,7 +201,9 @@ def test_a_step_stays_while_an_unfinished_one_that_builds_on_it_is_used(chain_of
     assert stored_numbers(tmp_path, random_model, before) == [0, 1]
 
 
-def test_models_behind_a_merge_stay_with_the_step_that_builds_on_it(chain_of, make_request, random_model, new_process, tmp_path):
+def test_models_behind_a_merge_stay_with_the_step_that_builds_on_it(
+    chain_of, make_request, random_model, new_process, tmp_path
+):
     branches = [chain_of(2, seed=seed) for seed in (1, 2)]
     merged = merge([grow(tmp_path, random_model, branch)[0] for branch in branches], UniformConfig())
     new_process(hours_later=100, folder=tmp_path)
@@ -194,7 +213,9 @@ def test_models_behind_a_merge_stay_with_the_step_that_builds_on_it(chain_of, ma
     assert [stored_numbers(tmp_path, random_model, branch) for branch in branches] == [[0, 1], [0, 1]]
 
 
-def test_a_step_that_cannot_be_removed_keeps_what_it_builds_on(chain_of, random_model, new_process, tmp_path, monkeypatch):
+def test_a_step_that_cannot_be_removed_keeps_what_it_builds_on(
+    chain_of, random_model, new_process, tmp_path, monkeypatch
+):
     grow(tmp_path, random_model, chain_of(4))
     new_process(hours_later=25, folder=tmp_path)
     last = max((tmp_path / "steps").glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
@@ -237,7 +258,9 @@ def test_the_bound_follows_the_disk(disk, chain_of, random_model, new_process, t
     assert stored_numbers(tmp_path, random_model, chain_of(8)) == [0]
 
 
-def test_a_nearly_full_disk_keeps_the_beginning_of_the_chain_and_its_reserve(disk, chain_of, random_model, new_process, tmp_path):
+def test_a_nearly_full_disk_keeps_the_beginning_of_the_chain_and_its_reserve(
+    disk, chain_of, random_model, new_process, tmp_path
+):
     total = 8 * STEP_BYTES
     disk(total)
     grow(tmp_path, random_model, chain_of(1, seed=1))  # used just now, but by another process
@@ -277,7 +300,9 @@ def test_a_step_takes_the_place_of_its_state_on_a_nearly_full_disk(disk, chain_o
         return made_step(random_model, request)
 
     assert StepStore(tmp_path).get_or_train(random_model, request, train).note == ""
-    assert stored_numbers(tmp_path, random_model, [request]) == [0] and not list(tmp_path.glob("states/*.safetensors"))
+    assert stored_numbers(tmp_path, random_model, [request]) == [0] and not list(
+        tmp_path.glob("states/*.safetensors")
+    )
 
 
 def test_a_disk_that_does_not_tell_its_room_is_written(monkeypatch, chain_of, random_model, tmp_path):
@@ -287,7 +312,9 @@ def test_a_disk_that_does_not_tell_its_room_is_written(monkeypatch, chain_of, ra
     monkeypatch.setattr(eviction.shutil, "disk_usage", untold)
     assert grow(tmp_path / "a", random_model, chain_of(2), None)[1] == 2
     assert grow(tmp_path / "a", random_model, chain_of(2), None)[1] == 0
-    monkeypatch.setattr(eviction.shutil, "disk_usage", lambda place: type("Usage", (), {"total": 0, "free": 0}))
+    monkeypatch.setattr(
+        eviction.shutil, "disk_usage", lambda place: type("Usage", (), {"total": 0, "free": 0})
+    )
     assert grow(tmp_path / "b", random_model, chain_of(2), None)[1] == 2
     assert grow(tmp_path / "b", random_model, chain_of(2), None)[1] == 0
 
@@ -295,7 +322,8 @@ def test_a_disk_that_does_not_tell_its_room_is_written(monkeypatch, chain_of, ra
 def test_files_from_the_clocks_future_age_again(chain_of, random_model, new_process, tmp_path, monkeypatch):
     now = time.time_ns()
     grow(tmp_path, random_model, chain_of(3, seed=1))
-    new_process(hours_later=-100_000, folder=tmp_path)  # the clock was eleven years ahead, and is right again
+    # the clock was eleven years ahead, and is right again
+    new_process(hours_later=-100_000, folder=tmp_path)
     grow(tmp_path, random_model, chain_of(5, seed=2))
     assert stored_numbers(tmp_path, random_model, chain_of(3, seed=1)) == [0, 1, 2]
     assert max(path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")) < now + int(3600e9)
@@ -316,7 +344,12 @@ def test_the_oldest_steps_go_first_and_those_in_use_stay(new_process, trained, r
     store = StepStore(tmp_path, largest_bytes=int(2.5 * size))
     assert store.get(random_model, finished[0][0])  # in use from here on, and the most recent
     store.put(random_model, *finished[3])
-    assert [StepStore(tmp_path).get(random_model, request) is not None for request, *_ in finished] == [True, False, False, True]
+    assert [StepStore(tmp_path).get(random_model, request) is not None for request, *_ in finished] == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(trained, random_model, tmp_path):
@@ -329,7 +362,9 @@ def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(trained, rand
 def test_damaged_or_unwritable_anchors_are_drawn_again(random_model, random_network, tmp_path, caplog):
     def latents(folder):
         store = AnchorStore(folder)
-        return store.anchor_latents(random_model.source, random_network, ("a cat",), 2, SamplerConfig(steps=1), 0)
+        return store.anchor_latents(
+            random_model.source, random_network, ("a cat",), 2, SamplerConfig(steps=1), 0
+        )
 
     first = latents(tmp_path / "anchors")
     (path,) = (tmp_path / "anchors").iterdir()
@@ -352,7 +387,11 @@ def test_everything_is_bounded_and_the_least_recently_used_goes_first(trained, r
     clean.put(random_model, request, edited, report)
     own = sum(size for _, size, _ in clean.files("steps"))
     StepStore(tmp_path, largest_bytes=own + 2 * size).put(random_model, request, edited, report)
-    assert [path.parent.name for _, _, path in StepStore(tmp_path).files(*PARTS)] == ["states", "steps", "steps"]
+    assert [path.parent.name for _, _, path in StepStore(tmp_path).files(*PARTS)] == [
+        "states",
+        "steps",
+        "steps",
+    ]
     assert not (tmp_path / "steps/.abc.x.cul-part").exists()
 
 
@@ -364,7 +403,12 @@ def test_the_store_says_what_is_in_it_and_forgets_what_it_is_told_to(trained, ra
     state.save({"iteration": 2})
     (tmp_path / "steps/bad.safetensors").write_text("bad")
     text = store.describe()
-    assert "2 finished steps" in text and "Candy_Stripes (" in text and "3 iterations" in text and "a damaged file" in text
+    assert (
+        "2 finished steps" in text
+        and "Candy_Stripes (" in text
+        and "3 iterations" in text
+        and "a damaged file" in text
+    )
     assert "1 unfinished steps" in text and "Candy_Stripes (stopped after iteration 2 of 3)" in text
     assert "removed 1 files" in store.clear("states") and not state.path.exists()
     assert "removed 2 files" in store.clear(*PARTS) and "0 finished steps, 0.0 MB" in store.describe()
@@ -374,9 +418,16 @@ def test_anchors_go_on_where_they_were_stopped(random_model, random_network, tmp
     def latents(folder, stop_after=None, asked=None):
         store = AnchorStore(folder, every_seconds=0)
         done = []
-        return store.anchor_latents(random_model.source, random_network, ("a cat", "a dog"), 40, SamplerConfig(steps=1), 0,
-                                    should_stop=lambda: stop_after is not None and len(done) >= stop_after,
-                                    on_batch=lambda made, count: (done.append(made), asked is not None and asked.append(made)))  # fmt: skip
+        return store.anchor_latents(
+            random_model.source,
+            random_network,
+            ("a cat", "a dog"),
+            40,
+            SamplerConfig(steps=1),
+            0,
+            should_stop=lambda: stop_after is not None and len(done) >= stop_after,
+            on_batch=lambda made, count: (done.append(made), asked is not None and asked.append(made)),
+        )
 
     whole, asked = latents(None), []
     for _ in range(2):

@@ -1,4 +1,5 @@
-"""The loop's contracts: repeatable, only its group changes, the teacher and the input untouched, errors and cancelling clean."""
+"""The loop's contracts: repeatable, only its group changes, the teacher and the input untouched, errors and
+cancelling clean."""
 
 import hashlib
 from dataclasses import replace
@@ -56,7 +57,8 @@ def test_every_method_with_every_regularizer_repeats_bit_for_bit_and_changes_onl
     (first, report), (second, _) = step(request), step(request)
     assert first.content_hash == second.content_hash
     changed, group = set(first.edits), set(group_names(random_network.unet, "kv"))
-    assert changed == group if regularizer is None else changed and changed <= group  # a mask may spare whole matrices
+    # a mask may spare whole matrices
+    assert changed == group if regularizer is None else changed and changed <= group
     assert all(torch.isfinite(torch.tensor(report.losses))) and len(report.losses) == 3
     assert same(unet_state(random_network), before)
     assert not any(parameter.requires_grad for parameter in random_network.unet.parameters())
@@ -130,7 +132,9 @@ def test_zero_iterations_change_nothing(step, random_model, make_request):
     assert step(make_request(iterations=0))[0].content_hash == random_model.content_hash
 
 
-def test_cancelling_stops_within_an_iteration_and_leaves_the_network_clean(step, random_network, make_request):
+def test_cancelling_stops_within_an_iteration_and_leaves_the_network_clean(
+    step, random_network, make_request
+):
     before, seen = unet_state(random_network), []
     callbacks = Callbacks(on_progress=seen.append, should_stop=lambda: len(seen) >= 2)
     with pytest.raises(Cancelled, match="iteration 3 of 9"):
@@ -139,7 +143,9 @@ def test_cancelling_stops_within_an_iteration_and_leaves_the_network_clean(step,
     assert same(unet_state(random_network), before)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_iteration_and_the_remedy(step, random_network, make_request, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_with_the_iteration_and_the_remedy(
+    step, random_network, make_request, monkeypatch
+):
     before = unet_state(random_network)
     original = ConAbl.loss
 
@@ -161,8 +167,15 @@ def test_a_request_without_concepts_or_anchor_prompts_is_refused():
 def test_a_closed_form_method_runs_in_the_same_step(step, make_request, monkeypatch):
     methods = Registry("method")
 
-    @methods.register("double", config=type("DoubleConfig", (ConAblConfig,), {}), display_name="Double", description="d", paper="p",
-                      families=("mini",), groups=("kv",))  # fmt: skip
+    @methods.register(
+        "double",
+        config=type("DoubleConfig", (ConAblConfig,), {}),
+        display_name="Double",
+        description="d",
+        paper="p",
+        families=("mini",),
+        groups=("kv",),
+    )
     class Double(Method):
         is_closed_form = True
 
@@ -171,7 +184,9 @@ def test_a_closed_form_method_runs_in_the_same_step(step, make_request, monkeypa
 
     monkeypatch.setattr("cul_core.training.step.METHODS", methods)
     config = methods.get("double").config()
-    edited, report = step(make_request(method=config, regularizers=[entry.config() for entry in REGULARIZERS]))
+    edited, report = step(
+        make_request(method=config, regularizers=[entry.config() for entry in REGULARIZERS])
+    )
     assert len(edited.edits) == 14 and report.losses == ()
 
 
@@ -185,7 +200,9 @@ class Pull(Regularizer):
         self.weight = context.network.unet.get_parameter(self.name)
 
     def prepare_mask(self, context, coordinates):
-        self.hook = self.weight.register_post_accumulate_grad_hook(lambda weight: self.events.append("backward"))
+        self.hook = self.weight.register_post_accumulate_grad_hook(
+            lambda weight: self.events.append("backward")
+        )
 
     def loss_terms(self, student, pretrained, start):
         self.events.append("terms")
@@ -202,8 +219,15 @@ class Pull(Regularizer):
 def pull(monkeypatch):
     """Makes a config of a `Pull` with these factors, the only regularizer there is."""
     registry = Registry("regularizer")
-    registry.register("pull", config=type("PullConfig", (ConAblConfig,), {}), display_name="Pull", description="d", paper="p",
-                      families=("mini",), groups=("kv",))(Pull)  # fmt: skip
+    registry.register(
+        "pull",
+        config=type("PullConfig", (ConAblConfig,), {}),
+        display_name="Pull",
+        description="d",
+        paper="p",
+        families=("mini",),
+        groups=("kv",),
+    )(Pull)
     monkeypatch.setattr("cul_core.training.step.REGULARIZERS", registry)
 
     def config(**factors):
@@ -215,7 +239,9 @@ def pull(monkeypatch):
     return config
 
 
-def test_terms_of_a_regularizer_have_a_backward_of_their_own_after_the_methods_and_all_gradients_add_up(step, make_request, pull):
+def test_terms_of_a_regularizer_have_a_backward_of_their_own_after_the_methods_and_all_gradients_add_up(
+    step, make_request, pull
+):
     step(make_request(regularizers=[pull()], iterations=1))
     assert Pull.events == ["backward", "terms"]
     (alone,) = Pull.gradients
@@ -226,11 +252,18 @@ def test_terms_of_a_regularizer_have_a_backward_of_their_own_after_the_methods_a
     assert report.losses[0] == pytest.approx(sum(report.record.losses.values()), rel=1e-5)
 
 
-def test_a_term_that_is_not_finite_stops_the_step_as_the_methods_loss_does(step, random_network, make_request, pull):
+def test_a_term_that_is_not_finite_stops_the_step_as_the_methods_loss_does(
+    step, random_network, make_request, pull
+):
     before = unet_state(random_network)
-    with pytest.raises(TrainingError, match=r"became nan at iteration 1 of 3; lower the learning rate .* or the regularizers' strengths"):
+    with pytest.raises(
+        TrainingError,
+        match=r"became nan at iteration 1 of 3; lower the learning rate .* or the regularizers' strengths",
+    ):
         step(make_request(regularizers=[pull(twice=2.0, broken=float("nan"))]))
-    assert same(unet_state(random_network), before) and not any(p.requires_grad for p in random_network.unet.parameters())
+    assert same(unet_state(random_network), before) and not any(
+        p.requires_grad for p in random_network.unet.parameters()
+    )
 
 
 class Recorder(Regularizer):
@@ -275,8 +308,11 @@ def test_hard_constraints_act_last_on_the_actual_change_whatever_the_optimizer_d
 
 def test_previews_come_from_the_same_noise_before_between_and_after_and_change_nothing(step, make_request):
     seen = []
-    watch = Callbacks(on_preview=lambda iteration, latents: seen.append((iteration, latents)), preview_prompts=("a cat", "a house"),
-                      preview_every=2)  # fmt: skip
+    watch = Callbacks(
+        on_preview=lambda iteration, latents: seen.append((iteration, latents)),
+        preview_prompts=("a cat", "a house"),
+        preview_every=2,
+    )
     watched, _ = step(make_request(iterations=3), callbacks=watch)
     plain, _ = step(make_request(iterations=3))
     assert watched.content_hash == plain.content_hash

@@ -21,7 +21,8 @@ def prepared(cls, config):
 
 @pytest.mark.parametrize(
     ("cls", "config", "expected"),
-    [  # differences from W0: 0.5, 0, 0, -1 -> mean |d| = 1.5/4, mean d^2 = 1.25/4, each times the strength 8
+    # differences from W0: 0.5, 0, 0, -1 -> mean |d| = 1.5/4, mean d^2 = 1.25/4, each times the strength 8
+    [
         (L1SP, L1SPConfig(8, "pretrained", "penalty"), 3.0),
         (L2SP, L2SPConfig(8, "pretrained", "penalty"), 2.5),
         (L1SP, L1SPConfig(8, "start", "penalty"), 0.0),
@@ -42,13 +43,15 @@ def test_l2_gradient_is_twice_the_difference_over_n_and_l1_is_flat_at_its_anchor
 
 
 def test_proximal_l1_sets_small_changes_exactly_to_the_anchor_and_shortens_the_others():
-    regularizer = prepared(L1SP, L1SPConfig(strength=0.8, anchor="pretrained"))  # threshold = lr 0.5 x 0.8 / 4 = 0.1
+    # threshold = lr 0.5 x 0.8 / 4 = 0.1
+    regularizer = prepared(L1SP, L1SPConfig(strength=0.8, anchor="pretrained"))
     moved = regularizer.proximal("a", torch.tensor([1.05, 2.5]), 0.5)
     assert moved[0] == W0["a"][0] and moved[1] == pytest.approx(2.4)
 
 
 def test_proximal_l2_divides_the_change_by_one_plus_twice_the_threshold():
-    regularizer = prepared(L2SP, L2SPConfig(strength=4, anchor="pretrained"))  # threshold = 0.5 x 4 / 4 = 1/2
+    # threshold = 0.5 x 4 / 4 = 1/2
+    regularizer = prepared(L2SP, L2SPConfig(strength=4, anchor="pretrained"))
     assert regularizer.proximal("a", torch.tensor([3.0, 2.0]), 0.5).tolist() == [2.0, 2.0]
 
 
@@ -64,8 +67,11 @@ def lowest(objective, low, high):
 @pytest.mark.parametrize("anchor", ["start", "pretrained", "both"])
 @pytest.mark.parametrize(("cls", "kind"), [(L1SP, L1SPConfig), (L2SP, L2SPConfig)])
 @pytest.mark.parametrize("strength", [0.3, 2.0])
-def test_the_proximal_step_minimises_the_penalty_beside_half_the_squared_distance(cls, kind, anchor, strength):
-    """prox_{lr R}(v) = argmin_w lr R(w) + |w - v|^2 / 2, R the mean of |d| or d^2, summed over the anchors."""
+def test_the_proximal_step_minimises_the_penalty_beside_half_the_squared_distance(
+    cls, kind, anchor, strength
+):
+    """prox_{lr R}(v) = argmin_w lr R(w) + |w - v|^2 / 2, R the mean of |d| or d^2, summed over the
+    anchors."""
     generator = torch.Generator().manual_seed(0)
     start, pretrained, moved = torch.randn(3, 200, generator=generator, dtype=torch.float64)
     context = SimpleNamespace(start={"w": start}, pretrained={"w": pretrained})
@@ -75,7 +81,10 @@ def test_the_proximal_step_minimises_the_penalty_beside_half_the_squared_distanc
     references = {"start": [start], "pretrained": [pretrained], "both": [start, pretrained]}[anchor]
 
     def objective(w):
-        return 0.5 * strength * sum(element(w - reference) for reference in references) + (w - moved).square() / 2
+        return (
+            0.5 * strength * sum(element(w - reference) for reference in references)
+            + (w - moved).square() / 2
+        )
 
     expected = lowest(objective, torch.full_like(moved, -9.0), torch.full_like(moved, 9.0))
     torch.testing.assert_close(regularizer.proximal("w", moved, 0.5), expected, atol=1e-6, rtol=0)
@@ -94,9 +103,14 @@ def drift_after(steps, anchor, model, networks, anchors, make_request):
     return sum(delta.square().sum() for delta in model.edits.values()).sqrt().item()
 
 
-def test_the_pretrained_anchor_bounds_a_chains_drift_and_the_start_anchor_does_not(random_model, networks, anchors, make_request):
+def test_the_pretrained_anchor_bounds_a_chains_drift_and_the_start_anchor_does_not(
+    random_model, networks, anchors, make_request
+):
     arguments = (random_model, networks["random"], anchors, make_request)
-    growth = {anchor: drift_after(4, anchor, *arguments) / drift_after(1, anchor, *arguments) for anchor in ("pretrained", "start")}
+    growth = {
+        anchor: drift_after(4, anchor, *arguments) / drift_after(1, anchor, *arguments)
+        for anchor in ("pretrained", "start")
+    }
     assert growth["start"] > 1.5 * growth["pretrained"]
 
 

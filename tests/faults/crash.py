@@ -1,7 +1,7 @@
 """Chains of six steps on MiniCanvas in processes that are killed at random moments, or refused their writes.
 
-Run as a program it prints one JSON object. It is a process of its own because it forks, which only a process of one thread may do:
-what takes long to load is loaded once, and every attempt is a fork of that.
+Run as a program it prints one JSON object. It is a process of its own because it forks, which only a process
+of one thread may do: what takes long to load is loaded once, and every attempt is a fork of that.
 """
 
 from __future__ import annotations
@@ -47,13 +47,31 @@ from cul_core.training.step import run_step
 
 TARGETS = ("Candy_Stripes", "Lava", "Frost", "Denim", "Blueprint", "Neon_Cyan")
 PROMPTS = ("A star image.", "a house", "an image of a cat", "a picture of a boat")
-PHASES = ("loading", "anchors", "writing anchors", "preparation", "updates", "writing a state", "writing a result", "evicting", "reading",
-          "writing the checkpoint")  # fmt: skip
+PHASES = (
+    "loading",
+    "anchors",
+    "writing anchors",
+    "preparation",
+    "updates",
+    "writing a state",
+    "writing a result",
+    "evicting",
+    "reading",
+    "writing the checkpoint",
+)
 EVENTS = {
-    "anchors": 4, "writing anchors": 12, "preparation": 5, "updates": 12, "writing a state": 80, "writing a result": 40, "evicting": 3,
-    "reading": 6, "writing the checkpoint": 12,
-}  # fmt: skip
-"""Phases in which a process kills itself, and about how many events they have until the first step is done."""
+    "anchors": 4,
+    "writing anchors": 12,
+    "preparation": 5,
+    "updates": 12,
+    "writing a state": 80,
+    "writing a result": 40,
+    "evicting": 3,
+    "reading": 6,
+    "writing the checkpoint": 12,
+}
+"""Phases in which a process kills itself, and about how many events they have until the first step is
+done."""
 MOST_KILLS_A_CHAIN = 25
 
 
@@ -69,11 +87,19 @@ def requests() -> list[Request]:
         (ours, (L2SPConfig(),), {"schedule": "linear"}),
     ]
     return [
-        Request((Concept(target),), method, regularizers, TrainingConfig(iterations=4, batch_size=2, seed=number, **settings),
-                retain=(Concept("Navy_Stripes"),), anchor_prompts=PROMPTS, anchor_count=24, anchor_sampler=SamplerConfig(steps=2),
-                anchor_seed=number // 3)
+        Request(
+            (Concept(target),),
+            method,
+            regularizers,
+            TrainingConfig(iterations=4, batch_size=2, seed=number, **settings),
+            retain=(Concept("Navy_Stripes"),),
+            anchor_prompts=PROMPTS,
+            anchor_count=24,
+            anchor_sampler=SamplerConfig(steps=2),
+            anchor_seed=number // 3,
+        )
         for number, (target, (method, regularizers, settings)) in enumerate(zip(TARGETS, how, strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def measure(network, check):
@@ -83,7 +109,8 @@ def measure(network, check):
 
 
 class Trouble:
-    """What happens to a process: events are counted by the phase they happen in, and one of them may kill it or fail.
+    """What happens to a process: events are counted by the phase they happen in, and one of them may kill it
+    or fail.
 
     Args:
         phase: shared with the parent, which wants to know in which phase the process died.
@@ -108,7 +135,11 @@ class Trouble:
             before_failing()
         self.event()
         self.writes += 1
-        if self._fail_at is not None and self.writes > self._fail_at and (takes_space or self._error.errno != errno.ENOSPC):
+        if (
+            self._fail_at is not None
+            and self.writes > self._fail_at
+            and (takes_space or self._error.errno != errno.ENOSPC)
+        ):
             before_failing()
             raise self._error
 
@@ -143,10 +174,15 @@ class Trouble:
         """Wrap what the library calls; for good, unless `set_attribute` is a monkeypatch's."""
         self._set = set_attribute
         for owner, name, phase in (
-            (anchors.AnchorStore, "anchor_latents", "anchors"), (anchors._AnchorFile, "write", "writing anchors"),
-            (training, "_train", "updates"), (stores.StepState, "save", "writing a state"), (stores.StepStore, "put", "writing a result"),
-            (stores.StepStore, "_evict", "evicting"), (stores.StepStore, "get", "reading"), (stores.StepState, "load", "reading"),
-        ):  # fmt: skip
+            (anchors.AnchorStore, "anchor_latents", "anchors"),
+            (anchors._AnchorFile, "write", "writing anchors"),
+            (training, "_train", "updates"),
+            (stores.StepState, "save", "writing a state"),
+            (stores.StepStore, "put", "writing a result"),
+            (stores.StepStore, "_evict", "evicting"),
+            (stores.StepStore, "get", "reading"),
+            (stores.StepState, "load", "reading"),
+        ):
             self.within(owner, name, phase)
         for name in ("replace", "fsync", "utime", "unlink", "mkdir"):
             self.on_call(os, name)
@@ -221,9 +257,17 @@ def run_chain(place: Place, networks: NetworkCache, trouble: Trouble, largest_by
 
             state_store.load = loaded
             with trouble.during("preparation"):
-                callbacks = Callbacks(on_progress=lambda progress: trouble.event(), should_stop=lambda: trouble.event() or False)
+                callbacks = Callbacks(
+                    on_progress=lambda progress: trouble.event(), should_stop=lambda: trouble.event() or False
+                )
                 result = run_step(
-                    model, request, callbacks=callbacks, store=store.anchors, networks=networks, measure=measure, state_store=state_store
+                    model,
+                    request,
+                    callbacks=callbacks,
+                    store=store.anchors,
+                    networks=networks,
+                    measure=measure,
+                    state_store=state_store,
                 )
             place.say("trained", number)
             return result
@@ -309,7 +353,11 @@ class Harness:
                 if self.random.random() < 0.4:
                     status = self.attempt(place, after_seconds=self.random.random() ** 2 * self.seconds * 0.5)
                 else:
-                    early = [phase for phase in EVENTS if died.total() % MOST_KILLS_A_CHAIN > 20 or phase != "writing the checkpoint"]
+                    early = [
+                        phase
+                        for phase in EVENTS
+                        if died.total() % MOST_KILLS_A_CHAIN > 20 or phase != "writing the checkpoint"
+                    ]
                     rare = [phase for phase in early if died[phase] < kills // 25]
                     phase = self.random.choice(rare or early)
                     status = self.attempt(place, (phase, self.random.randrange(EVENTS[phase])))
@@ -337,7 +385,11 @@ class Harness:
         """Numbers of the steps whose results are in the store; all of its files must be whole."""
         for path in place.store.rglob("*.safetensors"):
             read_sealed(path)
-        return {number for number, key in self.keys.items() if (place.store / "steps" / f"{key}.safetensors").is_file()}
+        return {
+            number
+            for number, key in self.keys.items()
+            if (place.store / "steps" / f"{key}.safetensors").is_file()
+        }
 
     def iteration(self, place: Place) -> dict[int, int]:
         """Iterations whose states are in the store, by the number of the step."""
@@ -355,7 +407,9 @@ class Harness:
             if words[0] == "begins" and words[1] in finished:
                 self.problems.append(f"finished step {words[1]} was trained again")
             if words[0] == "begins" and words[2] != states.get(words[1], 0):
-                self.problems.append(f"step {words[1]} began at {words[2]} where its state was at {states.get(words[1], 0)}")
+                self.problems.append(
+                    f"step {words[1]} began at {words[2]} where its state was at {states.get(words[1], 0)}"
+                )
         if not finished <= (now := self.finished(place)):
             self.problems.append(f"finished steps {finished - now} were lost")
         for path in place.out.glob("*.safetensors"):
@@ -367,7 +421,11 @@ class Harness:
         if status or said[-2:-1] != [["done", self.expected]]:
             self.problems.append(f"a chain ended with {said[-1:]} and status {status}")
             return
-        if left := [path.name for path in place.store.rglob("*") if path.parent.name == "states" or path.suffix == ".cul-part"]:
+        if left := [
+            path.name
+            for path in place.store.rglob("*")
+            if path.parent.name == "states" or path.suffix == ".cul-part"
+        ]:
             self.problems.append(f"left behind: {left}")
         if self.finished(place) != set(self.keys) or not list(place.out.glob("edited.safetensors")):
             self.problems.append("not everything is there at the end")
@@ -375,7 +433,8 @@ class Harness:
     # --- writes that fail
 
     def fail_writes(self, error: OSError, samples: int) -> dict:
-        """The chain with its k-th write and all that follow failing, for `samples` k spread over it, each in an empty place; then again."""
+        """The chain with its k-th write and all that follow failing, for `samples` k spread over it, each in
+        an empty place; then again."""
         place = Place(self.folder / "counted")
         self.attempt(place)
         total, survived = next(words[1] for words in place.said() if words[0] == "writes"), 0
@@ -407,7 +466,9 @@ def main() -> None:
     if task == "kill":
         result["died"] = harness.kill_many(int(sys.argv[4]))
     else:
-        result |= harness.fail_writes(OSError(int(sys.argv[4]), os.strerror(int(sys.argv[4]))), int(sys.argv[5]))
+        result |= harness.fail_writes(
+            OSError(int(sys.argv[4]), os.strerror(int(sys.argv[4]))), int(sys.argv[5])
+        )
     sys.stdout.write(json.dumps({**result, "problems": harness.problems}) + "\n")
 
 

@@ -1,4 +1,5 @@
-"""A disk that is full, read-only or broken, at every single write: files are whole or absent, and a step still gives its result."""
+"""A disk that is full, read-only or broken, at every single write: files are whole or absent, and a step
+still gives its result."""
 
 import errno
 import logging
@@ -53,7 +54,16 @@ def step(original, request_):
     keys, (header, _, _) = checkpoint_key_map(original.source.path), read_header(original.source.path)
     edits = {name: torch.full(header[keys[name]]["shape"], 1e-3) for name in map(NAME.format, "kv")}
     result = UnlearnModel(original.source, original.family, edits)
-    record = StepRecord(request_.to_json(), {"unlearn": 0.5}, {}, original.content_hash, result.content_hash, 1.0, "2026-01-01", {})
+    record = StepRecord(
+        request_.to_json(),
+        {"unlearn": 0.5},
+        {},
+        original.content_hash,
+        result.content_hash,
+        1.0,
+        "2026-01-01",
+        {},
+    )
     return original.with_step(edits, record), StepReport(record, (1.0, 0.5), {"protected_rank": 3.0})
 
 
@@ -83,21 +93,41 @@ def writers(step, original, request_):
         "json": (lambda folder: _write_json(folder / "a.json", {"a": [1] * 5000}), True),
         "finished step": (lambda folder: StepStore(folder).put(original, request_, edited, report), True),
         "state": (lambda folder: StepState(folder / "states/a.safetensors", request_, 0).save(STATE), False),
-        "anchors": (lambda folder: _AnchorFile(folder / "a.safetensors", 0).write([torch.ones(2, 4, 8, 8)]), False),
+        "anchors": (
+            lambda folder: _AnchorFile(folder / "a.safetensors", 0).write([torch.ones(2, 4, 8, 8)]),
+            False,
+        ),
         "step": (get_or_train, False),
     }
 
 
-NAMES = ("checkpoint", "edits", "diff", "lora", "picture", "json", "finished step", "state", "anchors", "step")
+NAMES = (
+    "checkpoint",
+    "edits",
+    "diff",
+    "lora",
+    "picture",
+    "json",
+    "finished step",
+    "state",
+    "anchors",
+    "step",
+)
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("code", ERRORS, ids=[errno.errorcode[code] for code in ERRORS])
-def test_a_write_that_fails_leaves_a_whole_file_or_none(name, code, writers, tmp_path, monkeypatch, count, caplog):
+def test_a_write_that_fails_leaves_a_whole_file_or_none(
+    name, code, writers, tmp_path, monkeypatch, count, caplog
+):
     caplog.set_level(logging.CRITICAL)
     write, says_so = writers[name]
     clean = tmp_path / "clean"
@@ -119,7 +149,8 @@ def test_a_write_that_fails_leaves_a_whole_file_or_none(name, code, writers, tmp
         if trouble.writes <= number:
             break
         for path, data in contents(folder).items():
-            if code == errno.ENOSPC or path.suffix != ".cul-part":  # where nothing can be removed, this stays for the next run
+            # where nothing can be removed, this stays for the next run
+            if code == errno.ENOSPC or path.suffix != ".cul-part":
                 assert data == whole.get(path, data) and path.suffix != ".cul-part", (number, path)
         assert failed or not says_so or whole.keys() <= contents(folder).keys(), number
         write(folder)
@@ -134,7 +165,9 @@ def test_a_state_that_cannot_be_replaced_stays(request_, tmp_path, monkeypatch, 
     before = path.read_bytes()
     for number in range(6):
         with monkeypatch.context() as patched:
-            Trouble(bytearray(1), fail_at=number, error=OSError(errno.ENOSPC, "full")).install(patched.setattr)
+            Trouble(bytearray(1), fail_at=number, error=OSError(errno.ENOSPC, "full")).install(
+                patched.setattr
+            )
             StepState(path, request_, 0).save({**STATE, "iteration": 3})
         assert path.read_bytes() == before and StepState(path, request_, 0).load({})["iteration"] == 2
         count("failed write")
@@ -225,7 +258,9 @@ def test_a_file_that_stays_open_is_left_and_the_error_says_why(tmp_path, monkeyp
 
 
 @pytest.mark.usefixtures("no_waiting")
-def test_a_state_that_stays_open_fails_no_step(request_, step, original, tmp_path, monkeypatch, count, caplog):
+def test_a_state_that_stays_open_fails_no_step(
+    request_, step, original, tmp_path, monkeypatch, count, caplog
+):
     store = StepStore(tmp_path)
 
     def train(state_store):
@@ -321,13 +356,18 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = partial(subprocess.run, capture_output=True)
-    if not hasattr(os, "geteuid") or mount(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]).returncode:
+    if (
+        not hasattr(os, "geteuid")
+        or mount(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]).returncode
+    ):
         pytest.skip("no file system can be mounted here")
     yield folder
     mount(["umount", str(folder)])
 
 
-def test_a_full_disk_costs_no_result_and_is_not_filled_with_leftovers(small_disk, step, original, request_, count):
+def test_a_full_disk_costs_no_result_and_is_not_filled_with_leftovers(
+    small_disk, step, original, request_, count
+):
     edited, report = step
     store = StepStore(small_disk / "store")
     with pytest.raises(CheckpointError, match="No space left"):
@@ -340,7 +380,11 @@ def test_a_full_disk_costs_no_result_and_is_not_filled_with_leftovers(small_disk
         return step
 
     outcome = store.get_or_train(original, request_, train)
-    assert outcome.model is edited and "Not kept for later runs" in outcome.note and "No space left" in outcome.note
+    assert (
+        outcome.model is edited
+        and "Not kept for later runs" in outcome.note
+        and "No space left" in outcome.note
+    )
     assert not list(small_disk.rglob("*.safetensors")) and not list(small_disk.rglob("*.cul-part"))
     (small_disk / "big").unlink()
     assert store.get_or_train(original, request_, lambda state_store: step).note == ""
@@ -362,7 +406,9 @@ def test_a_step_that_became_nan_leaves_no_state_to_go_on_from(original, request_
     with pytest.raises(TrainingError):
         store.get_or_train(original, request_, broken)
     assert not list(tmp_path.rglob("*.safetensors"))
-    assert store.get_or_train(original, request_, lambda state_store: (state_store.load({}), step)[1]).note == ""
+    assert (
+        store.get_or_train(original, request_, lambda state_store: (state_store.load({}), step)[1]).note == ""
+    )
     for path in tmp_path.rglob("*.safetensors"):
         read_sealed(path)
     count("step that became NaN")

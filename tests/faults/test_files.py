@@ -1,4 +1,5 @@
-"""Files that vanish, change, or are damaged while they are needed: a clear error or a repetition, never a wrong result."""
+"""Files that vanish, change, or are damaged while they are needed: a clear error or a repetition, never a
+wrong result."""
 
 import os
 import random
@@ -57,7 +58,9 @@ def trained(original, request_, networks, tmp_path_factory):
 
 
 def trainer(store, model, request, networks):
-    return lambda state_store: run_step(model, request, store=store.anchors, networks=networks, state_store=state_store)
+    return lambda state_store: run_step(
+        model, request, store=store.anchors, networks=networks, state_store=state_store
+    )
 
 
 @pytest.fixture
@@ -68,7 +71,9 @@ def copy(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["removed", "cut", "altered", "folder"])
-def test_a_source_that_changes_between_opening_and_training_or_saving_is_an_error_that_says_so(change, copy, trained, tmp_path, count):
+def test_a_source_that_changes_between_opening_and_training_or_saving_is_an_error_that_says_so(
+    change, copy, trained, tmp_path, count
+):
     model = open_model(copy)
     edited = model.with_step(trained[1].model.edits, trained[1].model.history[0])
     data = copy.read_bytes()
@@ -80,7 +85,10 @@ def test_a_source_that_changes_between_opening_and_training_or_saving_is_an_erro
         copy.write_bytes(data[: len(data) // 2])
     if change == "altered":
         copy.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    for attempt in (lambda: NetworkCache().get(model.source), lambda: save_checkpoint(edited, tmp_path / "out/a.safetensors")):
+    for attempt in (
+        lambda: NetworkCache().get(model.source),
+        lambda: save_checkpoint(edited, tmp_path / "out/a.safetensors"),
+    ):
         with pytest.raises(ModelError, match=r"copy\.safetensors"):
             attempt()
         count("file changed under us")
@@ -88,7 +96,9 @@ def test_a_source_that_changes_between_opening_and_training_or_saving_is_an_erro
 
 
 @pytest.mark.parametrize("change", ["removed", "cut", "altered", "replaced"])
-def test_a_source_that_changes_while_it_is_copied_leaves_nothing_behind(change, copy, trained, tmp_path, count):
+def test_a_source_that_changes_while_it_is_copied_leaves_nothing_behind(
+    change, copy, trained, tmp_path, count
+):
     model = open_model(copy)
     edited = model.with_step(trained[1].model.edits, trained[1].model.history[0])
     data, chunks = copy.read_bytes(), []
@@ -129,7 +139,9 @@ def test_a_loaded_model_does_not_depend_on_its_file_any_more(tmp_path, original,
 
 
 @pytest.mark.parametrize("part", ["steps", "states", "anchors"])
-def test_a_damaged_file_of_the_store_is_never_used(part, trained, original, request_, networks, tmp_path, count, caplog):
+def test_a_damaged_file_of_the_store_is_never_used(
+    part, trained, original, request_, networks, tmp_path, count, caplog
+):
     """Of each kind, 20 copies with a bit flipped, 20 cut short, and some that are something else."""
     folder, outcome = trained
     chosen = random.Random(part)
@@ -186,7 +198,8 @@ def test_a_clock_that_jumps_removes_nothing_that_is_in_use(trained, original, tm
     store = StepStore(tmp_path, largest_bytes=int(2.5 * size))
     others = [replace(requests()[1], anchor_seed=number) for number in range(4)]
     now, day = time.time_ns(), 25 * 3600 * 10**9
-    for jump, other in zip((0, 10**18, -(10**18), -(10**18) + day), others, strict=True):  # years ahead, then back, then a day
+    # years ahead, then back, then a day
+    for jump, other in zip((0, 10**18, -(10**18), -(10**18) + day), others, strict=True):
         monkeypatch.setattr(time, "time_ns", lambda jump=jump: now + jump)
         monkeypatch.setattr(eviction, "_holders", {})  # as another process
         StepStore(tmp_path, largest_bytes=int(2.5 * size)).put(original, other, outcome.model, outcome.report)
@@ -207,7 +220,11 @@ def test_of_two_processes_one_trains_and_the_other_takes_its_result(trained, ori
     first.start()
     while not list(tmp_path.glob("locks/*.lock")):
         time.sleep(0.01)
-    notes.append(other.get_or_train(original, request_, lambda state_store: pytest.fail("both trained"), waited.set).note)
+    notes.append(
+        other.get_or_train(
+            original, request_, lambda state_store: pytest.fail("both trained"), waited.set
+        ).note
+    )
     first.join()
     assert sorted(notes) == ["", ", kept from an earlier run"]
 
@@ -218,11 +235,17 @@ def test_who_waits_for_another_process_can_cancel(original, request_, tmp_path):
 
     store = StepStore(tmp_path)
     state = store._path("states", "abc")
-    with try_locked(lock_of(tmp_path / "locks", state)) as is_ours, try_locked(lock_of(tmp_path / "locks", state)) as is_theirs:
+    with (
+        try_locked(lock_of(tmp_path / "locks", state)) as is_ours,
+        try_locked(lock_of(tmp_path / "locks", state)) as is_theirs,
+    ):
         assert is_ours and not is_theirs
     from cul_core.store.steps import step_key
 
-    with try_locked(lock_of(tmp_path / "locks", store._path("states", step_key(original, request_)))), pytest.raises(Cancelled):
+    with (
+        try_locked(lock_of(tmp_path / "locks", store._path("states", step_key(original, request_)))),
+        pytest.raises(Cancelled),
+    ):
         store.get_or_train(original, request_, None, cancel)
 
 

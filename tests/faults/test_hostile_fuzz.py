@@ -1,4 +1,5 @@
-"""Inputs that nobody thought of: made by hypothesis from what the formats look like, and by Atheris from what the header reader does."""
+"""Inputs that nobody thought of: made by hypothesis from what the formats look like, and by Atheris from what
+the header reader does."""
 
 import json
 import re
@@ -28,17 +29,33 @@ from cul_core.regularizers import REGULARIZERS
 from cul_core.requests.presets import preset
 from cul_core.requests.request import Request
 
-SETTINGS = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-CONFIGS = [TrainingConfig, SamplerConfig, *(entry.config for registry in (METHODS, REGULARIZERS) for entry in registry)]
+SETTINGS = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
+CONFIGS = [
+    TrainingConfig,
+    SamplerConfig,
+    *(entry.config for registry in (METHODS, REGULARIZERS) for entry in registry),
+]
 
-texts = st.text(max_size=40) | st.sampled_from(["", "conabl", "ties", "style", "object", "../x", "\x1b[2J", "\ud800", "name"])
+texts = st.text(max_size=40) | st.sampled_from(
+    ["", "conabl", "ties", "style", "object", "../x", "\x1b[2J", "\ud800", "name"]
+)
 numbers = st.integers() | st.floats() | st.sampled_from([2**31, 2**53, 2**63, 2**64, -1, 10**400])
 scalars = st.none() | st.booleans() | numbers | texts
-anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4), max_leaves=12)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
+    max_leaves=12,
+)
 
 
 def survives(call, kinds, count):
-    """What `call` gives, or None for an error of these kinds, which must be a sentence; any other fails the test."""
+    """What `call` gives, or None for an error of these kinds, which must be a sentence; any other fails the
+    test."""
     try:
         return call()
     except kinds as error:
@@ -52,8 +69,11 @@ def survives(call, kinds, count):
 
 @st.composite
 def headers(draw):
-    """A header as the format wants it, and the length of its data: tensors one behind the other in any order of names."""
-    names = draw(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), max_size=6, unique=True))
+    """A header as the format wants it, and the length of its data: tensors one behind the other in any order
+    of names."""
+    names = draw(
+        st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), max_size=6, unique=True)
+    )
     header, end = {}, 0
     for name in names:
         if name == "__metadata__":
@@ -63,7 +83,10 @@ def headers(draw):
         for side in shape:
             bits *= side
         if bits % 8 == 0:
-            header[name], end = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + bits // 8]}, end + bits // 8
+            header[name], end = (
+                {"dtype": dtype, "shape": shape, "data_offsets": [end, end + bits // 8]},
+                end + bits // 8,
+            )
     if draw(st.booleans()):
         safe = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
         header["__metadata__"] = draw(st.dictionaries(safe, safe, max_size=3))
@@ -77,7 +100,11 @@ def test_every_header_of_the_format_is_read_as_it_is(tmp_path_factory, made, spa
     path = tmp_path_factory.getbasetemp() / "good.safetensors"
     write_file(path, json.dumps(header, ensure_ascii=escaped).encode() + b" " * spaces, bytes(end))
     entries, metadata, start = read_header(path)
-    assert metadata == header.pop("__metadata__", {}) and entries == header and start + end == path.stat().st_size
+    assert (
+        metadata == header.pop("__metadata__", {})
+        and entries == header
+        and start + end == path.stat().st_size
+    )
 
 
 @settings(max_examples=400, **SETTINGS)
@@ -85,11 +112,18 @@ def test_every_header_of_the_format_is_read_as_it_is(tmp_path_factory, made, spa
 def test_a_header_with_one_part_exchanged_is_read_or_refused(tmp_path_factory, count, made, data):
     header, end = made
     path = tmp_path_factory.getbasetemp() / "odd.safetensors"
-    where = [(name,) for name in header] + [(name, key) for name in header if name != "__metadata__" for key in header[name]]
+    where = [(name,) for name in header] + [
+        (name, key) for name in header if name != "__metadata__" for key in header[name]
+    ]
     if where:
         *outer, last = data.draw(st.sampled_from(where))
         (header[outer[0]] if outer else header)[last] = data.draw(anything)
-    write_file(path, header, bytes(data.draw(st.just(end) | st.integers(0, 64))), data.draw(st.none() | st.integers(0, 2**64 - 1)))
+    write_file(
+        path,
+        header,
+        bytes(data.draw(st.just(end) | st.integers(0, 64))),
+        data.draw(st.none() | st.integers(0, 2**64 - 1)),
+    )
     survives(lambda: read_header(path), ModelError, count)
 
 
@@ -107,10 +141,21 @@ def test_bytes_are_read_or_refused(tmp_path_factory, count, content):
 # --- histories
 
 
-RECORD = {"request": {"concepts": [{"target": "x", "kind": "style", "anchor": ""}], "method": {"name": "conabl"}, "regularizers": [],
-                      "training": {"iterations": 1, "seed": 0}}, "losses": {"a": 1.0}, "drift": {"a": [1.0, 1.0]}, "parent": "0",
-                      "result": "1",
-          "seconds": 1.0, "finished": "now", "versions": {"torch": "2"}}  # fmt: skip
+RECORD = {
+    "request": {
+        "concepts": [{"target": "x", "kind": "style", "anchor": ""}],
+        "method": {"name": "conabl"},
+        "regularizers": [],
+        "training": {"iterations": 1, "seed": 0},
+    },
+    "losses": {"a": 1.0},
+    "drift": {"a": [1.0, 1.0]},
+    "parent": "0",
+    "result": "1",
+    "seconds": 1.0,
+    "finished": "now",
+    "versions": {"torch": "2"},
+}
 SOURCE = {"name": "x", "size": 1, "sha256": "0"}
 
 
@@ -118,11 +163,23 @@ SOURCE = {"name": "x", "size": 1, "sha256": "0"}
 @given(data=st.data())
 def test_a_history_with_one_part_exchanged_is_shown_in_lines_or_refused(tmp_path_factory, count, data):
     record, source = json.loads(json.dumps(RECORD)), dict(SOURCE)
-    place = data.draw(st.sampled_from([record, record["request"], record["request"]["concepts"][0], record["request"]["training"], source]))
+    place = data.draw(
+        st.sampled_from(
+            [
+                record,
+                record["request"],
+                record["request"]["concepts"][0],
+                record["request"]["training"],
+                source,
+            ]
+        )
+    )
     place[data.draw(st.sampled_from(sorted(place)) | texts)] = data.draw(anything)
     path = tmp_path_factory.getbasetemp() / "lies.safetensors"
     history = json.dumps([record] * data.draw(st.integers(0, 3)))
-    write_file(path, {"__metadata__": {"cul_format": "1", "cul_history": history, "cul_source": json.dumps(source)}})
+    write_file(
+        path, {"__metadata__": {"cul_format": "1", "cul_history": history, "cul_source": json.dumps(source)}}
+    )
     found = survives(lambda: read_history(path), (ModelError, CheckpointError), count)
     if found is not None:
         assert all(line.isprintable() for line in history_text("lies.safetensors", *found).split("\n"))
@@ -143,7 +200,11 @@ def test_settings_are_taken_or_refused(count, config, data):
 
 
 REQUEST = json.loads(
-    canonical_json(preset("recommended").request([Concept("x")], retain=[Concept("y")], anchor_prompts=["z"], seed=0).to_json())
+    canonical_json(
+        preset("recommended")
+        .request([Concept("x")], retain=[Concept("y")], anchor_prompts=["z"], seed=0)
+        .to_json()
+    )
 )
 
 
@@ -151,8 +212,18 @@ REQUEST = json.loads(
 @given(data=st.data())
 def test_requests_are_taken_or_refused(count, data):
     values = json.loads(json.dumps(REQUEST))
-    place = data.draw(st.sampled_from([values, values["concepts"][0], values["method"], values["regularizers"][0], values["training"],
-                                       values["anchor_sampler"]]))  # fmt: skip
+    place = data.draw(
+        st.sampled_from(
+            [
+                values,
+                values["concepts"][0],
+                values["method"],
+                values["regularizers"][0],
+                values["training"],
+                values["anchor_sampler"],
+            ]
+        )
+    )
     place[data.draw(st.sampled_from(sorted(place)) | texts)] = data.draw(anything)
     made = survives(lambda: Request.from_json(values), CulError, count)
     if made is not None:
@@ -163,20 +234,56 @@ def test_requests_are_taken_or_refused(count, data):
 # --- what people type
 
 
-typed = st.text(max_size=200) | st.text(alphabet=string.ascii_letters + " \t\n,+->:#_;.'\"()[]*?\\|^${}", max_size=200) | st.lists(
-    st.sampled_from(["style", "object", ":", "->", " + ", ",", "\n", "#", "cat", "_", " ", "(a+)+", "\\", "\x85", "\u2028", "\x1b", "."]),
-    max_size=40).map("".join)  # fmt: skip
+typed = (
+    st.text(max_size=200)
+    | st.text(alphabet=string.ascii_letters + " \t\n,+->:#_;.'\"()[]*?\\|^${}", max_size=200)
+    | st.lists(
+        st.sampled_from(
+            [
+                "style",
+                "object",
+                ":",
+                "->",
+                " + ",
+                ",",
+                "\n",
+                "#",
+                "cat",
+                "_",
+                " ",
+                "(a+)+",
+                "\\",
+                "\x85",
+                "\u2028",
+                "\x1b",
+                ".",
+            ]
+        ),
+        max_size=40,
+    ).map("".join)
+)
 
 
 @settings(max_examples=500, **SETTINGS)
-@given(text=typed, kind=st.sampled_from(["style", "object", "celebrity", "character", "memorized"]), anchor=st.just("") | texts)
+@given(
+    text=typed,
+    kind=st.sampled_from(["style", "object", "celebrity", "character", "memorized"]),
+    anchor=st.just("") | texts,
+)
 def test_what_is_typed_becomes_concepts_or_is_refused(count, text, kind, anchor):
-    for call in (lambda: [[parse_concept(text, kind, anchor)]], lambda: [parse_keep(text, kind)], lambda: parse_requests(text, kind,
-    anchor),
-                 lambda: [parse_names(text, kind)]):  # fmt: skip
+    for call in (
+        lambda: [[parse_concept(text, kind, anchor)]],
+        lambda: [parse_keep(text, kind)],
+        lambda: parse_requests(text, kind, anchor),
+        lambda: [parse_names(text, kind)],
+    ):
         for concepts in survives(call, ConceptError, count) or ():
             for concept in concepts:
-                assert concept.name.strip() and len(concept.name) <= LONGEST_NAME and concept.name in concept.prompt
+                assert (
+                    concept.name.strip()
+                    and len(concept.name) <= LONGEST_NAME
+                    and concept.name in concept.prompt
+                )
                 assert Concept.from_json(json.loads(canonical_json(concept.to_json()))) == concept
                 assert concept.mentioned_in(f"a {concept.target} b") and concept.mentioned_in(concept.target)
                 for prompt in concept.target_prompts(f"a photo of a {concept.anchor} in a room"):
@@ -199,8 +306,13 @@ def test_fuzzing_reaches_more_of_the_header_reader_than_its_seeds_and_finds_no_c
     pytest.importorskip("atheris")
     program = Path(__file__).parents[1] / "fuzz" / "fuzz_header.py"
     options = ["-runs=4000", "-seed=1", "-timeout=5", "-rss_limit_mb=1000", f"-artifact_prefix={tmp_path}/"]
-    # a process counts the peak of the one that started it as its own: a small one between them keeps that of these tests out
-    between = [sys.executable, "-c", "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"]
+    # a process counts the peak of the one that started it as its own: a small one between them keeps that of
+    # these tests out
+    between = [
+        sys.executable,
+        "-c",
+        "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)",
+    ]
     command = [*between, sys.executable, str(program), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

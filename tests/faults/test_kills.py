@@ -1,4 +1,5 @@
-"""A program that is killed at any moment loses nothing: the next run goes on to the same bits, and files are whole or absent."""
+"""A program that is killed at any moment loses nothing: the next run goes on to the same bits, and files are
+whole or absent."""
 
 import errno
 import json
@@ -21,8 +22,13 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 
 
 def crash(folder, *arguments):
-    done = subprocess.run([sys.executable, str(HERE / "crash.py"), str(folder), *map(str, arguments)], env=ENVIRONMENT, text=True,
-                          capture_output=True, timeout=3000)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(HERE / "crash.py"), str(folder), *map(str, arguments)],
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        timeout=3000,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout)
     assert result["problems"] == [], done.stderr[-4000:]
@@ -32,7 +38,15 @@ def crash(folder, *arguments):
 def test_a_chain_that_is_killed_at_random_moments_ends_as_the_undisturbed_one(tmp_path, count):
     died = crash(tmp_path, 1, "kill", KILLS)["died"]
     assert sum(died.values()) >= KILLS
-    phases = ("anchors", "preparation", "updates", "writing a state", "writing a result", "evicting", "writing the checkpoint")
+    phases = (
+        "anchors",
+        "preparation",
+        "updates",
+        "writing a state",
+        "writing a result",
+        "evicting",
+        "writing the checkpoint",
+    )
     assert all(died.get(phase) for phase in phases), died
     for phase, number in died.items():
         count(f"kill while {phase}", number)
@@ -45,18 +59,38 @@ def test_a_chain_whose_writes_fail_gives_its_result_and_the_next_run_works(tmp_p
     count("chain on a full disk", result["survived"])
 
 
-PROGRAM = "import sys; from cul_core import store; store.EVERY_SECONDS = 0; from cul_core.cli import main; sys.exit(main())"
+PROGRAM = (
+    "import sys; from cul_core import store; store.EVERY_SECONDS = 0; from cul_core.cli import main; "
+    "sys.exit(main())"
+)
 
 
 def started(folder, out):
     """`unlearn` in a fresh process that keeps its state after every update."""
-    arguments = ["unlearn", "Lava", "--preset", "plain", "--iterations", "20", "--store", folder / "store", "--out", out]
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, arguments)], env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    arguments = [
+        "unlearn",
+        "Lava",
+        "--preset",
+        "plain",
+        "--iterations",
+        "20",
+        "--store",
+        folder / "store",
+        "--out",
+        out,
+    ]
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def stored(folder, part):
-    """(changes of the one file in a part of the store: its time stamp, its size); zeros while there is none."""
+    """(changes of the one file in a part of the store: its time stamp, its size); zeros while there is
+    none."""
     for path in (folder / "store" / part).glob("*.safetensors"):
         try:
             return path.stat().st_mtime_ns, path.stat().st_size
@@ -91,10 +125,15 @@ def test_a_fresh_process_goes_on_where_five_before_it_were_killed(tmp_path, coun
         count("kill")
         count("kill of a fresh process")
 
-    both = [started(folder, folder / f"out-{number}.safetensors") for number in range(2)]  # one of them has to wait for the other
+    # one of them has to wait for the other
+    both = [started(folder, folder / f"out-{number}.safetensors") for number in range(2)]
     said = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert sum("resumed at iteration" in text for text in said) == sum("kept from an earlier run" in text for text in said) == 1, said
+    assert (
+        sum("resumed at iteration" in text for text in said)
+        == sum("kept from an earlier run" in text for text in said)
+        == 1
+    ), said
     expected = tensors_of(whole / "out.safetensors")
     assert all(tensors_of(folder / f"out-{number}.safetensors") == expected for number in range(2))
     assert not list(folder.rglob("*.cul-part")) and not list((folder / "store/states").iterdir())

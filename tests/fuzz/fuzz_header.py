@@ -1,10 +1,12 @@
-"""Coverage-guided fuzzing of the header reader with Atheris: inputs that reach new branches are kept and changed further.
+"""Coverage-guided fuzzing of the header reader with Atheris: inputs that reach new branches are kept and
+changed further.
 
 By hand, for ten minutes, with the inputs found kept in a folder:
 
     python tests/fuzz/fuzz_header.py -max_total_time=600 corpus/
 
-Arguments are libFuzzer's. Anything but a `ModelError` ends the run with the input that caused it, in a file named `crash-...`.
+Arguments are libFuzzer's. Anything but a `ModelError` ends the run with the input that caused it, in a file
+named `crash-...`.
 """
 
 import sys
@@ -24,15 +26,41 @@ SEEDS = [
     b'\x00\x04\x00{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
     b'\x00\x0c\x00{"__metadata__":{"k":"v"},"a":{"dtype":"F16","shape":[2,2],"data_offsets":[0,8]},"b":{"dtype":"U8","shape":[4],'
     b'"data_offsets":[8,12]}}',
-    b"\x00\x00\x00{}", b"\x01\x02\x00\x00\x00\x00\x00\x00\x00{}", b"\x00\x00\x00[1]", b'\x00\x00\x00{"a":NaN}', b"",
-]  # fmt: skip
-WORDS = ["__metadata__", "dtype", "shape", "data_offsets", "F32", "BF16", "F4", "F8_E4M3", "U8", "null", "true", "NaN", "Infinity", "1e400",
-"-1",
-         "18446744073709551615", "\\\\ud800", "\\\\u0000", "[[[[[[[[", '{\\"a\\":', "}}", "[0,4]"]  # fmt: skip
+    b"\x00\x00\x00{}",
+    b"\x01\x02\x00\x00\x00\x00\x00\x00\x00{}",
+    b"\x00\x00\x00[1]",
+    b'\x00\x00\x00{"a":NaN}',
+    b"",
+]
+WORDS = [
+    "__metadata__",
+    "dtype",
+    "shape",
+    "data_offsets",
+    "F32",
+    "BF16",
+    "F4",
+    "F8_E4M3",
+    "U8",
+    "null",
+    "true",
+    "NaN",
+    "Infinity",
+    "1e400",
+    "-1",
+    "18446744073709551615",
+    "\\\\ud800",
+    "\\\\u0000",
+    "[[[[[[[[",
+    '{\\"a\\":',
+    "}}",
+    "[0,4]",
+]
 
 
 def file_of(data: bytes) -> bytes:
-    """A safetensors file from fuzzed bytes: after an odd one the rest as it is, else a header of the right length and so many zeros."""
+    """A safetensors file from fuzzed bytes: after an odd one the rest as it is, else a header of the right
+    length and so many zeros."""
     if data[:1] and data[0] & 1:
         return data[1:]
     zeros, text = int.from_bytes(data[1:3], "little"), data[3:]

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PACK_NAME = "continual-unlearning"
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 NO_CHROMIUM = "no Chromium found: install Debian's chromium, or Google Chrome, to run the browser test"
 
 _READY = "() => window.app && app.graph && Object.keys(LiteGraph.registered_node_types).length > 100"
@@ -16,7 +18,8 @@ _FIT = """() => {
     const box = [Infinity, Infinity, -Infinity, -Infinity];
     for (const node of app.graph._nodes) {
         box[0] = Math.min(box[0], node.pos[0]); box[1] = Math.min(box[1], node.pos[1] - 50);
-        box[2] = Math.max(box[2], node.pos[0] + node.size[0]); box[3] = Math.max(box[3], node.pos[1] + node.size[1]);
+        box[2] = Math.max(box[2], node.pos[0] + node.size[0]);
+        box[3] = Math.max(box[3], node.pos[1] + node.size[1]);
     }
     const view = app.canvas.ds, canvas = app.canvas.canvas, ratio = window.devicePixelRatio || 1;
     const width = canvas.width / ratio - 90, height = canvas.height / ratio - 170;
@@ -58,7 +61,9 @@ class Page:
 
     def toasts(self) -> list[str]:
         """Messages the page shows about what is wrong."""
-        return [text for text in self.tab.locator(".p-toast-message, .p-dialog").all_inner_texts() if text.strip()]
+        return [
+            text for text in self.tab.locator(".p-toast-message, .p-dialog").all_inner_texts() if text.strip()
+        ]
 
     def queue(self, seconds: float = 300) -> dict:
         """Press Queue and wait: the history entry."""
@@ -91,7 +96,13 @@ def open_page(host, width: int = 1600, height: int = 1000) -> Iterator[Page]:
 
     with sync_playwright() as driver:
         browser = driver.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--disable-background-networking",
+            ],
         )
         try:
             yield Page(browser.new_page(viewport={"width": width, "height": height}), host)

@@ -33,19 +33,34 @@ def version_of(host: Path) -> str:
 
 def python_of(host: Path) -> str:
     """The interpreter of the host's own environment; this one if it has none."""
-    for place in (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "venv/Scripts/python.exe"):
+    for place in (
+        ".venv/bin/python",
+        "venv/bin/python",
+        ".venv/Scripts/python.exe",
+        "venv/Scripts/python.exe",
+    ):
         if (host / place).exists():
             return str(host / place)
     return sys.executable
 
 
 class Host:
-    """A running server. Its models, outputs and user files lie in `folder`; the pack is linked into its custom nodes."""
+    """A running server. Its models, outputs and user files lie in `folder`; the pack is linked into its
+    custom nodes."""
 
     def __init__(self, checkout: Path, folder: Path, environment: dict[str, str] | None = None):
         self.checkout, self.folder, self.version = checkout, folder, version_of(checkout)
         self._environment = environment or {}
-        for name in ("elsewhere", "models/checkpoints", "models/loras", "custom_nodes", "input", "output", "user/default", "temp"):
+        for name in (
+            "elsewhere",
+            "models/checkpoints",
+            "models/loras",
+            "custom_nodes",
+            "input",
+            "output",
+            "user/default",
+            "temp",
+        ):
             (folder / name).mkdir(parents=True, exist_ok=True)
         link = folder / "custom_nodes" / "continual-unlearning"
         if not link.exists():
@@ -60,18 +75,43 @@ class Host:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         arguments = [
-            "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(self.folder),
-            "--database-url", f"sqlite:///{self.folder}/user/db.sqlite", "--disable-all-custom-nodes",
-            "--whitelist-custom-nodes", "continual-unlearning", "--disable-api-nodes", "--disable-auto-launch", "--log-stdout",
-            "--extra-model-paths-config", str(self.folder / "elsewhere.yaml"),
-        ]  # fmt: skip
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE",
-        } | self._environment  # fmt: skip
+            "--cpu",
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(self.folder),
+            "--database-url",
+            f"sqlite:///{self.folder}/user/db.sqlite",
+            "--disable-all-custom-nodes",
+            "--whitelist-custom-nodes",
+            "continual-unlearning",
+            "--disable-api-nodes",
+            "--disable-auto-launch",
+            "--log-stdout",
+            "--extra-model-paths-config",
+            str(self.folder / "elsewhere.yaml"),
+        ]
+        environment = (
+            os.environ
+            | {
+                "HF_HUB_OFFLINE": "1",
+                "TRANSFORMERS_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "PYTHONUNBUFFERED": "1",
+                "OMP_WAIT_POLICY": "PASSIVE",
+            }
+            | self._environment
+        )
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [python_of(self.checkout), "main.py", *arguments], cwd=self.checkout, env=environment, stdout=log, stderr=log
+                [python_of(self.checkout), "main.py", *arguments],
+                cwd=self.checkout,
+                env=environment,
+                stdout=log,
+                stderr=log,
             )
         deadline = time.monotonic() + 180
         while True:
@@ -104,7 +144,9 @@ class Host:
         return data if raw else json.loads(data)
 
     def post(self, path: str, values: dict) -> dict:
-        request = urllib.request.Request(self.url + path, json.dumps(values).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(values).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=30) as answer:
             data = answer.read()
         return json.loads(data) if data else {}
@@ -147,11 +189,23 @@ class Host:
         time.sleep(1.5)
 
     def error_of(self, entry: dict) -> dict:
-        return next((values for kind, values in entry["status"]["messages"] if kind in ("execution_error", "execution_interrupted")), {})
+        return next(
+            (
+                values
+                for kind, values in entry["status"]["messages"]
+                if kind in ("execution_error", "execution_interrupted")
+            ),
+            {},
+        )
 
     def executed(self, entry: dict) -> set[str]:
         """Ids of nodes that were not taken from the host's cache."""
-        cached = {node for kind, values in entry["status"]["messages"] if kind == "execution_cached" for node in values["nodes"]}
+        cached = {
+            node
+            for kind, values in entry["status"]["messages"]
+            if kind == "execution_cached"
+            for node in values["nodes"]
+        }
         return set(entry["prompt"][2]) - cached
 
     def picture(self, entry: dict, node: str) -> bytes:

@@ -1,4 +1,5 @@
-"""Run by the host's own Python: loads the pack as the host would and prints, as JSON, how both sides compute the same model."""
+"""Run by the host's own Python: loads the pack as the host would and prints, as JSON, how both sides compute
+the same model."""
 
 import asyncio
 import dataclasses
@@ -20,7 +21,9 @@ import comfy.sd  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-spec = importlib.util.spec_from_file_location("continual-unlearning", pack / "__init__.py", submodule_search_locations=[str(pack)])
+spec = importlib.util.spec_from_file_location(
+    "continual-unlearning", pack / "__init__.py", submodule_search_locations=[str(pack)]
+)
 module = importlib.util.module_from_spec(spec)
 sys.modules["continual-unlearning"] = module
 spec.loader.exec_module(module)
@@ -31,7 +34,11 @@ core = importlib.import_module("continual-unlearning.cul_core.loading")
 path = importlib.import_module("continual-unlearning.cul_core.minicanvas.models").CHECKPOINT_PATH
 model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=None)
 network = core.load_network(path)
-prompts = ["", "A cat image in Candy Stripes style.", "a house, very small; with words nobody taught it: zebra"]
+prompts = [
+    "",
+    "A cat image in Candy Stripes style.",
+    "a house, very small; with words nobody taught it: zebra",
+]
 
 torch.manual_seed(0)
 with torch.no_grad():
@@ -45,7 +52,13 @@ with torch.no_grad():
 
 hosted, training, types, chain, concepts = (
     importlib.import_module(f"continual-unlearning.{name}")
-    for name in ("nodes._host", "nodes.unlearn", "nodes._types", "cul_core.output.checkpoint", "cul_core.concepts.concept")
+    for name in (
+        "nodes._host",
+        "nodes.unlearn",
+        "nodes._types",
+        "cul_core.output.checkpoint",
+        "cul_core.concepts.concept",
+    )
 )
 
 
@@ -94,13 +107,18 @@ for broken in (FullDevice(), None):
 figures = {
     "batches": batches,
     "left": left,
-    "tiled": max(abs(np.asarray(one).astype(int) - np.asarray(other)).max().item() for one, other in zip(whole, tiled, strict=True)),
+    "tiled": max(
+        abs(np.asarray(one).astype(int) - np.asarray(other)).max().item()
+        for one, other in zip(whole, tiled, strict=True)
+    ),
     "watches": watches,
     "nodes": len(nodes),
     "heavy_at_start": heavy_at_start,
     "unet": (mine - theirs).abs().max().item(),
     "unet_size": mine.abs().max().item(),
-    "text": max((text - row).abs().max().item() for text, row in zip(torch.cat(texts), context.text, strict=True)),
+    "text": max(
+        (text - row).abs().max().item() for text, row in zip(torch.cat(texts), context.text, strict=True)
+    ),
     "picture": (pictures - network.decode(latents)).abs().max().item(),
     "same_ids": ids == network.token_ids(prompts).tolist(),
 }

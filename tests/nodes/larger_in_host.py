@@ -1,4 +1,5 @@
-"""Run by the host's own Python: prints, as JSON, how host and pack compute small models with the layout of Stable Diffusion 2.x and XL.
+"""Run by the host's own Python: prints, as JSON, how host and pack compute small models with the layout of
+Stable Diffusion 2.x and XL.
 
 The host is told of their numbers alone; everything else is its own code for these families.
 """
@@ -28,16 +29,25 @@ families, loading, export, chain, diffusion, params, kept_weights = (
     importlib.import_module(f"cul_core.{name}")
     for name in ("families", "loading", "export", "chain", "diffusion", "params", "kept_weights")
 )
-spec = importlib.util.spec_from_file_location("pack", pack / "__init__.py", submodule_search_locations=[str(pack)])
+spec = importlib.util.spec_from_file_location(
+    "pack", pack / "__init__.py", submodule_search_locations=[str(pack)]
+)
 sys.modules["pack"] = importlib.util.module_from_spec(spec)
 hosted = importlib.import_module("pack.nodes._host")
 
 TEXT = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1, "num_hidden_layers": 3}
 OF_HOST = {
-    "sd2": (supported_models.SD20, {"context_dim": 64, "adm_in_channels": None}, {"clip_h_model_config": TEXT}),
-    "sdxl": (supported_models.SDXL, {"context_dim": 128, "adm_in_channels": 64 + 6 * 256},
-             {f"clip_{letter}_model_config": TEXT for letter in "lg"}),
-}  # fmt: skip
+    "sd2": (
+        supported_models.SD20,
+        {"context_dim": 64, "adm_in_channels": None},
+        {"clip_h_model_config": TEXT},
+    ),
+    "sdxl": (
+        supported_models.SDXL,
+        {"context_dim": 128, "adm_in_channels": 64 + 6 * 256},
+        {f"clip_{letter}_model_config": TEXT for letter in "lg"},
+    ),
+}
 PROMPTS = ["", "A cat in the style of Van Gogh", "two words! " * 20]
 
 
@@ -53,17 +63,27 @@ def distance(mine, theirs):
 
 @torch.no_grad()
 def compare(path, name):
-    """Relative distances of text, pooled text, and of the picture that is seen in a noisy one, before and after an edit."""
+    """Relative distances of text, pooled text, and of the picture that is seen in a noisy one, before and
+    after an edit."""
     network = loading.load_network(path, tokenizer_folder=host / "comfy/sd1_tokenizer")
-    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, te_model_options=OF_HOST[name][2])
+    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
+        str(path), output_vae=False, te_model_options=OF_HOST[name][2]
+    )
     tokens = [clip.tokenize(prompt) for prompt in PROMPTS]
-    rows, pooled = (torch.cat(parts) for parts in zip(*(clip.encode_from_tokens(one, return_pooled=True) for one in tokens), strict=True))
+    rows, pooled = (
+        torch.cat(parts)
+        for parts in zip(*(clip.encode_from_tokens(one, return_pooled=True) for one in tokens), strict=True)
+    )
     mine = network.encode(PROMPTS)
     figures = {"text": distance(mine.text, rows)}
     y = {}
     if name == "sdxl":
         figures["pooled"] = distance(mine.pooled, pooled)
-        y = {"y": torch.cat([model.model.encode_adm(pooled_output=one[None], width=1024, height=1024) for one in pooled])}
+        y = {
+            "y": torch.cat(
+                [model.model.encode_adm(pooled_output=one[None], width=1024, height=1024) for one in pooled]
+            )
+        }
 
     family, timesteps = network.family, torch.tensor([30, 400, 900])
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -72,7 +92,11 @@ def compare(path, name):
 
     def pictures(patched, network=network):
         out = network.predict(latents, timesteps, mine)
-        ours = (latents - spread * out) / signal if family.prediction_type == "epsilon" else signal * latents - spread * out
+        ours = (
+            (latents - spread * out) / signal
+            if family.prediction_type == "epsilon"
+            else signal * latents - spread * out
+        )
         patched.patch_model()
         scale = (sigmas**2 + 1).sqrt().view(-1, 1, 1, 1)
         theirs = patched.model.apply_model(latents * scale, sigmas, c_crossattn=rows, **y)
@@ -82,12 +106,17 @@ def compare(path, name):
     figures |= {"predicts": family.prediction_type, "picture": pictures(model)}
     parameters = dict(network.unet.named_parameters())
     generator = torch.Generator().manual_seed(1)
-    edits = {key: torch.randn(parameters[key].shape, generator=generator) / 8 for key in params.group_names(network.unet, "kv")}
+    edits = {
+        key: torch.randn(parameters[key].shape, generator=generator) / 8
+        for key in params.group_names(network.unet, "kv")
+    }
     edited = chain.UnlearnModel(loading.source_of(path), family, edits)
     for key, delta in edits.items():
         parameters[key].data += delta
-    files = {"difference": export.save_difference(edited, folder / "d.safetensors"),
-             "lora": export.save_lora(edited, folder / "l.safetensors", rank=64)[0]}  # fmt: skip
+    files = {
+        "difference": export.save_difference(edited, folder / "d.safetensors"),
+        "lora": export.save_lora(edited, folder / "l.safetensors", rank=64)[0],
+    }
     figures["without the edit"] = pictures(model)
     for kind, file in files.items():
         patched, _ = comfy.sd.load_lora_for_models(model, None, load_file(file), 1.0, 0.0)
@@ -96,7 +125,10 @@ def compare(path, name):
             hosted.require_weights_only(patched, clip)
             source = kept_weights.snapshot_model(folder / "kept", hosted.weights_of(patched, clip, None))
             kept = loading.load_network(source.path, tokenizer_folder=host / "comfy/sd1_tokenizer")
-            figures["kept"], figures["kept text"] = pictures(patched, kept), distance(kept.encode(PROMPTS).text, rows)
+            figures["kept"], figures["kept text"] = (
+                pictures(patched, kept),
+                distance(kept.encode(PROMPTS).text, rows),
+            )
             assert kept.family == family and hosted.prediction_type(patched) == family.prediction_type
     return figures
 
@@ -110,6 +142,9 @@ for name, (kind, numbers, _) in OF_HOST.items():
     write_random(folder / f"{name}.safetensors", tiny_shapes(name, words=49408))
 
 figures = {name: compare(folder / f"{name}.safetensors", name) for name in OF_HOST}
-save_file(load_file(folder / "sdxl.safetensors") | dict.fromkeys(("v_pred", "ztsnr"), torch.empty(0)), folder / "v.safetensors")
+save_file(
+    load_file(folder / "sdxl.safetensors") | dict.fromkeys(("v_pred", "ztsnr"), torch.empty(0)),
+    folder / "v.safetensors",
+)
 figures["sdxl, velocity"] = compare(folder / "v.safetensors", "sdxl")
 sys.stdout.write(f"RESULT {json.dumps(figures)}\n")

@@ -1,8 +1,8 @@
 """Makes every picture of the documentation from real runs, and the tables of the help pages from the schemas.
 
-Run it by hand after nodes or workflows have changed: `python tests/nodes/take_pictures.py`. It writes `nodes/web/docs/` (a picture
-and the tables below the hand-written part of every page), the thumbnails in `workflows/` and the screens in `docs/`. It needs the
-newest host that the tests find, and Chromium.
+Run it by hand after nodes or workflows have changed: `python tests/nodes/take_pictures.py`. It writes
+`nodes/web/docs/` (a picture and the tables below the hand-written part of every page), the thumbnails in
+`workflows/` and the screens in `docs/`. It needs the newest host that the tests find, and Chromium.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def tables(node: dict) -> str:
             given = f" Default: {default!r}." if default not in (None, "") else ""
             lines.append(f"| `{name}`{' (optional)' if part == 'optional' else ''} | {tip}{given} |")
     lines += ["\n## Outputs\n", "| output | what it is |", "|---|---|"]
-    lines += [f"| `{name}` | {tip} |" for name, tip in zip(node["output_name"], node["output_tooltips"], strict=True)]
+    lines += [
+        f"| `{name}` | {tip} |"
+        for name, tip in zip(node["output_name"], node["output_tooltips"], strict=True)
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -40,7 +43,11 @@ def write_pages(schemas: dict) -> None:
     for name, node in schemas.items():
         path = DOCS / f"{name}.md"
         by_hand = path.read_text(encoding="utf-8").partition(_BELOW)[0] if path.is_file() else None
-        by_hand = by_hand or f"# {node['display_name']}\n\n![{node['display_name']}](pictures/{name}.jpg)\n\n{node['description']}\n"
+        by_hand = (
+            by_hand
+            or "# "
+            f"{node['display_name']}\n\n![{node['display_name']}](pictures/{name}.jpg)\n\n{node['description']}\n"
+        )
         path.write_text(by_hand.rstrip() + "\n" + tables(node), encoding="utf-8")
 
 
@@ -51,28 +58,61 @@ def gallery(schemas: dict, saved: str) -> Graph:
     concept = graph.concept(keep="Navy Stripes\nPop Dots")
     chained, methods = (), {}
     for name in schemas:
-        values = {key: spec[1]["default"] for key, spec in schemas[name]["input"].get("required", {}).items() if "default" in spec[1]}
+        values = {
+            key: spec[1]["default"]
+            for key, spec in schemas[name]["input"].get("required", {}).items()
+            if "default" in spec[1]
+        }
         if name.startswith("CUL_Regularizer_"):
             chained = (graph.add(name, **values, **({"regularizers": chained} if chained else {})), 0)
         elif name.startswith("CUL_Method_"):
             methods[name] = graph.add(name, **values)
-    step = graph.add("CUL_UnlearnStep", model=(loaded, CUL), concepts=(concept, 0), preset="recommended", train_seed=0, preview_every=20,
-                     training=(training, 0), method=(methods["CUL_Method_conabl"], 0))  # fmt: skip
+    step = graph.add(
+        "CUL_UnlearnStep",
+        model=(loaded, CUL),
+        concepts=(concept, 0),
+        preset="recommended",
+        train_seed=0,
+        preview_every=20,
+        training=(training, 0),
+        method=(methods["CUL_Method_conabl"], 0),
+    )
     sequence = graph.add(
-        "CUL_UnlearnSequence", model=(loaded, CUL), requests="Candy Stripes\nNeon Cyan", kind="style", anchor="",
-        keep="Navy Stripes\nPop Dots", preset="recommended", train_seed=0, preview_every=20, regularizers=chained,
-    )  # fmt: skip
+        "CUL_UnlearnSequence",
+        model=(loaded, CUL),
+        requests="Candy Stripes\nNeon Cyan",
+        kind="style",
+        anchor="",
+        keep="Navy Stripes\nPop Dots",
+        preset="recommended",
+        train_seed=0,
+        preview_every=20,
+        regularizers=chained,
+    )
     graph.add("CUL_DriftMap", model=(graph.merge(step, sequence), CUL))
     stock = graph.add("CheckpointLoaderSimple", ckpt_name="minicanvas.safetensors")
     native = graph.add("CUL_FromModel", model=(stock, 0), clip=(stock, 1), vae=(stock, 2))
     graph.add("CUL_DriftMap", model=(native, CUL))
     prompts = "A cat image in Candy Stripes style.\nA house image in Navy Stripes style.\nA tree image."
-    graph.add("CUL_Compare", before=(loaded, CUL), after=(step, CUL), prompts=prompts, row_labels="before, after", **SAMPLING)
+    graph.add(
+        "CUL_Compare",
+        before=(loaded, CUL),
+        after=(step, CUL),
+        prompts=prompts,
+        row_labels="before, after",
+        **SAMPLING,
+    )
     first = graph.add("CUL_Evaluate", model=(loaded, CUL), pictures=1, sampling_seed=0)
     graph.add("CUL_Evaluate", model=(sequence, CUL), pictures=1, sampling_seed=0, earlier=(first, 2))
     graph.add("CUL_DriftMap", model=(sequence, CUL))
     graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/forgot-candy-stripes")
-    graph.add("CUL_SaveLora", model=(step, CUL), filename_prefix="loras/forgot-candy-stripes", format="lora", rank=16)
+    graph.add(
+        "CUL_SaveLora",
+        model=(step, CUL),
+        filename_prefix="loras/forgot-candy-stripes",
+        format="lora",
+        rank=16,
+    )
     graph.add("CUL_History", file=saved)
     graph.add("CUL_Store", clear="nothing")
     return graph
@@ -80,11 +120,15 @@ def gallery(schemas: dict, saved: str) -> Graph:
 
 def picture_of_nodes(page: Page, schemas: dict, host: Host) -> None:
     earlier = Graph()
-    earlier.add("CUL_SaveCheckpoint", model=(earlier.step(earlier.load()), CUL), filename_prefix="checkpoints/earlier")
+    earlier.add(
+        "CUL_SaveCheckpoint", model=(earlier.step(earlier.load()), CUL), filename_prefix="checkpoints/earlier"
+    )
     host.run(earlier)
     page.tab.reload()
     page = Page(page.tab, host)
-    page.tab.evaluate("(graph) => app.loadApiJson(graph, 'gallery')", gallery(schemas, "earlier_00001_.safetensors"))
+    page.tab.evaluate(
+        "(graph) => app.loadApiJson(graph, 'gallery')", gallery(schemas, "earlier_00001_.safetensors")
+    )
     page.tab.wait_for_timeout(1500)
     page.tab.evaluate("""() => {
         let y = 0;
@@ -103,7 +147,8 @@ def picture_of_nodes(page: Page, schemas: dict, host: Host) -> None:
     for name in schemas:
         page.tab.evaluate(
             """(type) => {
-            const nodes = app.graph._nodes.filter((node) => node.type === type), node = nodes[nodes.length - 1], view = app.canvas.ds;
+            const nodes = app.graph._nodes.filter((node) => node.type === type);
+            const node = nodes[nodes.length - 1], view = app.canvas.ds;
             view.scale = 1;
             view.offset[0] = 200 - node.pos[0];
             view.offset[1] = 120 - node.pos[1];
@@ -114,7 +159,11 @@ def picture_of_nodes(page: Page, schemas: dict, host: Host) -> None:
             name,
         )
         page.tab.wait_for_timeout(700)
-        save(Image.open(io.BytesIO(page.tab.screenshot(clip=page.rectangle(name)))), DOCS / "pictures" / f"{name}.jpg", 460)
+        save(
+            Image.open(io.BytesIO(page.tab.screenshot(clip=page.rectangle(name)))),
+            DOCS / "pictures" / f"{name}.jpg",
+            460,
+        )
 
 
 def save(picture: Image.Image, path: Path, largest: int) -> None:
@@ -132,8 +181,15 @@ def picture_of_workflow(page: Page, name: str, host: Host) -> None:
     x0, y0, x1, y1, scale, dx, dy = page.fit()
     screen = Image.open(io.BytesIO(page.tab.screenshot()))
     save(screen, SCREENS / f"{name.lower().replace(' ', '-').replace(',', '')}.jpg", 1500)
-    left, top = page.tab.evaluate("() => { const r = app.canvas.canvas.getBoundingClientRect(); return [r.x, r.y]; }")
-    corners = [left + (x0 + dx) * scale - 8, top + (y0 + dy) * scale, left + (x1 + dx) * scale + 8, top + (y1 + dy) * scale + 8]
+    left, top = page.tab.evaluate(
+        "() => { const r = app.canvas.canvas.getBoundingClientRect(); return [r.x, r.y]; }"
+    )
+    corners = [
+        left + (x0 + dx) * scale - 8,
+        top + (y0 + dy) * scale,
+        left + (x1 + dx) * scale + 8,
+        top + (y1 + dy) * scale + 8,
+    ]
     save(screen.crop([max(round(edge), 0) for edge in corners]), WORKFLOWS / f"{name}.jpg", 700)
 
 
@@ -142,10 +198,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         host = Host(checkout, Path(folder))
         try:
-            schemas = {name: node for name, node in host.get("/object_info").items() if name.startswith("CUL_")}
+            schemas = {
+                name: node for name, node in host.get("/object_info").items() if name.startswith("CUL_")
+            }
             write_pages(schemas)
-            places = {name: {"inputs": [*node["input"].get("required", {}), *node["input"].get("optional", {})], "outputs": node["output"]}
-                      for name, node in schemas.items()}  # fmt: skip
+            places = {
+                name: {
+                    "inputs": [*node["input"].get("required", {}), *node["input"].get("optional", {})],
+                    "outputs": node["output"],
+                }
+                for name, node in schemas.items()
+            }
             (Path(__file__).parent / "widgets.json").write_text(json.dumps(places, indent=1) + "\n")
             if "--pages" in sys.argv:
                 return

@@ -1,4 +1,5 @@
-"""Unlearn From MODEL in the real host: what comes in is what goes out, what is kept is what came in, and what is refused."""
+"""Unlearn From MODEL in the real host: what comes in is what goes out, what is kept is what came in, and what
+is refused."""
 
 import shutil
 
@@ -35,8 +36,14 @@ def behind_lora(lora, **more):
     """(graph, id of the LoRA loader, id of Unlearn From MODEL) behind the stock loader."""
     graph = Graph()
     stock = graph.add("CheckpointLoaderSimple", ckpt_name="minicanvas.safetensors")
-    patched = graph.add("LoraLoader", model=(stock, 0), clip=(stock, 1), lora_name=lora, strength_model=1.0, strength_clip=0.7)
-    return graph, patched, graph.add("CUL_FromModel", model=(patched, 0), clip=(patched, 1), vae=(stock, 2), **more)
+    patched = graph.add(
+        "LoraLoader", model=(stock, 0), clip=(stock, 1), lora_name=lora, strength_model=1.0, strength_clip=0.7
+    )
+    return (
+        graph,
+        patched,
+        graph.add("CUL_FromModel", model=(patched, 0), clip=(patched, 1), vae=(stock, 2), **more),
+    )
 
 
 def kept(host):
@@ -51,25 +58,38 @@ def test_what_comes_in_is_drawn_kept_trained_and_saved_with_its_loras(host, lora
     graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/from-model")
     entry = host.run(graph)
     assert np.array_equal(pixels(host, entry, before), pixels(host, entry, native))
-    assert np.abs(pixels(host, entry, before) - sampled_by_stock_nodes(host, "minicanvas.safetensors")).max() > 60  # the LoRA shows
+    # the LoRA shows
+    assert (
+        np.abs(pixels(host, entry, before) - sampled_by_stock_nodes(host, "minicanvas.safetensors")).max()
+        > 60
+    )
 
     (source,) = kept(host)
     shutil.copy(source, host.folder / "models/checkpoints/kept.safetensors")
-    assert np.abs(sampled_by_stock_nodes(host, "kept.safetensors") - pixels(host, entry, before)).max() <= 2  # in the host's precision
+    # in the host's precision
+    assert np.abs(sampled_by_stock_nodes(host, "kept.safetensors") - pixels(host, entry, before)).max() <= 2
     ours, pretrained = load_network(source), load_network(CHECKPOINT_PATH)
-    for mine, theirs, count in ((ours.unet, pretrained.unet, 2), (ours.text_encoders[0], pretrained.text_encoders[0], 1)):
+    for mine, theirs, count in (
+        (ours.unet, pretrained.unet, 2),
+        (ours.text_encoders[0], pretrained.text_encoders[0], 1),
+    ):
         theirs = theirs.state_dict()
-        assert sum(not torch.equal(tensor, theirs[name]) for name, tensor in mine.state_dict().items()) == count
+        assert (
+            sum(not torch.equal(tensor, theirs[name]) for name, tensor in mine.state_dict().items()) == count
+        )
 
     (saved,) = host.saved("checkpoints/from-model_*")
     assert np.abs(sampled_by_stock_nodes(host, saved.name) - pixels(host, entry, after)).max() <= 2
     history, made_from = read_history(saved)
-    assert [record.targets for record in history] == [("Candy Stripes",)] and made_from["sha256"] == source.stem
+    assert [record.targets for record in history] == [("Candy Stripes",)] and made_from[
+        "sha256"
+    ] == source.stem
     again = Graph()
     last = again.step(again.load(saved.name), "Dusk Dots")
     again.add("CUL_SaveCheckpoint", model=(last, CUL), filename_prefix="checkpoints/further")
     host.run(again)
-    assert read_history(host.saved("checkpoints/further_*")[0])[1]["sha256"] == source.stem  # drift stays measured from the kept file
+    # drift stays measured from the kept file
+    assert read_history(host.saved("checkpoints/further_*")[0])[1]["sha256"] == source.stem
 
 
 def test_the_same_model_is_kept_once_and_may_be_deleted(host, lora):
@@ -119,4 +139,7 @@ def test_a_model_without_what_training_needs_is_refused(host, lora):
     graph, _, begun = behind_lora(lora)
     del graph[begun]["inputs"]["vae"]
     graph.add("CUL_DriftMap", model=(begun, CUL))
-    assert "connect the one that came with the MODEL" in host.error_of(host.wait(host.queue(graph)))["exception_message"]
+    assert (
+        "connect the one that came with the MODEL"
+        in host.error_of(host.wait(host.queue(graph)))["exception_message"]
+    )

@@ -1,4 +1,5 @@
-"""The server is killed in the middle of a chain: after a restart the same graph takes the finished steps from the store and goes on."""
+"""The server is killed in the middle of a chain: after a restart the same graph takes the finished steps from
+the store and goes on."""
 
 import json
 import re
@@ -15,7 +16,12 @@ def chain_of_three():
     graph = Graph()
     last, reports = graph.load(), []
     for target, iterations in (("Candy Stripes", 3), ("Dusk Dots", ITERATIONS), ("Neon Cyan", 3)):
-        last = graph.step(last, target, training=graph.training(iterations=iterations, anchor_count=16, anchor_steps=4), train_seed=5)
+        last = graph.step(
+            last,
+            target,
+            training=graph.training(iterations=iterations, anchor_count=16, anchor_steps=4),
+            train_seed=5,
+        )
         reports.append(graph.add("PreviewAny", source=(last, REPORT)))
     graph.add("CUL_DriftMap", model=(last, CUL))
     return graph, reports
@@ -30,7 +36,10 @@ def test_a_chain_goes_on_after_the_server_was_killed(host):
     graph, reports = chain_of_three()
 
     def hashes(entry):
-        return [re.search(r"model ([0-9a-f]{12}) from", json.dumps(entry["outputs"][report])).group(1) for report in reports]
+        return [
+            re.search(r"model ([0-9a-f]{12}) from", json.dumps(entry["outputs"][report])).group(1)
+            for report in reports
+        ]
 
     store = host.folder / "models/unlearning_chains"
     clear = Graph()

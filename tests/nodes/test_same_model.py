@@ -39,11 +39,15 @@ def test_host_and_core_compute_the_same(compared):
     assert compared["same_ids"]
 
 
-def test_host_and_core_compute_the_larger_families_the_same_also_patched_with_what_is_exported(checkout, tmp_path):
+def test_host_and_core_compute_the_larger_families_the_same_also_patched_with_what_is_exported(
+    checkout, tmp_path
+):
     found = result_of("larger_in_host.py", checkout, str(tmp_path))
     assert {name: figures.pop("predicts") for name, figures in found.items()} == {
-        "sd2": "epsilon", "sdxl": "epsilon", "sdxl, velocity": "v_prediction"
-    }  # fmt: skip
+        "sd2": "epsilon",
+        "sdxl": "epsilon",
+        "sdxl, velocity": "v_prediction",
+    }
     for figures in found.values():
         assert figures.pop("without the edit") > 0.1  # relative to the largest value, like the others
         assert len(figures) >= 4 and max(figures.values()) < 5e-6
@@ -52,7 +56,9 @@ def test_host_and_core_compute_the_larger_families_the_same_also_patched_with_wh
 def test_previews_take_one_latent_at_a_time_work_in_tiles_and_never_cost_the_training(compared):
     assert compared["batches"][:3] == [1, 1, 1] and compared["left"] == 0  # the VAE has left the device
     assert compared["tiled"] <= 1  # 8-bit steps
-    for (texts, pictures), reason in zip(compared["watches"], ("the VAE failed (OutOfMemoryError)", "no VAE is connected"), strict=True):
+    for (texts, pictures), reason in zip(
+        compared["watches"], ("the VAE failed (OutOfMemoryError)", "no VAE is connected"), strict=True
+    ):
         assert texts == [f"Candy Stripes: no preview, {reason}"] and pictures == 1
 
 
@@ -62,12 +68,13 @@ def test_loading_the_pack_imports_nothing_heavy(compared):
 
 @pytest.mark.parametrize("state", ["absent", "too new"])
 def test_without_the_right_diffusers_nodes_register_and_say_what_to_install(checkout, state, tmp_path):
-    """The host's Python is made to believe that diffusers is missing or of a version that was never tested."""
+    """The host's Python is made to believe that diffusers is missing or of a version that was never
+    tested."""
     (tmp_path / "without").mkdir()
     answer = "raise metadata.PackageNotFoundError(name)" if state == "absent" else "return '9.9.1'"
     (tmp_path / "without" / "sitecustomize.py").write_text(
-        "from importlib import metadata\n_version = metadata.version\n"
-        f"def version(name):\n    if name == 'diffusers':\n        {answer}\n    return _version(name)\nmetadata.version = version\n"
+        "from importlib import metadata\n_version = metadata.version\ndef version(name):\n    if name == "
+        f"'diffusers':\n        {answer}\n    return _version(name)\nmetadata.version = version\n"
     )
     host = Host(checkout, tmp_path / "host", {"PYTHONPATH": str(tmp_path / "without")})
     try:

@@ -1,4 +1,5 @@
-"""What users see of every node before anything runs: names, tooltips, help pages, and the order of saved widget values."""
+"""What users see of every node before anything runs: names, tooltips, help pages, and the order of saved
+widget values."""
 
 import json
 from pathlib import Path
@@ -19,13 +20,33 @@ def ours(host):
 
 
 def inputs_of(node):
-    return {name: spec[1] for part in ("required", "optional") for name, spec in node["input"].get(part, {}).items()}
+    return {
+        name: spec[1]
+        for part in ("required", "optional")
+        for name, spec in node["input"].get(part, {}).items()
+    }
 
 
 def test_every_node_of_the_pack_is_there_and_only_once(ours):
-    plain = {"LoadModel", "FromModel", "Concept", "TrainingSettings", "UnlearnStep", "UnlearnSequence", "Merge", "Compare", "Evaluate",
-             "DriftMap", "SaveCheckpoint", "SaveLora", "History", "Store"}  # fmt: skip
-    registered = {f"Method_{entry.name}" for entry in METHODS} | {f"Regularizer_{entry.name}" for entry in REGULARIZERS}
+    plain = {
+        "LoadModel",
+        "FromModel",
+        "Concept",
+        "TrainingSettings",
+        "UnlearnStep",
+        "UnlearnSequence",
+        "Merge",
+        "Compare",
+        "Evaluate",
+        "DriftMap",
+        "SaveCheckpoint",
+        "SaveLora",
+        "History",
+        "Store",
+    }
+    registered = {f"Method_{entry.name}" for entry in METHODS} | {
+        f"Regularizer_{entry.name}" for entry in REGULARIZERS
+    }
     assert {name.removeprefix("CUL_") for name in ours} == plain | registered
     assert len({node["display_name"] for node in ours.values()}) == len(ours)
 
@@ -44,7 +65,8 @@ def test_every_input_and_output_has_a_tooltip(ours):
 
 
 def test_saved_graphs_stay_valid_widgets_and_outputs_keep_their_places(ours):
-    """Saved values are found by position: new entries go to the end of a list, nothing else may change (then update the file)."""
+    """Saved values are found by position: new entries go to the end of a list, nothing else may change (then
+    update the file)."""
     found = {name: {"inputs": [*inputs_of(node)], "outputs": node["output"]} for name, node in ours.items()}
     known = json.loads(WIDGETS.read_text())
     for name, places in known.items():
@@ -70,5 +92,9 @@ def test_every_node_has_a_help_page_with_a_picture_that_explains_every_input(our
 def test_the_help_pages_repeat_the_tooltips_word_for_word(ours):
     for name, node in ours.items():
         page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
-        for tip in [*(details["tooltip"] for details in inputs_of(node).values()), *node["output_tooltips"], node["description"]]:
+        for tip in [
+            *(details["tooltip"] for details in inputs_of(node).values()),
+            *node["output_tooltips"],
+            node["description"],
+        ]:
             assert " ".join(tip.split()) in page, f"{name}.md lacks: {tip}"

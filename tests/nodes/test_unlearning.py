@@ -1,4 +1,5 @@
-"""Forgetting in the real host: caches and store, branches, cancelling, native models, files, and what errors say."""
+"""Forgetting in the real host: caches and store, branches, cancelling, native models, files, and what errors
+say."""
 
 import html
 import io
@@ -30,7 +31,9 @@ def steps_trained(host):
 
 
 def files_in_store(host, part):
-    return sorted(path.name for path in (host.folder / "models/unlearning_chains" / part).glob("*.safetensors"))
+    return sorted(
+        path.name for path in (host.folder / "models/unlearning_chains" / part).glob("*.safetensors")
+    )
 
 
 def test_the_stock_graph_runs_on_the_checkpoint_that_comes_with_the_pack(host):
@@ -47,11 +50,26 @@ def test_three_nodes_and_two_words_forget_a_style_and_keep_its_relatives(host):
     graph = Graph()
     loaded = graph.load()
     concept = graph.add("CUL_Concept", target="Candy Stripes", kind="style", anchor="", keep="")
-    step = graph.add("CUL_UnlearnStep", model=(loaded, CUL), concepts=(concept, 0), preset="recommended", train_seed=0, preview_every=20)
-    shown = {(node, prompt): graph.sample_from(node, prompt) for node in (loaded, step) for prompt in (FORGOTTEN, KEPT)}
+    step = graph.add(
+        "CUL_UnlearnStep",
+        model=(loaded, CUL),
+        concepts=(concept, 0),
+        preset="recommended",
+        train_seed=0,
+        preview_every=20,
+    )
+    shown = {
+        (node, prompt): graph.sample_from(node, prompt)
+        for node in (loaded, step)
+        for prompt in (FORGOTTEN, KEPT)
+    }
     entry = host.run(graph)
-    change = {prompt: np.abs(pixels(host, entry, shown[step, prompt]) - pixels(host, entry, shown[loaded, prompt])).mean()
-              for prompt in (FORGOTTEN, KEPT)}  # fmt: skip
+    change = {
+        prompt: np.abs(
+            pixels(host, entry, shown[step, prompt]) - pixels(host, entry, shown[loaded, prompt])
+        ).mean()
+        for prompt in (FORGOTTEN, KEPT)
+    }
     assert change[FORGOTTEN] > 25 and change[KEPT] < 0.4 * change[FORGOTTEN], change
 
 
@@ -59,7 +77,9 @@ def chain_of_five(seeds):
     graph = Graph()
     training = graph.training()
     steps = [graph.load()]
-    for target, seed in zip(("Candy Stripes", "Dusk Dots", "Chess Board", "Neon Cyan", "Blueprint"), seeds, strict=True):
+    for target, seed in zip(
+        ("Candy Stripes", "Dusk Dots", "Chess Board", "Neon Cyan", "Blueprint"), seeds, strict=True
+    ):
         steps.append(graph.step(steps[-1], target, training=training, train_seed=seed))
     graph.add("CUL_DriftMap", model=(steps[-1], CUL))
     return graph, steps[1:]
@@ -97,7 +117,9 @@ def test_free_memory_and_an_unrelated_prompt_cost_no_training(host):
     host.forget()
     assert set(steps) <= host.executed(host.run(graph))
     unrelated = Graph()
-    unrelated.add("PreviewImage", images=(unrelated.add("EmptyImage", width=64, height=64, batch_size=1, color=0), 0))
+    unrelated.add(
+        "PreviewImage", images=(unrelated.add("EmptyImage", width=64, height=64, batch_size=1, color=0), 0)
+    )
     host.run(unrelated)
     host.run(graph)
     assert steps_trained(host) == trained
@@ -117,13 +139,20 @@ def test_a_checkpoint_that_is_replaced_under_its_name_is_loaded_anew(host):
 
 def test_checkpoints_in_subfolders_and_further_folders_are_listed_and_described(host):
     (host.folder / "models/checkpoints/some").mkdir()
-    for path in (host.folder / "models/checkpoints/some/deep.safetensors", host.folder / "elsewhere/far.safetensors"):
+    for path in (
+        host.folder / "models/checkpoints/some/deep.safetensors",
+        host.folder / "elsewhere/far.safetensors",
+    ):
         path.write_bytes(CHECKPOINT_PATH.read_bytes())
         name = path.name if path.parent.name == "elsewhere" else os.path.join("some", path.name)
         assert name in json.dumps(host.get("/object_info/CUL_LoadModel")).replace("\\\\", "\\")
         graph = Graph()
         graph.add("CUL_DriftMap", model=(graph.load(name), CUL))
-        texts = html.unescape(" ".join(data.decode() for data in progress_of(host, graph)[0] if int.from_bytes(data[:4], "big") == 3))
+        texts = html.unescape(
+            " ".join(
+                data.decode() for data in progress_of(host, graph)[0] if int.from_bytes(data[:4], "big") == 3
+            )
+        )
         assert "MiniCanvas, 15.9 MB" in texts and "fp16, predicts noise, 64 px" in texts
 
 
@@ -132,25 +161,42 @@ def test_an_unsupported_file_is_refused_before_anything_runs(host):
     save_file(tensors, host.folder / "models/checkpoints/flux.safetensors")
     graph = Graph()
     step, unsupported = graph.step(graph.load()), graph.load("flux.safetensors")
-    graph.add("CUL_Compare", before=(step, CUL), after=(unsupported, CUL), prompts="A cat.", row_labels="a, b", **SAMPLING)
+    graph.add(
+        "CUL_Compare",
+        before=(step, CUL),
+        after=(unsupported, CUL),
+        prompts="A cat.",
+        row_labels="a, b",
+        **SAMPLING,
+    )
     answer = json.loads(host.rejected(graph))
     (reason,) = [error["details"] for error in answer["node_errors"][unsupported]["errors"]]
-    assert "'flux.safetensors' holds no Stable Diffusion UNet" in reason and "choose a full checkpoint of" in reason
+    assert (
+        "'flux.safetensors' holds no Stable Diffusion UNet" in reason
+        and "choose a full checkpoint of" in reason
+    )
 
 
 def test_two_steps_from_one_loader_do_not_disturb_each_other_or_the_loader(host):
     graph = Graph()
     loaded, training = graph.load(), graph.training(iterations=20)
-    one, two = graph.step(loaded, "Candy Stripes", training=training), graph.step(loaded, "Dusk Dots", training=training)
+    one, two = (
+        graph.step(loaded, "Candy Stripes", training=training),
+        graph.step(loaded, "Dusk Dots", training=training),
+    )
     shown = {node: graph.sample_from(node) for node in (loaded, one, two)}
     together = host.run(graph)
     for node in (loaded, one, two):
         alone = Graph()
         copy = alone.load()
         if node != loaded:
-            copy = alone.step(copy, "Candy Stripes" if node == one else "Dusk Dots", training=alone.training(iterations=20))
+            copy = alone.step(
+                copy, "Candy Stripes" if node == one else "Dusk Dots", training=alone.training(iterations=20)
+            )
         picture = alone.sample_from(copy)
-        assert np.array_equal(pixels(host, host.run(alone), picture), pixels(host, together, shown[node])), node
+        assert np.array_equal(pixels(host, host.run(alone), picture), pixels(host, together, shown[node])), (
+            node
+        )
 
 
 def test_cancel_ends_the_step_at_once_and_leaves_nothing_behind(host):
@@ -164,10 +210,14 @@ def test_cancel_ends_the_step_at_once_and_leaves_nothing_behind(host):
     entry = host.wait(prompt, 60)  # its iterations would take far longer
     assert entry["status"]["messages"][-1][0] == "execution_interrupted"
     assert steps_trained(host) == trained
-    assert files_in_store(host, "steps") == stored and len(files_in_store(host, "states")) == 1  # from where it can go on
+    # from where it can go on
+    assert files_in_store(host, "steps") == stored and len(files_in_store(host, "states")) == 1
     cleared = Graph()
     shown = cleared.add("PreviewAny", source=(cleared.add("CUL_Store", clear="unfinished"), 0))
-    assert "removed 1 files" in json.dumps(host.run(cleared)["outputs"][shown]) and files_in_store(host, "states") == []
+    assert (
+        "removed 1 files" in json.dumps(host.run(cleared)["outputs"][shown])
+        and files_in_store(host, "states") == []
+    )
     plain = Graph()
     stock = plain.add("CheckpointLoaderSimple", ckpt_name="minicanvas.safetensors")
     reference = plain.sample((stock, 0), (stock, 1), (stock, 2))
@@ -178,16 +228,25 @@ def test_cancel_ends_the_step_at_once_and_leaves_nothing_behind(host):
 
 @pytest.fixture(scope="module")
 def saved(host):
-    """(history entry, id of the picture by the edited MODEL, file names by kind) of one step saved in every form."""
+    """(history entry, id of the picture by the edited MODEL, file names by kind) of one step saved in every
+    form."""
     graph = Graph()
     step = graph.step(graph.load(), training=graph.training(iterations=25))
     shown = graph.sample_from(step)
     graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/forgot")
     graph.add("CUL_SaveLora", model=(step, CUL), filename_prefix="loras/exact", format="diff", rank=4)
     graph.add("CUL_SaveLora", model=(step, CUL), filename_prefix="loras/full", format="lora", rank=192)
-    graph.add("CheckpointSave", model=(step, MODEL), clip=(step, CLIP), vae=(step, VAE), filename_prefix="checkpoints/stock")
+    graph.add(
+        "CheckpointSave",
+        model=(step, MODEL),
+        clip=(step, CLIP),
+        vae=(step, VAE),
+        filename_prefix="checkpoints/stock",
+    )
     entry = host.run(graph)
-    names = {name: host.saved(f"*/{name}_*.safetensors")[-1].name for name in ("forgot", "exact", "full", "stock")}
+    names = {
+        name: host.saved(f"*/{name}_*.safetensors")[-1].name for name in ("forgot", "exact", "full", "stock")
+    }
     return entry, shown, names
 
 
@@ -209,10 +268,13 @@ def test_the_saved_file_in_the_stock_loader_draws_what_the_edited_model_draws(ho
 
 
 def test_the_saved_file_gives_equal_pixels_to_an_edited_model_of_the_same_weights(host, saved):
-    """Our loader opens the saved file beside the original: the same fp16-rounded edits, here as a patch, there in the file."""
+    """Our loader opens the saved file beside the original: the same fp16-rounded edits, here as a patch,
+    there in the file."""
     graph = Graph()
     shown = graph.sample_from(graph.load(saved[2]["forgot"]))
-    assert np.array_equal(pixels(host, host.run(graph), shown), sampled_by_stock_nodes(host, saved[2]["forgot"]))
+    assert np.array_equal(
+        pixels(host, host.run(graph), shown), sampled_by_stock_nodes(host, saved[2]["forgot"])
+    )
 
 
 @pytest.mark.parametrize("form", ["exact", "full"])
@@ -220,12 +282,15 @@ def test_the_stock_lora_loader_applies_what_was_forgotten(host, saved, form):
     entry, shown, names = saved
     edited, untouched = pixels(host, entry, shown), sampled_by_stock_nodes(host, "minicanvas.safetensors")
     assert np.abs(sampled_by_stock_nodes(host, "minicanvas.safetensors", names[form]) - edited).max() <= 1
-    assert np.array_equal(sampled_by_stock_nodes(host, "minicanvas.safetensors", names[form], strength=0.0), untouched)
+    assert np.array_equal(
+        sampled_by_stock_nodes(host, "minicanvas.safetensors", names[form], strength=0.0), untouched
+    )
 
 
 def test_the_stock_save_node_keeps_the_edit(host, saved):
     entry, shown, names = saved
-    assert np.abs(sampled_by_stock_nodes(host, names["stock"]) - pixels(host, entry, shown)).max() <= 2  # it rewrites text in fp16
+    # it rewrites text in fp16
+    assert np.abs(sampled_by_stock_nodes(host, names["stock"]) - pixels(host, entry, shown)).max() <= 2
 
 
 def test_the_edited_model_stacks_with_loras_and_merges_like_the_saved_file(host, saved):
@@ -248,7 +313,9 @@ def test_written_files_explain_themselves_and_hold_the_graph(host, saved):
     for name in ("forgot", "exact", "full"):
         (path,) = host.saved(f"*/{name}_*.safetensors")
         history, source = read_history(path)
-        assert [record.targets for record in history] == [("Candy Stripes",)] and source["name"] == "minicanvas.safetensors"
+        assert [record.targets for record in history] == [("Candy Stripes",)] and source[
+            "name"
+        ] == "minicanvas.safetensors"
         header = path.read_bytes()
         assert b"CUL_UnlearnStep" in header[: 1 << 20] and str(host.folder).encode() not in header[: 1 << 20]
     graph = Graph()
@@ -276,9 +343,17 @@ def test_a_sequence_gives_the_same_model_as_a_chain_of_steps(host):
     for target in ("Candy Stripes", "Dusk Dots"):
         last = graph.step(last, target, training=training)
     sequence = graph.add(
-        "CUL_UnlearnSequence", model=(loaded, CUL), requests="# a list\nCandy Stripes\n\nstyle: Dusk Dots", kind="style", anchor="",
-        keep="Navy Stripes, Pop Dots", preset="recommended", train_seed=1, preview_every=0, training=(training, 0),
-    )  # fmt: skip
+        "CUL_UnlearnSequence",
+        model=(loaded, CUL),
+        requests="# a list\nCandy Stripes\n\nstyle: Dusk Dots",
+        kind="style",
+        anchor="",
+        keep="Navy Stripes, Pop Dots",
+        preset="recommended",
+        train_seed=1,
+        preview_every=0,
+        training=(training, 0),
+    )
     one, other = graph.sample_from(last), graph.sample_from(sequence)
     entry = host.run(graph)
     assert np.array_equal(pixels(host, entry, one), pixels(host, entry, other))
@@ -289,7 +364,11 @@ def independent(host):
     """(graph, id of the loader, ids of two steps behind it), to be added to."""
     graph = Graph()
     loaded, training = graph.load(), graph.training(iterations=60)
-    return graph, loaded, [graph.step(loaded, target, training=training) for target in ("Candy Stripes", "Dusk Dots")]
+    return (
+        graph,
+        loaded,
+        [graph.step(loaded, target, training=training) for target in ("Candy Stripes", "Dusk Dots")],
+    )
 
 
 DOTS = "A cat image in Dusk Dots style."
@@ -298,7 +377,11 @@ DOTS = "A cat image in Dusk Dots style."
 def test_two_independent_steps_merge_into_a_model_that_has_forgotten_both(host, independent):
     graph, loaded, (one, two) = Graph(independent[0]), *independent[1:]
     merged, swapped = graph.merge(one, two), graph.merge(two, one)
-    shown = {(node, prompt): graph.sample_from(node, prompt) for node in (loaded, one, two, merged) for prompt in (FORGOTTEN, DOTS, KEPT)}
+    shown = {
+        (node, prompt): graph.sample_from(node, prompt)
+        for node in (loaded, one, two, merged)
+        for prompt in (FORGOTTEN, DOTS, KEPT)
+    }
     again = graph.sample_from(swapped)
     report = graph.add("PreviewAny", source=(merged, REPORT))
     graph.add("CUL_SaveCheckpoint", model=(merged, CUL), filename_prefix="checkpoints/merged")
@@ -317,7 +400,10 @@ def test_two_independent_steps_merge_into_a_model_that_has_forgotten_both(host, 
     (path,) = host.saved("checkpoints/merged_*")
     history, source = read_history(path)
     assert [record.targets for record in history] == [("Candy Stripes",), ("Dusk Dots",), ()]
-    assert history[2].request["models"] == [history[0].result, history[1].result] and source["name"] == "minicanvas.safetensors"
+    assert (
+        history[2].request["models"] == [history[0].result, history[1].result]
+        and source["name"] == "minicanvas.safetensors"
+    )
     further = Graph()
     last = further.step(further.load(path.name), "Neon Cyan")
     further.add("CUL_DriftMap", model=(last, CUL))
@@ -341,7 +427,10 @@ def test_models_of_different_files_do_not_merge(host):
     merged = graph.merge(graph.load(), graph.load("foreign.safetensors"))
     graph.add("CUL_DriftMap", model=(merged, CUL))
     said = host.error_of(host.wait(host.queue(graph)))["exception_message"]
-    assert "different files, 'minicanvas.safetensors' and 'foreign.safetensors'; make all of them from the same one" in said
+    assert (
+        "different files, 'minicanvas.safetensors' and 'foreign.safetensors'; make all of them from the "
+        "same one" in said
+    )
 
 
 def test_methods_plug_in(host):
@@ -372,7 +461,9 @@ def test_regularizers_plug_in(host):
         host.run(graph)
         (path,) = host.saved(f"checkpoints/{name}_*")
         request = read_history(path)[0][0].request
-        assert [entry["name"] for entry in request["regularizers"]] == [name.removeprefix("CUL_Regularizer_")] * 2
+        assert [entry["name"] for entry in request["regularizers"]] == [
+            name.removeprefix("CUL_Regularizer_")
+        ] * 2
         assert request["method"]["name"] == "conabl" and request["training"]["iterations"] == 3
 
 
@@ -417,7 +508,8 @@ def test_the_page_gets_progress_previews_and_the_time_left(host):
     binary, messages = progress_of(host, graph)
     texts = [data for data in binary if int.from_bytes(data[:4], "big") == 3]
     assert any(b"iteration" in text and b"s left" in text for text in texts)
-    assert len([data for data in binary if b"\xff\xd8\xff" in data[:64] or b"JFIF" in data[:512]]) >= 3  # at 0, 4 and 8
+    # at 0, 4 and 8
+    assert len([data for data in binary if b"\xff\xd8\xff" in data[:64] or b"JFIF" in data[:512]]) >= 3
     assert any(message["type"].startswith("progress") for message in messages)
 
 
@@ -443,18 +535,34 @@ def test_a_store_that_cannot_be_written_costs_no_result(host):
     ("change", "said"),
     [
         (lambda g: g["2"]["inputs"].update(target="  "), "target is empty"),
-        (lambda g: g["2"]["inputs"].update(kind="object", target="cat"), "'cat' of kind 'object' has no anchor; give the word"),
+        (
+            lambda g: g["2"]["inputs"].update(kind="object", target="cat"),
+            "'cat' of kind 'object' has no anchor; give the word",
+        ),
         (lambda g: g["2"]["inputs"].update(anchor="Candy_Stripes"), "choose an anchor that differs"),
-        (lambda g: g["3"]["inputs"].update(group="non-attn2"), "does not support parameter group 'non-attn2'; it supports"),
-        (lambda g: g["3"]["inputs"].update(learning_rate=1.0, group="full", iterations=40), "lower the learning rate"),
+        (
+            lambda g: g["3"]["inputs"].update(group="non-attn2"),
+            "does not support parameter group 'non-attn2'; it supports",
+        ),
+        (
+            lambda g: g["3"]["inputs"].update(learning_rate=1.0, group="full", iterations=40),
+            "lower the learning rate",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_value_and_the_remedy(host, change, said):
     graph = Graph()
     loaded = graph.load()
     concept, training = graph.concept(), graph.training()
-    step = graph.add("CUL_UnlearnStep", model=(loaded, CUL), concepts=(concept, 0), training=(training, 0), preset="plain", train_seed=1,
-                     preview_every=0)  # fmt: skip
+    step = graph.add(
+        "CUL_UnlearnStep",
+        model=(loaded, CUL),
+        concepts=(concept, 0),
+        training=(training, 0),
+        preset="plain",
+        train_seed=1,
+        preview_every=0,
+    )
     graph.add("CUL_DriftMap", model=(step, CUL))
     change(graph)
     entry = host.wait(host.queue(graph))
@@ -464,7 +572,13 @@ def test_what_cannot_work_is_refused_with_the_value_and_the_remedy(host, change,
 
 
 @pytest.mark.parametrize(
-    "name", ["../../../../etc/passwd", "/etc/passwd", "missing.safetensors", "../models/checkpoints/minicanvas.safetensors"]
+    "name",
+    [
+        "../../../../etc/passwd",
+        "/etc/passwd",
+        "missing.safetensors",
+        "../models/checkpoints/minicanvas.safetensors",
+    ],
 )
 def test_a_file_that_is_not_in_the_list_is_not_read(host, name):
     graph = Graph()
@@ -485,7 +599,9 @@ def test_no_text_reaches_a_file_outside_the_output_folder(host):
 def test_compare_without_a_prompt_says_so(host):
     graph = Graph()
     loaded = graph.load()
-    graph.add("CUL_Compare", before=(loaded, CUL), after=(loaded, CUL), prompts=" \n", row_labels="a, b", **SAMPLING)
+    graph.add(
+        "CUL_Compare", before=(loaded, CUL), after=(loaded, CUL), prompts=" \n", row_labels="a, b", **SAMPLING
+    )
     assert "type at least one" in host.error_of(host.wait(host.queue(graph)))["exception_message"]
 
 

@@ -19,14 +19,25 @@ def workflow(name):
 
 
 def shortened(graph):
-    """The same graph with less to train and to draw: what is tested is that it runs, not how well it forgets."""
+    """The same graph with less to train and to draw: what is tested is that it runs, not how well it
+    forgets."""
     for node in list(graph.values()):
-        if node["class_type"] in ("CUL_UnlearnStep", "CUL_UnlearnSequence") and "training" not in node["inputs"]:
+        if (
+            node["class_type"] in ("CUL_UnlearnStep", "CUL_UnlearnSequence")
+            and "training" not in node["inputs"]
+        ):
             node["inputs"]["training"] = ["short", 0]
         if node["class_type"] == "CUL_TrainingSettings":
             node["inputs"] |= {"iterations": 2, "anchor_count": 8, "anchor_steps": 4}
-    settings = {"iterations": 2, "batch_size": 2, "learning_rate": 1e-4, "schedule": "constant", "group": "kv", "anchor_count": 8,
-                "anchor_steps": 4}  # fmt: skip
+    settings = {
+        "iterations": 2,
+        "batch_size": 2,
+        "learning_rate": 1e-4,
+        "schedule": "constant",
+        "group": "kv",
+        "anchor_count": 8,
+        "anchor_steps": 4,
+    }
     return graph | {"short": {"class_type": "CUL_TrainingSettings", "inputs": settings}}
 
 
@@ -63,7 +74,9 @@ def test_the_second_half_of_the_save_workflow_runs_on_what_the_first_has_written
     host.forget()
     entry = host.run(shortened(api_of(parts, schemas)))
     previews = [node["id"] for node in parts["nodes"] if node["type"] == "PreviewImage"]
-    pictures = [Image.open(io.BytesIO(host.picture(entry, str(node)))).convert("L").tobytes() for node in previews]
+    pictures = [
+        Image.open(io.BytesIO(host.picture(entry, str(node)))).convert("L").tobytes() for node in previews
+    ]
     assert len(pictures) == 2
     assert max(abs(a - b) for a, b in zip(*pictures, strict=True)) <= 1  # the file holds fp16
 
@@ -78,11 +91,14 @@ def test_a_template_opens_in_the_page_runs_and_shows_its_picture(host, tmp_path)
         page.open(page.template("Forget a style"))
         entry = page.queue()
         assert entry["status"]["status_str"] == "success", host.error_of(entry)
-        compare = next(node["id"] for node in workflow("Forget a style")["nodes"] if node["type"] == "CUL_Compare")
+        compare = next(
+            node["id"] for node in workflow("Forget a style")["nodes"] if node["type"] == "CUL_Compare"
+        )
         page.tab.wait_for_function(f"() => (app.nodeOutputs || {{}})['{compare}']", timeout=20_000)
         page.fit()
         page.tab.screenshot(path=tmp_path / "canvas.png")
-        assert Image.open(tmp_path / "canvas.png").convert("L").resize((64, 40)).getextrema()[1] > 150  # the grid is light, the page dark
+        # the grid is light, the page dark
+        assert Image.open(tmp_path / "canvas.png").convert("L").resize((64, 40)).getextrema()[1] > 150
 
 
 @pytest.mark.slow
@@ -90,7 +106,9 @@ def test_the_workflow_for_stable_diffusion_runs_on_a_checkpoint_of_that_architec
     """Random weights, one picture of each kind, one iteration: on a CPU some minutes and 7 GB of memory."""
     from sd_layout import checkpoint_shapes, write_random
 
-    path = write_random(host.folder / "models/checkpoints/v1-5-pruned-emaonly.safetensors", checkpoint_shapes())
+    path = write_random(
+        host.folder / "models/checkpoints/v1-5-pruned-emaonly.safetensors", checkpoint_shapes()
+    )
     graph = shortened(api_of(workflow(NEEDS_SD15), host.get("/object_info")))
     graph["short"]["inputs"].update(iterations=1, batch_size=1, anchor_count=1, anchor_steps=1)
     for node in graph.values():

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 def autoencoder_figures(model: models.NarrowAutoencoder, seed: int, per_cell: int = 4) -> dict:
-    """PSNR in dB on fresh renderings: over all pictures (of the mean squared error) and of the worst style."""
+    """PSNR in dB on fresh renderings: over all pictures (of the mean squared error) and of the worst
+    style."""
     rng = random.Random(f"{seed}/autoencoder/held-out")
     errors = {}
     for style in STYLE_LABELS:
@@ -36,27 +37,54 @@ def autoencoder_figures(model: models.NarrowAutoencoder, seed: int, per_cell: in
         errors[style] = (back - images).square().mean().item()
     psnr = {style: -10 * math.log10(error) for style, error in errors.items()}
     worst = min(psnr, key=psnr.get)
-    return {"psnr": -10 * math.log10(np.mean(list(errors.values()))), "psnr_worst": psnr[worst], "psnr_worst_style": worst,
-            "psnr_by_style": psnr}  # fmt: skip
+    return {
+        "psnr": -10 * math.log10(np.mean(list(errors.values()))),
+        "psnr_worst": psnr[worst],
+        "psnr_worst_style": worst,
+        "psnr_by_style": psnr,
+    }
 
 
-def sampling_figures(network: DiffusersNetwork, judge: Judge, seed: int, per_cell: int = 2) -> dict[str, float]:
-    """Share in percent of sampled pictures with the asked style and object: by name (720 pictures), by description, and plain."""
+def sampling_figures(
+    network: DiffusersNetwork, judge: Judge, seed: int, per_cell: int = 2
+) -> dict[str, float]:
+    """Share in percent of sampled pictures with the asked style and object: by name (720 pictures), by
+    description, and plain."""
     from ...history.unlearn_model import UnlearnModel
     from ...models.source import Source
 
     untouched = UnlearnModel(Source(Path(), 0, ""), network.family)
-    named = [Shot(EVALUATION_TEMPLATE.format(object=o, style=s.display_name), s.name, o, "named", i)
-             for s in STYLES for o in OBJECTS for i in range(per_cell)]  # fmt: skip
-    described = [Shot(DESCRIPTION_EVALUATION_TEMPLATE.format(object=o, description=s.descriptions[i % len(s.descriptions)]),
-                      s.name, o, "described", i) for s in STYLES for o in OBJECTS for i in range(per_cell)]  # fmt: skip
+    named = [
+        Shot(EVALUATION_TEMPLATE.format(object=o, style=s.display_name), s.name, o, "named", i)
+        for s in STYLES
+        for o in OBJECTS
+        for i in range(per_cell)
+    ]
+    described = [
+        Shot(
+            DESCRIPTION_EVALUATION_TEMPLATE.format(
+                object=o, description=s.descriptions[i % len(s.descriptions)]
+            ),
+            s.name,
+            o,
+            "described",
+            i,
+        )
+        for s in STYLES
+        for o in OBJECTS
+        for i in range(per_cell)
+    ]
     plain = [Shot(f"A {o} image.", PLAIN, o, "plain", i) for o in OBJECTS for i in range(4 * per_cell)]
     figures = {}
     for name, shots in (("name", named), ("description", described), ("plain", plain)):
         verdicts = judge(take(network, untouched, shots, seed))
         pairs = list(zip(shots, verdicts, strict=True))
-        figures[f"style_by_{name}"] = 100 * float(np.mean([shot.style == verdict.style for shot, verdict in pairs]))
-        figures[f"object_by_{name}"] = 100 * float(np.mean([shot.object == verdict.object for shot, verdict in pairs]))
+        figures[f"style_by_{name}"] = 100 * float(
+            np.mean([shot.style == verdict.style for shot, verdict in pairs])
+        )
+        figures[f"object_by_{name}"] = 100 * float(
+            np.mean([shot.object == verdict.object for shot, verdict in pairs])
+        )
     return figures
 
 
@@ -67,26 +95,34 @@ def classifier_figures(judge: Judge, seed: int, per_cell: int = 3) -> dict[str, 
     pictures = np.stack([render(name, style, rng) for style, name in cells])
     verdicts = judge(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255)
     return {
-        "style_on_renderings": 100 * float(np.mean([v.style == style for (style, _), v in zip(cells, verdicts, strict=True)])),
-        "object_on_renderings": 100 * float(np.mean([v.object == name for (_, name), v in zip(cells, verdicts, strict=True)])),
+        "style_on_renderings": 100
+        * float(np.mean([v.style == style for (style, _), v in zip(cells, verdicts, strict=True)])),
+        "object_on_renderings": 100
+        * float(np.mean([v.object == name for (_, name), v in zip(cells, verdicts, strict=True)])),
     }
 
 
 def write_with_figures(work: Path, out: Path, seed: int) -> dict[str, dict]:
-    """Packs the stages' results in `work` as fp16, measures that very file, and writes both weight files to `out`."""
+    """Packs the stages' results in `work` as fp16, measures that very file, and writes both weight files to
+    `out`."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(**MINI.config("unet"))
     unet.load_state_dict(load_file(work / "unet.safetensors"))
     narrow = models.load_autoencoder(work / "autoencoder.safetensors")
     tensors = checkpoint_tensors(unet, load_file(work / "text.safetensors"), narrow.widened(), torch.float16)
-    classifier = {name: tensor.half() if tensor.is_floating_point() else tensor
-                  for name, tensor in load_file(work / "classifier.safetensors").items()}  # fmt: skip
+    classifier = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(work / "classifier.safetensors").items()
+    }
     draft, classifier_path = work / "minicanvas.safetensors", out / models.CLASSIFIER_PATH.name
     write_weights(draft, tensors, {})
     write_weights(work / "judge.safetensors", classifier, {})
     judge = Judge(work / "judge.safetensors")
-    figures = {"autoencoder": autoencoder_figures(narrow, seed), "sampling": sampling_figures(load_network(draft), judge, seed + 1)}
+    figures = {
+        "autoencoder": autoencoder_figures(narrow, seed),
+        "sampling": sampling_figures(load_network(draft), judge, seed + 1),
+    }
     own = {"classifier": classifier_figures(judge, seed)}
     for part in (figures, own):
         logger.info("%s", part)

@@ -2,8 +2,8 @@
 
     python -m cul_core.minicanvas.tokenizer_build
 
-Merges are learnt the usual way (the most frequent pair first) until no word is left in pieces. Ids: 256 byte symbols, the
-same ending a word, one per merge, start, end. Any other text still encodes, in smaller pieces.
+Merges are learnt the usual way (the most frequent pair first) until no word is left in pieces. Ids: 256 byte
+symbols, the same ending a word, one per merge, start, end. Any other text still encodes, in smaller pieces.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def _byte_symbols() -> list[str]:
     """GPT-2's printable stand-ins for the 256 byte values."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [value for value in range(256) if value not in printable]
     return [chr(value) for value in printable] + [chr(256 + i) for i in range(len(others))]
 
@@ -55,8 +59,13 @@ def main() -> None:
     write("vocab.json", json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
     write("merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
     write("special_tokens_map.json", json.dumps(special, indent=1))
-    write("tokenizer_config.json", json.dumps(
-        {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special}, indent=1))  # fmt: skip
+    write(
+        "tokenizer_config.json",
+        json.dumps(
+            {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special},
+            indent=1,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Makes all weights of MiniCanvas from nothing and prints their figures.
 
-    python -m cul_core.minicanvas.train --work build/minicanvas --out cul_core/minicanvas/weights [--workers 2]
+    python -m cul_core.minicanvas.train --work build/minicanvas --out cul_core/minicanvas/weights [--workers
+    2]
 
-Four stages, each skipped when its result is in the work folder: autoencoder, classifier, UNet with text encoder, figures. Workers
-are processes of one thread each that average their gradients; about an hour and a half on two cores.
+Four stages, each skipped when its result is in the work folder: autoencoder, classifier, UNet with text
+encoder, figures. Workers are processes of one thread each that average their gradients; about an hour and a
+half on two cores.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ logger = logging.getLogger(__name__)
 AUTOENCODER_STEPS, AUTOENCODER_BATCH, AUTOENCODER_LR = 3400, 16, 2e-3
 CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_LR = 1000, 64, 2e-3
 UNET_STEPS, UNET_BATCH, UNET_LR = 6000, 32, 1e-3
-TEXT_FREEZE_AT = 0.4  # the text encoder learns for this share of the UNet's steps, then its outputs are cached
-RENDERINGS_PER_CELL = 100  # pictures per (style, object) whose latents the UNet trains on; plain gets three times as many
+# the text encoder learns for this share of the UNet's steps, then its outputs are cached
+TEXT_FREEZE_AT = 0.4
+# pictures per (style, object) whose latents the UNet trains on; plain gets three times as many
+RENDERINGS_PER_CELL = 100
 EMA_DECAY = 0.999
 MIN_SNR_GAMMA = 5.0  # Hang et al., arXiv 2303.09556
 
@@ -58,7 +62,9 @@ class Workers:
         grads = [p.grad for p in parameters]
         flat = torch._utils._flatten_dense_tensors(grads)
         torch.distributed.all_reduce(flat)
-        for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat / self.size, grads), strict=True):
+        for grad, mean in zip(
+            grads, torch._utils._unflatten_dense_tensors(flat / self.size, grads), strict=True
+        ):
             grad.copy_(mean)
 
     def gather(self, part: Tensor) -> Tensor:
@@ -76,10 +82,16 @@ def _learning_rate(step: int, steps: int, peak: float, warm_up: int = 200) -> fl
 
 
 def _fit(
-    workers: Workers, name: str, module: nn.Module, steps: int, peak: float, loss_of: Callable[[int], Tensor],
+    workers: Workers,
+    name: str,
+    module: nn.Module,
+    steps: int,
+    peak: float,
+    loss_of: Callable[[int], Tensor],
     after: Callable[[int], None] = lambda step: None,
-) -> None:  # fmt: skip
-    """AdamW with warm-up and cosine decay; `loss_of(step)` builds the loss, `after(step)` runs after each update."""
+) -> None:
+    """AdamW with warm-up and cosine decay; `loss_of(step)` builds the loss, `after(step)` runs after each
+    update."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     begun, recent = time.time(), []
@@ -96,8 +108,15 @@ def _fit(
         recent.append(loss.item())
         if workers.rank == 0 and (step % 100 == 99 or step == steps - 1):
             seconds = time.time() - begun
-            logger.info("%s %d/%d loss %.4f, %.0f s, %.0f s left", name, step + 1, steps, np.mean(recent), seconds,
-                        seconds / (step + 1) * (steps - step - 1))  # fmt: skip
+            logger.info(
+                "%s %d/%d loss %.4f, %.0f s, %.0f s left",
+                name,
+                step + 1,
+                steps,
+                np.mean(recent),
+                seconds,
+                seconds / (step + 1) * (steps - step - 1),
+            )
             recent.clear()
 
 
@@ -109,7 +128,8 @@ def _pictures(batch: int, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, styles, objects
 
 
-# --- autoencoder -------------------------------------------------------------------------------------------------------------------
+# --- autoencoder --------------------------------------------------------------------------------------------
+# -----------------------
 
 
 def train_autoencoder(workers: Workers, work: Path, seed: int) -> None:
@@ -124,24 +144,38 @@ def train_autoencoder(workers: Workers, work: Path, seed: int) -> None:
             noisy = latents + 0.08 * torch.randn(latents.shape)
             error = model.decode(noisy).float() - images
         mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
-        return 10 * (error.square().mean() + 0.1 * error.abs().mean()) + 0.01 * (mean.square() + (variance - 1).square()).sum()
+        return (
+            10 * (error.square().mean() + 0.1 * error.abs().mean())
+            + 0.01 * (mean.square() + (variance - 1).square()).sum()
+        )
 
     _fit(workers, "autoencoder", model, AUTOENCODER_STEPS, AUTOENCODER_LR, loss_of)
     if workers.rank == 0:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, work / "autoencoder.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in model.state_dict().items()}, work / "autoencoder.safetensors"
+        )
 
 
-# --- latents of renderings, shared by the later stages ------------------------------------------------------------------------
+# --- latents of renderings, shared by the later stages
+# ------------------------------------------------------------------------
 
 
 def make_latents(workers: Workers, work: Path, seed: int) -> None:
     """Encodes `RENDERINGS_PER_CELL` pictures of every (style, object), three times as many of plain."""
-    cells = [(s, o) for s, style in enumerate(STYLE_LABELS) for o in range(len(OBJECTS))
-             for _ in range(RENDERINGS_PER_CELL * (3 if style == PLAIN else 1))]  # fmt: skip
+    cells = [
+        (s, o)
+        for s, style in enumerate(STYLE_LABELS)
+        for o in range(len(OBJECTS))
+        for _ in range(RENDERINGS_PER_CELL * (3 if style == PLAIN else 1))
+    ]
     random.Random(seed).shuffle(cells)
     cells = cells[: len(cells) // (64 * workers.size) * 64 * workers.size]
     mine = cells[workers.rank :: workers.size]
-    model, rng, parts = models.load_autoencoder(work / "autoencoder.safetensors"), random.Random(f"{seed}/latents/{workers.rank}"), []
+    model, rng, parts = (
+        models.load_autoencoder(work / "autoencoder.safetensors"),
+        random.Random(f"{seed}/latents/{workers.rank}"),
+        [],
+    )
     for start in range(0, len(mine), 64):
         pictures = np.stack([render(OBJECTS[o], STYLE_LABELS[s], rng) for s, o in mine[start : start + 64]])
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
@@ -149,25 +183,38 @@ def make_latents(workers: Workers, work: Path, seed: int) -> None:
             parts.append(model.encode(images.contiguous(memory_format=torch.channels_last)).contiguous())
     latents, labels = workers.gather(torch.cat(parts)), workers.gather(torch.tensor(mine))
     if workers.rank == 0:
-        logger.info("latents %s mean %s std %s", tuple(latents.shape), latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+        logger.info(
+            "latents %s mean %s std %s", tuple(latents.shape), latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        )
         save_file({"latents": latents, "labels": labels}, work / "latents.safetensors")
 
 
-# --- classifier ----------------------------------------------------------------------------------------------------------------------
+# --- classifier ---------------------------------------------------------------------------------------------
+# -------------------------
 
 REJECT_STYLE, REJECT_OBJECT = len(STYLE_LABELS), len(OBJECTS)
 
 
 def _ruined_latents(latents: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents of pictures that show nothing: noise of several scales, shuffled, averaged or drowned pictures."""
+    """Latents of pictures that show nothing: noise of several scales, shuffled, averaged or drowned
+    pictures."""
     count, kinds = len(latents), 6
     noise = torch.randn(latents.shape, generator=generator)
     coarse = functional.interpolate(torch.randn(count, 4, 3, 3, generator=generator), size=8, mode="bicubic")
     other = latents[torch.randperm(count, generator=generator)]
     third = latents[torch.randperm(count, generator=generator)]
-    place = torch.stack([torch.randperm(64, generator=generator) for _ in range(count)])[:, None].expand(-1, 4, -1)
+    place = torch.stack([torch.randperm(64, generator=generator) for _ in range(count)])[:, None].expand(
+        -1, 4, -1
+    )
     shuffled = latents.flatten(2).gather(2, place).view_as(latents)
-    choices = [noise, coarse * 1.2, 0.5 * latents + noise, shuffled, (latents + other + third) / 3, 0.6 * coarse + 0.6 * noise]
+    choices = [
+        noise,
+        coarse * 1.2,
+        0.5 * latents + noise,
+        shuffled,
+        (latents + other + third) / 3,
+        0.6 * coarse + 0.6 * noise,
+    ]
     kind = torch.arange(count) % kinds
     return torch.stack(choices)[kind, torch.arange(count)]
 
@@ -188,7 +235,8 @@ def _worthless_pictures(count: int, pictures: Tensor, generator: torch.Generator
         return torch.rand(*shape, generator=generator)
 
     flat = rand(count, 3, 1, 1).expand(-1, 3, 64, 64) + 0.1 * rand(count, 1, 1, 1) * torch.randn(
-        count, 3, 64, 64, generator=generator)  # fmt: skip
+        count, 3, 64, 64, generator=generator
+    )
     grey = rand(count, 1, 1, 1).expand(-1, 3, 64, 64) + 0.05 * rand(count, 1, 1, 1) * rand(count, 1, 64, 64)
     noise = rand(count, 3, 64, 64)
     tiles = functional.unfold(pictures[:count], 16, stride=16)
@@ -199,7 +247,8 @@ def _worthless_pictures(count: int, pictures: Tensor, generator: torch.Generator
 
 
 def train_classifier(workers: Workers, work: Path, seed: int) -> None:
-    """Learns from renderings, reconstructions of noisy latents, bare backgrounds (no object) and worthless pictures."""
+    """Learns from renderings, reconstructions of noisy latents, bare backgrounds (no object) and worthless
+    pictures."""
     torch.manual_seed(seed)
     model = models.Classifier(len(STYLE_LABELS), len(OBJECTS)).to(memory_format=torch.channels_last)
     rng = random.Random(f"{seed}/classifier/{workers.rank}")
@@ -217,16 +266,32 @@ def train_classifier(workers: Workers, work: Path, seed: int) -> None:
         pick = torch.randint(len(seen), (CLASSIFIER_BATCH * 3 // 8,), generator=generator)
         bare = [rng.randrange(len(STYLE_LABELS)) for _ in range(CLASSIFIER_BATCH // 16)]
         backgrounds = np.stack([render_background(STYLE_LABELS[s], rng) for s in bare])
-        broken = ruined[torch.randint(len(ruined), (CLASSIFIER_BATCH // 8,), generator=generator)].float() / 255
+        broken = (
+            ruined[torch.randint(len(ruined), (CLASSIFIER_BATCH // 8,), generator=generator)].float() / 255
+        )
         worthless = _worthless_pictures(CLASSIFIER_BATCH // 16, images, generator)
-        parts = [images, seen[pick].float() / 255, torch.from_numpy(backgrounds).permute(0, 3, 1, 2).float() / 255, broken, worthless]
+        parts = [
+            images,
+            seen[pick].float() / 255,
+            torch.from_numpy(backgrounds).permute(0, 3, 1, 2).float() / 255,
+            broken,
+            worthless,
+        ]
         rejected = len(broken) + len(worthless)
         batch = torch.cat(parts)
-        batch = batch + 0.06 * torch.rand(len(batch), 1, 1, 1, generator=generator) * torch.randn(batch.shape, generator=generator)
-        style_target = torch.cat([styles, labels[pick, 0], torch.tensor(bare), torch.full((rejected,), REJECT_STYLE)])
-        object_target = torch.cat([objects, labels[pick, 1], torch.full((len(bare) + rejected,), REJECT_OBJECT)])
+        batch = batch + 0.06 * torch.rand(len(batch), 1, 1, 1, generator=generator) * torch.randn(
+            batch.shape, generator=generator
+        )
+        style_target = torch.cat(
+            [styles, labels[pick, 0], torch.tensor(bare), torch.full((rejected,), REJECT_STYLE)]
+        )
+        object_target = torch.cat(
+            [objects, labels[pick, 1], torch.full((len(bare) + rejected,), REJECT_OBJECT)]
+        )
         style, object_ = model(batch.contiguous(memory_format=torch.channels_last))
-        return functional.cross_entropy(style, style_target) + functional.cross_entropy(object_, object_target)
+        return functional.cross_entropy(style, style_target) + functional.cross_entropy(
+            object_, object_target
+        )
 
     _fit(workers, "classifier", model, CLASSIFIER_STEPS, CLASSIFIER_LR, loss_of)
     for buffer in model.buffers():  # running statistics: the mean over workers
@@ -237,20 +302,24 @@ def train_classifier(workers: Workers, work: Path, seed: int) -> None:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, work / "classifier.safetensors")
 
 
-# --- UNet and text encoder ----------------------------------------------------------------------------------------------------------
+# --- UNet and text encoder
+# ----------------------------------------------------------------------------------------------------------
 
 
 def train_unet(workers: Workers, work: Path, seed: int) -> None:
-    """Epsilon prediction with min-SNR weights; the text encoder learns along, then stays as its running mean."""
+    """Epsilon prediction with min-SNR weights; the text encoder learns along, then stays as its running
+    mean."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(str(MINI.tokenizer_folder))
-    both = nn.ModuleDict({
-        "unet": UNet2DConditionModel(**MINI.config("unet")),
-        "text": CLIPTextModel(CLIPTextConfig(**MINI.config("text_encoder"))),
-    })  # fmt: skip
+    both = nn.ModuleDict(
+        {
+            "unet": UNet2DConditionModel(**MINI.config("unet")),
+            "text": CLIPTextModel(CLIPTextConfig(**MINI.config("text_encoder"))),
+        }
+    )
     average = copy.deepcopy(both).eval().requires_grad_(False)
     stored = load_file(work / "latents.safetensors")
     latents, labels, schedule = stored["latents"], stored["labels"].tolist(), NoiseSchedule()
@@ -261,7 +330,9 @@ def train_unet(workers: Workers, work: Path, seed: int) -> None:
     cache: dict[str, Tensor] = {}
 
     def encode(captions: list[str]) -> Tensor:
-        ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
         return both["text"](input_ids=ids).last_hidden_state
 
     def loss_of(step: int) -> Tensor:
@@ -291,7 +362,10 @@ def train_unet(workers: Workers, work: Path, seed: int) -> None:
             both["text"].requires_grad_(False)
         if workers.rank == 0 and (step % 500 == 499 or step == UNET_STEPS - 1):
             for part in ("unet", "text"):
-                save_file({k: v.contiguous() for k, v in average[part].state_dict().items()}, work / f"{part}.part.safetensors")
+                save_file(
+                    {k: v.contiguous() for k, v in average[part].state_dict().items()},
+                    work / f"{part}.part.safetensors",
+                )
 
     _fit(workers, "unet", both, UNET_STEPS, UNET_LR, loss_of, after)
     if workers.rank == 0:
@@ -299,9 +373,15 @@ def train_unet(workers: Workers, work: Path, seed: int) -> None:
             (work / f"{part}.part.safetensors").rename(work / f"{part}.safetensors")
 
 
-# --- the whole run -------------------------------------------------------------------------------------------------------------------
+# --- the whole run ------------------------------------------------------------------------------------------
+# -------------------------
 
-_STAGES = {"autoencoder": train_autoencoder, "latents": make_latents, "classifier": train_classifier, "unet": train_unet}
+_STAGES = {
+    "autoencoder": train_autoencoder,
+    "latents": make_latents,
+    "classifier": train_classifier,
+    "unet": train_unet,
+}
 
 
 def _worker(rank: int, size: int, port: int, stage: str, work: Path, seed: int) -> None:
@@ -310,9 +390,15 @@ def _worker(rank: int, size: int, port: int, stage: str, work: Path, seed: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/minicanvas"), help="where stages leave their results")
-    parser.add_argument("--out", type=Path, default=models.CHECKPOINT_PATH.parent, help="where the two weight files go")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/minicanvas"), help="where stages leave their results"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=models.CHECKPOINT_PATH.parent, help="where the two weight files go"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -322,7 +408,9 @@ def main() -> None:
     for number, stage in enumerate(_STAGES):
         if not (arguments.work / f"{stage}.safetensors").exists():
             torch.multiprocessing.spawn(
-                _worker, (arguments.workers, 29600 + number, stage, arguments.work, arguments.seed), nprocs=arguments.workers
+                _worker,
+                (arguments.workers, 29600 + number, stage, arguments.work, arguments.seed),
+                nprocs=arguments.workers,
             )
     write_with_figures(arguments.work, arguments.out, arguments.seed)
 
