@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from cul_core.models.family import SD1
+from cul_core.models.families.sd1 import SD1
 from cul_core.models.load_diffusers import load_autoencoder, load_network
 
 _LAYOUT = Path(__file__).resolve().parents[1] / "tests" / "core"

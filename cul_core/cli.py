@@ -126,7 +126,7 @@ def _unlearn(arguments: argparse.Namespace) -> None:
     from .concepts.concept import Concept
     from .concepts.parsing import parse_concept
     from .files.paths import check_writable
-    from .models.family import MINI
+    from .minicanvas.family import MINI
     from .models.load_diffusers import NetworkCache
     from .models.recognize import detect_family
     from .output.checkpoint import open_model, save_checkpoint
@@ -291,10 +291,10 @@ def _merge(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from .audits.classifier_scores import table
     from .base.errors import ConceptError, ModelError
+    from .minicanvas.family import MINI
     from .minicanvas.judge import Judge, evaluate
     from .minicanvas.suites import suite_of
     from .minicanvas.world import OBJECTS, STYLE_BY_NAME
-    from .models.family import MINI
     from .models.load_diffusers import NetworkCache
     from .output.checkpoint import open_model
 
@@ -379,7 +379,8 @@ def _store(arguments: argparse.Namespace) -> None:
 
     if not arguments.folder.is_dir():
         raise ConfigError(
-            f"There is no folder {str(arguments.folder)!r}; give the one that unlearn --store or a benchmark "
+            f"There is no folder {str(arguments.folder)!r}; give the one that unlearn --store or a "
+            "benchmark "
             "has made."
         )
     store = StepStore(arguments.folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy import clip_model, sd1_clip, supported_models, supported_models_base
 
-from ..cul_core.models.family import MINI
+from ..cul_core.minicanvas.family import MINI
 
 
 class MiniText(clip_model.CLIPTextModel):

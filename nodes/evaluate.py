@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..cul_core.audits.classifier_scores import LABELS, METRICS, table
 from ..cul_core.base.errors import ModelError
-from ..cul_core.models.family import MINI
+from ..cul_core.minicanvas.family import MINI
 from ..cul_core.models.load_diffusers import NetworkCache
 from ..cul_core.output.charts import metric_chart
 from ..cul_core.output.drift import drift_map, drift_of, total_drift

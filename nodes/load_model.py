@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 
 from ..cul_core.base.errors import ModelError
 from ..cul_core.history.unlearn_model import UnlearnModel
-from ..cul_core.models.recognize import detect_family, family_of, unet_dtypes
+from ..cul_core.models.recognize import detect_family, family_of, stored_dtypes
 from ..cul_core.output.checkpoint import open_continued
 from ..cul_core.output.report import model_text
 from ..cul_core.store.eviction import hold
@@ -25,7 +25,7 @@ _made: set[Path] = set()
 def _described(value: UnlearnModel) -> str:
     predicted = {"epsilon": "noise", "v_prediction": "velocity"}[value.family.prediction_type]
     return (
-        f"{model_text(value)}\n{unet_dtypes(value.source.path)}, predicts {predicted}, "
+        f"{model_text(value)}\n{stored_dtypes(value.source.path, value.family)}, predicts {predicted}, "
         f"{value.family.image_size_px} px"
     )
 

@@ -20,7 +20,7 @@ from ..base.config import Config, setting
 from ..base.errors import ConceptError, brief_repr
 from ..concepts.concept import Concept, check_count, check_text
 from ..methods.conabl import ConAblConfig
-from ..models.diffusers_network import DiffusersNetwork
+from ..models.network import Network
 from ..models.sampling import SamplerConfig, generator_for, sample_latents
 from ..parts.training_config import TrainingConfig
 from ..requests.presets import Preset
@@ -121,7 +121,7 @@ def read_paraphrases(path: Path) -> list[str]:
 
 
 def memorization_request(
-    network: DiffusersNetwork,
+    network: Network,
     caption: str,
     paraphrases: Sequence[str],
     similarity: Similarity,
@@ -168,7 +168,7 @@ def memorization_request(
 
 
 def copy_rates(
-    network: DiffusersNetwork,
+    network: Network,
     prompts: Sequence[str],
     similarity: Similarity,
     config: MemorizationConfig,
@@ -219,14 +219,15 @@ def sorted_captions(
         raise ConceptError(
             f"Only {len(anchors)} of {len(rates) - 1} paraphrases of {caption!r} can be anchors, where "
             f"{config.fewest_anchors} are needed: they must draw the picture in at most "
-            f"{config.anchor_rate:.0%} of theirs and not contain what is forgotten; add paraphrases that say "
+            f"{config.anchor_rate:.0%} of theirs and not contain what is forgotten; add paraphrases that "
+            "say "
             "it in quite other words."
         )
     return tuple(replace(concept, anchor=anchors[0]) for concept in forgotten), tuple(anchors)
 
 
 def captions_without_copies(
-    network: DiffusersNetwork,
+    network: Network,
     anchors: Sequence[str],
     similarity: Similarity,
     config: MemorizationConfig,
@@ -261,7 +262,7 @@ def captions_without_copies(
 
 
 def _are_copies(
-    network: DiffusersNetwork,
+    network: Network,
     prompts: Sequence[str],
     generators: Sequence[torch.Generator],
     similarity: Similarity,

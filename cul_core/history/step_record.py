@@ -13,7 +13,9 @@ from ..base.errors import CheckpointError, brief_repr
 from ..concepts.concept import KINDS, LONGEST_NAME
 from ..files.safetensors_format import read_header
 
-FORMAT = "1"
+FORMAT = "2"
+"""Of what we write. In format 1, weights were called by diffusers' names."""
+_READ = ("1", FORMAT)
 _MOST_RECORDS = 10_000
 
 
@@ -28,7 +30,7 @@ class StepRecord:
             model's last record (null without one): a model opened from a file is rounded to the file's dtype
             and has another hash than the step that made it.
         losses: last value of each named part of the loss.
-        drift: parameter name -> [distance from the pretrained weights, distance moved by this step]
+        drift: checkpoint key -> [distance from the pretrained weights, distance moved by this step]
             (Frobenius norms).
         parent: content hash of the model the step began from; of a merge, that of the pretrained model.
         result: content hash of the model it made.
@@ -66,7 +68,7 @@ def read_history(path: Path) -> tuple[tuple[StepRecord, ...], dict[str, Any] | N
     _, metadata, _ = read_header(path)
     if "cul_format" not in metadata:
         return (), None
-    if metadata["cul_format"] != FORMAT:
+    if metadata["cul_format"] not in _READ:
         raise CheckpointError(
             f"{path.name!r} has history format {brief_repr(metadata['cul_format'])}, this version reads "
             f"{FORMAT!r}; update continual-unlearning."

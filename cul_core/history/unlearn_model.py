@@ -1,4 +1,4 @@
-"""The central value, `UnlearnModel`: a source file, edits away from its pretrained weights, and how they came
+"""The central value, `UnlearnModel`: a source, edits away from its pretrained weights, and how they came
 about."""
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class UnlearnModel:
     """W_k = W0 + edits, and the history that led there; a value: nothing ever changes it.
 
     Args:
-        source: file of the pretrained weights W0.
+        source: the pretrained weights W0.
         family: its architecture.
-        edits: diffusers parameter name -> fp32 delta from W0 on the CPU, only for edited tensors.
+        edits: checkpoint key -> fp32 delta from W0 on the CPU, only for edited tensors.
         history: one record per step, oldest first. Before the record of a merge come those of all merged
             models, one model after the other; each says from which parent it began.
     """
@@ -78,7 +78,7 @@ class UnlearnModel:
         return {
             "cul_format": FORMAT,
             "cul_source": canonical_json(
-                {"name": self.source.path.name, "size": self.source.size, "sha256": self.source.sha256}
+                {"name": self.source.name, "size": self.source.size, "sha256": self.source.sha256}
             ),
             "cul_history": canonical_json([asdict(record) for record in self.history]),
         }

@@ -43,8 +43,8 @@ def merge(
     for model in models:
         if model.source.sha256 != first.source.sha256:
             raise ModelError(
-                f"The models to merge were made from different files, {first.source.path.name!r} and "
-                f"{model.source.path.name!r}; make all of them from the same one."
+                f"The models to merge were made from different files, {first.source.name!r} and "
+                f"{model.source.name!r}; make all of them from the same one."
             )
         for name, delta in model.edits.items():
             if not torch.isfinite(delta).all():

@@ -106,13 +106,9 @@ class ConAbl(Method):
         self.student_calls = 1 + bool(config.preservation)
 
     def prepare(self, context: StepContext) -> None:
-        self._schedule, self._latents, self._batch = (
-            context.schedule,
-            context.anchor_latents,
-            context.training.batch_size,
-        )
         network, config, captions = context.network, self.config, context.anchor_prompts
-        self._prediction_type = network.family.prediction_type
+        self._process, self._latents = network.process, context.anchor_latents
+        self._batch = context.training.batch_size
         named = (*context.concepts, *context.previous)
         usable = [
             i for i, caption in enumerate(captions) if not any(other.mentioned_in(caption) for other in named)
@@ -197,10 +193,8 @@ class ConAbl(Method):
     def _noised(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(z_t, t, eps) of latents (b, c, h, w)."""
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        timesteps = torch.randint(self._schedule.timesteps, (len(clean),), generator=generator).to(
-            clean.device
-        )
-        return self._schedule.add_noise(clean, noise, timesteps), timesteps, noise
+        times = self._process.draw_times(len(clean), generator).to(clean.device)
+        return self._process.noised(clean, noise, times), times, noise
 
     def _draw_anchors(self, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor, Conditioning], Tensor]:
         """(z_t, t, E(p)) of a batch of anchors as they are, and what a perfect model would say there."""
@@ -208,7 +202,7 @@ class ConAbl(Method):
         anchors, prompts = zip(*(self._preserved[i] for i in drawn), strict=True)
         clean = self._latents[list(anchors)]
         noisy, timesteps, noise = self._noised(clean, generator)
-        truth = self._schedule.target(self._prediction_type, clean, noise, timesteps)
+        truth = self._process.target(clean, noise, timesteps)
         return (noisy, timesteps, self._embeddings[list(prompts)]), truth
 
     def _preservation(self, student: Predict, generator: torch.Generator) -> Tensor:

@@ -121,7 +121,7 @@ class ESD(Method):
             self._wider,
             self._null,
             network.family.latent_shape,
-            lambda: context.schedule.ddim(network.family.prediction_type, config.trajectory_steps),
+            lambda: network.process.trajectory(config.trajectory_steps),
             lambda number: context.generator("trajectory", number),
             guidance_scale=config.guidance_scale,
             size=config.trajectories,
@@ -136,7 +136,7 @@ class ESD(Method):
 
     def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
         states = self._buffer.draw(teacher, self._batch, generator)
-        latents, timesteps, picks = states.latents, states.timesteps, list(states.prompts)
+        latents, timesteps, picks = states.latents, states.times, list(states.prompts)
         concept, wider = self._concepts[picks], self._wider[picks]
         prompts = [self._null.expand(self._batch), concept, *([wider] if self._is_narrow else [])]
         count = len(prompts)

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from ..base.config import setting
 from ..base.errors import ConfigError
 from ..base.topk import count_of_fraction, top_k
-from ..models.diffusers_network import swapped_weights
 from ..models.sampling import sample_latents
 from ..models.text_conditioning import Conditioning
 from ..parts.anchor_augmentation import AnchorPool
@@ -168,7 +167,7 @@ class SculpMem(ConAbl):
                 f"A warm-up of {config.warm_up} iterations leaves none of {training.iterations} to train "
                 f"with a mask; shorten it, to about {max(1, training.iterations // 20)}."
             )
-        self._unet, self._start = context.network.unet, context.start
+        self._network, self._start = context.network, context.start
         self._epoch = math.ceil(len(context.anchor_prompts) / training.batch_size)
         self._epochs = math.ceil(training.iterations / self._epoch)
         self._seen, self._masks = 0, {}
@@ -227,7 +226,7 @@ class SculpMem(ConAbl):
         if not config.distillation:
             return super().loss(student, teacher, generator)
         held = self._draw_held(generator)
-        with torch.no_grad(), swapped_weights(self._unet, self._start):
+        with torch.no_grad(), self._network.with_weights(self._start):
             goal = student(*held)
         loss = super().loss(student, teacher, generator)
         drift = (student(*held) - goal).square().split(self._batch)
@@ -239,7 +238,7 @@ class SculpMem(ConAbl):
         pictures, targets = self._draw(generator)
         clean = self._pool.latents[pictures]
         noisy, timesteps, noise = self._noised(clean, generator)
-        truth = self._schedule.target(self._prediction_type, clean, noise, timesteps)
+        truth = self._process.target(clean, noise, timesteps)
         loss = (student(noisy, timesteps, self._embeddings[targets]) - truth).square().mean()
         return LossParts(loss, {"learn": loss.item()})
 

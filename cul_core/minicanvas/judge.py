@@ -13,7 +13,7 @@ from torch import Tensor
 from ..audits.classifier_scores import Scores, Shot, Verdict, score
 from ..base.errors import ConceptError
 from ..history.unlearn_model import UnlearnModel, weights_of
-from ..models.diffusers_network import DiffusersNetwork, swapped_weights
+from ..models.network import Network
 from ..models.sampling import SamplerConfig, generator_for, sample_latents
 from ..requests.request import Request
 from ..training.early_stopping import Measure
@@ -44,7 +44,7 @@ class Judge:
 
 
 def take(
-    network: DiffusersNetwork,
+    network: Network,
     model: UnlearnModel,
     shots: Sequence[Shot],
     seed: int,
@@ -52,13 +52,12 @@ def take(
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Pictures (n, 3, 64, 64) in [0, 1] of the shots; each depends on its own shot and the seed alone."""
-    pretrained = {name: p.data for name, p in network.unet.named_parameters() if name in model.edits}
-    with swapped_weights(network.unet, weights_of(model, pretrained)):
+    with network.with_weights(weights_of(model, network.exact(list(model.edits)))):
         return _draw(network, shots, seed, sampler or SamplerConfig(), on_batch)
 
 
 def _draw(
-    network: DiffusersNetwork,
+    network: Network,
     shots: Sequence[Shot],
     seed: int,
     sampler: SamplerConfig,
@@ -70,7 +69,7 @@ def _draw(
 
 
 def evaluate(
-    network: DiffusersNetwork,
+    network: Network,
     model: UnlearnModel,
     judge: Judge,
     targets: Sequence[str],
@@ -120,7 +119,7 @@ def measure_for(request: Request, judge: Judge | None = None) -> Measure:
         rest += [shot for i, shot in enumerate(shots) if i not in picked]
     judge = judge or Judge()
 
-    def measure(network: DiffusersNetwork, check: Callable[[], None]) -> tuple[float, float] | None:
+    def measure(network: Network, check: Callable[[], None]) -> tuple[float, float] | None:
         def seen(shots: list[Shot]) -> list[Verdict]:
             return (
                 judge(_draw(network, shots, request.training.seed, SamplerConfig(), lambda done: check()))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..audits.classifier_scores import Shot
 from ..concepts.captions import anchor_prompts
 from ..concepts.concept import Concept
-from ..models.family import MINI
+from .family import MINI
 from .world import (
     DESCRIPTION_EVALUATION_TEMPLATE,
     EVALUATION_TEMPLATE,

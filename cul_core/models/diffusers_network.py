@@ -1,34 +1,44 @@
-"""The heavy parts of a model, loaded on demand, and the ways other modules may touch them."""
+"""`Network` over diffusers' UNet, CLIP text encoders and an autoencoder, all from one checkpoint file."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..base.errors import ModelError
+from .build_diffusers import build_unet
 from .family import Family
 from .free_memory import release_memory
+from .network import Network
 from .pruned_decoder import prune_decoder
 from .text_conditioning import Conditioning
+from .weight_roles import keys_with_role
 
 _CACHED_PROMPTS = 1024
 _ROOM = 1.5
+_WORD_END = "</w>"
 
 
 @dataclass
-class DiffusersNetwork:
-    """UNet, text encoders, tokenizer and autoencoder of one source file, all frozen. Not a value: nodes never
-    pass it on.
+class DiffusersNetwork(Network):
+    """UNet, text encoders, tokenizer and autoencoder of one source file, all frozen.
 
-    `text_encoders` are in the order of the family's; none after `free_text_encoders`, until
-    `open_text_encoders` loads them for a prompt that is not known yet. `autoencoder` is None for families
-    whose callers decode latents themselves; `open_autoencoder` then loads it for `with_autoencoder`, if there
-    is a way to. `read_weights` gives tensors of the UNet by name in fp32, on the CPU, as the file has them,
-    whatever the UNet's own dtype.
+    Args:
+        family: of the file.
+        unet: diffusers' UNet.
+        text_encoders: in the order of the family's; empty after `free_text_encoders`, reloaded on the first
+            uncached prompt.
+        tokenizer: CLIP's.
+        autoencoder: None for families whose callers decode latents themselves.
+        keys: diffusers' name of a UNet's parameter -> its checkpoint key.
+        open_autoencoder: loads it for `with_autoencoder`, if there is a way to.
+        open_text_encoders: loads them again, if there is a way to.
+        read_weights: checkpoint keys -> tensors in fp32, on the CPU, as the file has them.
     """
 
     family: Family
@@ -36,12 +46,15 @@ class DiffusersNetwork:
     text_encoders: tuple[nn.Module, ...]
     tokenizer: object
     autoencoder: nn.Module | None
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     open_autoencoder: Callable[[], nn.Module] | None = field(default=None, repr=False)
     open_text_encoders: Callable[[], tuple[nn.Module, ...]] | None = field(default=None, repr=False)
     read_weights: Callable[[Sequence[str]], dict[str, Tensor]] | None = field(default=None, repr=False)
     _prompts: dict[str, Conditioning] = field(default_factory=dict, repr=False)
     _decoder: nn.Module | None = field(default=None, repr=False)
-    _scores: tuple[str, dict[str, Tensor]] | None = field(default=None, repr=False)
+
+    shared_rows = 1
+    """CLIP's causal attention gives every prompt the same start token."""
 
     @property
     def device(self) -> torch.device:
@@ -49,56 +62,74 @@ class DiffusersNetwork:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the UNet computes in."""
         return next(self.unet.parameters()).dtype
 
     def to(self, device: torch.device | str) -> DiffusersNetwork:
-        """Moves the UNet and the autoencoder, and returns itself; the text encoders follow for the next
-        prompts, if there is room."""
-        # where convolutions gain by it
-        layout = torch.channels_last if torch.device(device).type == "cuda" else torch.preserve_format
-        self.unet.to(device, memory_format=layout)
+        """Moves the UNet and the autoencoder, and returns itself; the text encoders follow if there is
+        room."""
+        # where convolutions gain by their channels being last
+        is_cuda = torch.device(device).type == "cuda"
+        self.unet.to(device, memory_format=torch.channels_last if is_cuda else torch.preserve_format)
         if self.autoencoder is not None:
             self.autoencoder.to(device)
         self._prompts.clear()
-        self._decoder = self._scores = None
+        self._decoder = None
         return self
 
-    def exact(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """W0 of these parameters in fp32, never rounded to what the UNet computes in; its own tensors where
-        it has them so."""
+    # --- weights
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {self.keys.get(name, name): weight for name, weight in self.unet.named_parameters()}
+
+    def weights(self, role: str) -> dict[str, nn.Parameter]:
+        parameters = self._parameters()
+        return {key: parameters[key] for key in keys_with_role(self.family, role, parameters)}
+
+    def exact(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """W0 of these weights in fp32; the network's own tensors where it has them so."""
         if self.dtype == torch.float32:
-            parameters = dict(self.unet.named_parameters())
-            return {name: parameters[name].data for name in names}
-        return self.read_weights(names)
+            parameters = self._parameters()
+            return {key: parameters[key].data for key in keys}
+        return self.read_weights(keys)
+
+    @contextmanager
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Storages are exchanged and nothing is copied, unless weights are elsewhere or of another dtype."""
+        parameters = self._parameters()
+        kept = {key: parameters[key].data for key in weights}
+        try:
+            for key, weight in weights.items():
+                parameters[key].data = weight.to(kept[key].device, kept[key].dtype)
+            yield
+        finally:
+            for key, weight in kept.items():
+                parameters[key].data = weight
+
+    # --- text
+
+    @property
+    def _length(self) -> int:
+        return self.family.config("text_encoder")["max_position_embeddings"]
 
     def free_text_encoders(self) -> None:
-        """Gives the memory of the text encoders back, where they can be loaded again."""
         if self.open_text_encoders is not None and self.text_encoders:
             self.text_encoders = ()
             release_memory(torch.device("cpu"))
 
-    def scores(self, key: str, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Scores of weights by name, from `measure` unless the last ones were those of `key` too; only the
-        last are kept."""
-        if self._scores is None or self._scores[0] != key:
-            self._scores = None  # frees the old ones before the new ones are made
-            self._scores = (key, measure())
-        return self._scores[1]
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The prompts as the family's text encoders see them (see `families.TextEncoder`), on the device.
-        Each distinct prompt is encoded once; of more than `_CACHED_PROMPTS` the least recently asked for are
-        forgotten, never those of this call."""
+    def encode(self, prompts: Sequence[str], grad: bool = False) -> Conditioning:
+        """Each distinct prompt is encoded once; of more than `_CACHED_PROMPTS` the least recently asked for
+        are forgotten, never those of this call."""
+        if grad:
+            device = self._place_text_encoders()
+            return self._encode(self.token_ids(prompts).to(device)).to(self.device)
         missing = sorted(set(prompts) - self._prompts.keys())
         if missing:
             device = self._place_text_encoders()
         for start in range(0, len(missing), 64):
             part = missing[start : start + 64]
-            self._prompts.update(
-                zip(part, self._encode(self.token_ids(part).to(device)).to("cpu"), strict=True)
-            )
+            with torch.no_grad():
+                encoded = self._encode(self.token_ids(part).to(device)).to("cpu")
+            self._prompts.update(zip(part, encoded, strict=True))
         for prompt in dict.fromkeys(prompts):
             self._prompts[prompt] = self._prompts.pop(prompt)
         encoded = Conditioning.cat(self._prompts[prompt] for prompt in prompts).to(self.device)
@@ -106,9 +137,26 @@ class DiffusersNetwork:
             del self._prompts[prompt]
         return encoded
 
+    def token_rows(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        device = self._place_text_encoders()
+        ids = self.token_ids(prompts).to(device)
+        embeddings = [encoder.get_input_embeddings() for encoder in self.text_encoders]
+        kinds = self.family.text_encoders
+        with torch.no_grad():
+            return tuple(rows(self._own_ids(kind, ids)) for kind, rows in zip(kinds, embeddings, strict=True))
+
+    def encode_rows(self, prompts: Sequence[str], rows: Sequence[Tensor]) -> Conditioning:
+        device = self._place_text_encoders()
+        with ExitStack() as hooks:
+            for encoder, given in zip(self.text_encoders, rows, strict=True):
+                handle = encoder.get_input_embeddings().register_forward_hook(
+                    lambda module, inputs, output, given=given: given.to(output)
+                )
+                hooks.callback(handle.remove)
+            return self._encode(self.token_ids(prompts).to(device)).to(self.device)
+
     def _place_text_encoders(self) -> torch.device:
-        """Loads them if they are not there; the device that they are on, which is the UNet's if there is room
-        for them."""
+        """Loads them if they are not there; their device, which is the UNet's if there is room for them."""
         if not self.text_encoders and self.open_text_encoders is not None:
             self.text_encoders = self.open_text_encoders()
         parameters = [parameter for encoder in self.text_encoders for parameter in encoder.parameters()]
@@ -121,59 +169,94 @@ class DiffusersNetwork:
             encoder.to(device)
         return device
 
+    def _own_ids(self, kind: object, ids: Tensor) -> Tensor:
+        after_end = (ids == self.tokenizer.eos_token_id).cumsum(1) > 1
+        return ids.masked_fill(after_end, 0) if kind.pads_with_zero else ids
+
     def _encode(self, ids: Tensor) -> Conditioning:
         rows, pooled = [], None
-        after_end = (ids == self.tokenizer.eos_token_id).cumsum(1) > 1
         for kind, encoder in zip(self.family.text_encoders, self.text_encoders, strict=True):
-            own_ids = ids.masked_fill(after_end, 0) if kind.pads_with_zero else ids
-            output = encoder(input_ids=own_ids, output_hidden_states=kind.skips_last)
+            output = encoder(input_ids=self._own_ids(kind, ids), output_hidden_states=kind.skips_last)
             rows.append(output.hidden_states[-2] if kind.skips_last else output.last_hidden_state)
             if kind.is_pooled:
                 pooled = output.text_embeds
         return Conditioning(torch.cat(rows, -1), pooled)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Conditioning) -> Tensor:
-        """Raw output (b, c, h, w) of the UNet for (b, c, h, w) latents at timesteps (b,) or (): the one way
-        in which it is called.
-
-        It computes in its own dtype; what goes in and comes out is of the latents' dtype.
-        """
-        added, dtype = None, self.dtype
-        if embeddings.pooled is not None:
-            size = self.family.image_size_px
-            time_ids = torch.tensor(
-                [size, size, 0, 0, size, size], dtype=latents.dtype, device=latents.device
-            )
-            added = {
-                "text_embeds": embeddings.pooled.to(dtype),
-                "time_ids": time_ids.expand(len(latents), -1),
-            }
-        said = self.unet(
-            latents.to(dtype),
-            timesteps,
-            encoder_hidden_states=embeddings.text.to(dtype),
-            added_cond_kwargs=added,
-        )
-        return said.sample.to(latents.dtype)
-
     def token_ids(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (b, 77), start, text, end, padded with the end token."""
-        return self.tokenizer(
-            list(prompts), padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-        ).input_ids
+        """Token ids (b, n): start, text, end, padded with the end token."""
+        padded = {"padding": "max_length", "max_length": self._length, "truncation": True}
+        return self.tokenizer(list(prompts), **padded, return_tensors="pt").input_ids
 
-    def token_count(self, prompt: str) -> int:
-        """Number of content tokens: without start, end and padding."""
-        return len(self.tokenizer(prompt, max_length=77, truncation=True).input_ids) - 2
+    def content(self, prompt: str) -> slice:
+        ids = self.tokenizer(prompt, max_length=self._length, truncation=True).input_ids
+        return slice(1, len(ids) - 1)
+
+    def words(self, least_letters: int = 3) -> list[str]:
+        whole = re.compile(rf"[a-z]{{{least_letters},}}{_WORD_END}")
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return [token.removesuffix(_WORD_END) for token, _ in vocabulary if whole.fullmatch(token)]
+
+    # --- prediction
+
+    def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        added, dtype = None, self.dtype
+        if conditioning.pooled is not None:
+            size = self.family.image_size_px
+            sizes = torch.tensor([size, size, 0, 0, size, size], dtype=latents.dtype, device=latents.device)
+            time_ids = sizes.expand(len(latents), -1)
+            added = {"text_embeds": conditioning.pooled.to(dtype), "time_ids": time_ids}
+        text = conditioning.text.to(dtype)
+        output = self.unet(latents.to(dtype), times, encoder_hidden_states=text, added_cond_kwargs=added)
+        return output.sample.to(latents.dtype)
+
+    def text_readers(self) -> list[nn.Module]:
+        keys = set(self.weights("text_readers"))
+        modules = self.unet.named_modules()
+        return [
+            module for name, module in modules if self.keys.get(f"{name}.weight", f"{name}.weight") in keys
+        ]
+
+    # --- memory and speed
+
+    def set_checkpointing(self, is_on: bool, checkpoint: Callable[..., object] | None = None) -> None:
+        if not is_on:
+            self.unet.disable_gradient_checkpointing()
+        elif checkpoint is None:
+            self.unet.enable_gradient_checkpointing()
+        else:
+            self.unet.enable_gradient_checkpointing(checkpoint)
+
+    def set_compiled(self, is_on: bool) -> None:
+        if is_on:
+            self.unet.compile()
+        else:
+            self.unet._compiled_call_impl = None
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.unet._compiled_call_impl is not None
+
+    def blank(self, dtype: torch.dtype) -> DiffusersNetwork:
+        unet = build_unet(self.family).requires_grad_(False)
+        for weight in unet.parameters():
+            weight.data = weight.data.to(dtype)
+        return DiffusersNetwork(self.family, unet, (), None, None, self.keys)
+
+    def inputs(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
+        def empty(*shape: int, **kwargs: torch.dtype) -> Tensor:
+            return torch.empty(count, *shape, device=self.device, **kwargs)
+
+        widths = [kind for kind in self.family.text_encoders if kind.is_pooled]
+        pooled = [empty(self.family.config(kind.config)["projection_dim"]) for kind in widths]
+        text = empty(self._length, self.unet.config.cross_attention_dim)
+        conditioning = Conditioning(text, pooled[0] if pooled else None)
+        return empty(*self.family.latent_shape), empty(dtype=torch.long), conditioning
+
+    # --- images
 
     @contextmanager
     def with_autoencoder(self) -> Iterator[None]:
-        """Within the block latents can be decoded and pictures encoded. An autoencoder that is loaded for
-        that is freed at the end.
-
-        Raises:
-            ModelError: there is none to load, or its file does not hold it.
-        """
+        """An autoencoder that is loaded for the block is freed at its end."""
         if self.autoencoder is not None:
             yield
             return
@@ -189,51 +272,24 @@ class DiffusersNetwork:
             self.autoencoder = None
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
-        """Model-space latents (b, c, h, w) of pictures (b, 3, h, w) in [0, 1]; a sample of the posterior
-        where the encoder gives one."""
-        encoded = self.autoencoder.encode(pictures * 2 - 1)
+    def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A sample of the posterior where the encoder gives one."""
+        encoded = self.autoencoder.encode(images * 2 - 1)
         latents = encoded.latents if self.family.has_decoder else encoded.latent_dist.sample(generator)
         return latents * self.family.latent_scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (b, 3, h, w) in [0, 1] of model-space latents (b, c, h, w).
-
-        Raises:
-            ModelError: the family is loaded without its autoencoder, and this is not within
-            `with_autoencoder`.
-        """
         if self.autoencoder is None:
             raise ModelError(
                 f"Latents of {self.family.display_name} cannot be decoded here, because its autoencoder is "
                 "not loaded; decode them with the VAE of the program that shows the pictures."
             )
         if not self.family.has_decoder:
-            return (
-                self.autoencoder.decode(latents / self.family.latent_scale).sample.div(2).add(0.5).clamp(0, 1)
-            )
+            images = self.autoencoder.decode(latents / self.family.latent_scale).sample
+            return images.div(2).add(0.5).clamp(0, 1)
         if self._decoder is None:
-            self._decoder = prune_decoder(self.autoencoder.decoder.layers).to(
-                memory_format=torch.channels_last
-            )
+            decoder = prune_decoder(self.autoencoder.decoder.layers)
+            self._decoder = decoder.to(memory_format=torch.channels_last)
         clamped = 3 * (latents / self.family.latent_scale / 3).tanh()
         return self._decoder(clamped).clamp(0, 1)
-
-
-@contextmanager
-def swapped_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block the named parameters of `module` are `weights`; the storages are exchanged, nothing is
-    copied, unless weights are elsewhere or of another dtype than the module computes in: then of copies.
-
-    Never exchange between a student's forward and its backward: autograd would see changed tensors.
-    """
-    parameters = dict(module.named_parameters())
-    kept = {name: parameters[name].data for name in weights}
-    try:
-        for name, weight in weights.items():
-            parameters[name].data = weight.to(kept[name].device, kept[name].dtype)
-        yield
-    finally:
-        for name, weight in kept.items():
-            parameters[name].data = weight

@@ -3,11 +3,9 @@ checkpoint keys."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import ModelError
+from ..base.last_result import LastResult
 from ..files.safetensors_format import OpenedFile, opened, read_header
+from .build_diffusers import build_text_encoder, build_unet, require_diffusers
 from .diffusers_network import DiffusersNetwork
-from .family import MINI, UNET_PREFIX, VAE_PREFIX, Family, TextEncoder
-from .frozen_layers import replace_frozen_layers
+from .families.unet_layout import UNET_PREFIX, VAE_PREFIX
+from .family import Family, TextEncoder
 from .recognize import detect_family
-from .source import Source, source_of
-
-# tested from the first up to, not including, the second; pyproject.toml says the same
-_DIFFUSERS = ((0, 33), (0, 40))
+from .source import FileSource, source_of
 
 
 def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, str]:
@@ -52,23 +49,6 @@ def _unet_config(family: Family) -> Mapping[str, Any]:
     return build_unet(family).config
 
 
-def require_diffusers() -> None:
-    """Raises ModelError with the command that mends it when diffusers is missing or of a version that was not
-    tested."""
-    try:
-        found = version("diffusers")
-    except PackageNotFoundError:
-        found = None
-    numbers = tuple(int(part) for part in re.findall(r"\d+", found or "")[:2])
-    if found is None or not _DIFFUSERS[0] <= numbers < _DIFFUSERS[1]:
-        state = "is not installed" if found is None else f"has version {found}"
-        bounds = ">={}.{},<{}.{}".format(*_DIFFUSERS[0], *_DIFFUSERS[1])
-        raise ModelError(
-            f"The package diffusers {state}, where {bounds} is needed; run in this Python environment: "
-            f'pip install "diffusers{bounds}"'
-        )
-
-
 def text_tensors(kind: TextEncoder, tensors: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
     """Weights of a text encoder by its own names, from those of a checkpoint; what it has no place for is
     left out.
@@ -86,33 +66,6 @@ def text_tensors(kind: TextEncoder, tensors: Mapping[str, Tensor], encoder: nn.M
     ours = {name.removeprefix(level): name for name in encoder.state_dict()}
     found = {name.removeprefix(kind.prefix).removeprefix(level): tensor for name, tensor in tensors.items()}
     return {ours[inner]: tensor for inner, tensor in found.items() if inner in ours}
-
-
-def _build_text_encoder(family: Family, kind: TextEncoder) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(**family.config(kind.config))
-    with torch.device("meta"):
-        encoder = (CLIPTextModelWithProjection if kind.is_pooled else CLIPTextModel)(config)
-    for module in encoder.modules():
-        # no checkpoint's, so no weights fill it
-        if "position_ids" in dict(module.named_buffers(recurse=False)):
-            module.position_ids = torch.arange(config.max_position_embeddings)[None]
-    return _with_frozen_layers(encoder, family)
-
-
-def build_unet(family: Family) -> nn.Module:
-    require_diffusers()
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(family.config("unet"))
-    return _with_frozen_layers(unet, family)
-
-
-def _with_frozen_layers(network: nn.Module, family: Family) -> nn.Module:
-    """`lean`, but for MiniCanvas, whose layers are too small to gain."""
-    return network if family == MINI else replace_frozen_layers(network)
 
 
 def _fill(
@@ -212,29 +165,23 @@ def _load_network(path: Path, family: Family, tokenizer: object, dtype: torch.dt
     unet = build_unet(family)
     with opened(path) as file:
         names = list(file.keys())
-        unet_names = unet_key_map(names, unet.config)
+        keys = unet_key_map(names, unet.config)
         # one at a time in both precisions
-        _fill(unet, ((ours, file.get_tensor(key)) for ours, key in unet_names.items()), dtype)
+        _fill(unet, ((ours, file.get_tensor(key)) for ours, key in keys.items()), dtype)
         autoencoder = _load_tiny_autoencoder(file, names) if family.has_decoder else None
     to_open = None
     if autoencoder is None and family.has_config("vae"):
         to_open = partial(load_autoencoder, path, family.config("vae"))
-    return DiffusersNetwork(
-        family,
-        unet,
-        load_text_encoders(path, family),
-        tokenizer,
-        autoencoder,
-        to_open,
-        # a family as small as that keeps all in memory
-        None if family.has_decoder else partial(load_text_encoders, path, family),
-        partial(_read_unet, path, unet_names),
-    )
+    # a family as small as that keeps all in memory
+    again = None if family.has_decoder else partial(load_text_encoders, path, family)
+    encoders = load_text_encoders(path, family)
+    read = partial(_read_exactly, path)
+    return DiffusersNetwork(family, unet, encoders, tokenizer, autoencoder, keys, to_open, again, read)
 
 
-def _read_unet(path: Path, keys: Mapping[str, str], names: Sequence[str]) -> dict[str, Tensor]:
+def _read_exactly(path: Path, keys: Sequence[str]) -> dict[str, Tensor]:
     with opened(path) as file:
-        return {name: file.get_tensor(keys[name]).float() for name in names}
+        return {key: file.get_tensor(key).float() for key in keys}
 
 
 def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
@@ -247,7 +194,7 @@ def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
     encoders = []
     with _naming(path), opened(path) as file:
         for kind in family.text_encoders:
-            encoder = _build_text_encoder(family, kind)
+            encoder = build_text_encoder(family, kind)
             # in fp32 at once: never all of them in both precisions
             tensors = {
                 name: file.get_tensor(name).float() for name in file.keys() if name.startswith(kind.prefix)
@@ -303,6 +250,8 @@ def _load_tiny_autoencoder(file: OpenedFile, names: list[str]) -> nn.Module:
 class NetworkCache:
     """Keeps the network of one source, the last used; `free` gives its memory back.
 
+    `last_result` is a cache of what parts compute on that network.
+
     Args:
         tokenizer_folder: for families whose tokenizer does not come with this package (see `load_tokenizer`).
     """
@@ -310,14 +259,15 @@ class NetworkCache:
     def __init__(self, tokenizer_folder: Path | str | None = None):
         self._tokenizer_folder = tokenizer_folder
         self._slot: tuple[str, DiffusersNetwork] | None = None
+        self.last_result = LastResult()
 
     def get(
-        self, source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self, source: FileSource, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> DiffusersNetwork:
         """The network of a source whose UNet computes in `dtype`, on a device."""
         key = f"{source.sha256} {dtype}"
         if self._slot is None or self._slot[0] != key:
-            self._slot = None
+            self.free()
             if source_of(source.path).sha256 != source.sha256:
                 raise ModelError(
                     f"{source.path.name!r} has changed since the model was opened; open it again."
@@ -328,3 +278,4 @@ class NetworkCache:
 
     def free(self) -> None:
         self._slot = None
+        self.last_result.clear()

@@ -1,90 +1,140 @@
-"""Noise schedule and sampling shared by every family: add noise, convert predictions, sample with
-guidance."""
+"""Noise processes: how images become noise, what a network predicts on the way, and the solvers that go
+back."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """Stable Diffusion's scaled-linear schedule; `alphas_cumprod` is (1000,) fp32 on the CPU (Ho et al.,
-    arXiv 2006.11239).
+class Solver(ABC):
+    """One solver over its time steps, from noise to image; it may have a memory, so it serves one batch."""
 
-    With `ends_in_noise`, it is shifted and scaled so that no signal is left at the end (Lin et al., arXiv
-    2305.08891, algorithm 1).
+    times: Tensor
+    """(steps,) on the CPU, from noisy to clean."""
+
+    @abstractmethod
+    def step(self, prediction: Tensor, time: Tensor, latents: Tensor) -> Tensor:
+        """The latents (b, c, h, w) at the next time, from the network's raw prediction at this one."""
+
+
+class NoiseProcess(ABC):
+    """What hides from every algorithm whether a network predicts noise, velocity or flow."""
+
+    @abstractmethod
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) random times to train at, on the CPU."""
+
+    @abstractmethod
+    def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """(signal, sigma), each (b, 1, 1, 1): noised latents are signal x latents + sigma x noise."""
+
+    @abstractmethod
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What a perfect network predicts at the noised latents (b, c, h, w)."""
+
+    @abstractmethod
+    def clean(self, prediction: Tensor, noised: Tensor, times: Tensor) -> Tensor:
+        """The latents (b, c, h, w) that a raw prediction at the noised latents stands for."""
+
+    @abstractmethod
+    def sampler(self, steps: int) -> Solver:
+        """A fresh solver for good images in few steps."""
+
+    @abstractmethod
+    def trajectory(self, steps: int, spacing: str = "trailing") -> Solver:
+        """A fresh deterministic first-order solver; `spacing` says where its times lie (`trailing`,
+        `leading`)."""
+
+    def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Latents (b, c, h, w) with their share of noise at times (b,)."""
+        signal, sigma = self.coefficients(times)
+        return signal * latents + sigma * noise
+
+
+class _DiffusersSolver(Solver):
+    def __init__(self, scheduler: object, steps: int):
+        scheduler.set_timesteps(steps)
+        self._scheduler, self.times = scheduler, scheduler.timesteps
+
+    def step(self, prediction: Tensor, time: Tensor, latents: Tensor) -> Tensor:
+        return self._scheduler.step(prediction, time, latents).prev_sample
+
+
+@dataclass(frozen=True)
+class DiscreteProcess(NoiseProcess):
+    """Stable Diffusion's scaled-linear schedule of 1000 steps (Ho et al., arXiv 2006.11239).
+
+    Args:
+        prediction_type: `epsilon` for the noise, `v_prediction` for the velocity
+            sqrt(abar_t) eps - sqrt(1 - abar_t) z0 (Salimans and Ho, arXiv 2202.00512).
+        ends_in_noise: whether the schedule is shifted and scaled so that no signal is left at the end
+            (Lin et al., arXiv 2305.08891, algorithm 1).
     """
 
+    prediction_type: str = "epsilon"
+    ends_in_noise: bool = False
     beta_start: float = 0.00085
     beta_end: float = 0.012
     timesteps: int = 1000
-    ends_in_noise: bool = False
     alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        betas = (
-            torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, dtype=torch.float64) ** 2
+        betas = torch.linspace(
+            self.beta_start**0.5, self.beta_end**0.5, self.timesteps, dtype=torch.float64, device="cpu"
         )
-        abar = torch.cumprod(1 - betas, 0)
+        abar = torch.cumprod(1 - betas**2, 0)
         if self.ends_in_noise:
             signal = abar.sqrt()
             abar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])).square()
         object.__setattr__(self, "alphas_cumprod", abar.float())
 
-    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar_t) and sqrt(1 - abar_t), each (b, 1, 1, 1)."""
-        abar = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.timesteps, (count,), generator=generator)
+
+    def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        abar = self.alphas_cumprod.to(times.device)[times].view(-1, 1, 1, 1)
         return abar.sqrt(), (1 - abar).sqrt()
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """z_t of (b, c, h, w) latents at integer `timesteps` (b,)."""
-        signal, sigma = self.coefficients(timesteps)
-        return signal * latents + sigma * noise
-
-    def target(self, prediction_type: str, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What a perfect UNet says at z_t of `add_noise`: the noise, or the velocity sqrt(abar_t) eps -
-        sqrt(1 - abar_t) z0."""
-        if prediction_type == "epsilon":
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
             return noise
-        signal, sigma = self.coefficients(timesteps)
+        signal, sigma = self.coefficients(times)
         return signal * noise - sigma * latents
 
-    def solver(self, prediction_type: str, steps: int):
-        """diffusers' DPM-Solver++ (2M; Lu et al., arXiv 2211.01095) over `steps` steps of this schedule."""
+    def clean(self, prediction: Tensor, noised: Tensor, times: Tensor) -> Tensor:
+        signal, sigma = self.coefficients(times)
+        if self.prediction_type == "epsilon":
+            return (noised - sigma * prediction) / signal
+        return signal * noised - sigma * prediction
+
+    def sampler(self, steps: int) -> Solver:
+        """diffusers' DPM-Solver++ (2M; Lu et al., arXiv 2211.01095)."""
         from diffusers import DPMSolverMultistepScheduler
 
         scheduler = DPMSolverMultistepScheduler(
-            num_train_timesteps=self.timesteps,
-            beta_start=self.beta_start,
-            beta_end=self.beta_end,
-            beta_schedule="scaled_linear",
-            prediction_type=prediction_type,
-            algorithm_type="dpmsolver++",
-            solver_order=2,
-            timestep_spacing="trailing",
-            rescale_betas_zero_snr=self.ends_in_noise,
+            **self._settings(), algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing"
         )
-        scheduler.set_timesteps(steps)
-        return scheduler
+        return _DiffusersSolver(scheduler, steps)
 
-    def ddim(self, prediction_type: str, steps: int, timestep_spacing: str = "trailing"):
-        """diffusers' deterministic DDIM (Song et al., arXiv 2010.02502) over `steps` steps of this schedule,
-        from noisy to clean."""
+    def trajectory(self, steps: int, spacing: str = "trailing") -> Solver:
+        """diffusers' deterministic DDIM (Song et al., arXiv 2010.02502)."""
         from diffusers import DDIMScheduler
 
         scheduler = DDIMScheduler(
-            num_train_timesteps=self.timesteps,
-            beta_start=self.beta_start,
-            beta_end=self.beta_end,
-            beta_schedule="scaled_linear",
-            prediction_type=prediction_type,
-            clip_sample=False,
-            set_alpha_to_one=False,
-            timestep_spacing=timestep_spacing,
-            rescale_betas_zero_snr=self.ends_in_noise,
+            **self._settings(), clip_sample=False, set_alpha_to_one=False, timestep_spacing=spacing
         )
-        scheduler.set_timesteps(steps)
-        return scheduler
+        return _DiffusersSolver(scheduler, steps)
+
+    def _settings(self) -> dict[str, object]:
+        return {
+            "num_train_timesteps": self.timesteps,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": self.prediction_type,
+            "rescale_betas_zero_snr": self.ends_in_noise,
+        }

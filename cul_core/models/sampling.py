@@ -1,5 +1,4 @@
-"""Noise schedule and sampling shared by every family: add noise, convert predictions, sample with
-guidance."""
+"""Sampling: one guided prediction and one loop for every family, solver and caller."""
 
 from __future__ import annotations
 
@@ -11,31 +10,81 @@ import torch
 from torch import Tensor
 
 from ..base.config import Config, setting
-from .diffusers_network import DiffusersNetwork
-from .noise_process import NoiseSchedule
+from .network import Network
+from .noise_process import Solver
 from .text_conditioning import Conditioning
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""(latents (b, c, h, w), timesteps (b,), embeddings of b prompts) -> raw UNet output (b, c, h, w)."""
+"""(latents (b, c, h, w), times (b,) or (), conditioning of b prompts) -> raw prediction (b, c, h, w)."""
 
 
 @dataclass(frozen=True)
 class SamplerConfig(Config):
-    """How pictures are sampled."""
+    """How images are sampled."""
 
     steps: int = setting(12, "DPM-Solver++ steps.", minimum=1, maximum=1000)
     guidance_scale: float = setting(4.0, "Classifier-free guidance; 1 is none.", minimum=1.0)
 
 
 def generator_for(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator for one purpose, such as one picture, so that any subset of work repeats on its own."""
+    """A CPU generator for one purpose, such as one image, so that any subset of work repeats on its own."""
     digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % (1 << 63))
 
 
+def combine(null: Tensor, prompted: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance f(null) + s (f(c) - f(null)) (Ho and Salimans, arXiv 2207.12598)."""
+    return null + guidance_scale * (prompted - null)
+
+
+def predict_guided(
+    predict: Predict,
+    latents: Tensor,
+    time: Tensor,
+    conditioning: Conditioning,
+    null: Conditioning,
+    guidance_scale: float,
+) -> Tensor:
+    """The guided prediction (b, c, h, w); a scale of 1 asks for the prompted half alone.
+
+    Args:
+        predict: the model, called once.
+        latents: (b, c, h, w).
+        time: (), on any device.
+        conditioning: of b prompts.
+        null: of the empty prompt, once.
+        guidance_scale: s of `combine`.
+    """
+    count, time = len(latents), time.to(latents.device)
+    if guidance_scale == 1:
+        return predict(latents, time, conditioning)
+    both = Conditioning.cat([null.expand(count), conditioning])
+    return combine(*predict(torch.cat([latents, latents]), time, both).chunk(2), guidance_scale)
+
+
+@torch.no_grad()
+def run_solver(
+    predict: Predict,
+    noise: Tensor,
+    solver: Solver,
+    conditioning: Conditioning,
+    null: Conditioning,
+    guidance_scale: float,
+    on_state: Callable[[Tensor, Tensor], None] = lambda latents, time: None,
+) -> Tensor:
+    """Latents (b, c, h, w) from noise (b, c, h, w); `on_state(latents, time)` sees what each step starts
+    from."""
+    latents = noise
+    for time in solver.times:
+        on_state(latents, time)
+        prediction = predict_guided(predict, latents, time, conditioning, null, guidance_scale)
+        latents = solver.step(prediction, time, latents)
+    return latents
+
+
 @torch.no_grad()
 def sample_latents(
-    network: DiffusersNetwork,
+    network: Network,
     prompts: Sequence[str],
     generators: Sequence[torch.Generator],
     sampler: SamplerConfig,
@@ -46,14 +95,21 @@ def sample_latents(
 ) -> Tensor:
     """Latents (n, c, h, w) on the CPU for n prompts, each from its own generator.
 
-    Every batch has the same size (the last is filled up and cut), so that a picture is the same in any
-    company; the family's if `batch_size` is not given. `on_batch(done)` runs after each and may raise to
-    stop. `batches` are the latents that an earlier call has sampled, in whole batches of this size; those
-    sampled now are appended. Without `keeps_text_encoders` their memory is free meanwhile: sampling many
-    pictures takes long, and loading the encoders again does not.
+    Every batch has the same size (the last is filled up and cut), so that an image is the same in any
+    company.
+
+    Args:
+        network: the model.
+        prompts: n of them.
+        generators: one for the noise of each image.
+        sampler: steps and guidance.
+        on_batch: called with the number of images done after each batch; may raise to stop.
+        batch_size: images at a time; the family's if it is not given.
+        batches: latents that an earlier call has sampled, in whole batches of this size; new ones are
+            appended.
+        keeps_text_encoders: whether the text encoders stay in memory meanwhile.
     """
     device, family = network.device, network.family
-    schedule = NoiseSchedule(ends_in_noise=family.ends_in_noise)
     batch_size = batch_size or family.sampling_batch
     noise = torch.stack([torch.randn(family.latent_shape, generator=generator) for generator in generators])
     contexts, null = network.encode(prompts), network.encode([""])
@@ -61,14 +117,11 @@ def sample_latents(
         network.free_text_encoders()
     done = [] if batches is None else batches
     for start in range(sum(map(len, done)), len(prompts), batch_size):
-        index = (torch.arange(start, start + batch_size)).clamp(max=len(prompts) - 1)
-        latents = noise[index].to(device)
-        context = Conditioning.cat([null.expand(batch_size), contexts[index]])
-        solver = schedule.solver(family.prediction_type, sampler.steps)
-        for t in solver.timesteps:
-            pair = torch.cat([latents, latents])
-            empty, full = network.predict(pair, t, context).chunk(2)
-            latents = solver.step(empty + sampler.guidance_scale * (full - empty), t, latents).prev_sample
+        index = torch.arange(start, start + batch_size).clamp(max=len(prompts) - 1)
+        solver = network.process.sampler(sampler.steps)
+        latents = run_solver(
+            network.predict, noise[index].to(device), solver, contexts[index], null, sampler.guidance_scale
+        )
         done.append(latents[: len(prompts) - start].cpu())
         on_batch(min(start + batch_size, len(prompts)))
     return torch.cat(done)

@@ -1,4 +1,4 @@
-"""Encoded prompts: what a UNet is told about a batch of pictures, whatever the family."""
+"""Encoded prompts: what a network is told about a batch of images, whatever the family."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ class Conditioning:
     """A batch of encoded prompts.
 
     Args:
-        text: (b, 77, d), the rows that cross-attention reads.
-        pooled: (b, p), one vector for each whole prompt, in families whose UNet reads that too; None in
+        text: (b, n, d), the rows that the network's text readers see.
+        pooled: (b, p), one vector for each whole prompt, in families whose network reads that too; None in
             others.
+        mask: (b, n), true where a row counts; None where all do.
     """
 
     text: Tensor
     pooled: Tensor | None = None
+    mask: Tensor | None = None
 
     @classmethod
     def cat(cls, parts: Iterable[Conditioning]) -> Conditioning:
-        """One batch of several of one family."""
-        parts = list(parts)
-        pooled = [part.pooled for part in parts]
-        return cls(torch.cat([part.text for part in parts]), None if pooled[0] is None else torch.cat(pooled))
+        """One batch of several of one family, whose rows are equally many."""
+        columns = zip(*((part.text, part.pooled, part.mask) for part in parts), strict=True)
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
     def __len__(self) -> int:
         return len(self.text)
@@ -43,8 +44,12 @@ class Conditioning:
     def to(self, device: torch.device | str) -> Conditioning:
         return self._each(lambda tensor: tensor.to(device))
 
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.text, self.pooled, self.mask) if tensor is not None)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        return Conditioning(change(self.text), None if self.pooled is None else change(self.pooled))
+        tensors = (self.text, self.pooled, self.mask)
+        return Conditioning(*(None if tensor is None else change(tensor) for tensor in tensors))
 
     @property
     def device(self) -> torch.device:

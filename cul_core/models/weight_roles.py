@@ -1,36 +1,50 @@
-"""Parameter groups by name rule: which weights of a UNet a step may change."""
+"""Parameter groups: which weights a step may change, by the names that settings use for the roles of
+weights."""
 
 from __future__ import annotations
 
 import re
-
-from torch import nn
+from collections.abc import Iterable
 
 from ..base.errors import ConfigError
+from .family import Family
 
 GROUPS = {
-    "kv": r"\.attn2\.to_[kv]\.weight$",  # ESD: esd-x-strict; CUIG: kv-xattn
-    "attn2": r"\.attn2\.",
-    "attn": r"\.attn[12]\.to_(q|k|v|out)\b",  # CUIG calls this xattn
-    "non-attn2": r"^(?!.*\.attn2\.)",
-    "full": r"",
+    "kv": "text_readers",
+    "attn2": "cross_attention",
+    "attn": "attention",
+    "non-attn2": "no_cross_attention",
+    "full": "all",
 }
+"""Name of a parameter group -> role of its weights."""
+
+READING_TEXT = ("kv", "attn2", "attn", "full")
+"""Groups among whose weights are the text readers."""
 
 
-def group_names(unet: nn.Module, group: str) -> list[str]:
-    """Names of the parameters in `group`, in model order.
+def role_of(group: str) -> str:
+    """The role of a parameter group's weights.
 
     Raises:
-        ConfigError: unknown group, or one that selects nothing in this model.
+        ConfigError: there is no such group.
     """
     if group not in GROUPS:
         raise ConfigError(f"There is no parameter group {group!r}; choose one of {', '.join(GROUPS)}.")
-    names = [name for name, _ in unet.named_parameters() if re.search(GROUPS[group], name)]
-    if not names:
-        raise ConfigError(f"Parameter group {group!r} selects no weight of this model; choose another group.")
-    return names
+    return GROUPS[group]
 
 
-def reads_text(name: str) -> bool:
-    """Whether a parameter reads text embeddings directly: a cross-attention key or value matrix, (out, d)."""
-    return re.search(GROUPS["kv"], name) is not None
+def keys_with_role(family: Family, role: str, keys: Iterable[str]) -> list[str]:
+    """Those of the checkpoint keys that have a role, in their order.
+
+    Raises:
+        ConfigError: the family has no such role, or none of the keys has it.
+    """
+    if role not in family.roles:
+        known = ", ".join(family.roles)
+        raise ConfigError(f"{family.display_name} has no weights called {role!r}; choose one of {known}.")
+    found = [key for key in keys if re.search(family.roles[role], key)]
+    if not found:
+        raise ConfigError(
+            f"The role {role!r} selects no weight of this model; choose another parameter group."
+        )
+    return found

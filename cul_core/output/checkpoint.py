@@ -19,7 +19,7 @@ from ..history.step_record import read_history
 from ..history.unlearn_model import UnlearnModel
 from ..models.load_diffusers import checkpoint_key_map
 from ..models.recognize import detect_family
-from ..models.source import Source, source_of
+from ..models.source import FileSource, source_of
 
 _CHUNK, _PAGE = 8 << 20, 4096
 _SHORTER = "The source checkpoint became shorter while it was being copied; leave it in place and save again."
@@ -47,13 +47,12 @@ def save_checkpoint(
     path = free_path(Path(path))
     _check_source(model.source)
     header, inherited, start = read_header(model.source.path)
-    keys = checkpoint_key_map(model.source.path) if model.edits else {}
-    replaced = sorted((tuple(header[keys[name]]["data_offsets"]), name) for name in model.edits)
+    replaced = sorted((tuple(header[name]["data_offsets"]), name) for name in model.edits)
     for _, name in replaced:
-        if header[keys[name]]["dtype"] not in EDITABLE:
+        if header[name]["dtype"] not in EDITABLE:
             raise CheckpointError(
-                f"{keys[name]!r} is stored as {header[keys[name]]['dtype']}, which cannot hold an edit; "
-                "start from an fp16, bf16 or fp32 checkpoint."
+                f"{name!r} is stored as {header[name]['dtype']}, which cannot hold an edit; start from an "
+                "fp16, bf16 or fp32 checkpoint."
             )
         if not _is_finite(model.edits[name]):
             raise TrainingError(
@@ -70,7 +69,7 @@ def save_checkpoint(
             position = 0
             for (begin, end), name in replaced:
                 _copy(source, out, start + position, begin - position, on_chunk)
-                stored = header[keys[name]]["dtype"]
+                stored = header[name]["dtype"]
                 if not _add(source, out, start + begin, model.edits[name], EDITABLE[stored]):
                     raise TrainingError(
                         f"The edit of {name!r} is too large for {stored}, so values are not finite; repeat "
@@ -84,7 +83,7 @@ def save_checkpoint(
     return path
 
 
-def _check_source(source: Source) -> None:
+def _check_source(source: FileSource) -> None:
     if source_of(source.path).sha256 != source.sha256:
         raise ModelError(
             f"{source.path.name!r} has changed since the model was opened; put the old file back or start "
@@ -92,7 +91,7 @@ def _check_source(source: Source) -> None:
         )
 
 
-def _opened_source(source: Source) -> BinaryIO:
+def _opened_source(source: FileSource) -> BinaryIO:
     try:
         return source.path.open("rb")
     except OSError as error:
@@ -152,7 +151,7 @@ def save_edits(model: UnlearnModel, path: Path | str) -> Path:
     return path
 
 
-def load_edits(path: Path | str, source: Source) -> UnlearnModel:
+def load_edits(path: Path | str, source: FileSource) -> UnlearnModel:
     """The model whose edits `path` holds, on top of its source file.
 
     Raises:
@@ -166,34 +165,48 @@ def load_edits(path: Path | str, source: Source) -> UnlearnModel:
             f"{brief_repr(made_from['name'] if made_from else 'no model')}, not to {source.path.name!r}; "
             "open that file instead."
         )
-    (header, _, _), (entries, _, _) = read_header(source.path), read_header(path)
-    keys = checkpoint_key_map(source.path)
+    (header, _, _), (entries, metadata, _) = read_header(source.path), read_header(path)
+    keys = current_names(source.path, entries, metadata)
+    family = detect_family(source.path)
     for name, entry in entries.items():
-        if name not in keys or entry["shape"] != header[keys[name]]["shape"] or entry["dtype"] != "F32":
+        stored = header.get(keys[name]) if keys[name].startswith(family.prefix) else None
+        if stored is None or entry["shape"] != stored["shape"] or entry["dtype"] != "F32":
             raise CheckpointError(
                 f"The edit {brief_repr(name)} in {path.name!r} fits no weight of {source.path.name!r}; use "
                 "the file it was copied from."
             )
     with opened(path) as file:
-        edits = {name: file.get_tensor(name) for name in file.keys()}
-    return UnlearnModel(source, detect_family(source.path), edits, history)
+        edits = {keys[name]: file.get_tensor(name) for name in file.keys()}
+    return UnlearnModel(source, family, edits, history)
+
+
+def current_names(source: Path, names: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Name of a weight in one of our files -> its checkpoint key; format 1 has diffusers' names.
+
+    Args:
+        source: checkpoint that the file's edits belong to.
+        names: in the file.
+        metadata: of the file.
+    """
+    if metadata.get("cul_format") != "1":
+        return {name: name for name in names}
+    known = checkpoint_key_map(source)
+    return {name: known.get(name, name) for name in names}
 
 
 def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
-    """Edits by diffusers name between two checkpoints of one layout, in fp32; equal tensors are left out.
+    """Edits by checkpoint key between two checkpoints of one layout, in fp32; equal tensors are left out.
 
     Raises:
         ModelError: they are not of one layout.
     """
-    edits, shapes = (
-        {},
-        [
-            {name: entry["shape"] for name, entry in read_header(file)[0].items()}
-            for file in (path, pretrained)
-        ],
-    )
+    prefix = detect_family(pretrained).prefix
+    shapes = [
+        {key: entry["shape"] for key, entry in read_header(file)[0].items()} for file in (path, pretrained)
+    ]
+    edits = {}
     with opened(path) as edited, opened(pretrained) as base:
-        for name, key in checkpoint_key_map(pretrained).items():
+        for key in (key for key in shapes[1] if key.startswith(prefix)):
             if shapes[0].get(key) != shapes[1][key]:
                 raise ModelError(
                     f"{path.name!r} lacks {key!r} as {pretrained.name!r} has it, so it was not made from "
@@ -201,7 +214,7 @@ def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
                 )
             delta = edited.get_tensor(key).float() - base.get_tensor(key).float()
             if delta.any():
-                edits[name] = delta
+                edits[key] = delta
     return edits
 
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ..files.safetensors_format import opened
 from ..history.unlearn_model import UnlearnModel
-from ..models.load_diffusers import checkpoint_key_map
 from .charts import bars
 
 
@@ -25,18 +23,14 @@ class Drift:
 
 def drift_of(model: UnlearnModel) -> list[Drift]:
     """One entry per edited tensor, in the order of their names, numbers by value."""
-    keys = checkpoint_key_map(model.source.path) if model.edits else {}
+
+    def by_number(key: str) -> list[int | str]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+
     found = []
-    with opened(model.source.path) as file:
-        for name in sorted(
-            model.edits,
-            key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)],
-        ):
-            distance, base = (
-                model.edits[name].norm().item(),
-                file.get_tensor(keys[name]).float().norm().item(),
-            )
-            found.append(Drift(name, distance, 100 * distance / base if base else float("inf")))
+    for key, base in model.source.read(sorted(model.edits, key=by_number)):
+        distance, size = model.edits[key].norm().item(), base.float().norm().item()
+        found.append(Drift(key, distance, 100 * distance / size if size else float("inf")))
     return found
 
 
@@ -50,7 +44,9 @@ def drift_map(title: str, drifts: Sequence[Drift]) -> Image.Image:
     return bars(title, [(short_name(drift.name), drift.percent) for drift in drifts], unit="%")
 
 
-def short_name(name: str) -> str:
-    """`down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k.weight` -> `down 0.1.0 attn2.to_k`."""
-    name = re.sub(r"^(down|up|mid)_blocks?\.", r"\1 ", name.removesuffix(".weight"))
-    return re.sub(r"(attentions|transformer_blocks|resnets)\.", "", name).replace(".attn", " attn")
+def short_name(key: str) -> str:
+    """`model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight` -> `in 1.1.0
+    attn2.to_k`."""
+    key = key.removeprefix("model.diffusion_model.").removesuffix(".weight")
+    key = re.sub(r"^(in|middle|out)(?:put)?_blocks?\.", r"\1 ", key)
+    return key.replace("transformer_blocks.", "").replace(".attn", " attn")

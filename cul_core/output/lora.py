@@ -13,14 +13,11 @@ from ..base.errors import ConfigError
 from ..files.paths import free_path
 from ..files.safetensors_format import write_tensors
 from ..history.unlearn_model import UnlearnModel
-from ..models.load_diffusers import checkpoint_key_map
 
 
 def patch_names(model: UnlearnModel) -> dict[str, str]:
-    """Diffusers name of every edited tensor -> its name in a host's UNet: the checkpoint key without the
-    leading `model.`."""
-    keys = checkpoint_key_map(model.source.path) if model.edits else {}
-    return {name: keys[name].removeprefix("model.") for name in model.edits}
+    """Checkpoint key of every edited tensor -> its name in a host's network: without the leading `model.`."""
+    return {key: key.removeprefix("model.") for key in model.edits}
 
 
 def save_difference(model: UnlearnModel, path: Path | str, metadata: Mapping[str, str] | None = None) -> Path:

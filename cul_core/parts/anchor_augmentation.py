@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..models.diffusers_network import DiffusersNetwork
+from ..models.network import Network
 
 _FAR, _NEAR = ("A far away ", "A very small "), ("A zoomed in ", "A close up ")
 _GREY = 0.5
@@ -85,7 +85,7 @@ class AnchorPool:
 
 
 def anchor_pool(
-    network: DiffusersNetwork,
+    network: Network,
     latents: Tensor,
     *,
     versions: int,
@@ -132,7 +132,7 @@ def anchor_pool(
                 placed += [(shown.flip(-1), mask.flip(-1), prefix) for shown, mask, prefix in placed]
             for index, (shown, mask, prefix) in enumerate(placed):
                 is_the_anchor = not versions and index == 0
-                encoded.append(latent[None] if is_the_anchor else network.encode_pictures(shown, random))
+                encoded.append(latent[None] if is_the_anchor else network.encode_images(shown, random))
                 masks.append(mask)
                 prefixes.append(prefix)
     each = len(placed)

@@ -1,4 +1,4 @@
-"""Prompts as vectors: rows of text embeddings, the direction of a target, and decoy prompts."""
+"""Prompts as vectors: text rows, the direction of a target, and decoy prompts."""
 
 from __future__ import annotations
 
@@ -9,52 +9,40 @@ import torch
 from torch import Tensor
 
 from ..concepts.concept import Concept, display_name
-from ..models.diffusers_network import DiffusersNetwork
+from ..models.network import Network
 
 ROWS = ("mean", "last", "content", "all")
 
 
-def prompt_rows(
-    network: DiffusersNetwork, prompts: Sequence[str], rows: str, name: str | None = None
-) -> Tensor:
-    """Embedding rows (n, d) of prompts, in fp64.
+def prompt_rows(network: Network, prompts: Sequence[str], rows: str, name: str | None = None) -> Tensor:
+    """Text rows (n, d) of prompts, in fp64.
 
     `mean` averages the content tokens (those of `name` alone if it is given), `last` takes the last content
-    token, `content` takes every content token and the end token, `all` every position but the first, which is
-    the same for every prompt.
+    token, `content` takes every content token and the one that ends the text, `all` every row but those that
+    all prompts share.
     """
-    embeddings = network.encode(prompts).text.double()
-    counts = [network.token_count(prompt) for prompt in prompts]
+    text = network.encode(prompts).text.double()
+    spans = [network.content(prompt) for prompt in prompts]
     if rows == "all":
-        return embeddings[:, 1:].flatten(0, 1)
+        return text[:, network.shared_rows :].flatten(0, 1)
     if rows == "content":
-        return torch.cat([e[1 : n + 2] for e, n in zip(embeddings, counts, strict=True)])
+        return torch.cat([e[span.start : span.stop + 1] for e, span in zip(text, spans, strict=True)])
+    ends = [max(span.stop, span.start + 1) for span in spans]  # an empty prompt's is the row that ends it
     if rows == "last":
-        return torch.stack([e[max(n, 1)] for e, n in zip(embeddings, counts, strict=True)])
+        return torch.stack([e[end - 1] for e, end in zip(text, ends, strict=True)])
     length = network.token_count(name) if name else 0
-    return torch.stack(
-        [
-            e[1 + n - length if length else 1 : max(n, 1) + 1].mean(0)
-            for e, n in zip(embeddings, counts, strict=True)
-        ]
-    )
+    starts = [span.stop - length if length else span.start for span in spans]
+    return torch.stack([e[a:b].mean(0) for e, a, b in zip(text, starts, ends, strict=True)])
 
 
-def target_vector(network: DiffusersNetwork, concept: Concept) -> Tensor:
+def target_vector(network: Network, concept: Concept) -> Tensor:
     """Mean embedding (d,) of the target's own tokens in the prompt that names it alone, in fp64 (CUIG,
     auxiliary prompts)."""
     return prompt_rows(network, [concept.prompt], "mean", concept.name)[0]
 
 
-def vocabulary_words(tokenizer: object, least_letters: int = 3) -> list[str]:
-    """Whole words the tokenizer knows as one token, in id order."""
-    ending = re.compile(rf"[a-z]{{{least_letters},}}</w>")
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return [token.removesuffix("</w>") for token, _ in vocabulary if ending.fullmatch(token)]
-
-
 def decoy_concepts(
-    network: DiffusersNetwork, concepts: Iterable[Concept], count: int, generator: torch.Generator
+    network: Network, concepts: Iterable[Concept], count: int, generator: torch.Generator
 ) -> list[Concept]:
     """`count` made-up concepts of the first target's kind, named by random vocabulary words that no target
     contains.
@@ -65,7 +53,7 @@ def decoy_concepts(
     concepts = list(concepts)
     taken = {word for concept in concepts for word in re.findall(r"[a-z]+", concept.name.lower())}
     anchor = display_name(concepts[0].anchor).lower()
-    words = [word for word in vocabulary_words(network.tokenizer) if word not in taken]
+    words = [word for word in network.words() if word not in taken]
     decoys = []
     while len(decoys) < count:
         length = 1 + int(torch.randint(3, (), generator=generator))

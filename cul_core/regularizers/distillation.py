@@ -133,7 +133,7 @@ class _Held:
             self._embeddings,
             network.encode([""]),
             network.family.latent_shape,
-            lambda: context.schedule.ddim(network.family.prediction_type, config.trajectory_steps),
+            lambda: network.process.trajectory(config.trajectory_steps),
             lambda number: context.generator("distillation", name, number),
             guidance_scale=config.guidance_scale,
             size=config.trajectories,
@@ -151,7 +151,7 @@ class _Held:
     ) -> tuple[Tensor, Tensor, Conditioning, Tensor]:
         """(latents, timesteps, encoded prompts, what the teacher predicts there) of some states."""
         states = self._buffer.draw(teacher, self._count, generator)
-        inputs = states.latents, states.timesteps, self._embeddings[list(states.prompts)]
+        inputs = states.latents, states.times, self._embeddings[list(states.prompts)]
         return *inputs, teacher(*inputs)
 
 

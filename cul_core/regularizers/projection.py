@@ -14,8 +14,7 @@ from ..base.config import Config, setting
 from ..base.errors import ConceptError
 from ..concepts.concept import Concept, display_name
 from ..concepts.name_lists import LISTS, listed_names, parse_names
-from ..models.diffusers_network import DiffusersNetwork
-from ..models.weight_roles import reads_text
+from ..models.network import Network
 from ..parts.prompt_vectors import ROWS, decoy_concepts, prompt_rows, target_vector
 from ..parts.step_context import StepContext
 from .base import REGULARIZERS, Regularizer
@@ -159,7 +158,7 @@ class GradientProjection(Regularizer):
     config: ProjectionConfig
 
     def prepare(self, context: StepContext) -> None:
-        network = context.network
+        network, self._readers = context.network, context.text_readers
         made_up = decoy_concepts(network, context.concepts, _CENTRE_NAMES, context.generator("centre"))
         centre = torch.stack([target_vector(network, concept) for concept in made_up]).mean(0)
         targets = torch.stack([target_vector(network, concept) for concept in context.concepts]) - centre
@@ -215,7 +214,7 @@ class GradientProjection(Regularizer):
         if self._complement is not None:
             self._complement = self._complement.float()
 
-    def _rows(self, network: DiffusersNetwork, concept: Concept) -> Tensor:
+    def _rows(self, network: Network, concept: Concept) -> Tensor:
         return prompt_rows(network, [concept.prompt], self.config.rows, concept.name)
 
     def _auxiliary(
@@ -314,16 +313,16 @@ class GradientProjection(Regularizer):
         return mean, vectors @ torch.diag(gains.sqrt()) @ vectors.T
 
     def coordinates(self, name: str) -> Tensor | None:
-        return self._complement if reads_text(name) else None
+        return self._complement if name in self._readers else None
 
     def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
         for matrix in (self._projector, self._damper):
-            if matrix is not None and reads_text(name):
+            if matrix is not None and name in self._readers:
                 gradient = gradient @ matrix
         return gradient
 
     def constrain(self, name: str, change: Tensor, mask: Tensor | None) -> Tensor | None:
-        if not reads_text(name) or (self._basis is None and self._damper is None):
+        if name not in self._readers or (self._basis is None and self._damper is None):
             return None
         if self._damper is not None:
             change = change @ self._damper

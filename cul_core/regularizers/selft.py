@@ -14,7 +14,7 @@ from ..base.config import Config, setting, stable_hash
 from ..base.errors import ConfigError, TrainingError
 from ..base.topk import count_of_fraction, top_k
 from ..concepts.concept import Concept, display_name
-from ..models.text_conditioning import Conditioning
+from ..models.sampling import combine, predict_guided
 from ..parts.step_context import StepContext
 from .base import REGULARIZERS, Regularizer
 
@@ -149,7 +149,7 @@ class SelFT(Regularizer):
         self._bases = {
             name: basis for name in context.start if in_update and (basis := coordinates(name)) is not None
         }
-        scores = context.network.scores(self._key(context), lambda: self._scores(context))
+        scores = context.last_result.of(self._key(context), lambda: self._scores(context))
         total = sum(score.numel() for score in scores.values())
         count = count_of_fraction(self.config.kept_fraction, total)
         if not count:
@@ -195,7 +195,8 @@ class SelFT(Regularizer):
 
     def _scores(self, context: StepContext) -> dict[str, Tensor]:
         """Score of every trained weight, or of every coordinate where bases say so, in fp32 on the CPU."""
-        parameters = {name: p for name, p in context.network.unet.named_parameters() if name in context.start}
+        everything = context.network.weights("all")
+        parameters = {name: weight for name, weight in everything.items() if name in context.start}
         weights = {name: self._in_coordinates(name, context.start[name]) for name in parameters}
         gradients = (
             [
@@ -212,13 +213,10 @@ class SelFT(Regularizer):
     def _gradients(self, context: StepContext, parameters: list[Tensor]) -> Iterator[Sequence[Tensor]]:
         """Gradient of the loss at every visited state, in the order of `parameters`."""
         network, guidance = context.network, self.config.guidance_scale
-        solver = context.schedule.ddim(network.family.prediction_type, self.config.states, "leading")
+        solver, device = network.process.trajectory(self.config.states, "leading"), network.device
 
-        def predict(latents: Tensor, t: Tensor, embeddings: Conditioning) -> Tensor:
-            return network.predict(latents.expand(len(embeddings), -1, -1, -1), t, embeddings)
-
-        def step(empty: Tensor, full: Tensor, t: Tensor, latents: Tensor) -> Tensor:
-            return solver.step(empty + guidance * (full - empty), t, latents).prev_sample
+        def noise(generator: torch.Generator) -> Tensor:
+            return torch.randn(1, *network.family.latent_shape, generator=generator).to(device)
 
         for number, concept in enumerate(context.concepts):
             target_text, anchor_text = scoring_texts(concept)
@@ -226,31 +224,27 @@ class SelFT(Regularizer):
             others = network.encode(["", anchor_text] if anchor_text else [""])
             for seed in range(self.config.seeds):
                 generator = context.generator(f"selft/{number}/{seed}")
-
-                def noise(generator: torch.Generator = generator) -> Tensor:
-                    return torch.randn(1, *network.family.latent_shape, generator=generator).to(
-                        network.device
-                    )
-
-                latents = noise()
-                for k, t in enumerate(solver.timesteps):
+                latents = noise(generator)
+                for k, time in enumerate(solver.times):
                     context.check()
                     if k and self.config.trajectories == "per_state":
-                        latents = noise()
-                        for earlier in solver.timesteps[:k]:
+                        latents = noise(generator)
+                        for earlier in solver.times[:k]:
                             context.check()
                             with torch.no_grad():
-                                empty, full = predict(
-                                    latents, earlier, Conditioning.cat([others[:1], target])
-                                ).split(1)
-                            latents = step(empty, full, earlier, latents)
+                                predicted = predict_guided(
+                                    network.predict, latents, earlier, target, others[:1], guidance
+                                )
+                            latents = solver.step(predicted, earlier, latents)
                     with torch.no_grad():
                         # of the empty prompt and of the anchor, which for a style is the same
-                        known = predict(latents, t, others)
-                    predicted = predict(latents, t, target)
+                        several = latents.expand(len(others), -1, -1, -1)
+                        known = network.predict(several, time.to(device), others)
+                    predicted = network.predict(latents, time.to(device), target)
                     loss = (predicted - known[-1:]).square().sum()
                     yield torch.autograd.grad(loss, parameters, materialize_grads=True)
-                    latents = step(known[:1], predicted.detach(), t, latents)
+                    guided = combine(known[:1], predicted.detach(), guidance)
+                    latents = solver.step(guided, time, latents)
 
     def _masked(self, name: str, matrix: Tensor) -> Tensor:
         mask = self._masks[name].to(matrix.device)

@@ -16,8 +16,8 @@ from ..base.errors import Cancelled, CheckpointError, ModelError
 from ..files.atomic_write import leftovers
 from ..files.locks import lock_of, locked
 from ..files.safetensors_format import read_sealed, write_sealed
-from ..models.diffusers_network import DiffusersNetwork
 from ..models.free_memory import release_memory
+from ..models.network import Network
 from ..models.sampling import SamplerConfig, generator_for, sample_latents
 from ..models.source import Source
 
@@ -56,7 +56,7 @@ class AnchorStore:
     def anchor_latents(
         self,
         source: Source,
-        network: DiffusersNetwork,
+        network: Network,
         prompts: Sequence[str],
         count: int,
         sampler: SamplerConfig,

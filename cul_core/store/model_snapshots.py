@@ -15,7 +15,7 @@ from ..base.errors import ModelError
 from ..files.atomic_write import write_atomically
 from ..files.locks import lock_of, locked
 from ..files.safetensors_format import DTYPES, EDITABLE, packed_header, tensor_entries
-from ..models.source import Source, source_of
+from ..models.source import FileSource, source_of
 from .eviction import Evictor, hold, remove
 
 _KEPT = {*EDITABLE.values(), torch.int64}  # old checkpoints hold positions as whole numbers
@@ -28,7 +28,7 @@ def snapshot_model(
     tensors: Mapping[str, Tensor],
     on_tensor: Callable[[int, int], None] = lambda done, count: None,
     largest_bytes: int = 32 << 30,
-) -> Source:
+) -> FileSource:
     """The file `<its SHA-256>.safetensors` of these tensors in `folder`; it is written only if it is not
     there.
 
@@ -84,7 +84,7 @@ def snapshot_model(
         return source
 
 
-def _whole(path: Path) -> Source | None:
+def _whole(path: Path) -> FileSource | None:
     """The file of that content; None if it is not there or damaged."""
     if not path.is_file():
         return None
@@ -95,7 +95,7 @@ def _whole(path: Path) -> Source | None:
     return source if source.sha256 == path.stem else None
 
 
-def _written(path: Path, blocks: Callable[[], Iterator[bytes | memoryview]]) -> Source:
+def _written(path: Path, blocks: Callable[[], Iterator[bytes | memoryview]]) -> FileSource:
     def write(file: BinaryIO) -> None:
         for block in blocks():
             file.write(block)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..models.diffusers_network import DiffusersNetwork
+from ..models.network import Network
 from ..models.sampling import SamplerConfig, generator_for, sample_latents
 
 _PREVIEW_SAMPLER = SamplerConfig(steps=8)
@@ -55,7 +55,7 @@ class Callbacks:
     preview_every: int = 0
     on_message: Callable[[str], None] = lambda text: None
 
-    def preview(self, network: DiffusersNetwork, iteration: int, iterations: int) -> None:
+    def preview(self, network: Network, iteration: int, iterations: int) -> None:
         """Sample and hand over a preview if it is time for one."""
         if (
             self.preview_every

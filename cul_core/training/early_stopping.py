@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..base.errors import ConfigError, TrainingError
-from ..models.diffusers_network import DiffusersNetwork
+from ..models.network import Network
 from ..parts.training_config import TrainingConfig
 
-Measure = Callable[[DiffusersNetwork, Callable[[], None]], tuple[float, float] | None]
+Measure = Callable[[Network, Callable[[], None]], tuple[float, float] | None]
 """(the model as it is now, raises Cancelled if the caller wants to stop) -> (UA, RA) in percent: how much of
 what the step forgets is gone, and how much of the rest is left; None if that was not measured, which ends the
 step with an error.
@@ -70,7 +70,7 @@ class EarlyStopping:
     def is_time(
         self,
         iteration: int,
-        network: DiffusersNetwork,
+        network: Network,
         parameters: Mapping[str, Tensor],
         check: Callable[[], None],
     ) -> bool:

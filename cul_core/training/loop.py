@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ..base.errors import Cancelled, ConfigError, TrainingError
 from ..methods.base import Method
-from ..models.diffusers_network import swapped_weights
-from ..models.weight_roles import reads_text
+from ..models.weight_roles import role_of
 from ..parts.step_context import StepContext
 from ..parts.training_config import TrainingConfig
 from ..regularizers.base import Regularizer
@@ -54,8 +53,8 @@ def _train(
     """(new weights, the best if they were measured; loss of every update; last value of each part of the
     loss; seconds of training that earlier runs have spent on it).
     """
-    training, unet = context.training, context.network.unet
-    parameters = {name: parameter for name, parameter in unet.named_parameters() if name in context.start}
+    training, network = context.training, context.network
+    parameters = network.weights(role_of(training.group))
     generator = context.generator("batches")
     student = MicroBatchedModel(context.network, compute, callbacks.on_message)
 
@@ -67,20 +66,16 @@ def _train(
 
     def teacher(weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
         stop_if_asked()  # whole pictures may be sampled by a teacher within one update
-        with torch.no_grad(), swapped_weights(unet, weights):
+        with torch.no_grad(), network.with_weights(weights):
             return student(*inputs)
 
-    blocked = [
-        module
-        for name, module in unet.named_modules()
-        if method.blocks_first_token and reads_text(f"{name}.weight")
-    ]
+    blocked = network.shared_rows_detached if method.blocks_first_token else nullcontext
     pretrained, start = partial(teacher, context.pretrained), partial(teacher, context.start)
 
     def terms() -> Iterator[tuple[Tensor, Mapping[str, float]]]:
         """(what to minimize, its named parts), one after the other: each is made after the backward of the
         one before, so that no teacher is called in between and one graph at a time is in memory."""
-        with _first_token_blocked(blocked):  # until the backward is done, which may run the network again
+        with blocked():  # until the backward is done, which may run the network again
             loss = method.loss(student, pretrained if method.teacher_is_pretrained else start, generator)
             total = loss.total
             for regularizer in regularizers:
@@ -95,7 +90,7 @@ def _train(
         masters = MasterWeights(parameters, context.start, training, is_offloaded)
         optimizer = masters.optimizer
         with masters.collecting(), student.ready():
-            with _first_token_blocked(blocked):
+            with blocked():
                 for part in (method, *regularizers):
                     part.prepare_mask(context, partial(_coordinates, regularizers))
             loop = Loop(masters, generator, (method, *regularizers, stopping), state_store)
@@ -130,7 +125,8 @@ def _train(
                         total += term.item()
                         if not math.isfinite(total):
                             raise TrainingError(
-                                f"The loss became {total} at iteration {iteration} of {training.iterations}; "
+                                f"The loss became {total} at iteration {iteration} of "
+                                f"{training.iterations}; "
                                 f"lower the learning rate ({training.learning_rate:g}) or the regularizers' "
                                 "strengths."
                             )
@@ -218,9 +214,7 @@ def _allowed(
 def _student_weights(context: StepContext, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Within the block the UNet holds the step's start, in weights that may change; then W0 again."""
     if context.network.dtype == torch.float32:
-        with swapped_weights(
-            context.network.unet, {name: weight.clone() for name, weight in context.start.items()}
-        ):
+        with context.network.with_weights({name: weight.clone() for name, weight in context.start.items()}):
             yield
         return
     try:  # in place: W0 is rounded in the UNet, and exact elsewhere
@@ -230,18 +224,3 @@ def _student_weights(context: StepContext, parameters: Mapping[str, nn.Parameter
     finally:
         for name, parameter in parameters.items():
             parameter.data.copy_(context.pretrained[name])
-
-
-@contextmanager
-def _first_token_blocked(modules: list[nn.Module]) -> Iterator[None]:
-    """Gradients do not flow through row 0 (the start token) of these key and value projections."""
-
-    def block(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)
-
-    handles = [module.register_forward_hook(block) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -21,12 +21,10 @@ from torch.utils.flop_counter import flop_registry
 
 from ..base.config import canonical_json
 from ..methods import METHODS
-from ..models.diffusers_network import DiffusersNetwork
-from ..models.family import MINI, Family
+from ..models.family import Family
 from ..models.frozen_layers import product
-from ..models.load_diffusers import build_unet
-from ..models.text_conditioning import Conditioning
-from ..models.weight_roles import group_names
+from ..models.network import Network
+from ..models.weight_roles import role_of
 from .compute import Compute
 
 if TYPE_CHECKING:
@@ -153,33 +151,26 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@lru_cache(maxsize=8)
-def _network(family: Family, config: str, dtype: torch.dtype) -> nn.Module:
-    unet = build_unet(family)  # `config` is what tells variants of a family apart
-    for weight in unet.parameters():
-        weight.data = weight.data.to(dtype)
-    return unet
+_blanks: dict[tuple, Network] = {}
+_counted: dict[tuple, Passes] = {}
 
 
-@lru_cache(maxsize=64)
-def _passes(
-    family: Family, config: str, dtype: torch.dtype, group: str, rows: int, is_checkpointed: bool
-) -> Passes:
-    unet = _network(family, config, dtype)
-    trained = [unet.get_parameter(name) for name in group_names(unet, group)]
-    pooled = [kind for kind in family.text_encoders if kind.is_pooled]
-    pooled = (
-        torch.empty(rows, family.config(pooled[0].config)["projection_dim"], device="meta")
-        if pooled
-        else None
-    )
-    embeddings = Conditioning(torch.empty(rows, 77, unet.config.cross_attention_dim, device="meta"), pooled)
-    inputs = (
-        torch.empty(rows, *family.latent_shape, device="meta"),
-        torch.empty(rows, dtype=torch.long, device="meta"),
-        embeddings,
-    )
-    network = DiffusersNetwork(family, unet, (), None, None)
+def _key(family: Family, dtype: torch.dtype) -> tuple:
+    return canonical_json(family.config("unet")), dtype, family.latent_shape
+
+
+def _blank(network: Network, dtype: torch.dtype) -> Network:
+    """The architecture on the meta device; kept for the next call."""
+    key = _key(network.family, dtype)
+    if key not in _blanks:
+        _blanks[key] = network.blank(dtype)
+    return _blanks[key]
+
+
+def _count(network: Network, group: str, rows: int, is_checkpointed: bool) -> Passes:
+    everything = network.weights("all").values()
+    trained = network.weights(role_of(group)).values()
+    inputs = network.inputs(rows)
 
     def drop(weight: nn.Parameter) -> None:
         weight.grad = None
@@ -189,33 +180,37 @@ def _passes(
             module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _FusedAttention())
         )
 
-    unet.requires_grad_(False)
-    with torch.no_grad(), _FusedAttention(), _Count(unet.parameters()) as teacher:
+    for weight in everything:
+        weight.requires_grad_(False)
+    with torch.no_grad(), _FusedAttention(), _Count(everything) as teacher:
         network.predict(*inputs)
     handles = [weight.requires_grad_(True).register_post_accumulate_grad_hook(drop) for weight in trained]
     try:
         if is_checkpointed:
-            unet.enable_gradient_checkpointing(again)
-        with _FusedAttention(), _Count(unet.parameters()) as student:
+            network.set_checkpointing(True, again)
+        with _FusedAttention(), _Count(everything) as student:
             output = network.predict(*inputs)
             kept, forward = student.now, student.flops
             torch.autograd.backward(output, torch.empty_like(output))
         return Passes(student.most, kept, teacher.most, forward, student.flops - forward)
     finally:
-        unet.disable_gradient_checkpointing()
+        network.set_checkpointing(False)
         for handle in handles:
             handle.remove()
 
 
 def passes(
-    family: Family, dtype: torch.dtype, group: str, rows: int, is_checkpointed: bool = False
+    network: Network, dtype: torch.dtype, group: str, rows: int, is_checkpointed: bool = False
 ) -> Passes:
-    """See `Passes`, for `rows` pictures and training of `group`; kept for the next call."""
-    return _passes(family, canonical_json(family.config("unet")), dtype, group, rows, is_checkpointed)
+    """See `Passes`, for `rows` images and training of `group`; kept for the next call."""
+    key = (*_key(network.family, dtype), group, rows, is_checkpointed)
+    if key not in _counted:
+        _counted[key] = _count(_blank(network, dtype), group, rows, is_checkpointed)
+    return _counted[key]
 
 
 def estimate_step(
-    family: Family,
+    network: Network,
     request: Request,
     device: torch.device | str,
     compute: Compute,
@@ -227,7 +222,7 @@ def estimate_step(
     """What a step of `request` needs.
 
     Args:
-        family: of the model.
+        network: the model.
         request: what is to be done.
         device: where.
         compute: how; with checkpointing `auto` there is none.
@@ -237,8 +232,8 @@ def estimate_step(
     """
     device, dtype, training = torch.device(device), compute.dtype_on(device), request.training
     method = METHODS.of(request.method).cls(request.method)
-    unet = _network(family, canonical_json(family.config("unet")), dtype)
-    trained = sum(unet.get_parameter(name).numel() for name in group_names(unet, training.group))
+    family, blank = network.family, _blank(network, dtype)
+    trained = sum(weight.numel() for weight in blank.weights(role_of(training.group)).values())
     batch, is_checkpointed, micro = (
         training.batch_size,
         compute.checkpointing == "on",
@@ -246,14 +241,14 @@ def estimate_step(
     )
     rows = batch * method.student_calls  # all their graphs are there at a time
     is_split = 0 < micro < batch
-    taken = passes(family, dtype, training.group, micro if is_split else rows, is_checkpointed)
+    taken = passes(network, dtype, training.group, micro if is_split else rows, is_checkpointed)
     asked = batch * method.teacher_calls
     teacher = (
-        passes(family, dtype, training.group, min(asked, micro) if micro else asked, is_checkpointed)
+        passes(network, dtype, training.group, min(asked, micro) if micro else asked, is_checkpointed)
         if asked
         else taken
     )
-    network = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
+    weights = sum(weight.numel() * weight.element_size() for weight in blank.weights("all").values())
     # gradient, two moments, and the student's own weights; exact W0 where the network has it rounded; start
     resting = 0 if is_offloaded else trained * 4 * (4 + (dtype != torch.float32) + is_edited)
     worst = max(
@@ -263,11 +258,11 @@ def estimate_step(
     prompts = len(set(request.anchor_prompts)) * (1 + len(request.concepts))
     numbers = (
         request.anchor_count * torch.Size(family.latent_shape).numel()
-        + prompts * 77 * unet.config.cross_attention_dim
+        + prompts * blank.inputs(1)[2].text.numel()
     )
     anchors = 4 * numbers * needs_anchors
     margin = int(_GAPS * worst) + _LIBRARIES_BYTES if device.type == "cuda" else 0
-    estimate = Estimate(network, resting, worst, anchors, margin)
+    estimate = Estimate(weights, resting, worst, anchors, margin)
     if not with_seconds:
         return estimate
     each = taken.forward_flops / (micro if is_split else rows)
@@ -311,7 +306,7 @@ def _ways(compute: Compute, batch: int, can_offload: bool) -> Iterator[tuple[Com
 
 
 def planned(
-    family: Family,
+    network: Network,
     request: Request,
     device: torch.device,
     compute: Compute,
@@ -321,15 +316,15 @@ def planned(
     """(compute with nothing left to choose, whether masters are offloaded, what that needs): the fastest that
     fits into the free memory.
 
-    The smallest if none fits, and as it was asked for where nobody knows what is free. No estimate for
-    MiniCanvas, which fits anywhere.
+    The smallest if none fits, and as it was asked for where nobody knows what is free. No estimate for a
+    family that fits anywhere.
     """
-    if family == MINI:
+    if network.family.is_small:
         return compute, False, None
     can_offload = compute.dtype_on(device) != torch.float32  # otherwise the network trains its own weights
     for way, is_offloaded in _ways(compute, request.training.batch_size, can_offload):
         found = estimate_step(
-            family, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded, with_seconds=False
+            network, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded, with_seconds=False
         )
         if free_bytes is None or found.memory_bytes <= free_bytes:
             break
@@ -339,5 +334,5 @@ def planned(
     return (
         way,
         is_offloaded,
-        estimate_step(family, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded),
+        estimate_step(network, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded),
     )

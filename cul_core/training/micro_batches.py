@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..base.errors import MemoryShortError
-from ..models.diffusers_network import DiffusersNetwork
 from ..models.free_memory import release_memory
+from ..models.network import Network
 from ..models.text_conditioning import Conditioning
 from .compute import Compute
 from .master_weights import MasterWeights
@@ -54,15 +54,15 @@ class MicroBatchedModel:
         say: told what is done about short memory or a failed compilation.
     """
 
-    def __init__(self, network: DiffusersNetwork, compute: Compute, say: Callable[[str], None]):
+    def __init__(self, network: Network, compute: Compute, say: Callable[[str], None]):
         self._network, self._compute, self._say = network, compute, say
         self._rows, self._calls = compute.largest_micro_batch, []
         self._is_checkpointed = False
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Within the block the UNet checkpoints and is compiled as it was asked for."""
-        unet = self._network.unet
+        """Within the block the network checkpoints and is compiled as it was asked for."""
+        network = self._network
         try:
             if self._compute.checkpointing == "on":
                 self._checkpoint()
@@ -71,23 +71,22 @@ class MicroBatchedModel:
                 return
             import torch._dynamo
 
-            # hooks come and go (see `training._first_token_blocked`), which compiled code does not look for
+            # hooks come and go (see `Network.shared_rows_detached`), which compiled code does not look for
             # otherwise
             with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-                unet.compile()
+                network.set_compiled(True)
                 yield
         finally:
             self._calls.clear()
-            unet.disable_gradient_checkpointing()
-            unet._compiled_call_impl = None
+            network.set_checkpointing(False)
+            network.set_compiled(False)
 
     def _checkpoint(self) -> None:
-        self._network.unet.enable_gradient_checkpointing()
+        self._network.set_checkpointing(True)
         self._is_checkpointed = True
 
     def _predict(self, latents: Tensor, timesteps: Tensor, embeddings: Conditioning) -> Tensor:
-        unet = self._network.unet
-        if unet._compiled_call_impl is not None:
+        if self._network.is_compiled:
             try:
                 return self._network.predict(latents, timesteps, embeddings)
             except torch.OutOfMemoryError:
@@ -95,7 +94,7 @@ class MicroBatchedModel:
             # what missing or unfit compilers raise
             except (RuntimeError, ImportError, OSError, NotImplementedError) as error:
                 logger.warning("the network could not be compiled", exc_info=error)
-                unet._compiled_call_impl = None
+                self._network.set_compiled(False)
                 self._say("The network could not be compiled here; the step goes on without.")
         return self._network.predict(latents, timesteps, embeddings)
 
@@ -195,7 +194,7 @@ def _rows(inputs: Inputs, part: slice) -> Inputs:
     return latents[part], timesteps[part] if timesteps.ndim else timesteps, embeddings[part]
 
 
-def out_of_memory(network: DiffusersNetwork, is_checkpointed: bool) -> str:
+def out_of_memory(network: Network, is_checkpointed: bool) -> str:
     """The sentence that a step ends with when nothing more can be saved."""
     remedy = (
         "choose a smaller parameter group, or another device"

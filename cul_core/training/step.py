@@ -15,16 +15,16 @@ from torch import Tensor
 
 from ..base.config import stable_hash
 from ..base.errors import Cancelled, ConfigError, MemoryShortError, TrainingError
+from ..base.last_result import LastResult
 from ..concepts.concept import Concept
 from ..history.step_record import StepRecord, library_versions
 from ..history.unlearn_model import UnlearnModel, weights_of
 from ..methods import METHODS
-from ..models.diffusers_network import DiffusersNetwork, swapped_weights
 from ..models.free_memory import free_memory, release_memory
 from ..models.load_diffusers import NetworkCache
-from ..models.noise_process import NoiseSchedule
+from ..models.network import Network
 from ..models.sampling import generator_for
-from ..models.weight_roles import group_names
+from ..models.weight_roles import role_of
 from ..parts.step_context import StepContext
 from ..regularizers import REGULARIZERS
 from ..requests.request import Request
@@ -95,7 +95,7 @@ def run_step(
     network = networks.get(model.source, device, compute.dtype_on(device))
     try:
         edits, drift, losses, parts, figures, earlier = _step(
-            model, request, network, callbacks, store, stopping, state_store, compute
+            model, request, network, callbacks, store, stopping, state_store, compute, networks.last_result
         )
     except torch.OutOfMemoryError:
         is_short = True  # what the step held is free only when its frames are, after this block
@@ -122,17 +122,18 @@ def run_step(
 def _step(
     model: UnlearnModel,
     request: Request,
-    network: DiffusersNetwork,
+    network: Network,
     callbacks: Callbacks,
     store: AnchorStore,
     stopping: EarlyStopping,
     state_store: StateStore | None,
     compute: Compute,
+    last_result: LastResult,
 ) -> tuple[dict[str, Tensor], dict[str, list[float]], list[float], dict[str, float], dict[str, float], float]:
     """(edits of the new model, drift by name, loss of every update, last value of each part of the loss,
     figures, seconds of earlier runs).
     """
-    names = group_names(network.unet, request.training.group)
+    names = list(network.weights(role_of(request.training.group)))
     compute, is_offloaded = _planned(model, network, request, compute, callbacks)
     home = torch.device("cpu") if is_offloaded else network.device
     pretrained = {name: weight.to(home) for name, weight in network.exact(names).items()}
@@ -166,16 +167,16 @@ def _step(
         start=start,
         training=request.training,
         generator=partial(generator_for, request.training.seed),
-        schedule=NoiseSchedule(ends_in_noise=network.family.ends_in_noise),
         origin=stable_hash([model.content_hash, request.method.to_json()]),
         check=partial(_check_going_on, callbacks),
         anchor_sampler=request.anchor_sampler,
+        last_result=last_result,
     )
     edited = {
         name: weight + outside[name].to(weight.device)
         for name, weight in network.exact(list(outside)).items()
     }
-    with swapped_weights(network.unet, edited):
+    with network.with_weights(edited):
         for part in (method, *regularizers):
             part.prepare(context)
         if method.is_closed_form:
@@ -204,16 +205,16 @@ def _step(
 
 
 def _planned(
-    model: UnlearnModel, network: DiffusersNetwork, request: Request, compute: Compute, callbacks: Callbacks
+    model: UnlearnModel, network: Network, request: Request, compute: Compute, callbacks: Callbacks
 ) -> tuple[Compute, bool]:
     """(how to compute, whether masters rest in the CPU's memory), chosen for the free memory; the user is
     told what that needs."""
     free = free_memory(network.device)
     if free is not None:
         # is there, and counted in the estimate
-        free += sum(weight.numel() * weight.element_size() for weight in network.unet.parameters())
+        free += sum(weight.numel() * weight.element_size() for weight in network.weights("all").values())
     compute, is_offloaded, estimate = planned(
-        network.family, request, network.device, compute, free, bool(model.edits)
+        network, request, network.device, compute, free, bool(model.edits)
     )
     if estimate is not None:
         callbacks.on_message(estimate.sentence(free))

@@ -13,8 +13,9 @@ from sd_layout import shrunken, tiny_shapes, write_random
 from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas import models
+from cul_core.minicanvas.family import MINI
 from cul_core.minicanvas.training.pack import checkpoint_tensors, write_weights
-from cul_core.models.family import FAMILIES, MINI, V_PREDICTION
+from cul_core.models.family import FAMILIES
 from cul_core.models.load_diffusers import NetworkCache, load_tokenizer
 from cul_core.output.checkpoint import open_model
 from cul_core.parts.training_config import TrainingConfig
@@ -102,9 +103,8 @@ def known_tiny(monkeypatch):
         name: MINI.config("text_encoder")[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")
     }
     monkeypatch.setattr("cul_core.models.load_diffusers.load_tokenizer", lambda *_: load_tokenizer(MINI))
-    for table in (FAMILIES, V_PREDICTION):
-        for name in ("sd2", "sdxl"):
-            monkeypatch.setitem(table, name, shrunken(table[name], words))
+    for name in ("sd2", "sdxl"):
+        monkeypatch.setitem(FAMILIES, name, shrunken(FAMILIES[name], words))
 
 
 @pytest.fixture(params=["sd2", "sdxl"])

@@ -27,9 +27,9 @@ from cul_core.mergers import MERGERS
 from cul_core.mergers.merge import merge
 from cul_core.minicanvas.models import CHECKPOINT_PATH
 from cul_core.models.family import FAMILIES
-from cul_core.models.load_diffusers import NetworkCache, checkpoint_key_map
+from cul_core.models.load_diffusers import NetworkCache
 from cul_core.models.sampling import SamplerConfig
-from cul_core.models.source import Source
+from cul_core.models.source import FileSource
 from cul_core.output.checkpoint import open_model
 from cul_core.requests.presets import PRESETS
 from cul_core.store.anchors import AnchorStore
@@ -95,8 +95,8 @@ def request_of(chosen, family, number: int = 0):
 
 def weights_hash(model: UnlearnModel) -> str:
     """Hash of the edits by checkpoint key."""
-    digest, keys = hashlib.sha256(), checkpoint_key_map(model.source.path)
-    for key, delta in sorted((keys[name], delta) for name, delta in model.edits.items()):
+    digest = hashlib.sha256()
+    for key, delta in sorted(model.edits.items()):
         digest.update(key.encode())
         digest.update(delta.contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -106,7 +106,7 @@ def step_keys() -> dict[str, str]:
     """Family and preset -> key of that step on an untouched model."""
     keys = {}
     for family in FAMILIES.values():
-        model = UnlearnModel(Source(Path("model.safetensors"), 0, "0" * 64), family)
+        model = UnlearnModel(FileSource(Path("model.safetensors"), 0, "0" * 64), family)
         for name, entry in PRESETS.items():
             keys[f"{family.name} {name}"] = step_key(model, request_of(entry.for_family(family), family))
     return keys

@@ -11,7 +11,9 @@ from torch import nn
 
 from cul_core.base.errors import Cancelled, ModelError
 from cul_core.models.diffusers_network import DiffusersNetwork
-from cul_core.models.family import SD1, SD2, SDXL
+from cul_core.models.families.sd1 import SD1
+from cul_core.models.families.sd2 import SD2
+from cul_core.models.families.sdxl import SDXL
 from cul_core.models.load_diffusers import _kl_autoencoder, load_autoencoder
 from cul_core.models.sampling import SamplerConfig, generator_for, sample_latents
 from cul_core.parts.anchor_augmentation import Placement, anchor_pool

@@ -19,8 +19,9 @@ from cul_core.files.safetensors_format import packed_header, read_header, write_
 from cul_core.history.step_record import StepRecord, read_history
 from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAbl
-from cul_core.models.family import UNET_PREFIX
-from cul_core.models.load_diffusers import checkpoint_key_map, load_network, require_diffusers
+from cul_core.models.build_diffusers import require_diffusers
+from cul_core.models.families.unet_layout import UNET_PREFIX
+from cul_core.models.load_diffusers import checkpoint_key_map, load_network
 from cul_core.models.source import source_of
 from cul_core.models.weight_roles import reads_text
 from cul_core.output.checkpoint import (

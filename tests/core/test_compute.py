@@ -15,7 +15,8 @@ from cul_core.cli import main
 from cul_core.methods import METHODS
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.sculpmem import SculpMemConfig
-from cul_core.models.family import MINI, SD1
+from cul_core.minicanvas.family import MINI
+from cul_core.models.families.sd1 import SD1
 from cul_core.models.load_diffusers import NetworkCache
 from cul_core.models.weight_roles import group_names
 from cul_core.regularizers import REGULARIZERS
@@ -468,7 +469,7 @@ def test_the_parts_of_an_estimate(make_request):
 
 
 def kv_of_mini():
-    from cul_core.models.load_diffusers import build_unet
+    from cul_core.models.build_diffusers import build_unet
 
     unet = build_unet(MINI)
     return [unet.get_parameter(name) for name in group_names(unet, "kv")]

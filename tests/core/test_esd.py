@@ -9,7 +9,7 @@ from diffusers import EulerDiscreteScheduler
 from cul_core.base.errors import Cancelled, ConfigError
 from cul_core.concepts.concept import Concept
 from cul_core.methods.esd import ESD, ESDConfig, erasing_goal
-from cul_core.models.noise_process import NoiseSchedule
+from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.sampling import generator_for
 from cul_core.models.text_conditioning import Conditioning
 from cul_core.models.trajectory_buffer import TrajectoryBuffer, run_trajectory
@@ -71,7 +71,7 @@ def noise(seed, *shape):
 
 
 def buffer_of(network, prompts=("a cat", "a house"), *, schedule=None, **settings):
-    schedule = schedule or partial(NoiseSchedule().ddim, "epsilon", 5)
+    schedule = schedule or partial(DiscreteProcess().ddim, "epsilon", 5)
     settings = {"size": 3, "refresh_every": 4} | settings
     return TrajectoryBuffer(
         network.encode(prompts),
@@ -178,7 +178,7 @@ def test_kept_states_are_bit_for_bit_those_of_a_run_from_the_same_seed_up_to_the
     for number, kept in enumerate(buffer.trajectories):
         assert kept.states.dtype == torch.float16 and kept.states.shape == (5, 4, 8, 8)
         for stop in range(5):
-            scheduler = NoiseSchedule().ddim("epsilon", 5)
+            scheduler = DiscreteProcess().ddim("epsilon", 5)
             latents = torch.randn(1, 4, 8, 8, generator=generator_for(7, "trajectory", number))
             for timestep in scheduler.timesteps[:stop]:
                 empty, full = predict(
@@ -190,7 +190,11 @@ def test_kept_states_are_bit_for_bit_those_of_a_run_from_the_same_seed_up_to_the
 
 @pytest.mark.parametrize(
     "fresh",
-    [partial(NoiseSchedule().ddim, "epsilon", 5), partial(NoiseSchedule().ddim, "v_prediction", 5), euler],
+    [
+        partial(DiscreteProcess().ddim, "epsilon", 5),
+        partial(DiscreteProcess().ddim, "v_prediction", 5),
+        euler,
+    ],
 )
 def test_a_schedulers_step_leads_from_every_kept_state_to_the_next(fresh, random_network, predict):
     null, prompt = random_network.encode(["", "a cat"])

@@ -30,11 +30,15 @@ from cul_core.cli import main
 from cul_core.concepts.concept import Concept
 from cul_core.files.safetensors_format import read_header
 from cul_core.methods import METHODS
+from cul_core.minicanvas.family import MINI
+from cul_core.models.build_diffusers import build_text_encoder
 from cul_core.models.diffusers_network import DiffusersNetwork
-from cul_core.models.family import FAMILIES, MINI, SD1, SD2, SDXL
+from cul_core.models.families.sd1 import SD1
+from cul_core.models.families.sd2 import SD2
+from cul_core.models.families.sdxl import SDXL
+from cul_core.models.family import FAMILIES
 from cul_core.models.load_diffusers import (
     NetworkCache,
-    _build_text_encoder,
     checkpoint_key_map,
     load_network,
     load_tokenizer,
@@ -192,7 +196,7 @@ def test_text_encoders_take_every_value_of_theirs_and_no_other(family, file, lef
         tensors = {key: torch.empty(shape) for key, shape in file().items()}
     assert left_out <= tensors.keys()
     for kind in family.text_encoders:
-        encoder = _build_text_encoder(family, kind)
+        encoder = build_text_encoder(family, kind)
         found = text_tensors(kind, tensors, encoder)
         assert {name: tensor.shape for name, tensor in found.items()} == {
             name: w.shape for name, w in encoder.state_dict().items()

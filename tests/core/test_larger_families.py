@@ -17,9 +17,10 @@ from cul_core.files.safetensors_format import read_header
 from cul_core.methods import METHODS
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.esd import ESDConfig
-from cul_core.models.family import SDXL, V_PREDICTION
+from cul_core.models.families.sdxl import SDXL
+from cul_core.models.family import V_PREDICTION
 from cul_core.models.load_diffusers import checkpoint_key_map, load_network
-from cul_core.models.noise_process import NoiseSchedule
+from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.recognize import detect_family
 from cul_core.models.sampling import SamplerConfig, generator_for, sample_latents
 from cul_core.models.text_conditioning import Conditioning
@@ -282,7 +283,7 @@ def test_sampling_finds_the_picture_of_a_network_that_knows_it(predicted, noisy)
     family = replace(
         V_PREDICTION["sdxl"], prediction_type=predicted, ends_in_noise=noisy, latent_shape=(4, 8, 8)
     )
-    schedule = NoiseSchedule(ends_in_noise=noisy)
+    schedule = DiscreteProcess(ends_in_noise=noisy)
     picture = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def predict(latents, timesteps, embeddings):

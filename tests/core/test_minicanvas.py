@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from cul_core.minicanvas import models
+from cul_core.minicanvas.family import MINI
 from cul_core.minicanvas.judge import Judge, take
 from cul_core.minicanvas.render import render, render_background
 from cul_core.minicanvas.suites import STYLE_SUITE
@@ -28,7 +29,6 @@ from cul_core.minicanvas.world import (
     styles_in,
 )
 from cul_core.models.diffusers_network import swapped_weights
-from cul_core.models.family import MINI
 from cul_core.models.sampling import SamplerConfig, generator_for, sample_latents
 
 

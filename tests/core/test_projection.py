@@ -14,7 +14,7 @@ from cul_core.mergers.merge import merge
 from cul_core.mergers.ties import TiesConfig
 from cul_core.mergers.uniform import UniformConfig
 from cul_core.methods.base import Method
-from cul_core.models.family import MINI
+from cul_core.minicanvas.family import MINI
 from cul_core.models.sampling import SamplerConfig
 from cul_core.models.weight_roles import reads_text
 from cul_core.parts.prompt_vectors import prompt_rows, target_vector

@@ -13,8 +13,9 @@ from cul_core.base.errors import ConfigError
 from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.sculpmem import SculpMem, SculpMemConfig, exchanged, largest, turnover_at
+from cul_core.minicanvas.family import MINI
 from cul_core.models.diffusers_network import swapped_weights
-from cul_core.models.family import MINI, SD1
+from cul_core.models.families.sd1 import SD1
 from cul_core.models.sampling import SamplerConfig, generator_for
 from cul_core.models.weight_roles import group_names
 from cul_core.parts.prompt_vectors import target_vector

@@ -11,8 +11,8 @@ import torch
 from cul_core.base.errors import Cancelled, ConfigError, TrainingError
 from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAblConfig
-from cul_core.models.family import SD1
-from cul_core.models.noise_process import NoiseSchedule
+from cul_core.models.families.sd1 import SD1
+from cul_core.models.noise_process import DiscreteProcess
 from cul_core.parts.prompt_vectors import target_vector
 from cul_core.regularizers.projection import GradientProjection, ProjectionConfig
 from cul_core.regularizers.selft import SelFT, SelFTConfig, importance_scores, scoring_texts, top_masks
@@ -168,7 +168,7 @@ def test_visited_states_are_those_of_runs_from_the_start_bit_for_bit(step, rando
     states = [(latents, t) for latents, t, _, with_gradient in calls if with_gradient]
     noise, context = states[0][0], random_network.encode(["Candy Stripes Style", ""])
     for k, (reached, _) in enumerate(states):
-        latents, solver = noise, NoiseSchedule().ddim("epsilon", 4, "leading")
+        latents, solver = noise, DiscreteProcess().ddim("epsilon", 4, "leading")
         for t in solver.timesteps[:k]:
             with torch.no_grad():
                 full, empty = (random_network.predict(latents, t, context[i]) for i in (0, 1))

@@ -16,8 +16,9 @@ from cul_core.concepts.captions import anchor_prompts
 from cul_core.concepts.concept import KINDS, Concept
 from cul_core.concepts.parsing import ConceptList, parse_concept, parse_keep, parse_requests
 from cul_core.methods import METHODS
-from cul_core.models.family import MINI, SD1
-from cul_core.models.noise_process import NoiseSchedule
+from cul_core.minicanvas.family import MINI
+from cul_core.models.families.sd1 import SD1
+from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.sampling import SamplerConfig
 from cul_core.parts.prompt_vectors import decoy_concepts, vocabulary_words
 from cul_core.parts.training_config import TrainingConfig
@@ -362,7 +363,7 @@ def test_noise_schedule_is_diffusers_scaled_linear_one():
     theirs = DDPMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
     )
-    torch.testing.assert_close(NoiseSchedule().alphas_cumprod, theirs.alphas_cumprod, atol=1e-6, rtol=0)
+    torch.testing.assert_close(DiscreteProcess().alphas_cumprod, theirs.alphas_cumprod, atol=1e-6, rtol=0)
     with_noise = DDPMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -370,13 +371,13 @@ def test_noise_schedule_is_diffusers_scaled_linear_one():
         beta_schedule="scaled_linear",
         rescale_betas_zero_snr=True,
     )
-    noisy = NoiseSchedule(ends_in_noise=True).alphas_cumprod
+    noisy = DiscreteProcess(ends_in_noise=True).alphas_cumprod
     torch.testing.assert_close(noisy, with_noise.alphas_cumprod, atol=1e-6, rtol=0)
     assert noisy[-1] == 0 and noisy[0] == pytest.approx(1 - 0.00085, abs=1e-6)
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([0, 500, 999])
     torch.testing.assert_close(
-        NoiseSchedule().add_noise(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps)
+        DiscreteProcess().add_noise(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps)
     )
 
 

@@ -26,8 +26,9 @@ from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.mergers.merge import merge
 from cul_core.mergers.ties import TiesConfig
 from cul_core.methods.conabl import ConAblConfig
+from cul_core.minicanvas.family import MINI
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.models.family import MINI, UNET_PREFIX
+from cul_core.models.families.unet_layout import UNET_PREFIX
 from cul_core.models.load_diffusers import load_network
 from cul_core.models.recognize import detect_family
 from cul_core.models.source import source_of

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from ...audits.classifier_scores import Shot
-from ...models.diffusers_network import DiffusersNetwork
-from ...models.family import MINI
 from ...models.load_diffusers import load_network
+from ...models.network import Network
 from .. import models
+from ..family import MINI
 from ..judge import Judge, take
 from ..render import render
 from ..world import DESCRIPTION_EVALUATION_TEMPLATE, EVALUATION_TEMPLATE, OBJECTS, PLAIN, STYLE_LABELS, STYLES
@@ -45,15 +45,13 @@ def autoencoder_figures(model: models.NarrowAutoencoder, seed: int, per_cell: in
     }
 
 
-def sampling_figures(
-    network: DiffusersNetwork, judge: Judge, seed: int, per_cell: int = 2
-) -> dict[str, float]:
+def sampling_figures(network: Network, judge: Judge, seed: int, per_cell: int = 2) -> dict[str, float]:
     """Share in percent of sampled pictures with the asked style and object: by name (720 pictures), by
     description, and plain."""
     from ...history.unlearn_model import UnlearnModel
-    from ...models.source import Source
+    from ...models.source import FileSource
 
-    untouched = UnlearnModel(Source(Path(), 0, ""), network.family)
+    untouched = UnlearnModel(FileSource(Path(), 0, ""), network.family)
     named = [
         Shot(EVALUATION_TEMPLATE.format(object=o, style=s.display_name), s.name, o, "named", i)
         for s in STYLES

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...files.atomic_write import write_atomically
-from ...models.family import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
+from ...models.families.unet_layout import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
 from ...models.load_diffusers import tiny_autoencoder_key, unet_key_map
 
 _RESNET = {

@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 
-from ...models.family import MINI
+from ..family import MINI
 from ..world import all_texts
 
 START, END = "<|startoftext|>", "<|endoftext|>"

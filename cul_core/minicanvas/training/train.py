@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...models.family import MINI
-from ...models.noise_process import NoiseSchedule
+from ...models.noise_process import DiscreteProcess
 from .. import models
+from ..family import MINI
 from ..render import render, render_background
 from ..world import OBJECTS, PLAIN, STYLE_LABELS, caption
 from .figures import write_with_figures
@@ -322,7 +322,7 @@ def train_unet(workers: Workers, work: Path, seed: int) -> None:
     )
     average = copy.deepcopy(both).eval().requires_grad_(False)
     stored = load_file(work / "latents.safetensors")
-    latents, labels, schedule = stored["latents"], stored["labels"].tolist(), NoiseSchedule()
+    latents, labels, schedule = stored["latents"], stored["labels"].tolist(), DiscreteProcess()
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     rng = random.Random(f"{seed}/unet/{workers.rank}")
     generator = torch.Generator().manual_seed(1000 * seed + 500 + workers.rank)
@@ -349,7 +349,7 @@ def train_unet(workers: Workers, work: Path, seed: int) -> None:
         clean = latents[picks]
         noise = torch.randn(clean.shape, generator=generator)
         t = torch.randint(1000, (UNET_BATCH,), generator=generator)
-        predicted = both["unet"](schedule.add_noise(clean, noise, t), t, encoder_hidden_states=context).sample
+        predicted = both["unet"](schedule.noised(clean, noise, t), t, encoder_hidden_states=context).sample
         weight = (MIN_SNR_GAMMA / snr[t]).clamp(max=1)
         return (weight * (predicted - noise).square().mean((1, 2, 3))).mean()
 

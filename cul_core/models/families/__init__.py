@@ -1,0 +1,5 @@
+"""The families of this library; importing this package registers all of them."""
+
+from . import sd1 as sd1
+from . import sd2 as sd2
+from . import sdxl as sdxl

@@ -1,0 +1,52 @@
+"""Stable Diffusion 2.x, which predicts noise or, in newer files, the velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..family import Family, TextEncoder, register
+from ..noise_process import DiscreteProcess
+from .sd1 import SD1
+from .unet_layout import ROLES, UNET_PREFIX, recognize
+
+_SPREAD = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+
+
+def predicting_velocity(family: Family) -> Family:
+    """The family's networks that predict the velocity."""
+    return replace(
+        family,
+        display_name="Stable Diffusion 2.x (v-prediction)",
+        process=DiscreteProcess("v_prediction"),
+        latent_shape=(4, 96, 96),
+        image_size_px=768,
+    )
+
+
+def _variant(family: Family, header: Mapping[str, dict], read: Callable[[str], Tensor]) -> Family:
+    """The prediction is told, as ComfyUI tells it, by how far the values of one tensor are spread."""
+    if _SPREAD in header and read(_SPREAD).float().std(correction=0) > 0.09:
+        return predicting_velocity(family)
+    return family
+
+
+SD2 = register(
+    Family(
+        "sd2",
+        "Stable Diffusion 2.x",
+        signature=(320, 1024),
+        latent_shape=(4, 64, 64),
+        latent_scale=0.18215,
+        image_size_px=512,
+        sampling_batch=4,
+        prefix=UNET_PREFIX,
+        roles=ROLES,
+        recognize=recognize,
+        variant=_variant,
+        recipe=SD1.recipe,  # nobody published other values
+        text_encoders=(TextEncoder("cond_stage_model.model.", is_open_clip=True, pads_with_zero=True),),
+    )
+)
