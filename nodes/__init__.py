@@ -9,9 +9,33 @@ logger = logging.getLogger(__name__)
 
 def node_classes() -> list[type[io.ComfyNode]]:
     """Every node of the pack, in the order in which a graph uses them."""
-    from . import compare, concepts, evaluate, history, load_model, merge, save, settings, store, unlearn
+    from . import (
+        compare,
+        concepts,
+        evaluate,
+        history,
+        load_model,
+        merge,
+        registered,
+        save,
+        settings,
+        store,
+        unlearn,
+    )
 
-    modules = (load_model, concepts, settings, unlearn, merge, compare, evaluate, save, history, store)
+    modules = (
+        load_model,
+        concepts,
+        settings,
+        registered,
+        unlearn,
+        merge,
+        compare,
+        evaluate,
+        save,
+        history,
+        store,
+    )
     return [node for module in modules for node in module.NODES]
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io, ui
 
+from ..cul_core.audits.classification import classifier_of
 from ..cul_core.audits.classifier_scores import LABELS, METRICS, table
-from ..cul_core.base.errors import ModelError
-from ..cul_core.minicanvas.family import MINI
 from ..cul_core.models.load_diffusers import NetworkCache
 from ..cul_core.output.charts import metric_chart
 from ..cul_core.output.drift import drift_map, drift_of, total_drift
@@ -63,16 +62,9 @@ class EvaluateForgetting(UnlearningNode):
 
     @classmethod
     def execute(cls, model, pictures, sampling_seed, earlier=()):
-        if model.value.family != MINI:
-            raise ModelError(
-                f"Evaluate Forgetting has no classifier for {model.value.family.display_name}; use Compare "
-                "Before/After there."
-            )
-        from ..cul_core.minicanvas.judge import Judge, evaluate
-        from ..cul_core.minicanvas.suites import suite_of
-
-        suite, targets = suite_of([concept["target"] for concept in model.value.forgotten])
-        total, networks = len(suite.shots(targets, pictures)), NetworkCache()
+        classifier = classifier_of(model.value.family)
+        names = [concept["target"] for concept in model.value.forgotten]
+        total, networks = classifier.count(names, pictures), NetworkCache()
         progress = _host.Progress(total)
 
         def on_batch(done: int) -> None:
@@ -81,13 +73,11 @@ class EvaluateForgetting(UnlearningNode):
             progress.say(f"picture {done} of {total}", now=False)
 
         with _host.normal_tensors(), _host.training_device(networks.free) as device:
-            scores = evaluate(
+            scores = classifier.evaluate(
                 networks.get(model.value.source, device),
                 model.value,
-                Judge(),
-                targets,
+                names,
                 seed=sampling_seed,
-                suite=suite,
                 per_cell=pictures,
                 on_batch=on_batch,
             )

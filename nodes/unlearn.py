@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.concepts.captions import anchor_prompts
 from ..cul_core.concepts.concept import KINDS
 from ..cul_core.concepts.parsing import ConceptList, parse_keep, parse_requests
 from ..cul_core.history.unlearn_model import UnlearnModel
 from ..cul_core.models.load_diffusers import NetworkCache, require_diffusers
 from ..cul_core.output.charts import labelled_grid, loss_curve
 from ..cul_core.output.report import brief_text, step_text
-from ..cul_core.requests.presets import PRESETS, preset
+from ..cul_core.requests.presets import PRESETS
 from ..cul_core.requests.previews import preview_prompts
 from ..cul_core.requests.request import Request
+from ..cul_core.requests.resolve import Overrides, resolve
 from ..cul_core.store.steps import StepStore
 from ..cul_core.training.callbacks import Callbacks
 from ..cul_core.training.resume import StateStore
@@ -71,16 +70,11 @@ def _outputs() -> list:
     ]
 
 
-def _preset_request(
+def _request(
     loaded: LoadedModel, concepts: ConceptList, name: str, train_seed: int, method, regularizers, training
 ) -> Request:
-    chosen = preset(name).for_family(loaded.value.family)
-    given = {"method": method, "regularizers": regularizers}
-    chosen = replace(
-        chosen, **{part: value for part, value in given.items() if value is not None}
-    ).with_settings(training or {})
-    prompts = anchor_prompts(loaded.value.family, concepts.targets)
-    return chosen.request(concepts.targets, retain=concepts.keep, anchor_prompts=prompts, seed=train_seed)
+    overrides = Overrides(method, regularizers, training or {}, seed=train_seed)
+    return resolve(name, loaded.value.family, concepts.targets, concepts.keep, overrides)
 
 
 class _Watch:
@@ -213,7 +207,7 @@ class UnlearnStep(UnlearningNode):
     def execute(
         cls, model, concepts, preset, train_seed, preview_every, method=None, regularizers=None, training=None
     ):
-        request = _preset_request(model, concepts, preset, train_seed, method, regularizers, training)
+        request = _request(model, concepts, preset, train_seed, method, regularizers, training)
         return _forget(model, [request], preview_every)
 
 
@@ -274,7 +268,7 @@ class UnlearnSequence(UnlearningNode):
         kept = ConceptList((), parse_keep(keep, kind))
         lists = [kept + ConceptList(targets) for targets in parse_requests(requests, kind, anchor)]
         steps = [
-            _preset_request(model, concepts, preset, train_seed, method, regularizers, training)
+            _request(model, concepts, preset, train_seed, method, regularizers, training)
             for concepts in lists
         ]
         return _forget(model, steps, preview_every)

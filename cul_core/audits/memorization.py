@@ -25,6 +25,7 @@ from ..models.sampling import SamplerConfig, generator_for, sample_latents
 from ..parts.training_config import TrainingConfig
 from ..requests.presets import Preset
 from ..requests.request import Request
+from ..requests.resolve import Overrides, adapt, resolve
 from ..store.anchors import anchor_generator
 
 Similarity = Callable[[Tensor], Tensor]
@@ -130,6 +131,7 @@ def memorization_request(
     anchor_seed: int = 0,
     retain: Sequence[Concept] = (),
     chosen: Preset | None = None,
+    overrides: Overrides | None = None,
     config: MemorizationConfig | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Request, dict[str, float]]:
@@ -143,7 +145,8 @@ def memorization_request(
         seed: of the training.
         anchor_seed: of all pictures.
         retain: concepts declared as to be kept.
-        chosen: how to train and to sample; if not given, `MEMORIZATION` as it is for this family.
+        chosen: how to train and to sample; `MEMORIZATION` if it is not given.
+        overrides: what is wanted otherwise.
         config: thresholds.
         check: called after each batch of pictures; may raise to stop.
 
@@ -151,20 +154,17 @@ def memorization_request(
         ConceptError: the caption does not draw the picture, or too few paraphrases draw anything else.
         ModelError: the model's pictures cannot be decoded here.
     """
-    chosen, config, caption = (
-        chosen or MEMORIZATION.for_family(network.family),
-        config or MemorizationConfig(),
-        caption.strip(),
-    )
-    sampler = chosen.anchor_sampler
+    chosen, config, caption = chosen or MEMORIZATION, config or MemorizationConfig(), caption.strip()
+    overrides = replace(overrides or Overrides(), seed=seed, anchor_seed=anchor_seed)
+    adapted = adapt(chosen, network.family, overrides)
+    sampler = adapted.anchor_sampler
     rates = copy_rates(network, [caption, *paraphrases], similarity, config, sampler, anchor_seed, check)
     concepts, anchors = sorted_captions(caption, rates, config)
     prompts = captions_without_copies(
-        network, anchors, similarity, config, sampler, chosen.anchor_count, anchor_seed, check
+        network, anchors, similarity, config, sampler, adapted.anchor_count, anchor_seed, check
     )
-    return chosen.request(
-        concepts, retain=retain, anchor_prompts=prompts, seed=seed, anchor_seed=anchor_seed
-    ), rates
+    overrides = replace(overrides, anchor_prompts=prompts)
+    return resolve(chosen, network.family, concepts, retain, overrides), rates
 
 
 def copy_rates(

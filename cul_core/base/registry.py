@@ -23,8 +23,6 @@ class Entry(Generic[T]):
     display_name: str
     description: str
     paper: str
-    families: tuple[str, ...]
-    groups: tuple[str, ...]
 
 
 class Registry(Generic[T]):

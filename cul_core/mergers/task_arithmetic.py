@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..models.weight_roles import GROUPS
 from .base import MERGERS, Deltas, Merger, WeightedConfig, names_in, weighted_sum
 
 
@@ -22,8 +21,6 @@ class TaskArithmeticConfig(WeightedConfig):
     display_name="Task Arithmetic",
     description="The sum of the models' changes: nothing is diluted, but damage to the rest adds up too.",
     paper="Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023, arXiv 2212.04089",
-    families=("mini", "sd1", "sd2", "sdxl"),
-    groups=tuple(GROUPS),
 )
 class TaskArithmetic(Merger):
     """W = W0 + strength * sum_i weight_i tau_i, (Ilharco et al., section 2)."""

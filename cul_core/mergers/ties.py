@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..base.config import setting
 from ..base.topk import count_of_fraction, top_k
-from ..models.weight_roles import GROUPS
 from .base import MERGERS, Deltas, Merger, WeightedConfig, names_in, weighted_sum
 
 
@@ -58,8 +57,6 @@ class TiesConfig(WeightedConfig):
     description="Keeps the largest changes of each model, elects a sign per weight, and averages the "
     "changes that have it.",
     paper="Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708",
-    families=("mini", "sd1", "sd2", "sdxl"),
-    groups=tuple(GROUPS),
 )
 class Ties(Merger):
     """W = W0 + strength * disjoint_merge(elect(trim(tau_i))), (Yadav et al., algorithm 1).

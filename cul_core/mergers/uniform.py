@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..base.config import Config
-from ..models.weight_roles import GROUPS
 from .base import MERGERS, Deltas, Merger, names_in, weighted_sum
 
 
@@ -23,8 +22,6 @@ class UniformConfig(Config):
     display_name="Uniform",
     description="The mean of the models: every request is diluted by the number of models.",
     paper="Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482",
-    families=("mini", "sd1", "sd2", "sdxl"),
-    groups=tuple(GROUPS),
 )
 class Uniform(Merger):
     """W = W0 + (1/n) sum_i tau_i, (Wortsman et al., section 2)."""

@@ -46,6 +46,8 @@ class Method:
     blocks_first_token = False
     student_calls = teacher_calls = 1
 
+    needs: tuple[str, ...] = ()
+
     def __init__(self, config: Config):
         self.config = config
 

@@ -79,8 +79,6 @@ def masked_error(error: Tensor, mask: Tensor | None = None) -> Tensor:
     display_name="Concept Ablation",
     description="Teaches the model to draw the anchor when asked for the target.",
     paper="Kumari et al., Ablating Concepts in Text-to-Image Diffusion Models, ICCV 2023, arXiv 2303.13516",
-    families=("mini", "sd1", "sd2", "sdxl"),
-    groups=("kv", "attn2", "attn", "full"),
 )
 class ConAbl(Method):
     """L = mean_b sum_{c,y,x} m (f_W(z_t, t, E(p*)) - sg[f_teacher(z_t, t, E(p))])^2 / sum_{y,x} m (Kumari et
@@ -98,6 +96,7 @@ class ConAbl(Method):
     """
 
     config: ConAblConfig
+    needs = ("text_readers",)
 
     def __init__(self, config: ConAblConfig):
         super().__init__(config)

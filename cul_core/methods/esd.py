@@ -85,8 +85,6 @@ def erasing_goal(null: Tensor, concept: Tensor, wider: Tensor, negative_guidance
     description="Teaches the model to steer away from the target when asked for it; needs no anchor "
     "pictures.",
     paper="Gandikota et al., Erasing Concepts from Diffusion Models, ICCV 2023, arXiv 2303.07345",
-    families=("mini", "sd1", "sd2", "sdxl"),
-    groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class ESD(Method):
     """L = mean (f_W(z_t, t, c_f) - sg[f_T(z_t, t, c_f) - eta (f_T(z_t, t, c_e) - f_T(z_t, t, null))])^2 over

@@ -125,8 +125,6 @@ def exchanged(mask: Tensor, scores: Tensor, share: float) -> Tensor:
     "goes on.",
     paper="Sculpting Memory: Multi-Concept Forgetting in Diffusion Models via Dynamic Mask and "
     "Concept-Aware Optimization, ICCV 2025, arXiv 2504.09039",
-    families=("mini", "sd1", "sd2", "sdxl"),
-    groups=("kv", "attn2", "attn", "full"),
 )
 class SculpMem(ConAbl):
     """L = L_conabl + distillation sum_c mean (f_W(x_a, t, c) - f_start(x_a, t, c))^2, under a mask that

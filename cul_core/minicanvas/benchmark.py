@@ -15,7 +15,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -34,9 +34,11 @@ from ..output.charts import PAPER_PANELS, metric_chart, save_picture, stacked
 from ..output.checkpoint import open_model
 from ..requests.presets import Preset, preset
 from ..requests.request import Request
+from ..requests.resolve import Overrides, resolve
 from ..store.steps import StepStore
 from ..training.step import run_step
 from . import models
+from .family import MINI
 from .judge import Judge, evaluate, measure_for
 from .suites import STYLE_SUITE, SUITES, Suite
 from .workers import prepare_worker
@@ -166,14 +168,9 @@ class Run:
             stopping = {"evaluate_every": 25, "patience": max(iterations // 4, 25)}
         else:
             targets = targets[-1:]
-        chosen = replace(chosen, training=replace(chosen.training, iterations=iterations, **stopping))
-        return chosen.request(
-            self.suite.concepts(targets),
-            retain=self.suite.keep(),
-            anchor_prompts=self.suite.captions(targets),
-            seed=self.seed * 1000 + k,
-            anchor_seed=self.seed,
-        )
+        training = {"iterations": iterations, **stopping}
+        overrides = Overrides(training=training, seed=self.seed * 1000 + k, anchor_seed=self.seed)
+        return resolve(chosen, MINI, self.suite.concepts(targets), self.suite.keep(), overrides)
 
     def merger(self, k: int) -> TiesConfig:
         """How `ties` merges the first k results."""

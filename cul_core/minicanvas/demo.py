@@ -30,10 +30,12 @@ from ..models.source import source_of
 from ..output.charts import labelled_grid, metric_chart, save_picture, to_image
 from ..output.checkpoint import load_edits, open_model, save_checkpoint, save_edits
 from ..requests.presets import preset
+from ..requests.resolve import Overrides, resolve
 from ..store.anchors import AnchorStore
 from ..training.callbacks import Callbacks
 from ..training.step import run_step
 from . import models
+from .family import MINI
 from .judge import Judge, evaluate, take
 from .suites import STYLE_SUITE
 from .workers import prepare_worker
@@ -130,12 +132,12 @@ def _run_chain(plan: Plan, run: str) -> float:
     callbacks = Callbacks(on_progress=lambda progress: _worker.progress.put(_ITERATION_COST))
     seconds = []
     for k, target in enumerate(plan.targets, 1):
-        request = preset(run).request(
+        request = resolve(
+            run,
+            MINI,
             STYLE_SUITE.concepts([target]),
-            retain=STYLE_SUITE.keep(),
-            anchor_prompts=STYLE_SUITE.captions([target]),
-            seed=plan.seed * 1000 + k,
-            anchor_seed=plan.seed,
+            STYLE_SUITE.keep(),
+            Overrides(seed=plan.seed * 1000 + k, anchor_seed=plan.seed),
         )
         model, report = run_step(model, request, callbacks=callbacks, store=store, networks=_worker.networks)
         seconds.append(report.record.seconds)

@@ -21,6 +21,12 @@ def _captions() -> Captions:
     return Captions(for_styles=as_subject, subjects=OBJECTS, for_others=as_anchor)
 
 
+def _classifier() -> object:
+    from .judge import MiniCanvasClassifier  # it reads weights
+
+    return MiniCanvasClassifier()
+
+
 MINI = register(
     Family(
         "mini",
@@ -40,5 +46,6 @@ MINI = register(
         text_encoders=(TextEncoder(TEXT_PREFIX),),
         captions=_captions(),
         is_small=True,
+        classifier=_classifier,
     )
 )

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..audits.classification import Classifier
 from ..audits.classifier_scores import Scores, Shot, Verdict, score
-from ..base.errors import ConceptError
+from ..base.errors import ConceptError, brief_repr
 from ..history.unlearn_model import UnlearnModel, weights_of
 from ..models.network import Network
 from ..models.sampling import SamplerConfig, generator_for, sample_latents
@@ -19,7 +20,7 @@ from ..requests.request import Request
 from ..training.early_stopping import Measure
 from . import models
 from .suites import STYLE_SUITE, Suite, suite_of
-from .world import OBJECTS, STYLE_LABELS
+from .world import OBJECTS, STYLE_BY_NAME, STYLE_LABELS
 
 
 class Judge:
@@ -134,3 +135,43 @@ def measure_for(request: Request, judge: Judge | None = None) -> Measure:
         return None if scores.ira_declared is None else (scores.ua, scores.ira_declared)
 
     return measure
+
+
+class MiniCanvasClassifier(Classifier):
+    """The classifier of MiniCanvas as audits ask for it; styles or objects, by what is asked about."""
+
+    def __init__(self):
+        self._judge = Judge()
+
+    def check(self, names: Sequence[str]) -> None:
+        suite, targets = suite_of(names)
+        known = {target.replace("_", " ") for target in targets} | set(targets)
+        if unknown := [name for name in names if name not in known]:
+            choice = ", ".join(OBJECTS if suite.domain == "object" else STYLE_BY_NAME)
+            raise ConceptError(
+                f"MiniCanvas has no {suite.domain} {brief_repr(unknown[0])} to score; choose among "
+                f"{choice}, "
+                "of one kind at a time."
+            )
+
+    def count(self, names: Sequence[str], per_cell: int) -> int:
+        suite, targets = suite_of(names)
+        return len(suite.shots(targets, per_cell))
+
+    def evaluate(
+        self,
+        network: Network,
+        model: UnlearnModel,
+        names: Sequence[str],
+        *,
+        seed: int,
+        per_cell: int = 1,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> Scores:
+        suite, targets = suite_of(names)
+        return evaluate(
+            network, model, self._judge, targets, seed=seed, suite=suite, per_cell=per_cell, on_batch=on_batch
+        )
+
+    def measure_for(self, request: Request) -> Measure:
+        return measure_for(request, self._judge)

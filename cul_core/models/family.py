@@ -98,6 +98,7 @@ class Family:
         closed_vocabulary: whether the text encoder knows no words but those that are one token.
         text_encoders: the network reads their rows side by side.
         captions: templates of its own for anchor prompts.
+        classifier: makes what classifies its images (`audits.classification.Classifier`), where that exists.
         is_small: whether it fits any memory, and is too small to gain by `frozen_layers`.
     """
 
@@ -121,6 +122,7 @@ class Family:
     text_encoders: tuple[TextEncoder, ...] = ()
     captions: Captions | None = None
     is_small: bool = False
+    classifier: Callable[[], Any] | None = None
 
     def config(self, part: str) -> dict[str, Any]:
         """Constructor arguments of `unet`, of a text encoder or of `vae`."""

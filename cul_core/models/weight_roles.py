@@ -18,6 +18,8 @@ GROUPS = {
 }
 """Name of a parameter group -> role of its weights."""
 
+ROLES = frozenset(GROUPS.values())
+
 READING_TEXT = ("kv", "attn2", "attn", "full")
 """Groups among whose weights are the text readers."""
 

@@ -30,6 +30,8 @@ class Regularizer:
 
     needs_anchor_latents = False
 
+    needs: tuple[str, ...] = ()
+
     def __init__(self, config: Config):
         self.config = config
 

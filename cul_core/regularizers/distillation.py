@@ -163,8 +163,6 @@ class _Held:
     "kept, and what it did before the step where it draws what earlier steps forgot.",
     paper="In the spirit of Song et al., Towards Lifelong Few-Shot Customization of Text-to-Image "
     "Diffusion, 2024, arXiv 2411.05544",
-    families=("mini", "sd1", "sd2", "sdxl"),
-    groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class Distillation(Regularizer):
     """L = L_unlearn + a L_keep + b L_previous, where the latter two are the mean over states (z, t) of

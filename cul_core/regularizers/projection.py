@@ -121,8 +121,6 @@ def regularized_projector(rows: Tensor) -> Tensor:
     "their text.",
     paper="Continual Unlearning for Text-to-Image Diffusion Models: A Regularization Perspective, ICLR "
     "2026, arXiv 2511.07970",
-    families=("mini", "sd1", "sd2", "sdxl"),
-    groups=("kv", "attn2", "attn", "full"),
 )
 class GradientProjection(Regularizer):
     """W c stays the same for every protected text vector c: the change D of each K/V matrix becomes D (I - Q
@@ -156,6 +154,7 @@ class GradientProjection(Regularizer):
     """
 
     config: ProjectionConfig
+    needs = ("text_readers",)
 
     def prepare(self, context: StepContext) -> None:
         network, self._readers = context.network, context.text_readers

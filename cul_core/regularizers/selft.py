@@ -115,8 +115,6 @@ def top_masks(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     "are.",
     paper="Continual Unlearning for Text-to-Image Diffusion Models: A Regularization Perspective, ICLR "
     "2026, arXiv 2511.07970",
-    families=("mini", "sd1", "sd2", "sdxl"),
-    groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class SelFT(Regularizer):
     """Only the floor(tau N) weights with the highest score change, N the number of trained values of all

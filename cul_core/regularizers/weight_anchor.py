@@ -93,8 +93,6 @@ class _WeightAnchor(Regularizer):
     display_name="L1-SP",
     description="Pulls every changed weight back by a constant amount, so that few weights stay changed.",
     paper="Li et al., ICML 2018, arXiv 1802.01483; Continual Unlearning, ICLR 2026, arXiv 2511.07970",
-    families=("mini", "sd1", "sd2", "sdxl"),
-    groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class L1SP(_WeightAnchor):
     """R = (1/N) sum |w - w_ref|; proximal step sign(D) max(|D| - lr lambda / N, 0), N the number of trained
@@ -120,8 +118,6 @@ class L1SP(_WeightAnchor):
     description="Pulls changed weights back in proportion to their change, so that the whole drift stays "
     "small.",
     paper="Li et al., ICML 2018, arXiv 1802.01483; Continual Unlearning, ICLR 2026, arXiv 2511.07970",
-    families=("mini", "sd1", "sd2", "sdxl"),
-    groups=("kv", "attn2", "attn", "non-attn2", "full"),
 )
 class L2SP(_WeightAnchor):
     """R = (1/N) sum (w - w_ref)^2; proximal step D / (1 + 2 lr lambda / N), N the number of trained elements.

@@ -24,7 +24,7 @@ from ..models.free_memory import free_memory, release_memory
 from ..models.load_diffusers import NetworkCache
 from ..models.network import Network
 from ..models.sampling import generator_for
-from ..models.weight_roles import role_of
+from ..models.weight_roles import READING_TEXT, ROLES, role_of
 from ..parts.step_context import StepContext
 from ..regularizers import REGULARIZERS
 from ..requests.request import Request
@@ -227,15 +227,17 @@ def _check_supported(model: UnlearnModel, request: Request) -> None:
         *((REGULARIZERS, config) for config in request.regularizers),
     ]:
         entry = registry.of(config)
-        for value, allowed, what in (
-            (model.family.name, entry.families, "model family"),
-            (request.training.group, entry.groups, "parameter group"),
-        ):
-            if value not in allowed:
-                raise ConfigError(
-                    f"{entry.display_name} does not support {what} {value!r}; it supports "
-                    f"{', '.join(allowed)}."
-                )
+        needs, group = entry.cls(config).needs, request.training.group
+        if "text_readers" in needs and group not in READING_TEXT:
+            raise ConfigError(
+                f"{entry.display_name} does not support parameter group {group!r}; it supports "
+                f"{', '.join(READING_TEXT)}."
+            )
+        if missing := [need for need in needs if need in ROLES and need not in model.family.roles]:
+            raise ConfigError(
+                f"{entry.display_name} does not support {model.family.display_name}, which has no "
+                f"{missing[0].replace('_', ' ')}; choose another one."
+            )
 
 
 def _check_going_on(callbacks: Callbacks) -> None:

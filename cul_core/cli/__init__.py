@@ -1,0 +1,48 @@
+"""The command line: `python -m cul_core demo | unlearn | merge | evaluate | audit | benchmark | inspect |
+store`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..base.errors import Cancelled, CulError
+from . import audit, benchmark, demo, evaluate, inspect, merge, store, unlearn
+
+_COMMANDS = (demo, unlearn, merge, evaluate, audit, benchmark, store, inspect)
+_EXIT_ERROR = 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="cul_core", description="Make a text-to-image model forget, one request after another."
+    )
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 with one line on stderr for an error a user can mend."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    arguments = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names are shown on any terminal
+    try:
+        arguments.run(arguments)
+    except CulError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return _EXIT_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write(f"error: {Cancelled('Cancelled; nothing was written.')}\n")
+        return 130
+    return 0

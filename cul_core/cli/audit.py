@@ -1,0 +1,63 @@
+"""Audits an edited checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ..base.config import Config
+from .common import ProgressLine, add_command, say, write_json
+
+
+def add(commands: Any) -> None:
+    """Adds the command to argparse's group, with a command of its own for every registered audit."""
+    from ..audits import AUDITS
+
+    parser = add_command(commands, "audit", run, "Ask an edited checkpoint for what should be gone.")
+    audits = parser.add_subparsers(required=True, metavar="AUDIT", dest="audit")
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    for entry in AUDITS:
+        audit = audits.add_parser(entry.name, help=entry.description, formatter_class=formatter)
+        audit.add_argument("model", type=Path, help="checkpoint to audit")
+        audit.add_argument("--pretrained", type=Path, help="the file that it was made from")
+        audit.add_argument(
+            "--tokenizer", type=Path, metavar="FOLDER", help="CLIP's vocab.json and merges.txt"
+        )
+        audit.add_argument(
+            "--target", nargs="*", default=[], help="what should be gone; the history's if not given"
+        )
+        _add_settings(audit, entry.config())
+
+
+def _add_settings(parser: argparse.ArgumentParser, defaults: Config) -> None:
+    for field in fields(defaults):
+        rules, default = field.metadata, getattr(defaults, field.name)
+        option = f"--{field.name.replace('_', '-')}"
+        if isinstance(default, bool):
+            parser.add_argument(
+                option, action=argparse.BooleanOptionalAction, default=default, help=rules["help"]
+            )
+        else:
+            choices = rules.get("choices")
+            parser.add_argument(
+                option, type=type(default), choices=choices, default=default, help=rules["help"]
+            )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from ..audits import AUDITS
+    from ..concepts.parsing import parse_concept
+    from ..models.load_diffusers import NetworkCache
+    from ..output.checkpoint import open_model
+
+    entry = AUDITS.get(arguments.audit)
+    config = entry.config(**{field.name: getattr(arguments, field.name) for field in fields(entry.config)})
+    model = open_model(arguments.model, arguments.pretrained)
+    show, network = ProgressLine(), NetworkCache(arguments.tokenizer).get(model.source)
+    concepts = [parse_concept(target) for target in arguments.target]
+    report = entry.cls(config).run(network, model, concepts, lambda done, total: show(done / total, 0.0))
+    say(f"{report.verdict}\n{report.text}")
+    figures = {name: asdict(figure) for name, figure in report.figures.items()}
+    write_json(arguments.json, {"verdict": report.verdict, "figures": figures})

@@ -1,0 +1,78 @@
+"""Measures every way of forgetting on MiniCanvas."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .common import add_command, check_within, say, write_json
+
+
+def add(commands: Any) -> None:
+    """Adds the command to argparse's group."""
+
+    parser = add_command(
+        commands,
+        "benchmark",
+        run,
+        "Measure every way of forgetting on MiniCanvas; goes on where an earlier run stopped.",
+    )
+    parser.add_argument("--suite", choices=("styles", "objects"), default="styles", help="what is forgotten")
+    parser.add_argument(
+        "--cells",
+        nargs="*",
+        metavar="CELL",
+        help="presets, such as plain, or 'plain ties', 'plain simultaneous'; the paper's if not given",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[1, 2], help="seeds of training and evaluation"
+    )
+    parser.add_argument(
+        "--orders",
+        nargs="+",
+        choices=("a", "b"),
+        default=["a", "b"],
+        help="fixed orders of the requests; the seeds take them in turn",
+    )
+    parser.add_argument("--requests", type=int, help="how many requests; all of the suite if not given")
+    parser.add_argument("--pictures", type=int, default=1, help="pictures per style and object")
+    parser.add_argument("--compare", choices=("paper",), help="print the paper's figures beside")
+    parser.add_argument(
+        "--workers", type=int, help="processes, of one thread each; one per core if not given"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmark"), help="folder for results, figure and finished steps"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from ..files.paths import check_writable
+    from ..minicanvas.benchmark import Cell, grid, result_table, run_benchmark, write_figure
+    from ..minicanvas.suites import SUITES
+
+    suite = SUITES[arguments.suite]
+    check_within("--requests", arguments.requests or suite.longest, 1, suite.longest)
+    check_within("--pictures", arguments.pictures, 1, 100)
+    cells = [Cell.parse(name) for name in arguments.cells] if arguments.cells else grid()
+    check_writable(arguments.out)
+
+    def show(done: int, total: int, name: str) -> None:
+        sys.stderr.write(f"{done} of {total} runs{f': {name}' if name else ''}\n")
+
+    lines = run_benchmark(
+        arguments.out,
+        cells=cells,
+        seeds=arguments.seeds,
+        suite=suite,
+        orders=arguments.orders,
+        requests=arguments.requests,
+        pictures=arguments.pictures,
+        workers=arguments.workers,
+        on_progress=show,
+    )
+    say(result_table(lines, arguments.compare == "paper"))
+    figure = write_figure(lines, arguments.out)
+    say(f"results: {(arguments.out / 'results.jsonl').resolve()}\nfigure: {figure.resolve()}")
+    write_json(arguments.json, {"lines": lines})

@@ -1,0 +1,89 @@
+"""What commands share: output, checks of options, and adding a command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..base.errors import ConfigError, brief_repr
+
+if TYPE_CHECKING:
+    import torch
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str
+) -> argparse.ArgumentParser:
+    """A command's parser, with the option that all have; `commands` is argparse's group of them."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = commands.add_parser(name, help=help, description=help, formatter_class=formatter)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    return parser
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+class ProgressLine:
+    """One line on a terminal, rewritten in place; in a log, a line for every tenth of the way."""
+
+    def __init__(self):
+        self._last_tenth = -1
+
+    def __call__(self, share: float, seconds_left: float) -> None:
+        text = f"{100 * share:3.0f} %, {int(seconds_left // 60)}:{int(seconds_left % 60):02d} left"
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{text}   " + ("\n" if share >= 1 else ""))
+        elif int(10 * share) > self._last_tenth:
+            self._last_tenth = int(10 * share)
+            sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    def tell(self, text: str) -> None:
+        """A message on a line of its own."""
+        sys.stderr.write(("\r" if sys.stderr.isatty() else "") + text + "\n")
+        sys.stderr.flush()
+
+
+def write_json(path: Path | None, values: dict) -> None:
+    if path is not None:
+        from ..files.atomic_write import write_atomically
+
+        data = (json.dumps(values, indent=1) + "\n").encode()
+        write_atomically(path, lambda file: file.write(data))
+
+
+def check_can_write(*files: Path | None) -> None:
+    """See `check_name` and `check_writable`; before hours of work depend on it."""
+    from ..files.paths import check_name, check_writable
+
+    for file in files:
+        if file is not None:
+            check_name(file)
+            check_writable(file.parent)
+
+
+def check_within(option: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{option} is {value}; give a number between {low} and {high}.")
+
+
+def usable_device(name: str) -> torch.device:
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    # unknown name, no such device, or PyTorch built without it
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"--device is {brief_repr(name)}, which PyTorch cannot use here ({brief_repr(reason)}); give "
+            "cpu, or a device of this machine."
+        ) from error
