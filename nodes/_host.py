@@ -118,7 +118,7 @@ def weights_of(model: Any, clip: Any, vae: Any | None) -> dict[str, torch.Tensor
 
 
 def prediction_type(model: Any) -> str:
-    """What a MODEL predicts, as `families.Family` calls it; the host's own word if it is another thing."""
+    """What a MODEL predicts, as `DiscreteProcess` calls it; the host's own word if it is another thing."""
     name = model.model.model_type.name
     return {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}.get(name, name)
 

@@ -23,7 +23,7 @@ _made: set[Path] = set()
 
 
 def _described(value: UnlearnModel) -> str:
-    predicted = {"epsilon": "noise", "v_prediction": "velocity"}[value.family.prediction_type]
+    predicted = {"epsilon": "noise", "v_prediction": "velocity"}[value.family.process.prediction_type]
     return (
         f"{model_text(value)}\n{stored_dtypes(value.source.path, value.family)}, predicts {predicted}, "
         f"{value.family.image_size_px} px"
@@ -142,10 +142,10 @@ class UnlearnFromModel(UnlearningNode):
         source = snapshot_model(_folders.model_snapshots(), weights, on_tensor)
         _made.add(source.path)
         value = UnlearnModel(source, detect_family(source.path))
-        if value.family.prediction_type != _host.prediction_type(model):
+        if value.family.process.prediction_type != _host.prediction_type(model):
             raise ModelError(
                 f"The MODEL predicts {_host.prediction_type(model)!r}, where {value.family.display_name} "
-                f"predicts {value.family.prediction_type!r}; choose another model."
+                f"predicts {value.family.process.prediction_type!r}; choose another model."
             )
         loaded = LoadedModel(value, model, clip, vae)
         progress.update(1)
