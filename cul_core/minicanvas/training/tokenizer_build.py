@@ -1,6 +1,6 @@
 """Makes the tokenizer folder: byte-level BPE in CLIP's format, in which every word of the world is one token.
 
-    python -m cul_core.minicanvas.tokenizer_build
+    python -m cul_core.minicanvas.training.tokenizer_build
 
 Merges are learnt the usual way (the most frequent pair first) until no word is left in pieces. Ids: 256 byte
 symbols, the same ending a word, one per merge, start, end. Any other text still encodes, in smaller pieces.

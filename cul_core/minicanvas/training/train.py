@@ -1,7 +1,7 @@
 """Makes all weights of MiniCanvas from nothing and prints their figures.
 
-    python -m cul_core.minicanvas.train --work build/minicanvas --out cul_core/minicanvas/weights [--workers
-    2]
+    python -m cul_core.minicanvas.training.train --work build/minicanvas --out cul_core/minicanvas/weights
+                                                 [--workers 2]
 
 Four stages, each skipped when its result is in the work folder: autoencoder, classifier, UNet with text
 encoder, figures. Workers are processes of one thread each that average their gradients; about an hour and a
