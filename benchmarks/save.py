@@ -66,18 +66,14 @@ def make_source(path: Path, size_gb: float) -> None:
 def model_of(source: Path):
     """The source with an edit on every key and value matrix of its cross-attentions."""
     from cul_core.files.safetensors_format import read_header
-    from cul_core.models.load_diffusers import checkpoint_key_map
-    from cul_core.models.weight_roles import reads_text
+    from cul_core.models.weight_roles import keys_with_role
     from cul_core.output.checkpoint import open_model
 
     header, _, _ = read_header(source)
-    keys = {name: key for name, key in checkpoint_key_map(source).items() if reads_text(name)}
     model = open_model(source)
-    return type(model)(
-        model.source,
-        model.family,
-        {name: torch.full(header[key]["shape"], 1e-3) for name, key in keys.items()},
-    )
+    keys = keys_with_role(model.family, "text_readers", header)
+    edits = {key: torch.full(header[key]["shape"], 1e-3) for key in keys}
+    return type(model)(model.source, model.family, edits)
 
 
 def peak_bytes() -> int:
@@ -118,15 +114,14 @@ def way_to_write(way: str, source: Path, target: Path) -> Callable[[], None]:
         return partial(copy, source, target)
     if way == "cp":
         return lambda: (copy(source, target), flush(target))
-    from cul_core.models import load_diffusers as loading
+    from cul_core.models import source as sources
     from cul_core.output.checkpoint import save_checkpoint
 
     model = model_of(source)
     if way == "load_all":
-        keys = loading.checkpoint_key_map(source)
-        return partial(load_all, source, target, {keys[name]: delta for name, delta in model.edits.items()})
+        return partial(load_all, source, target, dict(model.edits))
     if way == "ours_hashing":
-        loading._sha256.cache_clear()
+        sources._sha256.cache_clear()
     return partial(save_checkpoint, model, target)
 
 

@@ -21,9 +21,9 @@ from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAbl
 from cul_core.models.build_diffusers import require_diffusers
 from cul_core.models.families.unet_layout import UNET_PREFIX
-from cul_core.models.load_diffusers import checkpoint_key_map, load_network
+from cul_core.models.load_diffusers import load_network
 from cul_core.models.source import source_of
-from cul_core.models.weight_roles import reads_text
+from cul_core.models.weight_roles import keys_with_role
 from cul_core.output.checkpoint import (
     difference,
     load_edits,
@@ -41,9 +41,8 @@ def with_edits(model, request, scale=0.01):
     header, _, _ = read_header(model.source.path)
     generator = torch.Generator().manual_seed(len(model.history))
     edits = {
-        name: scale * torch.randn(header[key]["shape"], generator=generator)
-        for name, key in checkpoint_key_map(model.source.path).items()
-        if reads_text(name)
+        key: scale * torch.randn(header[key]["shape"], generator=generator)
+        for key in keys_with_role(model.family, "text_readers", header)
     }
     result = UnlearnModel(model.source, model.family, edits).content_hash
     record = StepRecord(
@@ -100,18 +99,16 @@ def test_checkpoint_differs_from_its_source_only_in_the_edited_tensors(
     (before, old_metadata, _), (after, metadata, _) = read_header(model.source.path), read_header(path)
     assert after == before
     assert old_metadata.items() <= metadata.items()
-    keys = checkpoint_key_map(model.source.path)
-    edited_keys = {keys[name] for name in model.edits}
     # keys and values of seven cross-attentions: two down, one in the middle, four up
-    assert len(edited_keys) == 14
+    assert len(model.edits) == 14
     old, new = tensor_bytes(model.source.path), tensor_bytes(path)
-    assert {key for key in old if old[key] != new[key]} == edited_keys
+    assert {key for key in old if old[key] != new[key]} == set(model.edits)
     bases, weights = load_file(model.source.path), load_file(path)
-    unet = dict(load_network(path).unet.named_parameters())
+    loaded = load_network(path).weights("all")
     for name, delta in model.edits.items():
-        expected = (bases[keys[name]].float() + delta).to(dtype)
-        assert torch.equal(weights[keys[name]], expected)
-        assert torch.equal(unet[name], expected.float())
+        expected = (bases[name].float() + delta).to(dtype)
+        assert torch.equal(weights[name], expected)
+        assert torch.equal(loaded[name], expected.float())
 
 
 def test_header_tells_history_and_hashes_of_parent_and_result(random_model, edited, saved):
@@ -437,11 +434,11 @@ def test_with_its_source_at_hand_the_edits_come_back_within_fp16_rounding(random
     opened = open_model(saved, random_checkpoint)
     assert opened.history == edited.history and opened.source.path == random_checkpoint
     assert opened.edits.keys() == edited.edits.keys()
-    bases, keys = load_file(random_checkpoint), checkpoint_key_map(random_checkpoint)
+    bases = load_file(random_checkpoint)
     for name, delta in edited.edits.items():
         # rounding to fp16 is at most half a unit in the last of 11 significant bits, or 2^-25 where numbers
         # are subnormal
-        bound = (bases[keys[name]].float() + delta).abs() * 2**-11 + 2**-25
+        bound = (bases[name].float() + delta).abs() * 2**-11 + 2**-25
         assert ((opened.edits[name] - delta).abs() <= bound).all()
     assert difference(random_checkpoint, random_checkpoint) == {}
 
@@ -514,13 +511,13 @@ def test_a_missing_or_untested_diffusers_is_named_with_the_command_that_mends_it
             raise PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr("cul_core.models.load_diffusers.version", version)
+    monkeypatch.setattr("cul_core.models.build_diffusers.version", version)
     with pytest.raises(ModelError, match=said + '.*pip install "diffusers>=0.33,<0.40"'):
         require_diffusers()
 
 
 def test_the_bounds_on_diffusers_are_those_of_the_package(monkeypatch):
-    monkeypatch.setattr("cul_core.models.load_diffusers.version", lambda name: "9")
+    monkeypatch.setattr("cul_core.models.build_diffusers.version", lambda name: "9")
     with pytest.raises(ModelError) as caught:
         require_diffusers()
     requirement = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][

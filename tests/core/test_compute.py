@@ -16,9 +16,10 @@ from cul_core.methods import METHODS
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.sculpmem import SculpMemConfig
 from cul_core.minicanvas.family import MINI
+from cul_core.models.build_diffusers import build_unet
+from cul_core.models.diffusers_network import DiffusersNetwork
 from cul_core.models.families.sd1 import SD1
 from cul_core.models.load_diffusers import NetworkCache
-from cul_core.models.weight_roles import group_names
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.base import Regularizer
 from cul_core.regularizers.distillation import DistillationConfig
@@ -41,6 +42,7 @@ EVERYTHING = {
     "method": SculpMemConfig(warm_up=1, interval=1, distillation=1.0, preservation=1.0, replay=0.5),
     "regularizers": [ProjectionConfig(), L1SPConfig(), SelFTConfig(states=2), DISTILLATION],
 }
+BLANK = DiffusersNetwork(MINI, build_unet(MINI), (), None, None)
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -280,7 +282,7 @@ def test_memory_that_runs_out_elsewhere_is_the_same_error(step, make_request, ra
 def test_masters_take_updates_that_bf16_would_lose_and_w0_is_never_rounded(
     step, make_request, watching, low_networks, random_model, networks
 ):
-    exact = dict(networks["random"].get(random_model.source).unet.named_parameters())
+    exact = networks["random"].get(random_model.source).weights("all")
     network = low_networks["bfloat16"].get(random_model.source, dtype=torch.bfloat16)
     before = unet_state(network)
     assert before["conv_in.weight"].dtype == torch.bfloat16
@@ -422,7 +424,7 @@ def kept_by_autograd(network, rows):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    weights = [network.unet.get_parameter(name) for name in group_names(network.unet, "kv")]
+    weights = network.weights("text_readers").values()
     for weight in weights:
         weight.requires_grad_(True)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -437,48 +439,43 @@ def kept_by_autograd(network, rows):
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_counted_activations_are_those_that_autograd_keeps(rows, random_network):
-    counted = passes(MINI, torch.float32, "kv", rows)
+    counted = passes(BLANK, torch.float32, "kv", rows)
     assert counted.kept_bytes == pytest.approx(kept_by_autograd(random_network, rows), rel=0.1)
     assert counted.teacher_bytes < counted.kept_bytes <= counted.training_bytes
 
 
 def test_more_pictures_take_more_and_checkpointing_and_half_precision_take_less():
-    one, two, four = (passes(MINI, torch.float32, "kv", rows) for rows in (1, 2, 4))
+    one, two, four = (passes(BLANK, torch.float32, "kv", rows) for rows in (1, 2, 4))
     assert one.training_bytes < two.training_bytes < four.training_bytes < 4.2 * one.training_bytes
     assert four.forward_flops == 4 * one.forward_flops < 1.2 * four.backward_flops
-    again = passes(MINI, torch.float32, "kv", 4, is_checkpointed=True)
+    again = passes(BLANK, torch.float32, "kv", 4, is_checkpointed=True)
     assert (
         again.training_bytes < 0.7 * four.training_bytes and again.backward_flops > 1.2 * four.backward_flops
     )
-    assert passes(MINI, torch.bfloat16, "kv", 4).training_bytes < 0.6 * four.training_bytes
+    assert passes(BLANK, torch.bfloat16, "kv", 4).training_bytes < 0.6 * four.training_bytes
 
 
 def test_the_parts_of_an_estimate(make_request):
     request = make_request(batch_size=4, iterations=10)
-    trained = 4 * sum(weight.numel() for weight in kv_of_mini())
-    exact, low = (estimate_step(MINI, request, "cpu", compute) for compute in (Compute(), BF16))
+    trained = 4 * sum(weight.numel() for weight in BLANK.weights("text_readers").values())
+    exact, low = (estimate_step(BLANK, request, "cpu", compute) for compute in (Compute(), BF16))
     # weights, gradients, two moments; and exact W0
     assert exact.trained_bytes == 4 * trained and low.trained_bytes == 5 * trained
-    assert estimate_step(MINI, request, "cpu", BF16, is_edited=True).trained_bytes == 6 * trained
-    assert estimate_step(MINI, request, "cpu", BF16, is_offloaded=True).trained_bytes == 0
+    assert estimate_step(BLANK, request, "cpu", BF16, is_edited=True).trained_bytes == 6 * trained
+    assert estimate_step(BLANK, request, "cpu", BF16, is_offloaded=True).trained_bytes == 0
     assert exact.network_bytes == 2 * low.network_bytes and exact.margin_bytes == 0 < exact.seconds
-    split = estimate_step(MINI, request, "cpu", Compute(largest_micro_batch=1))
+    split = estimate_step(BLANK, request, "cpu", Compute(largest_micro_batch=1))
     assert split.passes_bytes < 0.5 * exact.passes_bytes and split.seconds > 1.1 * exact.seconds
     preserving = make_request(batch_size=4, method=ConAblConfig(preservation=1.0))
-    assert estimate_step(MINI, preserving, "cpu", Compute()).passes_bytes > 1.8 * exact.passes_bytes
-
-
-def kv_of_mini():
-    from cul_core.models.build_diffusers import build_unet
-
-    unet = build_unet(MINI)
-    return [unet.get_parameter(name) for name in group_names(unet, "kv")]
+    assert estimate_step(BLANK, preserving, "cpu", Compute()).passes_bytes > 1.8 * exact.passes_bytes
 
 
 def test_the_fastest_way_that_fits_is_chosen(make_request, monkeypatch):
     needs = {(1, "off"): 4, (1, "on"): 2}
 
-    def estimate(family, request, device, compute, *, is_edited=False, is_offloaded=False, with_seconds=True):
+    def estimate(
+        network, request, device, compute, *, is_edited=False, is_offloaded=False, with_seconds=True
+    ):
         scale = (compute.largest_micro_batch or 4) / 4 if compute.checkpointing == "on" else 1
         return Estimate(
             0,
@@ -490,10 +487,11 @@ def test_the_fastest_way_that_fits_is_chosen(make_request, monkeypatch):
 
     monkeypatch.setattr("cul_core.training.memory_plan.estimate_step", estimate)
     request, cpu = make_request(batch_size=4), torch.device("cpu")
+    sd1 = DiffusersNetwork(SD1, build_unet(SD1), (), None, None)
 
     def way(free, checkpointing="auto", dtype="bfloat16"):
         compute = Compute(dtype, checkpointing)
-        chosen, is_offloaded, found = planned(SD1, request, cpu, compute, free)
+        chosen, is_offloaded, found = planned(sd1, request, cpu, compute, free)
         return chosen.checkpointing, chosen.largest_micro_batch, is_offloaded, found.memory_bytes
 
     assert way(None) == way(500) == ("auto", 0, False, 408)
@@ -503,7 +501,7 @@ def test_the_fastest_way_that_fits_is_chosen(make_request, monkeypatch):
     assert way(55) == way(1) == ("on", 1, True, 50)
     assert way(1, dtype="float32") == ("on", 1, False, 58)
     assert way(300, "off")[0] == "off"
-    assert planned(MINI, request, cpu, Compute(), 1) == (Compute(), False, None)
+    assert planned(BLANK, request, cpu, Compute(), 1) == (Compute(), False, None)
 
 
 def test_what_is_needed_is_said_before_the_step_begins(tiny_model, make_request, anchors, tiny_networks):

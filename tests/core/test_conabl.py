@@ -6,18 +6,17 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from toy_network import WIDTH, Toy
 
 from cul_core.base.errors import ConceptError, ModelError
 from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAbl, ConAblConfig, masked_error
 from cul_core.minicanvas.family import MINI
 from cul_core.models.families.sd1 import SD1
+from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.sampling import generator_for
-from cul_core.models.weight_roles import group_names
 from cul_core.parts.step_context import StepContext
 from cul_core.parts.training_config import TrainingConfig
-from cul_core.training.loop import _first_token_blocked
 from cul_core.training.step import run_step
 
 
@@ -40,10 +39,7 @@ def context_for(network, concepts, anchor_prompts, latents, previous=(), batch_s
 @pytest.fixture
 def trainable_kv(random_network):
     """Keys and values of the random UNet, with gradients for the test."""
-    weights = [
-        random_network.unet.get_parameter(name).requires_grad_(True)
-        for name in group_names(random_network.unet, "kv")
-    ]
+    weights = [weight.requires_grad_(True) for weight in random_network.weights("text_readers").values()]
     yield weights
     for weight in weights:
         weight.requires_grad_(False)
@@ -83,17 +79,19 @@ def test_anchor_prompts_that_mention_the_target_or_an_earlier_one_are_dropped(ra
 
 
 def test_blocked_start_token_takes_no_part_in_the_weights_gradient():
-    torch.manual_seed(0)
-    layer = nn.Linear(5, 3, bias=False)
-    tokens, seen = torch.randn(2, 4, 5), torch.randn(2, 4, 3)
-    with _first_token_blocked([layer]):
+    network = Toy()
+    network.shared_rows = 1
+    layer = network.text_readers()[0].requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    tokens, seen = torch.randn(2, 4, WIDTH, generator=generator), torch.randn(2, 4, 2, generator=generator)
+    with network.shared_rows_detached():
         (layer(tokens) * seen).sum().backward()
     # dL/dW = sum over tokens i >= 1 of delta_i c_i^T, delta_i = seen_i
     assert torch.allclose(
         layer.weight.grad, torch.einsum("bio,bid->od", seen[:, 1:], tokens[:, 1:]), atol=1e-6
     )
     layer.weight.grad = None
-    with _first_token_blocked([layer]):
+    with network.shared_rows_detached():
         (layer(tokens[:, :1]) * seen[:, :1]).sum().backward()
     assert layer.weight.grad.abs().max() == 0
     assert not layer._forward_hooks
@@ -204,14 +202,14 @@ def preserving(network, prediction_type):
     method = ConAbl(ConAblConfig(preservation=0.5))
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     method.prepare(context_for(network, Concept("Lava"), ("a star",), latents, batch_size=1))
-    method._prediction_type = prediction_type
+    method._process = DiscreteProcess(prediction_type)
     seen = []
     method.loss(
         lambda *inputs: seen.append(inputs) or inputs[0],
         lambda *inputs: inputs[0],
         torch.Generator().manual_seed(1),
     )
-    (noisy, timestep, embeddings), abar = seen[-1], method._schedule.alphas_cumprod
+    (noisy, timestep, embeddings), abar = seen[-1], method._process.alphas_cumprod
     assert torch.equal(embeddings.text, network.encode(["a star"]).text)
     signal, sigma = abar[timestep].sqrt(), (1 - abar[timestep]).sqrt()
     noise = (noisy - signal * latents) / sigma

@@ -12,9 +12,7 @@ from cul_core.base.errors import Cancelled
 from cul_core.concepts.concept import Concept
 from cul_core.history.unlearn_model import weights_of
 from cul_core.methods.conabl import ConAblConfig
-from cul_core.models.diffusers_network import swapped_weights
 from cul_core.models.sampling import generator_for
-from cul_core.models.weight_roles import group_names
 from cul_core.parts.prompt_vectors import target_vector
 from cul_core.parts.step_context import StepContext
 from cul_core.parts.training_config import TrainingConfig
@@ -68,7 +66,7 @@ def predict_with(network, weights=None):
     """The UNet's prediction, under other weights if they are given."""
 
     def predict(latents, timesteps, embeddings):
-        with swapped_weights(network.unet, weights or {}):
+        with network.with_weights(weights or {}):
             return network.predict(latents, timesteps, embeddings)
 
     return torch.no_grad()(predict)
@@ -76,7 +74,8 @@ def predict_with(network, weights=None):
 
 @contextmanager
 def trainable(network, names):
-    parameters = [network.unet.get_parameter(name).requires_grad_() for name in names]
+    everything = network.weights("all")
+    parameters = [everything[name].requires_grad_() for name in names]
     try:
         yield parameters
     finally:
@@ -181,8 +180,7 @@ def test_a_term_without_weight_or_prompts_asks_no_teacher(prepared, weights, nam
 
 
 def test_no_gradient_where_keys_and_values_of_the_prompts_are_unchanged(prepared, random_network):
-    unet = random_network.unet
-    pretrained = {name: unet.get_parameter(name).data for name in group_names(unet, "kv")}
+    pretrained = {name: weight.data for name, weight in random_network.weights("text_readers").items()}
     teacher, generator, sizes = predict_with(random_network, pretrained), torch.Generator().manual_seed(3), []
     # all there is to keep, of 154 of 192 directions at most
     rows = random_network.encode(["", "a star"]).text.flatten(0, 1)
@@ -197,7 +195,7 @@ def test_no_gradient_where_keys_and_values_of_the_prompts_are_unchanged(prepared
             for name, weight in pretrained.items()
         }
         distillation = prepared(captions=("a star",))
-        with swapped_weights(unet, student), trainable(random_network, pretrained) as parameters:
+        with random_network.with_weights(student), trainable(random_network, pretrained) as parameters:
             term = distillation.loss_terms(random_network.predict, teacher, teacher)["keep"]
             sizes.append(sum(gradient.norm().item() for gradient in torch.autograd.grad(term, parameters)))
     assert sizes[1] < 1e-4 * sizes[0]
@@ -210,19 +208,17 @@ def test_teachers_are_w0_and_the_start_take_no_gradient_and_leave_the_students_w
     step, random_model, random_network, make_request, monkeypatch
 ):
     first, _ = step(make_request("Denim", learning_rate=1e-2, iterations=1))
-    pretrained = {name: random_network.unet.get_parameter(name).data.clone() for name in first.edits}
+    weights = random_network.weights("all")
+    pretrained = {name: weights[name].data.clone() for name in first.edits}
     known = {"pretrained": pretrained, "start": weights_of(first, pretrained)}
     original, calls = Distillation.loss_terms, []
 
     def watched(self, student, pretrained, start):
         def around(name, teacher):
             def call(*inputs):
-                before = {name: random_network.unet.get_parameter(name).data.clone() for name in first.edits}
+                before = {name: weights[name].data.clone() for name in first.edits}
                 predicted = teacher(*inputs)
-                assert all(
-                    torch.equal(random_network.unet.get_parameter(name).data, weight)
-                    for name, weight in before.items()
-                )
+                assert all(torch.equal(weights[name].data, weight) for name, weight in before.items())
                 assert not predicted.requires_grad and torch.equal(
                     predicted, predict_with(random_network, known[name])(*inputs)
                 )

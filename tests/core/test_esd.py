@@ -4,16 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
 
 from cul_core.base.errors import Cancelled, ConfigError
 from cul_core.concepts.concept import Concept
 from cul_core.methods.esd import ESD, ESDConfig, erasing_goal
+from cul_core.models.flow_process import FlowProcess
 from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.sampling import generator_for
 from cul_core.models.text_conditioning import Conditioning
 from cul_core.models.trajectory_buffer import TrajectoryBuffer, run_trajectory
-from cul_core.models.weight_roles import group_names
+from cul_core.models.weight_roles import role_of
 from cul_core.parts.step_context import StepContext
 from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers.projection import ProjectionConfig
@@ -70,23 +70,16 @@ def noise(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def buffer_of(network, prompts=("a cat", "a house"), *, schedule=None, **settings):
-    schedule = schedule or partial(DiscreteProcess().ddim, "epsilon", 5)
+def buffer_of(network, prompts=("a cat", "a house"), **settings):
     settings = {"size": 3, "refresh_every": 4} | settings
     return TrajectoryBuffer(
         network.encode(prompts),
         network.encode([""]),
         (4, 8, 8),
-        schedule,
+        partial(DiscreteProcess().trajectory, 5),
         partial(generator_for, 7, "trajectory"),
         **settings,
     )
-
-
-def euler(steps=5):
-    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    scheduler.set_timesteps(steps)
-    return scheduler
 
 
 # --- the goal
@@ -178,58 +171,44 @@ def test_kept_states_are_bit_for_bit_those_of_a_run_from_the_same_seed_up_to_the
     for number, kept in enumerate(buffer.trajectories):
         assert kept.states.dtype == torch.float16 and kept.states.shape == (5, 4, 8, 8)
         for stop in range(5):
-            scheduler = DiscreteProcess().ddim("epsilon", 5)
+            solver = DiscreteProcess().trajectory(5)
             latents = torch.randn(1, 4, 8, 8, generator=generator_for(7, "trajectory", number))
-            for timestep in scheduler.timesteps[:stop]:
+            for time in solver.times[:stop]:
                 empty, full = predict(
-                    torch.cat([latents, latents]), timestep, Conditioning.cat([null, prompts[kept.prompt]])
+                    torch.cat([latents, latents]), time, Conditioning.cat([null, prompts[kept.prompt]])
                 ).chunk(2)
-                latents = scheduler.step(empty + 3.0 * (full - empty), timestep, latents).prev_sample
+                latents = solver.step(empty + 3.0 * (full - empty), time, latents)
             assert torch.equal(kept.states[stop], latents[0].half()), (number, stop)
 
 
 @pytest.mark.parametrize(
     "fresh",
     [
-        partial(DiscreteProcess().ddim, "epsilon", 5),
-        partial(DiscreteProcess().ddim, "v_prediction", 5),
-        euler,
+        partial(DiscreteProcess().trajectory, 5),
+        partial(DiscreteProcess("v_prediction").trajectory, 5),
+        partial(FlowProcess(shift=3.0).trajectory, 5),
     ],
 )
-def test_a_schedulers_step_leads_from_every_kept_state_to_the_next(fresh, random_network, predict):
+def test_a_solvers_step_leads_from_every_kept_state_to_the_next(fresh, random_network, predict):
     null, prompt = random_network.encode(["", "a cat"])
     kept = run_trajectory(predict, prompt, null, noise(2, 4, 8, 8), fresh(), 3.0)
-    assert torch.equal(kept.timesteps, fresh().timesteps)
+    assert torch.equal(kept.times, fresh().times)
     for i in range(4):
-        state, scheduler = kept.states[i].float()[None], fresh()
-        inputs = scheduler.scale_model_input(state, kept.timesteps[i])
-        empty, full = predict(
-            inputs.expand(2, -1, -1, -1), kept.timesteps[i], Conditioning.cat([null, prompt])
-        ).chunk(2)
-        following = scheduler.step(empty + 3.0 * (full - empty), kept.timesteps[i], state).prev_sample[0]
+        state, time = kept.states[i].float()[None], kept.times[i]
+        empty, full = predict(state.expand(2, -1, -1, -1), time, Conditioning.cat([null, prompt])).chunk(2)
+        following = fresh().step(empty + 3.0 * (full - empty), time, state)[0]
         expected = kept.states[i + 1].float()
         # fp16 of both, through the network
         assert (following - expected).abs().max() < 4e-3 * expected.abs().max()
 
 
-def test_states_of_sigma_scaled_schedulers_reach_the_network_scaled(random_network, predict):
-    inputs, sigmas = [], euler().sigmas
-
-    def watched(latents, timesteps, embeddings):
-        inputs.append(latents[0].clone())
-        return predict(latents, timesteps, embeddings)
-
-    buffer = buffer_of(random_network, schedule=euler, size=1)
-    drawn = buffer.draw(watched, 40, torch.Generator().manual_seed(0))
+def test_drawn_states_are_kept_ones_with_their_own_times(random_network, predict):
+    buffer = buffer_of(random_network, size=1)
+    drawn = buffer.draw(predict, 40, torch.Generator().manual_seed(0))
     (kept,) = buffer.trajectories
-    assert kept.states[0].float().std() > 5  # sigma of the first step is about 14
-    scaled = [kept.states[k].float() / (sigmas[k] ** 2 + 1) ** 0.5 for k in range(5)]
-    for k in range(5):
-        torch.testing.assert_close(inputs[k], scaled[k], atol=2e-3, rtol=2e-3)
-    for latents, timestep in zip(drawn.latents, drawn.timesteps, strict=True):
-        k = kept.timesteps.tolist().index(timestep)
-        torch.testing.assert_close(latents, scaled[k], atol=1e-5, rtol=1e-5)
-    assert len(set(drawn.timesteps.tolist())) == 5
+    for latents, time in zip(drawn.latents, drawn.times, strict=True):
+        assert torch.equal(latents, kept.states[kept.times.tolist().index(time)].float())
+    assert len(set(drawn.times.tolist())) == 5
 
 
 def test_the_oldest_trajectory_is_replaced_every_so_many_draws_and_the_rest_stays(random_network, predict):
@@ -271,7 +250,7 @@ def test_training_lowers_the_loss_and_changes_only_its_group(
     edited, report = run_step(random_model, request, store=NoAnchors(), networks=networks["random"])
     losses = torch.tensor(report.losses)
     assert losses[-10:].mean() < 0.7 * losses[:10].mean()
-    names = set(group_names(random_network.unet, group))
+    names = set(random_network.weights(role_of(group)))
     assert edited.edits and set(edited.edits) <= names
 
 

@@ -65,19 +65,18 @@ def test_a_lora_of_full_rank_is_the_edit_and_of_lower_rank_its_best_approximatio
 
 def test_convolutions_and_biases_are_exported_too(random_model, tmp_path):
     generator = torch.Generator().manual_seed(0)
-    shapes = {"conv_in.weight": (64, 4, 3, 3), "conv_in.bias": (64,)}
+    module = "diffusion_model.input_blocks.0.0"
+    weight, bias = f"model.{module}.weight", f"model.{module}.bias"
+    shapes = {weight: (64, 4, 3, 3), bias: (64,)}
     edits = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     model = UnlearnModel(random_model.source, random_model.family, edits)
     lora = load_file(save_lora(model, tmp_path / "l.safetensors", 1000)[0])
     exact = load_file(save_difference(model, tmp_path / "d.safetensors"))
-    module = "diffusion_model.input_blocks.0.0"
     assert lora[f"{module}.lora_down.weight"].shape[1:] == (4, 3, 3) and lora[
         f"{module}.lora_up.weight"
     ].shape[2:] == (1, 1)
-    assert torch.allclose(
-        applied(lora, f"{module}.weight").reshape(64, 4, 3, 3), edits["conv_in.weight"], atol=1e-5
-    )
-    assert all(torch.equal(tensors[f"{module}.diff_b"], edits["conv_in.bias"]) for tensors in (lora, exact))
+    assert torch.allclose(applied(lora, f"{module}.weight").reshape(64, 4, 3, 3), edits[weight], atol=1e-5)
+    assert all(torch.equal(tensors[f"{module}.diff_b"], edits[bias]) for tensors in (lora, exact))
 
 
 def test_nothing_to_write_and_an_impossible_rank_are_refused(random_model, edited, tmp_path):
@@ -89,11 +88,11 @@ def test_nothing_to_write_and_an_impossible_rank_are_refused(random_model, edite
 
 
 def test_drift_is_measured_against_the_pretrained_tensor(random_model, random_network):
-    parameters = dict(random_network.unet.named_parameters())
-    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    parameters = random_network.weights("all")
+    name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     model = UnlearnModel(random_model.source, random_model.family, {name: 0.25 * parameters[name].data})
     (drift,) = drift_of(model)
     assert drift.name == name and drift.percent == pytest.approx(25, rel=1e-4)
     assert total_drift([drift, drift]) == pytest.approx(2**0.5 * drift.distance)
-    assert short_name(name) == "down 0.0.0 attn2.to_k"
+    assert short_name(name) == "in 1.1.0 attn2.to_k"
     assert drift_map("Drift", [drift]).size[0] > 300 and drift_map("Drift of nothing", []).size[1] > 20

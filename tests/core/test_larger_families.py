@@ -18,14 +18,13 @@ from cul_core.methods import METHODS
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.esd import ESDConfig
 from cul_core.models.families.sdxl import SDXL
-from cul_core.models.family import V_PREDICTION
-from cul_core.models.load_diffusers import checkpoint_key_map, load_network
+from cul_core.models.load_diffusers import load_network
 from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.recognize import detect_family
 from cul_core.models.sampling import SamplerConfig, generator_for, sample_latents
 from cul_core.models.text_conditioning import Conditioning
 from cul_core.models.trajectory_buffer import run_trajectory
-from cul_core.models.weight_roles import group_names, reads_text
+from cul_core.models.weight_roles import keys_with_role
 from cul_core.output.checkpoint import difference, open_model, save_checkpoint
 from cul_core.output.lora import save_difference, save_lora
 from cul_core.regularizers import REGULARIZERS
@@ -146,7 +145,7 @@ def test_methods_and_regularizers_train_it_and_change_only_their_group(
     method, regularizers, step, tiny_network, make_request
 ):
     edited, report = step(make_request(method=method, regularizers=regularizers, iterations=2))
-    assert edited.edits and set(edited.edits) <= set(group_names(tiny_network.unet, "kv"))
+    assert edited.edits and set(edited.edits) <= set(tiny_network.weights("text_readers"))
     assert all(torch.isfinite(torch.tensor(report.losses)))
 
 
@@ -158,7 +157,7 @@ def test_erasing_lowers_the_loss_and_changes_only_its_group(step, tiny_network, 
         make_request("Denim", method=method, iterations=15, learning_rate=2e-3, group="attn2")
     )
     assert report.losses[-1] < 0.5 * report.losses[0]
-    assert edited.edits and set(edited.edits) <= set(group_names(tiny_network.unet, "attn2"))
+    assert edited.edits and set(edited.edits) <= set(tiny_network.weights("cross_attention"))
 
 
 # --- files
@@ -173,11 +172,8 @@ def test_saved_checkpoint_has_every_other_byte_of_its_source_and_opens_again(tin
     path = save_checkpoint(edited, tmp_path / "edited.safetensors")
     (before, _, _), (after, metadata, _) = read_header(tiny_model.source.path), read_header(path)
     assert before == after and "cul_history" in metadata and "model_ema.decay" in after
-    keys = checkpoint_key_map(tiny_model.source.path)
     old, new = load_file(tiny_model.source.path), load_file(path)
-    assert {key for key in old if not torch.equal(old[key], new[key])} == {
-        keys[name] for name in edited.edits
-    }
+    assert {key for key in old if not torch.equal(old[key], new[key])} == set(edited.edits)
     rounded = difference(path, tiny_model.source.path)
     for name, delta in edited.edits.items():
         assert (rounded[name] - delta).abs().max() <= 2**-10  # half an fp16 step of weights below 2
@@ -185,8 +181,7 @@ def test_saved_checkpoint_has_every_other_byte_of_its_source_and_opens_again(tin
 
 
 def test_edits_are_exported_in_the_hosts_names(tiny_model, edited, tmp_path):
-    keys = checkpoint_key_map(tiny_model.source.path)
-    modules = {keys[name].removeprefix("model.").removesuffix(".weight") for name in edited.edits}
+    modules = {key.removeprefix("model.").removesuffix(".weight") for key in edited.edits}
     assert all(module.startswith("diffusion_model.") and ".attn2.to_" in module for module in modules)
     assert load_file(save_difference(edited, tmp_path / "difference.safetensors")).keys() == {
         f"{module}.diff" for module in modules
@@ -213,10 +208,10 @@ def test_full_size_file_is_loaded_and_written_with_one_matrix_changed(
         encoded.pooled is None if pooled is None else encoded.pooled.shape == pooled
     )
     model = open_model(path)
-    name, key = min(item for item in checkpoint_key_map(path).items() if reads_text(item[0]))
+    key = min(keys_with_role(model.family, "text_readers", shapes()))
     edit = torch.full(shapes()[key], 0.5)
     with safe_open(
-        save_checkpoint(replace(model, edits={name: edit}), tmp_path / "edited.safetensors"), "pt"
+        save_checkpoint(replace(model, edits={key: edit}), tmp_path / "edited.safetensors"), "pt"
     ) as file:
         assert {k for k in file.keys() if file.get_tensor(k).any()} == {key}
         assert torch.equal(file.get_tensor(key), edit.half())
@@ -236,10 +231,10 @@ def marked(source, path, **tensors):
 @only_xl
 def test_xl_that_predicts_the_velocity_is_told_by_its_marks(tiny_model, tmp_path):
     mark, path = torch.empty(0), tmp_path / "a.safetensors"
-    assert tiny_model.family.prediction_type == "epsilon"
+    assert tiny_model.family.process == DiscreteProcess("epsilon")
     for names, noisy in ((["v_pred"], False), (["v_pred", "ztsnr"], True)):
         family = detect_family(marked(tiny_model.source.path, path, **dict.fromkeys(names, mark)))
-        assert (family.prediction_type, family.ends_in_noise) == ("v_prediction", noisy)
+        assert (family.process.prediction_type, family.process.ends_in_noise) == ("v_prediction", noisy)
     assert load_network(path).family == open_model(path).family == family
 
 
@@ -254,7 +249,7 @@ def test_sd2_that_predicts_the_velocity_is_told_by_the_spread_of_one_tensor(tmp_
         ).repeat(160)
         save_file(tensors, tmp_path / "a.safetensors")
         family = detect_family(tmp_path / "a.safetensors")
-        assert (family.prediction_type, family.latent_shape, family.image_size_px) == found
+        assert (family.process.prediction_type, family.latent_shape, family.image_size_px) == found
 
 
 @only_xl
@@ -280,29 +275,31 @@ def test_checkpoint_that_cannot_be_edited_is_refused_with_the_reason(more, said,
 def test_sampling_finds_the_picture_of_a_network_that_knows_it(predicted, noisy):
     """Whatever z_t is, the network knows the picture x in it: noise e = (z - a x) / s, velocity a e - s x =
     (a z - x) / s."""
-    family = replace(
-        V_PREDICTION["sdxl"], prediction_type=predicted, ends_in_noise=noisy, latent_shape=(4, 8, 8)
-    )
-    schedule = DiscreteProcess(ends_in_noise=noisy)
+    process = DiscreteProcess(predicted, noisy)
+    family = replace(SDXL, process=process, latent_shape=(4, 8, 8))
     picture = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def predict(latents, timesteps, embeddings):
-        signal, sigma = schedule.coefficients(timesteps.long().expand(len(latents)))
+        signal, sigma = process.coefficients(timesteps.long().expand(len(latents)))
         return (
             (latents - signal * picture) if predicted == "epsilon" else (signal * latents - picture)
         ) / sigma
 
     prompts = Conditioning(torch.zeros(1, 77, 8))
     network = SimpleNamespace(
-        device="cpu", family=family, encode=lambda texts: prompts.expand(len(texts)), predict=predict
+        device="cpu",
+        family=family,
+        process=process,
+        encode=lambda texts: prompts.expand(len(texts)),
+        predict=predict,
     )
     (sampled,) = sample_latents(
         network, ["a cat"], [generator_for(0)], SamplerConfig(steps=6, guidance_scale=1.0)
     )
     torch.testing.assert_close(sampled, picture, atol=2e-3, rtol=0)
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
-    kept = run_trajectory(predict, prompts, prompts, noise, schedule.ddim(predicted, 5), 1.0)
-    signal, sigma = schedule.coefficients(kept.timesteps)
+    kept = run_trajectory(predict, prompts, prompts, noise, process.trajectory(5), 1.0)
+    signal, sigma = process.coefficients(kept.times)
     # deterministic DDIM keeps picture and noise as they are in the first state
     first = (noise - signal[0] * picture) / sigma[0]
     torch.testing.assert_close(kept.states.float(), signal * picture + sigma * first, atol=3e-3, rtol=0)

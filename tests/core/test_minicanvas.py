@@ -28,7 +28,6 @@ from cul_core.minicanvas.world import (
     caption,
     styles_in,
 )
-from cul_core.models.diffusers_network import swapped_weights
 from cul_core.models.sampling import SamplerConfig, generator_for, sample_latents
 
 
@@ -165,11 +164,11 @@ def test_the_classifier_rejects_most_pictures_of_a_deliberately_ruined_model(shi
     generator = torch.Generator().manual_seed(4)
     ruined = {
         name: p.data + 0.8 * p.data.std() * torch.randn(p.shape, generator=generator)
-        for name, p in shipped_network.unet.named_parameters()
+        for name, p in shipped_network.weights("all").items()
         if p.dim() > 1
     }
     prompts = [EVALUATION_TEMPLATE.format(object=name, style="Lava") for name in OBJECTS] * 2
-    with swapped_weights(shipped_network.unet, ruined):
+    with shipped_network.with_weights(ruined):
         latents = sample_latents(
             shipped_network, prompts, [generator_for(0, "ruined", i) for i in range(20)], SamplerConfig()
         )

@@ -16,7 +16,6 @@ from cul_core.mergers.uniform import UniformConfig
 from cul_core.methods.base import Method
 from cul_core.minicanvas.family import MINI
 from cul_core.models.sampling import SamplerConfig
-from cul_core.models.weight_roles import reads_text
 from cul_core.parts.prompt_vectors import prompt_rows, target_vector
 from cul_core.regularizers.projection import (
     GradientProjection,
@@ -130,11 +129,11 @@ def protected(random_network, names=("Navy_Stripes", "Lava")):
 
 
 def relative_change(model, network, vectors):
-    parameters = dict(network.unet.named_parameters())
+    readers = network.weights("text_readers")
     return max(
-        ((delta.double() @ vectors.T).norm() / (parameters[name].double() @ vectors.T).norm()).item()
+        ((delta.double() @ vectors.T).norm() / (readers[name].double() @ vectors.T).norm()).item()
         for name, delta in model.edits.items()
-        if reads_text(name)
+        if name in readers
     )
 
 
@@ -178,7 +177,7 @@ def prepared(random_model, networks, anchors, make_request, monkeypatch):
 
 def test_a_hundred_updates_with_weight_decay_leave_what_becomes_of_protected_text(prepared, random_network):
     projection, _ = prepared(ProjectionConfig())
-    name, generator = "block.attn2.to_k.weight", torch.Generator().manual_seed(0)
+    name, generator = min(random_network.weights("text_readers")), torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(64, 192, generator=generator))
     before, optimizer = weight.detach().clone(), torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1)
     for _ in range(100):
@@ -198,13 +197,11 @@ def test_what_is_orthogonal_to_protected_text_and_every_other_matrix_is_left_alo
     ).float()
     exact, _ = prepared(ProjectionConfig())
     reference, _ = prepared(ProjectionConfig(**ProjectionConfig.REFERENCE))
-    torch.testing.assert_close(
-        exact.constrain("b.attn2.to_v.weight", change, None), change, atol=1e-5, rtol=0
-    )
-    torch.testing.assert_close(
-        reference.transform_gradient("b.attn2.to_v.weight", change), change, atol=1e-4, rtol=0
-    )
-    for name in ("b.attn2.to_q.weight", "b.attn1.to_k.weight"):
+    value = next(name for name in random_network.weights("text_readers") if name.endswith("to_v.weight"))
+    torch.testing.assert_close(exact.constrain(value, change, None), change, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reference.transform_gradient(value, change), change, atol=1e-4, rtol=0)
+    for end in ("attn2.to_q.weight", "attn1.to_k.weight"):
+        name = next(name for name in random_network.weights("attention") if name.endswith(end))
         assert exact.constrain(name, change, None) is None
         assert reference.transform_gradient(name, change) is change
 

@@ -83,12 +83,12 @@ def runner(random_model, random_network, networks, anchors):
 
         def measure(network, check):
             check()
-            weight = network.unet.get_parameter(
-                "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-            )
+            weight = network.weights("text_readers")[
+                "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+            ]
             return 50 + 10 * torch.tanh(weight.mean()).item(), 50.0
 
-        random_network._scores = None  # as in a program that starts
+        networks["random"].last_result.clear()  # as in a program that starts
         callbacks = Callbacks(should_stop=should_stop, **watch)
         edited, report = run_step(
             model or random_model,

@@ -14,10 +14,8 @@ from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.sculpmem import SculpMem, SculpMemConfig, exchanged, largest, turnover_at
 from cul_core.minicanvas.family import MINI
-from cul_core.models.diffusers_network import swapped_weights
 from cul_core.models.families.sd1 import SD1
 from cul_core.models.sampling import SamplerConfig, generator_for
-from cul_core.models.weight_roles import group_names
 from cul_core.parts.prompt_vectors import target_vector
 from cul_core.parts.step_context import StepContext
 from cul_core.parts.training_config import TrainingConfig
@@ -84,8 +82,8 @@ def prepared(random_network):
         concepts=("Lava",), previous=(), prompts=("a star", "a house"), iterations=100, start=None, **settings
     ):
         if start is None:
-            parameters = dict(random_network.unet.named_parameters())
-            start = {name: parameters[name].data for name in group_names(random_network.unet, "kv")}
+            readers = random_network.weights("text_readers")
+            start = {name: weight.data for name, weight in readers.items()}
         latents = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(0))
         method = SculpMem(SculpMemConfig(**settings))
         context = StepContext(
@@ -205,7 +203,7 @@ def test_in_the_form_of_the_reference_momentum_moves_what_has_left_the_mask(watc
 def test_biases_are_not_masked_and_every_matrix_has_its_own_share(watched, random_network, make_request):
     method = SculpMemConfig(warm_up=1, active_fraction=0.3)
     seen, edited, _ = watched(make_request(method=method, group="attn2", iterations=2))
-    parameters = dict(random_network.unet.named_parameters())
+    parameters = random_network.weights("all")
     masks = seen[-1][1]
     assert set(masks) == {name for name in edited.edits if parameters[name].ndim > 1} and len(masks) == 7 * 4
     assert all(mask.sum() == math.floor(round(0.3 * mask.numel(), 6)) for mask in masks.values())
@@ -261,7 +259,7 @@ def test_mask_and_projection_hold_exactly_together(
         max_grad_norm=0.0,
     )
     seen, edited, _ = watched(request)
-    basis = projections[0].coordinates("x.attn2.to_k.weight").double()
+    basis = projections[0].coordinates(min(seen[-1][1])).double()
     kept = torch.stack([target_vector(random_network, Concept(name)) for name in ("Navy_Stripes", "Lava")])
     moves = 0
     for number in range(1, 7):
@@ -275,7 +273,7 @@ def test_mask_and_projection_hold_exactly_together(
             assert coordinates[~mask].abs().max() < rounding < coordinates[mask].abs().mean()
             assert (coordinates @ basis.T - change).abs().max() < rounding
     assert moves == 3 * 14  # after 2, 4 and 6 iterations
-    parameters = dict(random_network.unet.named_parameters())
+    parameters = random_network.weights("all")
     for name, delta in edited.edits.items():
         assert (delta.double() @ kept.T).norm() < 1e-5 * (parameters[name].double() @ kept.T).norm()
 
@@ -296,7 +294,7 @@ def test_under_a_projection_momentum_forgets_the_directions_that_leave_the_mask(
         batch_size=4,
     )
     seen, _, _ = watched(request)
-    basis = projections[0].coordinates("x.attn2.to_k.weight")
+    basis = projections[0].coordinates(min(seen[-1][1]))
     for name, mask in seen[3][1].items():
         left = seen[2][1][name] & ~mask
         stays, memory = seen[2][1][name] & mask, seen[3][2][name]["exp_avg"] @ basis
@@ -309,14 +307,14 @@ def test_under_a_projection_momentum_forgets_the_directions_that_leave_the_mask(
 def gradients_and_parts(network, method, weights, start):
     """Gradients of the loss by the group's weights, and its parts, with the student at `weights` and the
     teacher at `start`."""
-    parameters = [parameter for name, parameter in network.unet.named_parameters() if name in weights]
+    parameters = [weight for name, weight in network.weights("all").items() if name in weights]
     predict = network.predict
 
     def teacher(*inputs):
-        with torch.no_grad(), swapped_weights(network.unet, start):
+        with torch.no_grad(), network.with_weights(start):
             return predict(*inputs)
 
-    with swapped_weights(network.unet, weights):
+    with network.with_weights(weights):
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
@@ -411,7 +409,7 @@ def test_the_authors_loss_learns_the_target_in_a_frozen_warm_up_and_forgets_it_a
     noisy, embeddings, timesteps = asked[0]
     assert torch.equal(embeddings.text, random_network.encode(["In Lava Style, a star"] * 2).text)
     # z_t = signal z_0 + sigma eps, of the only picture z_0; the student says 3 z_t, and eps would be right
-    signal, sigma = method._schedule.coefficients(timesteps)
+    signal, sigma = method._process.coefficients(timesteps)
     noise = (noisy - signal * method._pool.latents) / sigma
     assert learning.parts == {"learn": pytest.approx((3 * noisy - noise).square().mean().item(), rel=1e-4)}
     method._seen = 1

@@ -27,7 +27,7 @@ QUICK = SelFTConfig(states=4)
 def step(random_model, random_network, networks, anchors, make_request):
     # makes the anchors
     run_step(random_model, make_request(iterations=0), store=anchors, networks=networks["random"])
-    random_network._scores = None
+    networks["random"].last_result.clear()
 
     def run(request, model=random_model, **options):
         return run_step(model, request, store=anchors, networks=networks["random"], **options)
@@ -168,11 +168,11 @@ def test_visited_states_are_those_of_runs_from_the_start_bit_for_bit(step, rando
     states = [(latents, t) for latents, t, _, with_gradient in calls if with_gradient]
     noise, context = states[0][0], random_network.encode(["Candy Stripes Style", ""])
     for k, (reached, _) in enumerate(states):
-        latents, solver = noise, DiscreteProcess().ddim("epsilon", 4, "leading")
-        for t in solver.timesteps[:k]:
+        latents, solver = noise, DiscreteProcess().trajectory(4, "leading")
+        for t in solver.times[:k]:
             with torch.no_grad():
                 full, empty = (random_network.predict(latents, t, context[i]) for i in (0, 1))
-            latents = solver.step(empty + 3.0 * (full - empty), t, latents).prev_sample
+            latents = solver.step(empty + 3.0 * (full - empty), t, latents)
         assert torch.equal(latents, reached)
 
 
@@ -211,15 +211,15 @@ def test_scores_are_kept_until_anything_they_depend_on_changes(
     assert calls(base, edited)[0] == trained + 6  # other weights
 
 
-def test_scoring_can_be_cancelled_and_repeats_without_kept_scores(step, random_network, make_request):
-    request = make_request(regularizers=[QUICK])
-    random_network._scores = None
+def test_scoring_can_be_cancelled_and_repeats_without_kept_scores(step, networks, make_request):
+    request, kept = make_request(regularizers=[QUICK]), networks["random"].last_result
+    kept.clear()
     asked = []
     with pytest.raises(Cancelled, match="before the first update; the input model is unchanged"):
         step(request, callbacks=Callbacks(should_stop=lambda: asked.append(0) or len(asked) > 2))
-    assert random_network._scores is None
+    assert kept._key is None and kept._value is None
     first, _ = step(request)
-    random_network._scores = None
+    kept.clear()
     assert step(request)[0].content_hash == first.content_hash
 
 
@@ -280,7 +280,7 @@ def protected(random_network):
 
 def response(edited, network, since=None):
     """Largest relative change of what a matrix makes of the protected text."""
-    parameters, rows = dict(network.unet.named_parameters()), protected(network)
+    parameters, rows = network.weights("all"), protected(network)
     return max(
         (
             (changed(edited, name, since).double() @ rows.T).norm()
@@ -305,16 +305,14 @@ def test_masked_projected_change_is_sparse_in_the_complement_and_spares_what_is_
     (selft,), edited, report = prepared(request)
     (projection,), again, _ = prepared(request, GradientProjection)
     assert edited.content_hash == again.content_hash
-    basis = projection.coordinates("x.attn2.to_k.weight").double()
+    basis = projection.coordinates(min(selft._masks)).double()
     assert basis.shape == (192, 190)
     nonzeros, total = 0, sum(mask.numel() for mask in selft._masks.values())
     assert total == 1408 * 190
     for name, delta in edited.edits.items():
         coordinates = delta.double() @ basis
         rounding = (
-            8
-            * 2**-24
-            * (dict(random_network.unet.named_parameters())[name].double().norm(dim=1).max() + delta.norm())
+            8 * 2**-24 * (random_network.weights("all")[name].double().norm(dim=1).max() + delta.norm())
         )
         assert coordinates[~selft._masks[name]].abs().max() < rounding
         assert (coordinates @ basis.T - delta.double()).abs().max() < rounding
@@ -332,7 +330,7 @@ def test_one_large_update_has_exactly_the_chosen_number_of_coordinates(
     )
     (selft,), edited, report = prepared(request)
     (projection,), _, _ = prepared(request, GradientProjection)
-    basis = projection.coordinates("x.attn2.to_k.weight").double()
+    basis = projection.coordinates(min(selft._masks)).double()
     counts = [int(((delta.double() @ basis).abs() > 1e-6).sum()) for delta in edited.edits.values()]
     assert (
         sum(counts)
@@ -348,7 +346,7 @@ def test_updates_with_the_same_mask_stay_in_the_same_span(prepared, random_netwo
 
 
 def test_a_mask_never_raises_the_response_of_a_damped_change_to_the_damped_text(
-    prepared, make_request, monkeypatch
+    prepared, random_network, make_request, monkeypatch
 ):
     moments, original = [], GradientProjection._damped
 
@@ -361,10 +359,11 @@ def test_a_mask_never_raises_the_response_of_a_damped_change_to_the_damped_text(
         make_request(regularizers=[ProjectionConfig(decoys=30)], iterations=0), GradientProjection
     )
     moment, generator = moments[0][0].float(), torch.Generator().manual_seed(0)
+    value = next(name for name in random_network.weights("text_readers") if name.endswith("to_v.weight"))
     change = torch.randn(64, 192, generator=generator)
 
     def responses(mask=None):
-        allowed = projection.constrain("x.attn2.to_v.weight", change, mask)
+        allowed = projection.constrain(value, change, mask)
         return ((allowed @ moment) * allowed).sum(1)
 
     for share in (0.05, 0.3, 0.9):

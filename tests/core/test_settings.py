@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from cul_core.base.config import Config, setting, stable_hash
 from cul_core.base.errors import ConceptError, ConfigError
@@ -17,10 +18,11 @@ from cul_core.concepts.concept import KINDS, Concept
 from cul_core.concepts.parsing import ConceptList, parse_concept, parse_keep, parse_requests
 from cul_core.methods import METHODS
 from cul_core.minicanvas.family import MINI
+from cul_core.models.diffusers_network import DiffusersNetwork
 from cul_core.models.families.sd1 import SD1
 from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.sampling import SamplerConfig
-from cul_core.parts.prompt_vectors import decoy_concepts, vocabulary_words
+from cul_core.parts.prompt_vectors import decoy_concepts
 from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.projection import ProjectionConfig
@@ -176,14 +178,13 @@ def test_target_is_found_in_a_prompt_as_whole_words_only():
 
 
 def vocabulary(*words):
-    return SimpleNamespace(
-        tokenizer=SimpleNamespace(get_vocab=lambda: {word: i for i, word in reversed([*enumerate(words)])})
-    )
+    ids = {word: i for i, word in reversed([*enumerate(words)])}
+    return DiffusersNetwork(MINI, nn.Identity(), (), SimpleNamespace(get_vocab=lambda: ids), None)
 
 
 def test_vocabulary_words_are_whole_words_of_letters_in_id_order():
     network = vocabulary("zebra</w>", "str", "of</w>", "candy</w>", "a1b</w>", "<|end|>")
-    assert vocabulary_words(network.tokenizer) == ["zebra", "candy"]
+    assert network.words() == ["zebra", "candy"]
 
 
 def test_decoys_are_of_the_targets_kind_and_never_use_its_words():
@@ -377,7 +378,7 @@ def test_noise_schedule_is_diffusers_scaled_linear_one():
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([0, 500, 999])
     torch.testing.assert_close(
-        DiscreteProcess().add_noise(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps)
+        DiscreteProcess().noised(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps)
     )
 
 

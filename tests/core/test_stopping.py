@@ -100,12 +100,13 @@ def test_the_best_weights_are_the_result_bit_for_bit(step, random_network, make_
 
     def measure(network, check):
         check()
-        seen.append({name: parameter.data.clone() for name, parameter in network.unet.named_parameters()})
+        seen.append({name: weight.data.clone() for name, weight in network.weights("all").items()})
         return next(values)
 
     edited, report = step(make_request(evaluate_every=1), measure=measure)
+    pretrained = random_network.weights("all")
     for name, delta in edited.edits.items():
-        assert torch.equal(delta, seen[1][name] - random_network.unet.get_parameter(name))
+        assert torch.equal(delta, seen[1][name] - pretrained[name])
         assert not torch.equal(seen[1][name], seen[2][name])
     assert (
         report.figures == {"best_iteration": 2, "best_ua": 60.0, "best_ra": 90.0, "last_iteration": 3}

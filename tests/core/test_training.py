@@ -18,7 +18,7 @@ from cul_core.mergers.uniform import UniformConfig
 from cul_core.methods import METHODS
 from cul_core.methods.base import LossParts, Method
 from cul_core.methods.conabl import ConAbl, ConAblConfig
-from cul_core.models.weight_roles import GROUPS, group_names
+from cul_core.models.weight_roles import GROUPS, keys_with_role, role_of
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.base import Regularizer
 from cul_core.requests.request import Request
@@ -56,7 +56,7 @@ def test_every_method_with_every_regularizer_repeats_bit_for_bit_and_changes_onl
     before = unet_state(random_network)
     (first, report), (second, _) = step(request), step(request)
     assert first.content_hash == second.content_hash
-    changed, group = set(first.edits), set(group_names(random_network.unet, "kv"))
+    changed, group = set(first.edits), set(random_network.weights("text_readers"))
     # a mask may spare whole matrices
     assert changed == group if regularizer is None else changed and changed <= group
     assert all(torch.isfinite(torch.tensor(report.losses))) and len(report.losses) == 3
@@ -92,18 +92,18 @@ def test_the_hash_that_is_carried_over_is_never_that_of_other_edits(step, make_r
 @pytest.mark.parametrize("group", ["attn2", "attn", "full"])
 def test_larger_groups_train_too(group, step, random_network, make_request):
     edited, _ = step(make_request(group=group, iterations=2))
-    names = set(group_names(random_network.unet, group))
+    names = set(random_network.weights(role_of(group)))
     assert set(edited.edits) <= names and len(edited.edits) > 0.5 * len(names)
 
 
 def test_groups_are_selected_by_name_and_an_unknown_or_empty_one_is_refused(random_network):
-    sizes = {group: len(group_names(random_network.unet, group)) for group in GROUPS}
+    sizes = {group: len(random_network.weights(role_of(group))) for group in GROUPS}
     assert sizes["kv"] == 14 and sizes["attn2"] == 7 * 5 and sizes["attn"] == 2 * 7 * 5
     assert sizes["attn2"] + sizes["non-attn2"] == sizes["full"] == len(list(random_network.unet.parameters()))
     with pytest.raises(ConfigError, match="'xattn'"):
-        group_names(random_network.unet, "xattn")
+        role_of("xattn")
     with pytest.raises(ConfigError, match="selects no weight"):
-        group_names(torch.nn.Linear(1, 1), "kv")
+        keys_with_role(random_network.family, "text_readers", ["weight", "bias"])
 
 
 def test_another_seed_gives_another_model(step, make_request):
@@ -197,7 +197,7 @@ class Pull(Regularizer):
 
     def prepare(self, context):
         self.name = min(context.start)
-        self.weight = context.network.unet.get_parameter(self.name)
+        self.weight = context.network.weights("all")[self.name]
 
     def prepare_mask(self, context, coordinates):
         self.hook = self.weight.register_post_accumulate_grad_hook(

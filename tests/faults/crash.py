@@ -104,7 +104,9 @@ def requests() -> list[Request]:
 
 def measure(network, check):
     check()
-    weight = network.unet.get_parameter("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
+    weight = network.weights("text_readers")[
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    ]
     return 50 + 10 * torch.tanh(weight.mean()).item(), 50.0
 
 

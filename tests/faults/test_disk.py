@@ -23,7 +23,6 @@ from cul_core.history.step_record import StepRecord
 from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.models.load_diffusers import checkpoint_key_map
 from cul_core.output.charts import save_picture
 from cul_core.output.checkpoint import open_model, save_checkpoint, save_edits
 from cul_core.output.lora import save_difference, save_lora
@@ -34,7 +33,7 @@ from cul_core.store.step_state import StepState
 from cul_core.store.steps import StepStore
 from cul_core.training.step import StepReport
 
-NAME = "mid_block.attentions.0.transformer_blocks.0.attn2.to_{}.weight"
+NAME = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_{}.weight"
 ERRORS = (errno.ENOSPC, errno.EROFS, errno.EIO)
 
 
@@ -51,8 +50,8 @@ def request_():
 @pytest.fixture(scope="module")
 def step(original, request_):
     """(edited model, its report), as a training would give them."""
-    keys, (header, _, _) = checkpoint_key_map(original.source.path), read_header(original.source.path)
-    edits = {name: torch.full(header[keys[name]]["shape"], 1e-3) for name in map(NAME.format, "kv")}
+    header, _, _ = read_header(original.source.path)
+    edits = {name: torch.full(header[name]["shape"], 1e-3) for name in map(NAME.format, "kv")}
     result = UnlearnModel(original.source, original.family, edits)
     record = StepRecord(
         request_.to_json(),

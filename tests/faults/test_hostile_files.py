@@ -255,8 +255,8 @@ def worst_headers():
 _READ = """
 import resource, sys
 from pathlib import Path
-from cul_core.errors import ModelError
-from cul_core.safetensor_files import read_header
+from cul_core.base.errors import ModelError
+from cul_core.files.safetensors_format import read_header
 
 mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + 600_000_000,) * 2)
@@ -409,10 +409,10 @@ def model():
 @pytest.fixture(scope="module")
 def edited(model):
     names = (
-        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
-        "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight",
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v.weight",
     )
-    parameters = dict(load_network(CHECKPOINT_PATH).unet.named_parameters())
+    parameters = load_network(CHECKPOINT_PATH).weights("all")
     made = UnlearnModel(
         model.source, model.family, {name: torch.full_like(parameters[name].data, 0.01) for name in names}
     )

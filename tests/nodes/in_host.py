@@ -30,7 +30,7 @@ spec.loader.exec_module(module)
 nodes = asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
 heavy_at_start = sorted({"diffusers"} & sys.modules.keys())
 
-core = importlib.import_module("continual-unlearning.cul_core.loading")
+core = importlib.import_module("continual-unlearning.cul_core.models.load_diffusers")
 path = importlib.import_module("continual-unlearning.cul_core.minicanvas.models").CHECKPOINT_PATH
 model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=None)
 network = core.load_network(path)

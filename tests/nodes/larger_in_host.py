@@ -25,10 +25,18 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from sd_layout import shrunken, tiny_shapes, write_random  # noqa: E402
 
 sys.path.append(str(pack))
-families, loading, export, chain, diffusion, params, kept_weights = (
+family, loading, lora, models, source, snapshots = (
     importlib.import_module(f"cul_core.{name}")
-    for name in ("families", "loading", "export", "chain", "diffusion", "params", "kept_weights")
+    for name in (
+        "models.family",
+        "models.load_diffusers",
+        "output.lora",
+        "history.unlearn_model",
+        "models.source",
+        "store.model_snapshots",
+    )
 )
+FAMILIES = family.FAMILIES
 spec = importlib.util.spec_from_file_location(
     "pack", pack / "__init__.py", submodule_search_locations=[str(pack)]
 )
@@ -85,37 +93,28 @@ def compare(path, name):
             )
         }
 
-    family, timesteps = network.family, torch.tensor([30, 400, 900])
+    process, timesteps = network.process, torch.tensor([30, 400, 900])
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    signal, spread = diffusion.NoiseSchedule(ends_in_noise=family.ends_in_noise).coefficients(timesteps)
     sigmas = model.model.model_sampling.sigma(timesteps.float())
 
     def pictures(patched, network=network):
-        out = network.predict(latents, timesteps, mine)
-        ours = (
-            (latents - spread * out) / signal
-            if family.prediction_type == "epsilon"
-            else signal * latents - spread * out
-        )
+        ours = process.clean(network.predict(latents, timesteps, mine), latents, timesteps)
         patched.patch_model()
         scale = (sigmas**2 + 1).sqrt().view(-1, 1, 1, 1)
         theirs = patched.model.apply_model(latents * scale, sigmas, c_crossattn=rows, **y)
         patched.unpatch_model()
         return distance(ours, theirs)
 
-    figures |= {"predicts": family.prediction_type, "picture": pictures(model)}
-    parameters = dict(network.unet.named_parameters())
+    figures |= {"predicts": process.prediction_type, "picture": pictures(model)}
     generator = torch.Generator().manual_seed(1)
-    edits = {
-        key: torch.randn(parameters[key].shape, generator=generator) / 8
-        for key in params.group_names(network.unet, "kv")
-    }
-    edited = chain.UnlearnModel(loading.source_of(path), family, edits)
+    readers = network.weights("text_readers")
+    edits = {key: torch.randn(weight.shape, generator=generator) / 8 for key, weight in readers.items()}
+    edited = models.UnlearnModel(source.source_of(path), network.family, edits)
     for key, delta in edits.items():
-        parameters[key].data += delta
+        readers[key].data += delta
     files = {
-        "difference": export.save_difference(edited, folder / "d.safetensors"),
-        "lora": export.save_lora(edited, folder / "l.safetensors", rank=64)[0],
+        "difference": lora.save_difference(edited, folder / "d.safetensors"),
+        "lora": lora.save_lora(edited, folder / "l.safetensors", rank=64)[0],
     }
     figures["without the edit"] = pictures(model)
     for kind, file in files.items():
@@ -123,13 +122,14 @@ def compare(path, name):
         figures[kind] = pictures(patched)
         if kind == "difference":
             hosted.require_weights_only(patched, clip)
-            source = kept_weights.snapshot_model(folder / "kept", hosted.weights_of(patched, clip, None))
-            kept = loading.load_network(source.path, tokenizer_folder=host / "comfy/sd1_tokenizer")
+            snapshot = snapshots.snapshot_model(folder / "kept", hosted.weights_of(patched, clip, None))
+            kept = loading.load_network(snapshot.path, tokenizer_folder=host / "comfy/sd1_tokenizer")
             figures["kept"], figures["kept text"] = (
                 pictures(patched, kept),
                 distance(kept.encode(PROMPTS).text, rows),
             )
-            assert kept.family == family and hosted.prediction_type(patched) == family.prediction_type
+            assert kept.family == network.family
+            assert hosted.prediction_type(patched) == process.prediction_type
     return figures
 
 
@@ -137,8 +137,7 @@ for name, (kind, numbers, _) in OF_HOST.items():
     usual = {key: value for key, value in kind.unet_config.items() if key != "transformer_depth"}
     small = type(f"Small{name}", (Small, kind), {"unet_config": usual | numbers | {"model_channels": 32}})
     supported_models.models.append(small)
-    for table in (families.FAMILIES, families.V_PREDICTION):
-        table[name] = shrunken(table[name])
+    FAMILIES[name] = shrunken(FAMILIES[name])
     write_random(folder / f"{name}.safetensors", tiny_shapes(name, words=49408))
 
 figures = {name: compare(folder / f"{name}.safetensors", name) for name in OF_HOST}
