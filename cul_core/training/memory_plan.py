@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from ..base.config import canonical_json
 from ..methods import METHODS
 from ..models.family import Family
 from ..models.frozen_layers import product
@@ -151,17 +150,13 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_blanks: dict[tuple, Network] = {}
+_blanks: dict[tuple[Family, torch.dtype], Network | None] = {}
 _counted: dict[tuple, Passes] = {}
 
 
-def _key(family: Family, dtype: torch.dtype) -> tuple:
-    return canonical_json(family.config("unet")), dtype, family.latent_shape
-
-
-def _blank(network: Network, dtype: torch.dtype) -> Network:
-    """The architecture on the meta device; kept for the next call."""
-    key = _key(network.family, dtype)
+def _blank(network: Network, dtype: torch.dtype) -> Network | None:
+    """The architecture on the meta device, if there is such a thing; kept for the next call."""
+    key = network.family, dtype
     if key not in _blanks:
         _blanks[key] = network.blank(dtype)
     return _blanks[key]
@@ -203,7 +198,7 @@ def passes(
     network: Network, dtype: torch.dtype, group: str, rows: int, is_checkpointed: bool = False
 ) -> Passes:
     """See `Passes`, for `rows` images and training of `group`; kept for the next call."""
-    key = (*_key(network.family, dtype), group, rows, is_checkpointed)
+    key = network.family, dtype, group, rows, is_checkpointed
     if key not in _counted:
         _counted[key] = _count(_blank(network, dtype), group, rows, is_checkpointed)
     return _counted[key]
@@ -317,9 +312,9 @@ def planned(
     fits into the free memory.
 
     The smallest if none fits, and as it was asked for where nobody knows what is free. No estimate for a
-    family that fits anywhere.
+    family that fits anywhere, nor for a network that cannot be counted (see `Network.blank`).
     """
-    if network.family.is_small:
+    if network.family.is_small or _blank(network, compute.dtype_on(device)) is None:
         return compute, False, None
     can_offload = compute.dtype_on(device) != torch.float32  # otherwise the network trains its own weights
     for way, is_offloaded in _ways(compute, request.training.batch_size, can_offload):
