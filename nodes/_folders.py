@@ -30,7 +30,7 @@ def store_folder() -> Path:
 
 
 def model_snapshots() -> Path:
-    """Where the weights of native models lie that have no file (see `kept_weights.snapshot_model`)."""
+    """Where the weights of native models lie that have no file (see `model_snapshots.snapshot_model`)."""
     return store_folder() / "sources"
 
 

@@ -35,7 +35,7 @@ class _Call:
 
 
 class MicroBatchedModel:
-    """Predicts (see `diffusion.Predict`), and later takes the gradients of any loss of its predictions.
+    """Predicts (see `sampling.Predict`), and later takes the gradients of any loss of its predictions.
 
     A loss is a function of tensors that are cut off from the network. `backward` first takes the loss's
     gradients by these, then those of the network by its weights, one call after the other, the last one
