@@ -41,6 +41,8 @@ class Config:
     """
 
     registry_name: ClassVar[str] = ""
+    results_version: ClassVar[int] = 1
+    """Raised when the same settings start to give another result, so that stored steps are trained anew."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -45,6 +45,11 @@ class L2SPConfig(Config):
     anchor: str = setting("pretrained", _ANCHOR_HELP, choices=_ANCHORS)
     form: str = setting("proximal", _FORM_HELP, choices=("proximal", "penalty"))
 
+    @property
+    def results_version(self) -> int:
+        """The proximal step shrank half as much in version 1."""
+        return 2 if self.form == "proximal" else 1
+
 
 class _WeightAnchor(Regularizer):
     """Captures its reference weights in `prepare`, never later, so that a resumed run keeps its anchor."""

@@ -22,11 +22,13 @@ from ..requests.request import Request
 from ..training.step import StepReport
 from .anchors import AnchorStore
 from .eviction import Evictor, Links, StoredFile, hold, remove, stored_files
+from .format_1 import current, former_hash, is_format_1
 from .step_state import _UNREADABLE, EVERY_SECONDS, StepState
 
 logger = logging.getLogger(__name__)
-_RESULTS_VERSION = 2
-"""Raise it when the same request on the same model starts to give another result."""
+_RESULTS_VERSION = 1
+"""Raise it when every request on the same model starts to give another result; a part has its own
+(`Config.results_version`)."""
 PARTS = ("steps", "anchors", "states")
 """Folders of the store: finished steps, anchor pictures, and the states of unfinished steps."""
 _RECENT_SECONDS = 24 * 3600.0
@@ -35,7 +37,14 @@ _RECENT_SECONDS = 24 * 3600.0
 def step_key(model: UnlearnModel, request: Request) -> str:
     """What a step's result depends on, as a SHA-256 in hex: the model, what it forgot before, the request,
     and this code's version."""
-    return stable_hash([model.content_hash, list(model.forgotten), request.to_json(), _RESULTS_VERSION])
+    return _key(model.content_hash, model, request)
+
+
+def _key(content_hash: str, model: UnlearnModel, request: Request) -> str:
+    versions = {part.registry_name: part.results_version for part in (request.method, *request.regularizers)}
+    newer = {name: version for name, version in versions.items() if version > 1}
+    parts = [content_hash, list(model.forgotten), request.to_json(), _RESULTS_VERSION]
+    return stable_hash([*parts, newer] if newer else parts)
 
 
 @dataclass(frozen=True)
@@ -77,14 +86,16 @@ class StepStore:
 
     def get(self, model: UnlearnModel, request: Request) -> tuple[UnlearnModel, StepReport] | None:
         """The result of an earlier identical step; None if there is none, or if its file is damaged (it is
-        removed then)."""
+        removed then). A step of format 1 is found too, and written anew."""
         path = self._path("steps", step_key(model, request))
-        if not path.is_file():
+        if not path.is_file() and (path := self._former_path(model, request)) is None:
             return None
         try:
             edits, metadata = read_sealed(path, unsealed=True)
             values = json.loads(metadata["cul_step"])
             record = StepRecord(**values["record"])
+            if is_format_1(metadata):
+                edits, record = current(model, edits, record)
             edited = model.with_step(edits, record)
             if edited.content_hash != record.result:
                 raise CheckpointError("its weights are not those it announces")
@@ -92,8 +103,34 @@ class StepStore:
             logger.warning("a stored step is damaged and is trained again: %s", error)
             remove(path)
             return None
+        report = StepReport(record, tuple(values["losses"]), values["figures"])
+        if is_format_1(metadata):
+            path = self._written_anew(path, model, request, edited, report)
         self._use(path)
-        return edited, StepReport(record, tuple(values["losses"]), values["figures"])
+        return edited, report
+
+    def _former_path(self, model: UnlearnModel, request: Request) -> Path | None:
+        """Where format 1 would have put the step, if it is there."""
+        if not model.edits or not (self._folder / "steps").is_dir():
+            return None
+        content_hash = former_hash(model)
+        path = self._path("steps", _key(content_hash, model, request)) if content_hash else None
+        return path if path is not None and path.is_file() else None
+
+    def _written_anew(
+        self, path: Path, model: UnlearnModel, request: Request, edited: UnlearnModel, report: StepReport
+    ) -> Path:
+        """The file of a step that was found in format 1, in this one; the old file if it cannot be
+        written."""
+        found = self._path("steps", step_key(model, request))
+        try:
+            self._write(found, edited, report)
+        except CheckpointError as error:
+            logger.warning("a stored step stays as an older version wrote it: %s", error)
+            return path
+        if path != found:
+            remove(path)
+        return found
 
     def put(self, model: UnlearnModel, request: Request, edited: UnlearnModel, report: StepReport) -> None:
         """Keep a finished step.
@@ -105,10 +142,13 @@ class StepStore:
         # it takes its state's place
         path, freed = self._path("steps", key), _size_of(self._path("states", key))
         self._evictor.make_room(edited.nbytes() - freed)
-        values = {"record": asdict(report.record), "losses": report.losses, "figures": dict(report.figures)}
-        write_sealed(path, edited.edits, edited.metadata() | {"cul_step": canonical_json(values)})
+        self._write(path, edited, report)
         self._use(path, *self.anchors.used)
         self._evict(-freed)
+
+    def _write(self, path: Path, edited: UnlearnModel, report: StepReport) -> None:
+        values = {"record": asdict(report.record), "losses": report.losses, "figures": dict(report.figures)}
+        write_sealed(path, edited.edits, edited.metadata() | {"cul_step": canonical_json(values)})
 
     def get_or_train(
         self,
@@ -262,8 +302,8 @@ def _described(path: Path) -> str:
         if "cul_step" in metadata:
             record = StepRecord(**json.loads(metadata["cul_step"])["record"])
             return (
-                f"{', '.join(record.targets)} ({record.finished}, "
-                f"{record.request['training']['iterations']} iterations)"
+                f"{', '.join(record.targets)} ({record.finished}, {record.request['training']['iterations']} "
+                "iterations)"
             )
         values = json.loads(metadata["cul_state"])
         return (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import CheckpointError, MemoryShortError, TrainingError, brief_repr
-from ..history.step_record import library_versions
+from ..history.step_record import FORMAT, library_versions
 from .master_weights import MasterWeights
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ class Loop:
             "device": masters.device.type,
             "dtype": str(masters.dtype),
             "versions": library_versions(),
+            "format": FORMAT,  # names of the weights
         }
 
     @property

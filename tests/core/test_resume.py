@@ -303,13 +303,18 @@ def test_a_damaged_state_is_removed_and_the_step_begins_anew(runner, make_reques
     assert state_store.resumed_at == 0 and not path.exists() and "damaged" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("library_versions", lambda: {"torch": "0.1"}), ("FORMAT", "1")],
+    ids=["torch", "names"],
+)
 def test_a_state_of_other_versions_or_another_device_is_not_used(
-    runner, make_request, tmp_path, monkeypatch, caplog
+    name, value, runner, make_request, tmp_path, monkeypatch, caplog
 ):
     request = make_request()
     whole, *_ = runner(request)
     path = kept(runner, request, tmp_path / "s.safetensors", after=2)
-    monkeypatch.setattr("cul_core.training.resume.library_versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr(f"cul_core.training.resume.{name}", value)
     state_store = StepState(path, request, 1e9)
     assert runner(request, state_store)[0].content_hash == whole.content_hash
     assert state_store.resumed_at == 0 and "other versions" in caplog.text

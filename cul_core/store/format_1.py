@@ -1,0 +1,64 @@
+"""Stored steps of history format 1, which called weights by diffusers' names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..base.errors import CheckpointError
+from ..history.step_record import StepRecord
+from ..history.unlearn_model import UnlearnModel
+from ..models.load_diffusers import checkpoint_key_map
+from ..models.source import FileSource
+
+_FORMAT = "1"
+
+
+def is_format_1(metadata: Mapping[str, str]) -> bool:
+    """Whether a file's metadata are of this format."""
+    return metadata.get("cul_format") == _FORMAT
+
+
+def former_hash(model: UnlearnModel) -> str | None:
+    """The content hash that this model had in format 1; None for a source that this format did not know."""
+    if not model.edits:
+        return model.content_hash
+    if not isinstance(model.source, FileSource):
+        return None
+    names = {key: name for name, key in checkpoint_key_map(model.source.path).items()}
+    return _hash(model, {names[key]: delta for key, delta in model.edits.items()})
+
+
+def current(
+    model: UnlearnModel, edits: Mapping[str, Tensor], record: StepRecord
+) -> tuple[dict[str, Tensor], StepRecord]:
+    """(edits by checkpoint key, the record of the step as this version would have written it).
+
+    Args:
+        model: where the step began.
+        edits: diffusers' name -> delta, as the file has them.
+        record: as the file has it.
+
+    Raises:
+        CheckpointError: the edits are not those that the record announces, or no weights of the model.
+    """
+    if _hash(model, edits) != record.result:
+        raise CheckpointError("its weights are not those it announces")
+    keys = checkpoint_key_map(model.source.path)
+    if unknown := sorted(set(edits) - set(keys)):
+        raise CheckpointError(f"{unknown[0]!r} is no weight of {model.source.name!r}")
+    renamed = {keys[name]: delta for name, delta in edits.items()}
+    drift = {keys.get(name, name): values for name, values in record.drift.items()}
+    result = UnlearnModel(model.source, model.family, renamed).content_hash
+    return renamed, replace(record, drift=drift, parent=model.content_hash, result=result)
+
+
+def _hash(model: UnlearnModel, edits: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(model.source.sha256.encode())
+    for name in sorted(edits):
+        digest.update(name.encode())
+        digest.update(edits[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
