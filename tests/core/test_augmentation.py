@@ -168,7 +168,7 @@ def test_autoencoder_is_loaded_for_the_pool_and_freed_after_it(small_file):
 
     family = replace(SD1, image_size_px=64, latent_shape=(4, 8, 8))
     network, latents = (
-        DiffusersNetwork(family, nn.Linear(1, 1), (), None, None, open_it),
+        DiffusersNetwork(family, nn.Linear(1, 1), (), None, None, open_autoencoder=open_it),
         torch.zeros(1, 4, 8, 8),
     )
     make = partial(

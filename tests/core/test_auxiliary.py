@@ -30,10 +30,10 @@ def test_every_list_names_a_hundred_different_things_a_line_each(name):
 
 
 def test_every_list_is_among_the_files_of_the_package():
-    patterns = tomllib.loads((FOLDER.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
-        "setuptools"
-    ]["package-data"]
-    packed = {path for pattern in patterns["cul_core"] for path in FOLDER.parent.glob(pattern)}
+    package = Path(cul_core.__file__).parent
+    project = tomllib.loads((package.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]
+    packed = {path for pattern in patterns["cul_core"] for path in package.glob(pattern)}
     assert {FOLDER / f"{name}.txt" for name in LISTS} == {*FOLDER.glob("*.txt")} and {
         *FOLDER.glob("*.txt")
     } <= packed

@@ -21,7 +21,7 @@ from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAbl
 from cul_core.models.build_diffusers import require_diffusers
 from cul_core.models.families.unet_layout import UNET_PREFIX
-from cul_core.models.load_diffusers import load_network
+from cul_core.models.load_diffusers import checkpoint_key_map, load_network
 from cul_core.models.source import source_of
 from cul_core.models.weight_roles import keys_with_role
 from cul_core.output.checkpoint import (
@@ -441,6 +441,21 @@ def test_with_its_source_at_hand_the_edits_come_back_within_fp16_rounding(random
         bound = (bases[name].float() + delta).abs() * 2**-11 + 2**-25
         assert ((opened.edits[name] - delta).abs() <= bound).all()
     assert difference(random_checkpoint, random_checkpoint) == {}
+
+
+def test_edits_of_format_1_whose_names_are_diffusers_own_are_the_same_model(random_model, edited, tmp_path):
+    path = save_edits(edited, tmp_path / "edits.safetensors")
+    names = {key: name for name, key in checkpoint_key_map(random_model.source.path).items()}
+    old = {names[key]: delta for key, delta in load_file(path).items()}
+    assert "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight" in old
+    save_file(old, path, metadata=edited.metadata() | {"cul_format": "1"})
+    found = load_edits(path, random_model.source)
+    assert found.content_hash == edited.content_hash and found.history == edited.history
+    save_file(
+        old | {"conv_out.weird": torch.zeros(4)}, path, metadata=edited.metadata() | {"cul_format": "1"}
+    )
+    with pytest.raises(CheckpointError, match="conv_out.weird.*fits no weight"):
+        load_edits(path, random_model.source)
 
 
 def test_pretrained_file_that_the_checkpoint_was_not_made_from_is_refused(random_checkpoint, saved, tmp_path):

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from cul_core.concepts.concept import Concept
-from cul_core.files import safetensors_format as safetensor_files
+from cul_core.files import atomic_write, safetensors_format
 from cul_core.files.safetensors_format import read_sealed
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.esd import ESDConfig
@@ -191,7 +191,7 @@ class Trouble:
         make, open_handle = os.open, os.fdopen
 
         def make_file(path, *args, **kwargs):
-            if str(path).endswith(safetensor_files.LEFTOVER):
+            if str(path).endswith(atomic_write.LEFTOVER):
                 self.write(True)
             return make(path, *args, **kwargs)
 
@@ -320,7 +320,7 @@ class Harness:
     @staticmethod
     def tensor_bytes(path: Path) -> bytes:
         """What a checkpoint holds but for its header, which says when it was made."""
-        _, _, start = safetensor_files.read_header(path)
+        _, _, start = safetensors_format.read_header(path)
         return path.read_bytes()[start:]
 
     def attempt(self, place: Place, kill_at=None, after_seconds=None, **trouble) -> int:

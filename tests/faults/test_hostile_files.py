@@ -494,7 +494,8 @@ EDITS = {
     "integers": lambda e: {name: value.long() for name, value in e.items()},
     "empty": lambda e: {min(e): torch.zeros(0)},
     "double": lambda e: {name: value.double() for name, value in e.items()},
-    "a key": lambda e: {f"{UNET_PREFIX}out.2.bias": torch.zeros(4)},
+    "diffusers' name": lambda e: {"conv_out.bias": torch.zeros(4)},
+    "another part's key": lambda e: {"first_stage_model.taesd_decoder.1.bias": torch.zeros(64)},
 }
 
 
@@ -751,7 +752,7 @@ def test_a_source_that_is_not_what_we_write_is_refused(tmp_path, count, source):
     count("bad inputs")
 
 
-@pytest.mark.parametrize("value", ["", "0", "2", "x" * 100_000, "\x1b[2J", "1 "])
+@pytest.mark.parametrize("value", ["", "0", "3", "x" * 100_000, "\x1b[2J", "1 "])
 def test_a_history_of_another_format_is_refused(tmp_path, count, value):
     refused(lambda: read_history(claiming(tmp_path / "lies.safetensors", cul_format=value)))
     count("bad inputs")
