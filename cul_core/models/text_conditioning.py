@@ -44,12 +44,13 @@ class Conditioning:
     def to(self, device: torch.device | str) -> Conditioning:
         return self._each(lambda tensor: tensor.to(device))
 
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.text, self.pooled, self.mask) if tensor is not None)
-
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         tensors = (self.text, self.pooled, self.mask)
         return Conditioning(*(None if tensor is None else change(tensor) for tensor in tensors))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.text, self.pooled, self.mask) if tensor is not None)
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..base.bounded_cache import BoundedCache
 from ..base.config import stable_hash
 from ..base.errors import Cancelled, CheckpointError, ModelError
 from ..files.atomic_write import leftovers
@@ -22,6 +23,8 @@ from ..models.sampling import SamplerConfig, generator_for, sample_latents
 from ..models.source import Source
 
 logger = logging.getLogger(__name__)
+_MEMORY_BYTES = 512 << 20
+"""Bound on anchor latents in memory: ten sets of 200 pictures of Stable Diffusion XL."""
 
 
 def anchor_generator(seed: int, number: int) -> torch.Generator:
@@ -32,6 +35,8 @@ def anchor_generator(seed: int, number: int) -> torch.Generator:
 class AnchorStore:
     """Content-addressed anchor latents, in memory and, when a folder is given, on disk. Safe to delete at any
     time.
+
+    Memory holds the most recently used, of at most `_MEMORY_BYTES`; others are read from the disk again.
 
     A file holds the pictures made so far: whoever is stopped goes on there.
 
@@ -50,7 +55,7 @@ class AnchorStore:
             locks,
             every_seconds,
         )
-        self._memory: dict[str, Tensor] = {}
+        self._memory: BoundedCache[Tensor] = BoundedCache(lambda latents: latents.nbytes)
         self.used: set[Path] = set()
 
     def anchor_latents(
@@ -70,7 +75,8 @@ class AnchorStore:
         Raises Cancelled when `should_stop` says so.
         """
         key = stable_hash([source.sha256, list(prompts), count, sampler.to_json(), seed, "anchors-2"])
-        if key not in self._memory:
+        latents = self._memory.get(key)
+        if latents is None:
             file = (
                 _AnchorFile(self._folder / f"anchors-{key[:32]}.safetensors", self._every)
                 if self._folder
@@ -112,10 +118,12 @@ class AnchorStore:
                         if file is not None:
                             file.write(batches)
                     release_memory(network.device)
-            self._memory[key] = torch.cat(batches)
+            latents = torch.cat(batches)
+            self._memory.put(key, latents)
+            self._memory.shrink(_MEMORY_BYTES)
             if file is not None:
                 self.used.add(file.path)
-        return self._memory[key]
+        return latents
 
 
 class _AnchorFile:

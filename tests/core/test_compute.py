@@ -401,15 +401,19 @@ def test_text_encoders_are_gone_in_training_and_come_back_for_a_new_prompt(
     assert torch.equal(before.text, after.text) and len(tiny_network.text_encoders) == len(encoders)
 
 
-def test_prompts_that_are_asked_for_again_are_kept_and_never_fewer_than_one_call_needs(
-    random_network, monkeypatch
-):
-    monkeypatch.setattr("cul_core.models.diffusers_network._CACHED_PROMPTS", 3)
+def test_prompts_are_kept_by_their_bytes_and_one_call_may_exceed_the_bound(random_network, monkeypatch):
+    random_network._prompts.clear()
+    alone = {prompt: random_network.encode([prompt]) for prompt in "abcde"}
+    monkeypatch.setattr("cul_core.models.diffusers_network._CACHED_BYTES", 3 * alone["a"].nbytes)
     random_network._prompts.clear()
     for prompts in (["a cat", "a dog"], ["a house", "a cat"], ["a boat"]):
         random_network.encode(prompts)
     assert list(random_network._prompts) == ["a house", "a cat", "a boat"]
-    assert len(random_network.encode(["a", "b", "c", "d", "a"])) == 5 and len(random_network._prompts) == 4
+    batch = random_network.encode([*"abcdea"])
+    assert torch.allclose(batch.text, torch.cat([alone[prompt].text for prompt in "abcdea"]), atol=1e-5)
+    assert list(random_network._prompts) == ["c", "d", "e"]
+    monkeypatch.setattr("cul_core.models.diffusers_network._CACHED_BYTES", 0)
+    assert len(random_network.encode([*"abc"])) == 3 and list(random_network._prompts) == []
 
 
 # --- the estimate

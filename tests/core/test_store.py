@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cul_core.base.bounded_cache import BoundedCache
 from cul_core.base.errors import Cancelled, CheckpointError
 from cul_core.files.safetensors_format import read_sealed, write_sealed
 from cul_core.history.step_record import StepRecord, read_history
@@ -435,6 +436,51 @@ def test_anchors_go_on_where_they_were_stopped(random_model, random_network, tmp
             latents(tmp_path, 1, asked)
     assert torch.equal(latents(tmp_path, asked=asked), whole)
     assert asked == [16, 32, 40]
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_anchors_in_memory_are_bounded_and_come_back_the_same(
+    on_disk, random_model, random_network, tmp_path, monkeypatch
+):
+    store, drawn = AnchorStore(tmp_path if on_disk else None), []
+
+    def latents(seed):
+        sampler = SamplerConfig(steps=1)
+        return store.anchor_latents(
+            random_model.source,
+            random_network,
+            ("a cat",),
+            2,
+            sampler,
+            seed,
+            on_batch=lambda *_: drawn.append(seed),
+        )
+
+    first = latents(0)
+    monkeypatch.setattr("cul_core.store.anchors._MEMORY_BYTES", 3 * first.nbytes)
+    for seed in (1, 2, 0, 3):
+        latents(seed)
+        assert store._memory.nbytes <= 3 * first.nbytes
+    assert drawn == [0, 1, 2, 3]
+    latents(0)
+    latents(1)
+    assert drawn == [0, 1, 2, 3] + ([] if on_disk else [1])
+    assert torch.equal(latents(0), first)
+    monkeypatch.setattr("cul_core.store.anchors._MEMORY_BYTES", first.nbytes - 1)
+    latents(4)
+    assert store._memory.nbytes == 0 and torch.equal(latents(0), first)
+
+
+def test_a_cache_counts_the_bytes_of_what_it_holds():
+    cache = BoundedCache(len)
+    for key, value in (("a", b"xx"), ("b", b"xxx"), ("a", b"xxxxx"), ("c", b"x")):
+        cache.put(key, value)
+    assert cache.nbytes == 9 and list(cache) == ["b", "a", "c"]
+    assert cache.get("b") == b"xxx" and cache.get("d") is None
+    cache.shrink(4)
+    assert list(cache) == ["c", "b"] and cache.nbytes == 4
+    cache.clear()
+    assert cache.nbytes == len(cache) == 0
 
 
 def test_a_step_that_an_older_version_has_stored_is_found(trained, random_model, tmp_path):
