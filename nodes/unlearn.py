@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import cache, partial
 
+import torch
 from comfy_api.v0_0_2 import io
 
 from ..cul_core.concepts.concept import KINDS
@@ -156,28 +159,23 @@ def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int
         [],
     )
     watch = _Watch(loaded, requests, preview_every)
-    with _host.normal_tensors():
+    with _host.normal_tensors(), ExitStack() as until_the_last:
+
+        @cache
+        def device() -> torch.device:
+            """The device to train on, held from the first step that must be trained to the last of all."""
+            return until_the_last.enter_context(_host.training_device(networks.free))
+
+        def train(model: UnlearnModel, request: Request, state_store: StateStore):
+            kept = {"store": store.anchors, "networks": networks, "state_store": state_store}
+            return run_step(model, request, device=device(), callbacks=watch.callbacks(request), **kept)
+
         for request in requests:
-
-            def train(
-                state_store: StateStore, model: UnlearnModel = value, request: Request = request
-            ) -> tuple[UnlearnModel, StepReport]:
-                with _host.training_device(networks.free) as device:
-                    return run_step(
-                        model,
-                        request,
-                        device=device,
-                        callbacks=watch.callbacks(request),
-                        store=store.anchors,
-                        networks=networks,
-                        state_store=state_store,
-                    )
-
-            outcome = store.get_or_train(value, request, train, watch.waiting)
+            outcome = store.get_or_train(value, request, partial(train, value, request), watch.waiting)
             value = outcome.model
             reports.append(outcome.report)
             watch.finished(request, outcome.report, outcome.note)
-        plot = loss_curve("Loss", [loss for report in reports for loss in report.losses])
+    plot = loss_curve("Loss", [loss for report in reports for loss in report.losses])
     result = loaded.with_value(value)
     text = "\n\n".join(map(step_text, reports))
     return io.NodeOutput(result, *_host.native(result), text, _host.to_image_tensor(plot))

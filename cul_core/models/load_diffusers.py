@@ -3,6 +3,8 @@ checkpoint keys."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -21,6 +23,8 @@ from .families.unet_layout import UNET_PREFIX, VAE_PREFIX
 from .family import Family, TextEncoder
 from .recognize import detect_family
 from .source import FileSource, source_of
+
+logger = logging.getLogger(__name__)
 
 
 def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, str]:
@@ -272,7 +276,9 @@ class NetworkCache:
                 raise ModelError(
                     f"{source.path.name!r} has changed since the model was opened; open it again."
                 )
+            begun = time.monotonic()
             self._slot = (key, load_network(source.path, dtype, self._tokenizer_folder))
+            logger.info("loaded %s for training in %.1f s", source.path.name, time.monotonic() - begun)
         network, device = self._slot[1], torch.empty(0, device=device).device  # with its number
         return network if network.device == device else network.to(device)
 

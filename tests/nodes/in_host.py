@@ -2,10 +2,12 @@
 the same model."""
 
 import asyncio
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 host, pack = map(Path, sys.argv[1:3])
@@ -104,7 +106,29 @@ for broken in (FullDevice(), None):
     on_preview(4, latents)
     watches.append([recorder.texts, len(recorder.pictures)])
 
+events = []
+
+
+@contextlib.contextmanager
+def watched_device(release, real=hosted.training_device):
+    events.append("device")
+    with real(lambda: (events.append("released"), release())) as device:
+        yield device
+
+
+def failing_step(*_, **__):
+    events.append("step")
+    raise MemoryError("injected")
+
+
+hosted.training_device, training.run_step = watched_device, failing_step
+with tempfile.TemporaryDirectory() as folder, contextlib.suppress(MemoryError):
+    training._folders.store_folder = lambda: Path(folder)
+    training._forget(loaded, [request, request], 0)
+    events.append("went on")
+
 figures = {
+    "failed": events,
     "batches": batches,
     "left": left,
     "tiled": max(

@@ -62,6 +62,10 @@ def test_previews_take_one_latent_at_a_time_work_in_tiles_and_never_cost_the_tra
         assert texts == [f"Candy Stripes: no preview, {reason}"] and pictures == 1
 
 
+def test_a_sequence_that_fails_gives_the_device_back(compared):
+    assert compared["failed"] == ["device", "step", "released"]
+
+
 def test_loading_the_pack_imports_nothing_heavy(compared):
     assert compared["nodes"] > 10 and compared["heavy_at_start"] == []
 

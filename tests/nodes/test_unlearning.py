@@ -30,6 +30,11 @@ def steps_trained(host):
     return host.log.read_text(errors="replace").count("forgot 1 concept(s)")
 
 
+def checkpoints_loaded(host):
+    """How often a checkpoint was loaded to train on since the server first started."""
+    return host.log.read_text(errors="replace").count("for training in")
+
+
 def files_in_store(host, part):
     return sorted(
         path.name for path in (host.folder / "models/unlearning_chains" / part).glob("*.safetensors")
@@ -357,6 +362,27 @@ def test_a_sequence_gives_the_same_model_as_a_chain_of_steps(host):
     one, other = graph.sample_from(last), graph.sample_from(sequence)
     entry = host.run(graph)
     assert np.array_equal(pixels(host, entry, one), pixels(host, entry, other))
+
+
+def sequence_of(*requests):
+    graph = Graph()
+    values = {"kind": "style", "anchor": "", "keep": "Navy Stripes", "preset": "plain", "train_seed": 4711}
+    linked = {"model": (graph.load(), CUL), "training": (graph.training(), 0)}
+    lines = "\n".join(requests)
+    sequence = graph.add("CUL_UnlearnSequence", requests=lines, preview_every=0, **values, **linked)
+    graph.add("CUL_DriftMap", model=(sequence, CUL))
+    return graph
+
+
+def test_a_sequence_loads_its_checkpoint_once_if_at_all(host):
+    loaded, trained = checkpoints_loaded(host), steps_trained(host)
+    host.run(sequence_of("Candy Stripes", "Dusk Dots", "Chess Board"))
+    assert (checkpoints_loaded(host), steps_trained(host)) == (loaded + 1, trained + 3)
+    host.forget()
+    host.run(sequence_of("Candy Stripes", "Dusk Dots"))
+    assert (checkpoints_loaded(host), steps_trained(host)) == (loaded + 1, trained + 3)
+    host.run(sequence_of("Candy Stripes", "Dusk Dots", "Neon Cyan"))
+    assert (checkpoints_loaded(host), steps_trained(host)) == (loaded + 2, trained + 4)
 
 
 @pytest.fixture(scope="module")
