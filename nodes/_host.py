@@ -20,6 +20,7 @@ from PIL import Image
 from server import PromptServer
 
 from ..cul_core.base.errors import ModelError, brief_repr
+from ..cul_core.models.free_memory import is_out_of_memory
 from ..cul_core.output.lora import patch_names
 from ._types import LoadedModel
 
@@ -40,7 +41,7 @@ def load_native(path: Path) -> tuple[Any, Any, Any]:
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(

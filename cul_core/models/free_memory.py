@@ -1,4 +1,4 @@
-"""Giving memory back."""
+"""What devices do when memory runs out, and giving it back."""
 
 from __future__ import annotations
 
@@ -25,11 +25,19 @@ def free_memory(device: torch.device) -> int | None:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory ran out; Apple's GPUs raise a RuntimeError for that."""
+    says_so = isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
+    return says_so or isinstance(error, torch.OutOfMemoryError)
+
+
 def release_memory(device: torch.device) -> None:
     """Gives back what nothing uses any more, to whoever else needs the device's memory, or the system's."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
     elif (trim := _trim()) is not None:
         trim(0)
 

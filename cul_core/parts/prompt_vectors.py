@@ -15,13 +15,13 @@ ROWS = ("mean", "last", "content", "all")
 
 
 def prompt_rows(network: Network, prompts: Sequence[str], rows: str, name: str | None = None) -> Tensor:
-    """Text rows (n, d) of prompts, in fp64.
+    """Text rows (n, d) of prompts, in fp64 on the CPU: some devices have no fp64, and most are slow at it.
 
     `mean` averages the content tokens (those of `name` alone if it is given), `last` takes the last content
     token, `content` takes every content token and the one that ends the text, `all` every row but those that
     all prompts share.
     """
-    text = network.encode(prompts).text.double()
+    text = network.encode(prompts).text.cpu().double()
     spans = [network.content(prompt) for prompt in prompts]
     if rows == "all":
         return text[:, network.shared_rows :].flatten(0, 1)
@@ -36,8 +36,8 @@ def prompt_rows(network: Network, prompts: Sequence[str], rows: str, name: str |
 
 
 def target_vector(network: Network, concept: Concept) -> Tensor:
-    """Mean embedding (d,) of the target's own tokens in the prompt that names it alone, in fp64 (CUIG,
-    auxiliary prompts)."""
+    """Mean embedding (d,) of the target's own tokens in the prompt that names it alone, in fp64 on the
+    CPU (CUIG, auxiliary prompts)."""
     return prompt_rows(network, [concept.prompt], "mean", concept.name)[0]
 
 

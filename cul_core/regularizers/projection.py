@@ -109,8 +109,8 @@ def regularized_projector(rows: Tensor) -> Tensor:
     columns = distinct_columns(rows).T.float()
     gram = columns.T @ columns
     rho = max(1e-4, 1e-6 * gram.trace().item() / len(gram))
-    inner = torch.linalg.solve(gram + rho * torch.eye(len(gram), device=gram.device), columns.T)
-    return torch.eye(len(columns), device=gram.device) - columns @ inner
+    inner = torch.linalg.solve(gram + rho * torch.eye(len(gram)), columns.T)
+    return torch.eye(len(columns)) - columns @ inner
 
 
 @REGULARIZERS.register(
@@ -180,15 +180,16 @@ class GradientProjection(Regularizer):
                 "same as the target; name other concepts to keep, or set auxiliary or decoys."
             )
         self._projector = self._basis = self._damper = self._complement = None
-        left = targets
+        device = network.device
+        left, free = targets, torch.eye(targets.shape[1], dtype=targets.dtype)
         if kept:
             rows = torch.cat([self._rows(network, concept) for concept in kept])
             if self.config.form == "reference":
-                self._projector = regularized_projector(rows)
-                left = targets @ self._projector.double()
+                projector = regularized_projector(rows)
+                self._projector, left = projector.to(device), targets @ projector.double()
             else:
                 basis = orthonormal_basis(rows)
-                self._basis, self._complement = basis.float(), complement_basis(basis)
+                self._basis, free = basis.float().to(device), complement_basis(basis)
                 left = targets - targets @ basis @ basis.T
         shares = _shares(left, targets)
         rank = 0 if self._basis is None else self._basis.shape[1]
@@ -202,16 +203,11 @@ class GradientProjection(Regularizer):
                 )
         if self.config.decoys:
             moment, damper = self._damped(context, kept, auxiliary)
-            self._damper = damper.float()
+            self._damper = damper.float().to(device)
             if self.config.form == "update":
-                free = (
-                    torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-                    if self._complement is None
-                    else self._complement
-                )
-                self._complement = free @ torch.linalg.eigh(free.T @ moment @ free).eigenvectors
-        if self._complement is not None:
-            self._complement = self._complement.float()
+                free = free @ torch.linalg.eigh(free.T @ moment @ free).eigenvectors
+        if self.config.form == "update":
+            self._complement = free.float().to(device)
 
     def _rows(self, network: Network, concept: Concept) -> Tensor:
         return prompt_rows(network, [concept.prompt], self.config.rows, concept.name)

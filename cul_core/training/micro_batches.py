@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import MemoryShortError
-from ..models.free_memory import release_memory
+from ..models.free_memory import is_out_of_memory, release_memory
 from ..models.network import Network
 from ..models.text_conditioning import Conditioning
 from .compute import Compute
@@ -89,10 +89,10 @@ class MicroBatchedModel:
         if self._network.is_compiled:
             try:
                 return self._network.predict(latents, timesteps, embeddings)
-            except torch.OutOfMemoryError:
-                raise
             # what missing or unfit compilers raise
             except (RuntimeError, ImportError, OSError, NotImplementedError) as error:
+                if is_out_of_memory(error):
+                    raise
                 logger.warning("the network could not be compiled", exc_info=error)
                 self._network.set_compiled(False)
                 self._say("The network could not be compiled here; the step goes on without.")
@@ -170,8 +170,9 @@ class MicroBatchedModel:
         """
         try:
             return attempt()
-        except torch.OutOfMemoryError:
-            pass  # its frames hold tensors until here
+        except RuntimeError as error:  # its frames hold tensors until here
+            if not is_out_of_memory(error):
+                raise
         release_memory(self._network.device)
         if rows > 1:
             self._rows = rows // 2

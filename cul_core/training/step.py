@@ -20,7 +20,7 @@ from ..concepts.concept import Concept
 from ..history.step_record import StepRecord, library_versions
 from ..history.unlearn_model import UnlearnModel, weights_of
 from ..methods import METHODS
-from ..models.free_memory import free_memory, release_memory
+from ..models.free_memory import free_memory, is_out_of_memory, release_memory
 from ..models.load_diffusers import NetworkCache
 from ..models.network import Network
 from ..models.sampling import generator_for
@@ -97,7 +97,9 @@ def run_step(
         edits, drift, losses, parts, figures, earlier = _step(
             model, request, network, callbacks, store, stopping, state_store, compute, networks.last_result
         )
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         is_short = True  # what the step held is free only when its frames are, after this block
     else:
         is_short = False

@@ -19,6 +19,7 @@ from cul_core.minicanvas.family import MINI
 from cul_core.models.build_diffusers import build_unet
 from cul_core.models.diffusers_network import DiffusersNetwork
 from cul_core.models.families.sd1 import SD1
+from cul_core.models.free_memory import release_memory
 from cul_core.models.load_diffusers import NetworkCache
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.base import Regularizer
@@ -274,6 +275,49 @@ def test_memory_that_runs_out_elsewhere_is_the_same_error(step, make_request, ra
     with calls(random_network, lambda rows, graph: graph), pytest.raises(MemoryShortError, match=said):
         step(request)
     assert_untouched(random_network, before)
+
+
+@pytest.fixture
+def short_apple_gpu(random_network):
+    """The UNet runs out of memory, as on Apple's GPUs, with more than so many pictures and a graph."""
+
+    @contextmanager
+    def limited(most):
+        def check(rows, with_graph):
+            if with_graph and rows > most:
+                raise RuntimeError("MPS backend out of memory (MPS allocated: 8.9 GB, max allowed: 9.0 GB).")
+
+        with calls(random_network, check):
+            yield
+
+    return limited
+
+
+def test_memory_that_runs_out_on_apple_gpus_is_met_as_on_others(short_apple_gpu, step, make_request):
+    told = []
+    with short_apple_gpu(1):
+        edited, _ = step(make_request(batch_size=2), callbacks=Callbacks(on_message=told.append))
+    assert edited.edits and told == ["Memory ran out; the step goes on with 1 of 2 pictures at a time."]
+    with short_apple_gpu(0), pytest.raises(TrainingError, match="even one picture at a time"):
+        step(make_request())
+    with short_apple_gpu(0), pytest.raises(TrainingError, match="memory of cpu is too short"):
+        step(make_request(regularizers=[SelFTConfig(states=2, guidance_scale=2.5)]))
+
+
+def test_other_errors_of_the_network_are_not_taken_for_short_memory(random_network, step, make_request):
+    def fail(rows, with_graph):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with calls(random_network, fail), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        step(make_request())
+
+
+def test_caches_of_apple_gpus_are_emptied(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append("mps"))
+    release_memory(torch.device("mps"))
+    release_memory(torch.device("cpu"))
+    assert emptied == ["mps"]
 
 
 # --- precision
