@@ -87,13 +87,20 @@ class SaveLora(UnlearningNode):
     @classmethod
     def execute(cls, model, filename_prefix, format, rank):
         path, note = _folders.output_path(filename_prefix), ""
+        progress = _host.Progress(1)
+
+        def on_tensor(done: int, count: int) -> None:
+            _host.raise_if_cancelled()
+            progress.say(f"tensor {done} of {count}", now=False)
+
         with _host.normal_tensors():
             if format == "lora":
-                path, kept = save_lora(model.value, path, rank, _header(cls))
+                path, kept = save_lora(model.value, path, rank, _header(cls), on_tensor)
                 note = f"\nrank {rank} keeps {100 * kept:.2f} % of the edit"
             else:
                 path = save_difference(model.value, path, _header(cls))
-        _host.Progress(1).say(f"Saved: {path}{note}")
+        progress.update(1)
+        progress.say(f"Saved: {path}{note}")
         return io.NodeOutput(str(path))
 
 

