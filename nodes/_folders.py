@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import folder_paths
@@ -35,15 +36,30 @@ def model_snapshots() -> Path:
 
 
 def model_files(*kinds: str) -> list[str]:
-    """Names of .safetensors files in the host's lists `checkpoints`, `loras`, each once; without pipes and
-    links that lead nowhere."""
-    listed = (
-        (kind, name)
-        for kind in kinds
-        for name in folder_paths.get_filename_list(kind)
-        if name.lower().endswith(".safetensors")
-    )
-    return list(dict.fromkeys(name for kind, name in listed if folder_paths.get_full_path(kind, name)))
+    """Names of .safetensors files in the host's lists `checkpoints`, `loras`, each once; see `_found`."""
+    return [name for name, _ in _found(*kinds)]
+
+
+def model_paths(*kinds: str) -> Iterator[Path]:
+    """The files of `model_files`, each looked up when it is asked for."""
+    return (path for _, path in _found(*kinds))
+
+
+def _found(*kinds: str) -> Iterator[tuple[str, Path]]:
+    """(name, path) of every .safetensors file, from the first list that has it.
+
+    The host lists pipes, and links that lead nowhere, but has no path for them; they are left out.
+    """
+    seen = set()
+    for kind in kinds:
+        for name in folder_paths.get_filename_list(kind):
+            if name not in seen and _is_model(name) and (path := folder_paths.get_full_path(kind, name)):
+                seen.add(name)
+                yield name, Path(path)
+
+
+def _is_model(name: str) -> bool:
+    return name.lower().endswith(".safetensors")
 
 
 def model_path(name: str, *kinds: str) -> Path:
@@ -52,8 +68,8 @@ def model_path(name: str, *kinds: str) -> Path:
     Raises:
         ModelError: no list has it; not every host checks that before it runs a graph.
     """
-    if name in model_files(*kinds):
-        for kind in kinds:
+    for kind in kinds:
+        if _is_model(name) and name in folder_paths.get_filename_list(kind):
             if path := folder_paths.get_full_path(kind, name):
                 return Path(path)
     raise ModelError(

@@ -71,7 +71,7 @@ class LoadModel(UnlearningNode):
     @classmethod
     def execute(cls, checkpoint):
         path = _folders.model_path(checkpoint, "checkpoints")
-        listed = (_folders.model_path(name, "checkpoints") for name in _folders.model_files("checkpoints"))
+        listed = _folders.model_paths("checkpoints")
         with _host.normal_tensors():
             value = open_continued(
                 path, itertools.chain(listed, _folders.model_snapshots().glob("*.safetensors"))
