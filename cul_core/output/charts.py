@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -201,7 +202,10 @@ def bars(title: str, rows: Sequence[tuple[str, float]], unit: str = "") -> Image
 
 
 def loss_curve(title: str, losses: Sequence[float], size: tuple[int, int] = (560, 300)) -> Image.Image:
-    """Loss against iteration: the values, and their mean over the last tenth of the run."""
+    """Loss against iteration: the values, and their mean over the last tenth of the run.
+
+    Where the values are more than the pixels, the lowest and the highest of neighbours are drawn.
+    """
     font, head = _font(14), _font(18)
     width, height = size
     canvas = Image.new("RGB", size, _PAPER)
@@ -218,17 +222,32 @@ def loss_curve(title: str, losses: Sequence[float], size: tuple[int, int] = (560
         draw.text(
             (x0 + w * share, y0 + h + 8), str(round(share * len(losses))), fill=_INK, font=font, anchor="mt"
         )
-    window = max(len(losses) // 10, 1)
-    means = [
-        sum(part) / len(part) for part in (losses[max(0, i - window + 1) : i + 1] for i in range(len(losses)))
-    ]
+    means = running_mean(losses, max(len(losses) // 10, 1))
     for values, colour, thickness in ((losses, _FAINT, 1), (means, COLOURS[1], 3)):
         spots = [
-            (x0 + w * (i + 1) / len(values), y0 + h * (1 - value / top)) for i, value in enumerate(values)
+            (x0 + w * (i + 1) / len(values), y0 + h * (1 - values[i] / top)) for i in _outline(values, w)
         ]
         if len(spots) > 1:
             draw.line(spots, fill=colour, width=thickness, joint="curve")
     return canvas
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """For every value the mean of it and those before it, `window` in all where there are as many."""
+    totals = [0.0, *accumulate(values)]
+    return [(totals[end] - totals[max(0, end - window)]) / min(end, window) for end in range(1, len(totals))]
+
+
+def _outline(values: Sequence[float], most: int) -> list[int]:
+    """Places of at most `most` values that draw the same curve: the lowest and highest of each stretch."""
+    count, stretches = len(values), most // 2
+    if count <= most:
+        return list(range(count))
+    places = []
+    for number in range(stretches):
+        stretch = range(number * count // stretches, (number + 1) * count // stretches)
+        places += sorted({min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)})
+    return places
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

@@ -1,10 +1,12 @@
 """Scores from hand-made verdicts, and the pictures drawn of them."""
 
+import math
+
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from cul_core.audits.classifier_scores import METRICS, Shot, Verdict, harmonic_mean, score, table
-from cul_core.output.charts import COLOURS, Line, chart, labelled_grid
+from cul_core.output.charts import COLOURS, Line, chart, labelled_grid, loss_curve, running_mean
 
 
 def shots(role, style, verdicts):
@@ -97,6 +99,74 @@ def test_the_chart_draws_every_line_in_its_colour_within_its_panel():
     )
     colours = {colour for _, colour in picture.getcolors(1 << 20)}
     assert set(COLOURS[:2]) <= colours and COLOURS[2] not in colours
+
+
+# --- the curve of the loss
+
+
+class Counted(list):
+    """A list that counts how many of its values are taken one by one or in slices."""
+
+    taken = 0
+
+    def __getitem__(self, place):
+        found = super().__getitem__(place)
+        self.taken += len(found) if isinstance(place, slice) else 1
+        return found
+
+
+def losses_of(count):
+    return [1 + math.sin(number / 50) + (number * 7919 % 101) / 101 for number in range(count)]
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """The points of every line that is drawn in more than a corner-to-corner stroke."""
+    drawn, draw = [], ImageDraw.ImageDraw.line
+
+    def line(self, points, **options):
+        if len(points) > 2:
+            drawn.append(points)
+        draw(self, points, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "line", line)
+    return drawn
+
+
+@pytest.mark.parametrize("window", [1, 3, 100, 1000])
+def test_the_running_mean_is_that_of_the_last_values(window):
+    values = losses_of(500)
+    for number, mean in enumerate(running_mean(values, window), 1):
+        last = values[max(0, number - window) : number]
+        assert mean == pytest.approx(math.fsum(last) / len(last), rel=1e-12)
+    assert running_mean([], window) == []
+
+
+def test_a_short_curve_is_drawn_point_by_point(lines):
+    losses = losses_of(300)
+    loss_curve("Loss", losses, (560, 300))
+    assert [len(points) for points in lines] == [300, 300]
+    assert [x for x, _ in lines[0]] == pytest.approx([66 + 474 * number / 300 for number in range(1, 301)])
+    assert min(lines[0], key=lambda point: point[1])[0] == 66 + 474 * (1 + losses.index(max(losses))) / 300
+
+
+def test_a_long_curve_takes_no_more_points_than_pixels_and_shows_every_peak(lines):
+    losses = Counted(losses_of(20_000))
+    losses[7_001] = 50.0
+    curve = loss_curve("Loss", losses, (560, 300))
+    assert losses.taken <= 10 * len(losses)
+    for points in lines:
+        assert 400 < len(points) <= 474
+        assert points == sorted(points, key=lambda point: point[0])
+    x, y = min(lines[0], key=lambda point: point[1])
+    assert (x, y) == (66 + 474 * 7_002 / 20_000, 48)
+    assert curve.size == (560, 300)
+
+
+def test_a_curve_of_one_loss_or_none_is_an_empty_panel(lines):
+    for losses in ([], [0.5]):
+        assert loss_curve("Loss", losses).size == (560, 300)
+    assert lines == []
 
 
 def test_the_grid_gives_long_labels_the_room_they_need():
