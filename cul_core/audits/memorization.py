@@ -26,7 +26,7 @@ from ..parts.training_config import TrainingConfig
 from ..requests.presets import Preset
 from ..requests.request import Request
 from ..requests.resolve import Overrides, adapt, resolve
-from ..store.anchors import anchor_generator
+from ..training.anchor_images import anchor_generator
 
 Similarity = Callable[[Tensor], Tensor]
 """Pictures (b, 3, h, w) in [0, 1] -> how similar each is to the memorized one (b,), 1 for equal ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,10 +11,14 @@ from torch import Tensor
 
 from ..base.config import Config, setting
 from ..base.errors import ConceptError
+from ..concepts.concept import Concept
+from ..models.sampling import Predict
 from ..models.text_conditioning import Conditioning
 from ..parts.anchor_augmentation import anchor_pool
+from ..parts.part import Cost, LossTerms, Teachers
 from ..parts.step_context import StepContext
-from .base import METHODS, LossParts, Method, Predict
+from ..parts.training_config import TrainingConfig
+from .base import METHODS, Method
 
 
 @dataclass(frozen=True)
@@ -96,13 +101,24 @@ class ConAbl(Method):
     """
 
     config: ConAblConfig
-    needs = ("text_readers",)
+    needs = ("text_readers", "anchor_latents")
 
     def __init__(self, config: ConAblConfig):
         super().__init__(config)
-        self.teacher_is_pretrained = config.teacher == "pretrained"
         self.blocks_first_token = config.block_first_token
-        self.student_calls = 1 + bool(config.preservation)
+
+    def cost(
+        self,
+        training: TrainingConfig,
+        concepts: Sequence[Concept],
+        previous: Sequence[Concept],
+        captions: int,
+    ) -> Cost:
+        forms = 3 if self.config.augmentations else 1  # captions that say the scale, and that do not
+        rewritten = [*concepts, *(previous if self.config.replay else ())]
+        targets = sum(2 if concept.kind == "style" else 1 for concept in rewritten)
+        student = training.batch_size * (1 + bool(self.config.preservation))
+        return Cost(student, training.batch_size, captions * forms * (1 + targets))
 
     def prepare(self, context: StepContext) -> None:
         network, config, captions = context.network, self.config, context.anchor_prompts
@@ -155,12 +171,13 @@ class ConAbl(Method):
         self._prompts = list(rows)
         self._embeddings = network.encode(self._prompts)
 
-    def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
+    def loss(self, student: Predict, teachers: Teachers, generator: torch.Generator) -> LossTerms:
         pictures, targets = self._draw(generator)
         noisy, timesteps, _ = self._noised(self._pool.latents[pictures], generator)
         anchors = self._embeddings[[self._anchor_rows[picture] for picture in pictures]]
         with torch.no_grad():
-            goal = (student if self.config.teacher == "student" else teacher)(noisy, timesteps, anchors)
+            teacher = self.config.teacher
+            goal = (student if teacher == "student" else teachers.called(teacher))(noisy, timesteps, anchors)
         predicted = student(noisy, timesteps, self._embeddings[targets])
         loss = masked_error(
             predicted - goal, None if self._pool.masks is None else self._pool.masks[pictures]
@@ -169,7 +186,7 @@ class ConAbl(Method):
         if self.config.preservation:
             kept = self.config.preservation * self._preservation(student, generator)
             loss, parts = loss + kept, {**parts, "preserve": kept.item()}
-        return LossParts(loss, parts)
+        return LossTerms(loss, parts)
 
     def _draw(self, generator: torch.Generator) -> tuple[list[int], list[int]]:
         """Numbers of a batch of pictures, and of the target prompts that take the place of their own."""

@@ -3,6 +3,7 @@ own guidance."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor
 
 from ..base.config import Config, setting
+from ..concepts.concept import Concept
+from ..models.sampling import Predict
 from ..models.text_conditioning import Conditioning
 from ..models.trajectory_buffer import TrajectoryBuffer
+from ..parts.part import Cost, LossTerms, Teachers
 from ..parts.step_context import StepContext
-from .base import METHODS, LossParts, Method, Predict
+from ..parts.training_config import TrainingConfig
+from .base import METHODS, Method
 
 
 @dataclass(frozen=True)
@@ -96,13 +101,20 @@ class ESD(Method):
     """
 
     config: ESDConfig
-    needs_anchor_latents = False
 
     def __init__(self, config: ESDConfig):
         super().__init__(config)
-        self.teacher_is_pretrained = config.teacher == "pretrained"
         self.blocks_first_token = config.block_first_token
-        self.teacher_calls = 2 + bool(config.erase_from.strip())
+
+    def cost(
+        self,
+        training: TrainingConfig,
+        concepts: Sequence[Concept],
+        previous: Sequence[Concept],
+        captions: int,
+    ) -> Cost:
+        is_narrow = bool(self.config.erase_from.strip())
+        return Cost(training.batch_size, training.batch_size * (2 + is_narrow), 1 + 2 * len(concepts))
 
     def prepare(self, context: StepContext) -> None:
         network, config = context.network, self.config
@@ -132,7 +144,8 @@ class ESD(Method):
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
         self._buffer.restore(state)
 
-    def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
+    def loss(self, student: Predict, teachers: Teachers, generator: torch.Generator) -> LossTerms:
+        teacher = teachers.called(self.config.teacher)
         states = self._buffer.draw(teacher, self._batch, generator)
         latents, timesteps, picks = states.latents, states.times, list(states.prompts)
         concept, wider = self._concepts[picks], self._wider[picks]
@@ -143,4 +156,4 @@ class ESD(Method):
         ).chunk(count)
         goal = erasing_goal(predicted[0], predicted[1], predicted[-1], self.config.negative_guidance)
         loss = (student(latents, timesteps, wider) - goal).square().mean()
-        return LossParts(loss, {"unlearn": loss.item()})
+        return LossTerms(loss, {"unlearn": loss.item()})

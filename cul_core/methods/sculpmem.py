@@ -4,7 +4,7 @@ change."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,11 +15,14 @@ from torch.optim import Optimizer
 from ..base.config import setting
 from ..base.errors import ConfigError
 from ..base.topk import count_of_fraction, top_k
-from ..models.sampling import sample_latents
+from ..concepts.concept import Concept
+from ..models.sampling import Predict, sample_latents
 from ..models.text_conditioning import Conditioning
 from ..parts.anchor_augmentation import AnchorPool
+from ..parts.part import Cost, LossTerms, Teachers, Weights
 from ..parts.step_context import StepContext
-from .base import METHODS, LossParts, Predict, Weights
+from ..parts.training_config import TrainingConfig
+from .base import METHODS
 from .conabl import ConAbl, ConAblConfig
 
 _EXCHANGED_UNTIL = 0.8
@@ -152,10 +155,16 @@ class SculpMem(ConAbl):
 
     config: SculpMemConfig
 
-    def __init__(self, config: SculpMemConfig):
-        super().__init__(config)
-        self.student_calls += bool(config.distillation)
-        self.teacher_calls += bool(config.distillation)
+    def cost(
+        self,
+        training: TrainingConfig,
+        concepts: Sequence[Concept],
+        previous: Sequence[Concept],
+        captions: int,
+    ) -> Cost:
+        cost = super().cost(training, concepts, previous, captions)
+        held = training.batch_size * (1 + bool(previous)) if self.config.distillation else 0
+        return Cost(cost.student_images + held, cost.teacher_images + held, cost.prompts + len(previous))
 
     def prepare(self, context: StepContext) -> None:
         super().prepare(context)
@@ -165,7 +174,6 @@ class SculpMem(ConAbl):
                 f"A warm-up of {config.warm_up} iterations leaves none of {training.iterations} to train "
                 f"with a mask; shorten it, to about {max(1, training.iterations // 20)}."
             )
-        self._network, self._start = context.network, context.start
         self._epoch = math.ceil(len(context.anchor_prompts) / training.batch_size)
         self._epochs = math.ceil(training.iterations / self._epoch)
         self._seen, self._masks = 0, {}
@@ -196,11 +204,11 @@ class SculpMem(ConAbl):
         )
         self._pool = AnchorPool(range(len(rows)), [""] * len(rows), latents.to(context.network.device))
 
-    def prepare_mask(self, context: StepContext, coordinates: Callable[[str], Tensor | None]) -> None:
+    def prepare_mask(self, context: StepContext, allowed_subspace: Callable[[str], Tensor | None]) -> None:
         in_update = self.config.form == "update"
         names = [name for name, weight in context.start.items() if weight.ndim > 1]
         self._bases = {
-            name: basis for name in names if in_update and (basis := coordinates(name)) is not None
+            name: basis for name in names if in_update and (basis := allowed_subspace(name)) is not None
         }
         self._scores = {
             name: torch.zeros_like(self._in_coordinates(name, context.start[name])) for name in names
@@ -217,28 +225,27 @@ class SculpMem(ConAbl):
 
     # --- the loss
 
-    def loss(self, student: Predict, teacher: Predict, generator: torch.Generator) -> LossParts:
+    def loss(self, student: Predict, teachers: Teachers, generator: torch.Generator) -> LossTerms:
         config = self.config
         if config.loss == "sm" and config.warm_up_form == "freeze" and self._seen < config.warm_up:
             return self._learning(student, generator)
         if not config.distillation:
-            return super().loss(student, teacher, generator)
+            return super().loss(student, teachers, generator)
         held = self._draw_held(generator)
-        with torch.no_grad(), self._network.with_weights(self._start):
-            goal = student(*held)
-        loss = super().loss(student, teacher, generator)
+        goal = teachers.start(*held)
+        loss = super().loss(student, teachers, generator)
         drift = (student(*held) - goal).square().split(self._batch)
         distilled = config.distillation * sum(part.mean() for part in drift)
-        return LossParts(loss.total + distilled, {**loss.parts, "distill": distilled.item()})
+        return LossTerms(loss.total + distilled, {**loss.terms, "distill": distilled.item()})
 
-    def _learning(self, student: Predict, generator: torch.Generator) -> LossParts:
+    def _learning(self, student: Predict, generator: torch.Generator) -> LossTerms:
         """The target's own training loss."""
         pictures, targets = self._draw(generator)
         clean = self._pool.latents[pictures]
         noisy, timesteps, noise = self._noised(clean, generator)
         truth = self._process.target(clean, noise, timesteps)
         loss = (student(noisy, timesteps, self._embeddings[targets]) - truth).square().mean()
-        return LossParts(loss, {"learn": loss.item()})
+        return LossTerms(loss, {"learn": loss.item()})
 
     def _draw_held(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Conditioning]:
         """(z_t, t, embeddings) of anchors with their own prompts, and, if there are any, then with those of

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING
-
-import torch
-
-if TYPE_CHECKING:
-    pass
 import ctypes
 import gc
 import sys
+from functools import lru_cache
+
+import torch
 
 
 def free_memory(device: torch.device) -> int | None:

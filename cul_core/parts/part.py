@@ -14,7 +14,11 @@ from ..base.config import Config
 from ..concepts.concept import Concept
 from ..models.sampling import Predict
 from .step_context import StepContext
+from .subspace import Subspace
 from .training_config import TrainingConfig
+
+Weights = Mapping[str, nn.Parameter]
+"""Checkpoint key -> fp32 parameter, of the trained weights."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class Part:
 
     Order of the hooks. Before the first update: `prepare` of all, then `prepare_mask` of all. In an update:
     the losses (see `Method` and `Regularizer`), `after_backward`, `transform_gradient`, clipping, the
-    optimizer, then on the weights `proximal`; last, on the actual change of the weights, `mask` and
-    `constrain`, so that these hold exactly whatever the optimizer did. `update_skipped` takes the place of
+    optimizer, then on the weights `proximal`; last, on the actual change of the weights, `constrain`, `mask`
+    and `subspace`, so that these hold exactly whatever the optimizer did. `update_skipped` takes the place of
     all that follows the backward pass when gradients overflowed.
 
     All weights, gradients and changes that hooks get are fp32, called by checkpoint key. From
@@ -107,9 +111,7 @@ class Part:
                 one of the coordinates A (out, m) of the change A B^T.
         """
 
-    def after_backward(
-        self, iteration: int, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> bool:
+    def after_backward(self, iteration: int, weights: Weights, optimizer: torch.optim.Optimizer) -> bool:
         """Called while the gradients are as they came, iterations from 1; False: no weight changes this time.
 
         Zero the optimizer's moments of entries that leave a mask here; stale momentum would move them when
@@ -128,9 +130,23 @@ class Part:
         """The weight after a proximal step on this part's penalty."""
         return weight
 
+    @property
+    def acts_on_closed_form(self) -> bool:
+        """Whether this part's constraints restrain an edit that no optimizer made; others are refused
+        there."""
+        return False
+
+    def constrain(self, name: str, change: Tensor) -> Tensor:
+        """The allowed part of a change, before masks and subspaces act on what all parts leave."""
+        return change
+
     def mask(self, name: str, weight: Tensor) -> Tensor | None:
         """1 where the weight, or its coordinate in the allowed subspace, may change, else 0; None for no
         mask."""
+        return None
+
+    def subspace(self, name: str) -> Subspace | None:
+        """Text directions that the matrix must not act on; the loop joins those of all parts exactly."""
         return None
 
     def state(self) -> dict[str, Any]:

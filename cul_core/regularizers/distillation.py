@@ -17,7 +17,9 @@ from ..concepts.concept import LONGEST_PROMPT, Concept, check_count, check_text,
 from ..models.sampling import Predict
 from ..models.text_conditioning import Conditioning
 from ..models.trajectory_buffer import TrajectoryBuffer
+from ..parts.part import Cost, Teachers
 from ..parts.step_context import StepContext
+from ..parts.training_config import TrainingConfig
 from .base import REGULARIZERS, Regularizer
 
 
@@ -201,9 +203,21 @@ class Distillation(Regularizer):
         for name, held in self._held.items():
             held.restore(state["held"][name])
 
-    def loss_terms(self, student: Predict, pretrained: Predict, start: Predict) -> dict[str, Tensor]:
-        teachers = {"keep": pretrained, "previous": start}
-        drawn = [held.draw(teachers[name], self._generator) for name, held in self._held.items()]
+    def cost(
+        self,
+        training: TrainingConfig,
+        concepts: Sequence[Concept],
+        previous: Sequence[Concept],
+        captions: int,
+    ) -> Cost:
+        config = self.config
+        kinds = bool(config.keep_weight) + bool(config.previous_weight and previous)
+        prompts = config.trajectories + training.iterations // config.refresh_every
+        return Cost(kinds * config.batch_size, kinds * config.batch_size, kinds * prompts)
+
+    def loss_terms(self, student: Predict, teachers: Teachers) -> dict[str, Tensor]:
+        asked = {"keep": teachers.pretrained, "previous": teachers.start}
+        drawn = [held.draw(asked[name], self._generator) for name, held in self._held.items()]
         if not drawn:
             return {}
         latents, timesteps, embeddings, goals = zip(*drawn, strict=True)

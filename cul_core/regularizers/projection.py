@@ -17,6 +17,7 @@ from ..concepts.name_lists import LISTS, listed_names, parse_names
 from ..models.network import Network
 from ..parts.prompt_vectors import ROWS, decoy_concepts, prompt_rows, target_vector
 from ..parts.step_context import StepContext
+from ..parts.subspace import Subspace, orthonormal_basis
 from .base import REGULARIZERS, Regularizer
 
 LEAST_TARGET_ENERGY = 0.2
@@ -87,22 +88,6 @@ def distinct_columns(columns: Tensor, cosine: float = _DUPLICATE_COSINE) -> Tens
     return columns[kept]
 
 
-def orthonormal_basis(rows: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """Orthonormal basis (d, r) of the span of (n, d) rows, by SVD in fp64; singular values under tolerance x
-    the largest drop out."""
-    _, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
-    return right[values > tolerance * values[:1]].T
-
-
-def complement_basis(basis: Tensor) -> Tensor:
-    """Orthonormal basis (d, d - r) of what is orthogonal to the r orthonormal columns of (d, r), in fp64.
-
-    It completes a QR decomposition by r reflections, so that its vectors are axes with a correction of rank
-    r: what is sparse in it is nearly so in the axes.
-    """
-    return torch.linalg.qr(basis.double(), mode="complete").Q[:, basis.shape[1] :]
-
-
 def regularized_projector(rows: Tensor) -> Tensor:
     """The reference's P = I - C (C^T C + rho I)^-1 C^T, (d, d) in fp32, for columns C = rows^T; only
     approximately a projector."""
@@ -143,11 +128,11 @@ class GradientProjection(Regularizer):
     response of the target's own text what it was without damping.
 
     With a mask, the change becomes ((D B) * mask) B^T, B an orthonormal basis of the complement of Q
-    (`coordinates`): exactly orthogonal to the protected vectors and exactly sparse in B. With decoys too, D
-    S^1/2 is masked, so that both of these stay exact while damping does not: what is left is no longer of the
-    form D S^1/2. B then diagonalizes M within the complement, so that a mask never raises the change's mean
-    square response to the damped text, sum_j (B^T M B)_jj |A_j|^2. The form `reference` limits no directions,
-    and leaves masks to the axes.
+    (`Subspace.allowed`): exactly orthogonal to the protected vectors and exactly sparse in B. With decoys
+    too, D S^1/2 is masked, so that both of these stay exact while damping does not: what is left is no longer
+    of the form D S^1/2. B then diagonalizes M within the complement, so that a mask never raises the change's
+    mean square response to the damped text, sum_j (B^T M B)_jj |A_j|^2. The form `reference` limits no
+    directions, and leaves masks to the axes.
 
     Raises:
         ConceptError: nothing to protect, or less than 0.2 of a target's vector would be left.
@@ -179,20 +164,18 @@ class GradientProjection(Regularizer):
                 "Gradient projection has nothing to protect: the keep list is empty, or all of it says the "
                 "same as the target; name other concepts to keep, or set auxiliary or decoys."
             )
-        self._projector = self._basis = self._damper = self._complement = None
-        device = network.device
-        left, free = targets, torch.eye(targets.shape[1], dtype=targets.dtype)
+        self._projector = self._damper = self._subspace = protected = moment = None
+        device, left, in_update = network.device, targets, self.config.form == "update"
         if kept:
             rows = torch.cat([self._rows(network, concept) for concept in kept])
-            if self.config.form == "reference":
+            if in_update:
+                protected = orthonormal_basis(rows)
+                left = targets - targets @ protected @ protected.T
+            else:
                 projector = regularized_projector(rows)
                 self._projector, left = projector.to(device), targets @ projector.double()
-            else:
-                basis = orthonormal_basis(rows)
-                self._basis, free = basis.float().to(device), complement_basis(basis)
-                left = targets - targets @ basis @ basis.T
         shares = _shares(left, targets)
-        rank = 0 if self._basis is None else self._basis.shape[1]
+        rank = 0 if protected is None else protected.shape[1]
         self._report |= {"protected_rank": rank, "target_energy_left": shares.min().item()}
         for concept, share in zip(context.concepts, shares.tolist(), strict=True):
             if share < LEAST_TARGET_ENERGY:
@@ -204,10 +187,8 @@ class GradientProjection(Regularizer):
         if self.config.decoys:
             moment, damper = self._damped(context, kept, auxiliary)
             self._damper = damper.float().to(device)
-            if self.config.form == "update":
-                free = free @ torch.linalg.eigh(free.T @ moment @ free).eigenvectors
-        if self.config.form == "update":
-            self._complement = free.float().to(device)
+        if in_update:
+            self._subspace = Subspace(targets.shape[1], protected, moment)
 
     def _rows(self, network: Network, concept: Concept) -> Tensor:
         return prompt_rows(network, [concept.prompt], self.config.rows, concept.name)
@@ -307,8 +288,12 @@ class GradientProjection(Regularizer):
         gains /= (gains * (vectors.T @ target_moment @ vectors).diagonal()).sum()
         return mean, vectors @ torch.diag(gains.sqrt()) @ vectors.T
 
-    def coordinates(self, name: str) -> Tensor | None:
-        return self._complement if name in self._readers else None
+    @property
+    def acts_on_closed_form(self) -> bool:
+        return self.config.form == "update"
+
+    def subspace(self, name: str) -> Subspace | None:
+        return self._subspace if name in self._readers else None
 
     def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
         for matrix in (self._projector, self._damper):
@@ -316,15 +301,8 @@ class GradientProjection(Regularizer):
                 gradient = gradient @ matrix
         return gradient
 
-    def constrain(self, name: str, change: Tensor, mask: Tensor | None) -> Tensor | None:
-        if name not in self._readers or (self._basis is None and self._damper is None):
-            return None
-        if self._damper is not None:
-            change = change @ self._damper
-        if mask is not None:
-            basis = self._complement
-            return change * mask if basis is None else ((change @ basis) * mask) @ basis.T
-        return change if self._basis is None else change - (change @ self._basis) @ self._basis.T
+    def constrain(self, name: str, change: Tensor) -> Tensor:
+        return change if self._damper is None or name not in self._readers else change @ self._damper
 
     def report(self) -> dict[str, float]:
         return self._report

@@ -142,10 +142,12 @@ class SelFT(Regularizer):
     def prepare(self, context: StepContext) -> None:
         self._report: dict[str, float] = {}
 
-    def prepare_mask(self, context: StepContext, coordinates: Callable[[str], Tensor | None]) -> None:
+    def prepare_mask(self, context: StepContext, allowed_subspace: Callable[[str], Tensor | None]) -> None:
         in_update = self.config.form == "update"
         self._bases = {
-            name: basis for name in context.start if in_update and (basis := coordinates(name)) is not None
+            name: basis
+            for name in context.start
+            if in_update and (basis := allowed_subspace(name)) is not None
         }
         scores = context.last_result.of(self._key(context), lambda: self._scores(context))
         total = sum(score.numel() for score in scores.values())
@@ -253,6 +255,10 @@ class SelFT(Regularizer):
 
     def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
         return self._masked(name, gradient)
+
+    @property
+    def acts_on_closed_form(self) -> bool:
+        return self.config.form == "update"
 
     def mask(self, name: str, weight: Tensor) -> Tensor | None:
         return self._masks[name].to(weight.device) if self.config.form == "update" else None

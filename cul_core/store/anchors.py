@@ -19,17 +19,13 @@ from ..files.locks import lock_of, locked
 from ..files.safetensors_format import read_sealed, write_sealed
 from ..models.free_memory import release_memory
 from ..models.network import Network
-from ..models.sampling import SamplerConfig, generator_for, sample_latents
+from ..models.sampling import SamplerConfig
 from ..models.source import Source
+from ..training.anchor_images import draw_anchors
 
 logger = logging.getLogger(__name__)
 _MEMORY_BYTES = 512 << 20
 """Bound on anchor latents in memory: ten sets of 200 pictures of Stable Diffusion XL."""
-
-
-def anchor_generator(seed: int, number: int) -> torch.Generator:
-    """Where the noise of a request's anchor picture comes from."""
-    return generator_for(seed, "anchor", number)
 
 
 class AnchorStore:
@@ -102,18 +98,8 @@ class AnchorStore:
             with locked(lock_of(self._locks, file.path), wait) if file and self._locks else nullcontext():
                 batches = file.read(count) if file is not None else []
                 if sum(map(len, batches)) < count:
-                    repeated = [prompts[i % len(prompts)] for i in range(count)]
-                    generators = [anchor_generator(seed, i) for i in range(count)]
                     try:
-                        sample_latents(
-                            network,
-                            repeated,
-                            generators,
-                            sampler,
-                            check,
-                            batches=batches,
-                            keeps_text_encoders=False,
-                        )
+                        draw_anchors(network, prompts, count, sampler, seed, check, batches)
                     finally:
                         if file is not None:
                             file.write(batches)

@@ -1,160 +1,216 @@
-"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its
-input."""
+"""The one training loop: losses, gradients, and the constrained update, in an order that is a contract."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import Cancelled, ConfigError, TrainingError
+from ..base.errors import Cancelled, TrainingError
 from ..methods.base import Method
 from ..models.weight_roles import role_of
+from ..parts.part import Part, Teachers
 from ..parts.step_context import StepContext
 from ..parts.training_config import TrainingConfig
 from ..regularizers.base import Regularizer
 from .callbacks import Callbacks, Progress
 from .compute import Compute
+from .constraints import Constraints
 from .early_stopping import EarlyStopping
 from .master_weights import MasterWeights
 from .micro_batches import MicroBatchedModel
 from .resume import Loop, StateStore
 
 
-def _coordinates(regularizers: list[Regularizer], name: str) -> Tensor | None:
-    """The basis in which the change of a matrix is limited, whichever regularizer limits it.
+@dataclass(frozen=True)
+class Trained:
+    """What training made.
 
-    Raises:
-        ConfigError: two of them do, so that no mask can respect both.
+    Args:
+        weights: new fp32 weights by checkpoint key; the best if they were measured.
+        losses: total of every update.
+        terms: last value of each named term of the loss.
+        earlier_seconds: time that earlier runs have spent on the step.
     """
-    found = [basis for regularizer in regularizers if (basis := regularizer.coordinates(name)) is not None]
-    if len(found) > 1:
-        raise ConfigError(
-            f"{len(found)} regularizers limit the directions of {name!r}, and no mask can respect them all; "
-            "keep one of them, and give it everything that should stay."
-        )
-    return found[0] if found else None
+
+    weights: dict[str, Tensor]
+    losses: Sequence[float] = ()
+    terms: Mapping[str, float] | None = None
+    earlier_seconds: float = 0.0
 
 
-def _train(
+def train(
     context: StepContext,
     method: Method,
-    regularizers: list[Regularizer],
+    regularizers: Sequence[Regularizer],
     callbacks: Callbacks,
     stopping: EarlyStopping,
     state_store: StateStore | None,
     compute: Compute,
     is_offloaded: bool,
-) -> tuple[dict[str, Tensor], list[float], dict[str, float], float]:
-    """(new weights, the best if they were measured; loss of every update; last value of each part of the
-    loss; seconds of training that earlier runs have spent on it).
+) -> Trained:
+    """Train the weights of the step's group, or edit them where the method is a closed form.
+
+    Every part is prepared. The network holds W0 again when this returns or raises.
     """
-    training, network = context.training, context.network
-    parameters = network.weights(role_of(training.group))
-    generator = context.generator("batches")
+    parameters = context.network.weights(role_of(context.training.group))
     student = MicroBatchedModel(context.network, compute, callbacks.on_message)
+    with _holding_start(context, parameters):
+        masters = MasterWeights(parameters, context.start, context.training, is_offloaded)
+        training = _Training(context, method, regularizers, callbacks, stopping, masters, student)
+        with masters.collecting(), student.ready():
+            training.prepare_masks()
+            if method.is_closed_form:
+                return Trained(training.edited())
+            return training.run(Loop(masters, training.generator, training.resumable, state_store))
 
-    def stop_if_asked() -> None:
-        if callbacks.should_stop():
-            raise Cancelled(
-                f"Cancelled at iteration {iteration} of {training.iterations}; the input model is unchanged."
-            )
 
-    def teacher(weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
-        stop_if_asked()  # whole pictures may be sampled by a teacher within one update
-        with torch.no_grad(), network.with_weights(weights):
-            return student(*inputs)
+class _Training:
+    """One step in training; see `train`."""
 
-    blocked = network.shared_rows_detached if method.blocks_first_token else nullcontext
-    pretrained, start = partial(teacher, context.pretrained), partial(teacher, context.start)
+    def __init__(
+        self,
+        context: StepContext,
+        method: Method,
+        regularizers: Sequence[Regularizer],
+        callbacks: Callbacks,
+        stopping: EarlyStopping,
+        masters: MasterWeights,
+        student: MicroBatchedModel,
+    ):
+        self._context, self._config = context, context.training
+        self._method, self._regularizers = method, regularizers
+        self._parts: tuple[Part, ...] = (method, *regularizers)
+        self._callbacks, self._stopping = callbacks, stopping
+        self._masters, self._student = masters, student
+        self._constraints = Constraints(self._parts, masters.device)
+        self._iteration = 0
+        self.generator = context.generator("batches")
+        self.resumable = (*self._parts, stopping)
+        teachers = (partial(self._teacher, weights) for weights in (context.pretrained, context.start))
+        self._teachers = Teachers(*teachers)
 
-    def terms() -> Iterator[tuple[Tensor, Mapping[str, float]]]:
-        """(what to minimize, its named parts), one after the other: each is made after the backward of the
-        one before, so that no teacher is called in between and one graph at a time is in memory."""
-        with blocked():  # until the backward is done, which may run the network again
-            loss = method.loss(student, pretrained if method.teacher_is_pretrained else start, generator)
+    def prepare_masks(self) -> None:
+        with self._blocked():
+            for part in self._parts:
+                part.prepare_mask(self._context, self._constraints.allowed_subspace)
+
+    @torch.no_grad()
+    def edited(self) -> dict[str, Tensor]:
+        """The closed form's weights, as far as masks and constraints allow their change."""
+        start, new = self._context.start, self._method.edit(self._context)
+        return {
+            name: weight + self._constraints.allowed(name, new[name].to(weight) - weight)
+            for name, weight in start.items()
+        }
+
+    def run(self, loop: Loop) -> Trained:
+        """All updates, from where an earlier run was stopped."""
+        config, network = self._config, self._context.network
+        self._callbacks.preview(network, 0, config.iterations)
+        with loop.kept(config.iterations):
+            self._iteration = loop.iteration
+            while not self._is_over(loop.iteration):
+                self._iteration = loop.iteration + 1
+                self._stop_if_asked()
+                network.free_text_encoders()  # all prompts are encoded by now, but for a caller's own
+                if config.schedule == "linear":
+                    share = 1 - (self._iteration - 1) / config.iterations
+                    self._masters.optimizer.param_groups[0]["lr"] = config.learning_rate * share
+                total, terms = self._gradients()
+                loop.change()
+                self._update()
+                loop.advance(total, terms)
+                progress = Progress(self._iteration, config.iterations, total, terms, loop.seconds)
+                self._callbacks.on_progress(progress)
+        weights = self._stopping.weights or self._masters.values()
+        return Trained(weights, loop.losses, loop.terms, loop.earlier_seconds)
+
+    def _is_over(self, done: int) -> bool:
+        """Measures and shows what the last update made, if it is time to; whether it was the last of all."""
+        iterations, network = self._config.iterations, self._context.network
+        if not done:
+            return not iterations
+        stops = self._stopping.is_time(done, network, self._masters.weights, self._stop_if_asked)
+        is_last = stops or done == iterations
+        self._callbacks.preview(network, done, done if is_last else iterations)
+        return is_last
+
+    def _stop_if_asked(self) -> None:
+        if self._callbacks.should_stop():
+            where = f"iteration {self._iteration} of {self._config.iterations}"
+            raise Cancelled(f"Cancelled at {where}; the input model is unchanged.")
+
+    # --- losses
+
+    def _blocked(self) -> AbstractContextManager[None]:
+        is_blocked = self._method.blocks_first_token
+        return self._context.network.shared_rows_detached() if is_blocked else nullcontext()
+
+    def _teacher(self, weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
+        self._stop_if_asked()  # whole images may be sampled by a teacher within one update
+        with torch.no_grad(), self._context.network.with_weights(weights):
+            return self._student(*inputs)
+
+    def _losses(self) -> Iterator[tuple[Tensor, Mapping[str, float]]]:
+        """(what to minimize, its named terms), one after the other: each is made after the backward pass of
+        the one before, so that no teacher is called in between and one graph at a time is in memory."""
+        with self._blocked():  # until the backward pass is done, which may run the network again
+            loss = self._method.loss(self._student, self._teachers, self.generator)
             total = loss.total
-            for regularizer in regularizers:
-                if (penalty := regularizer.penalty(masters.weights)) is not None:
+            for regularizer in self._regularizers:
+                if (penalty := regularizer.penalty(self._masters.weights)) is not None:
                     total = total + penalty
-            yield total, loss.parts
-        for regularizer in regularizers:
-            if named := regularizer.loss_terms(student, pretrained, start):
+            yield total, loss.terms
+        for regularizer in self._regularizers:
+            if named := regularizer.loss_terms(self._student, self._teachers):
                 yield sum(named.values()), {name: term.item() for name, term in named.items()}
 
-    with _student_weights(context, parameters):
-        masters = MasterWeights(parameters, context.start, training, is_offloaded)
-        optimizer = masters.optimizer
-        with masters.collecting(), student.ready():
-            with blocked():
-                for part in (method, *regularizers):
-                    part.prepare_mask(context, partial(_coordinates, regularizers))
-            loop = Loop(masters, generator, (method, *regularizers, stopping), state_store)
-
-            def is_over() -> bool:
-                """Measures and shows what the last update made, if it is time to; whether it was the last of
-                all."""
-                done, iterations = loop.iteration, training.iterations
-                if not done:
-                    return not iterations
-                is_last = (
-                    stopping.is_time(done, context.network, masters.weights, stop_if_asked)
-                    or done == iterations
+    def _gradients(self) -> tuple[float, dict[str, float]]:
+        """(total loss, its named terms), once its gradients are in the masters."""
+        total, terms = 0.0, {}
+        for loss, named in self._losses():
+            total += loss.item()
+            if not math.isfinite(total):
+                raise TrainingError(
+                    f"The loss became {total} at iteration {self._iteration} of {self._config.iterations}; "
+                    f"lower the learning rate ({self._config.learning_rate:g}) or the regularizers' "
+                    "strengths."
                 )
-                callbacks.preview(context.network, done, done if is_last else iterations)
-                return is_last
+            self._student.backward(loss, self._masters)
+            terms |= named
+        return total, terms
 
-            callbacks.preview(context.network, 0, training.iterations)
-            with loop.kept(training.iterations):
-                iteration = loop.iteration
-                while not is_over():
-                    iteration = loop.iteration + 1
-                    stop_if_asked()
-                    # all prompts are encoded by now, but for a caller's own
-                    context.network.free_text_encoders()
-                    if training.schedule == "linear":
-                        optimizer.param_groups[0]["lr"] = training.learning_rate * (
-                            1 - (iteration - 1) / training.iterations
-                        )
-                    total, parts = 0.0, {}
-                    for term, named in terms():
-                        total += term.item()
-                        if not math.isfinite(total):
-                            raise TrainingError(
-                                f"The loss became {total} at iteration {iteration} of "
-                                f"{training.iterations}; "
-                                f"lower the learning rate ({training.learning_rate:g}) or the regularizers' "
-                                "strengths."
-                            )
-                        student.backward(term, masters)
-                        parts |= named
-                    loop.change()
-                    if not masters.gather():
-                        for part in (method, *regularizers):
-                            part.update_skipped(iteration)
-                    elif method.after_backward(iteration, masters.weights, optimizer):
-                        where = masters.device, masters.on_device
-                        _update(masters.weights, optimizer, method, regularizers, training, *where)
-                    else:
-                        optimizer.zero_grad()
-                    loop.advance(total, parts)
-                    callbacks.on_progress(
-                        Progress(iteration, training.iterations, total, parts, loop.seconds)
-                    )
-            return stopping.weights or masters.values(), loop.losses, loop.terms, loop.earlier_seconds
+    # --- the update
+
+    def _update(self) -> None:
+        masters = self._masters
+        if not masters.gather():
+            for part in self._parts:
+                part.update_skipped(self._iteration)
+            return
+        answers = [
+            part.after_backward(self._iteration, masters.weights, masters.optimizer) for part in self._parts
+        ]
+        if all(answers):
+            where = masters.device, masters.on_device
+            update(masters.weights, masters.optimizer, self._parts, self._constraints, self._config, *where)
+        else:
+            masters.optimizer.zero_grad()
 
 
 @torch.no_grad()
-def _update(
+def update(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    method: Method,
-    regularizers: list[Regularizer],
-    training: TrainingConfig,
+    parts: Sequence[Part],
+    constraints: Constraints,
+    config: TrainingConfig,
     device: torch.device | str = "cpu",
     on_device: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> None:
@@ -166,11 +222,11 @@ def _update(
     """
     for name, parameter in parameters.items():
         gradient = parameter.grad.to(device)
-        for part in (method, *regularizers):
+        for part in parts:
             gradient = part.transform_gradient(name, gradient)
         parameter.grad = gradient.to(parameter.device)
-    if training.max_grad_norm:
-        nn.utils.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
+    if config.max_grad_norm:
+        nn.utils.clip_grad_norm_(list(parameters.values()), config.max_grad_norm)
     (group,) = optimizer.param_groups
     try:
         for name, parameter in parameters.items():
@@ -179,45 +235,22 @@ def _update(
                 group["params"] = [parameter]
                 optimizer.step()
                 parameter.grad = None
-                parameter.data.copy_(
-                    before + _allowed(name, before, parameter.data, group["lr"], method, regularizers)
-                )
+                weight = parameter.data
+                for part in parts:
+                    weight = part.proximal(name, weight, group["lr"])
+                parameter.data.copy_(before + constraints.allowed(name, weight - before))
     finally:
         group["params"] = list(parameters.values())
 
 
-def _allowed(
-    name: str,
-    before: Tensor,
-    weight: Tensor,
-    learning_rate: float,
-    method: Method,
-    regularizers: list[Regularizer],
-) -> Tensor:
-    """The change of a weight that proximal steps, masks and hard constraints leave of what the optimizer
-    did."""
-    for regularizer in regularizers:
-        weight = regularizer.proximal(name, weight, learning_rate)
-    masks = [mask for part in (method, *regularizers) if (mask := part.mask(name, weight)) is not None]
-    mask = math.prod(masks[1:], start=masks[0]) if masks else None
-    change = weight - before
-    constrained = None
-    for regularizer in regularizers:
-        allowed = regularizer.constrain(name, change if constrained is None else constrained, mask)
-        constrained = constrained if allowed is None else allowed
-    if constrained is None:
-        constrained = change if mask is None else change * mask
-    return constrained
-
-
 @contextmanager
-def _student_weights(context: StepContext, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Within the block the UNet holds the step's start, in weights that may change; then W0 again."""
+def _holding_start(context: StepContext, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Within the block the network holds the step's start, in weights that may change; then W0 again."""
     if context.network.dtype == torch.float32:
         with context.network.with_weights({name: weight.clone() for name, weight in context.start.items()}):
             yield
         return
-    try:  # in place: W0 is rounded in the UNet, and exact elsewhere
+    try:  # in place: W0 is rounded in the network, and exact elsewhere
         for name, parameter in parameters.items():
             parameter.data.copy_(context.start[name])
         yield

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +18,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from ..concepts.concept import Concept
 from ..methods import METHODS
 from ..models.family import Family
 from ..models.frozen_layers import product
 from ..models.network import Network
 from ..models.weight_roles import role_of
+from ..parts.part import Cost
+from ..regularizers import REGULARIZERS
+from ..requests.request import Request
 from .compute import Compute
-
-if TYPE_CHECKING:
-    from ..requests.request import Request
 
 _LIBRARIES_BYTES, _GAPS = 500_000_000, 0.1
 _SHARE_OF_MATMUL = 0.5
@@ -52,6 +52,10 @@ class Passes:
     teacher_bytes: int
     forward_flops: int
     backward_flops: int
+
+    def of(self, count: int) -> Passes:
+        """That of `count` times as many images."""
+        return Passes(*(count * value for value in astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -195,13 +199,26 @@ def _count(network: Network, group: str, rows: int, is_checkpointed: bool) -> Pa
 
 
 def passes(
-    network: Network, dtype: torch.dtype, group: str, rows: int, is_checkpointed: bool = False
+    network: Network, dtype: torch.dtype, group: str, count: int, is_checkpointed: bool = False
 ) -> Passes:
-    """See `Passes`, for `rows` images and training of `group`; kept for the next call."""
-    key = network.family, dtype, group, rows, is_checkpointed
+    """See `Passes`, for `count` images and training of `group`.
+
+    One image is counted, once in a process, and all is taken to grow with their number; so a gradient of a
+    weight, which does not, is counted once for each image.
+    """
+    key = network.family, dtype, group, is_checkpointed
     if key not in _counted:
-        _counted[key] = _count(_blank(network, dtype), group, rows, is_checkpointed)
-    return _counted[key]
+        _counted[key] = _count(_blank(network, dtype), group, 1, is_checkpointed)
+    return _counted[key].of(count)
+
+
+def _costs(request: Request, previous: Sequence[Concept]) -> tuple[list[Cost], bool]:
+    """(what each part takes of every update, the method's first; whether one needs anchor images)."""
+    parts = [METHODS.of(request.method).cls(request.method)]
+    parts += [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
+    captions = len(set(request.anchor_prompts))
+    costs = [part.cost(request.training, request.concepts, previous, captions) for part in parts]
+    return costs, any("anchor_latents" in part.needs for part in parts)
 
 
 def estimate_step(
@@ -210,62 +227,61 @@ def estimate_step(
     device: torch.device | str,
     compute: Compute,
     *,
+    previous: Sequence[Concept] = (),
     is_edited: bool = False,
     is_offloaded: bool = False,
     with_seconds: bool = True,
 ) -> Estimate:
     """What a step of `request` needs.
 
+    The losses of the parts have backward passes of their own, one after the other: the most that one of them
+    takes counts for the memory, their sum for the time.
+
     Args:
         network: the model.
         request: what is to be done.
         device: where.
         compute: how; with checkpointing `auto` there is none.
+        previous: what earlier steps forgot.
         is_edited: whether the step starts from other weights than the pretrained ones.
         is_offloaded: whether the trained group's masters rest in the CPU's memory.
         with_seconds: whether to measure the device's rate, unless that was done before.
     """
     device, dtype, training = torch.device(device), compute.dtype_on(device), request.training
-    method = METHODS.of(request.method).cls(request.method)
-    family, blank = network.family, _blank(network, dtype)
-    trained = sum(weight.numel() for weight in blank.weights(role_of(training.group)).values())
-    batch, is_checkpointed, micro = (
-        training.batch_size,
-        compute.checkpointing == "on",
-        compute.largest_micro_batch,
-    )
-    rows = batch * method.student_calls  # all their graphs are there at a time
-    is_split = 0 < micro < batch
-    taken = passes(network, dtype, training.group, micro if is_split else rows, is_checkpointed)
-    asked = batch * method.teacher_calls
-    teacher = (
-        passes(network, dtype, training.group, min(asked, micro) if micro else asked, is_checkpointed)
-        if asked
-        else taken
-    )
+    costs, needs_anchors = _costs(request, previous)
+    blank, micro = _blank(network, dtype), compute.largest_micro_batch
+    one = passes(network, dtype, training.group, 1, compute.checkpointing == "on")
+
+    def at_once(count: int) -> int:
+        return min(count, micro) if 0 < micro < count else count
+
+    def largest(counts: list[int]) -> int:
+        return max(map(at_once, counts))
+
+    student = one.of(largest([cost.student_images for cost in costs]))
+    teacher = one.of(largest([cost.teacher_images for cost in costs]))
     weights = sum(weight.numel() * weight.element_size() for weight in blank.weights("all").values())
+    trained = sum(weight.numel() for weight in blank.weights(role_of(training.group)).values())
     # gradient, two moments, and the student's own weights; exact W0 where the network has it rounded; start
     resting = 0 if is_offloaded else trained * 4 * (4 + (dtype != torch.float32) + is_edited)
-    worst = max(
-        taken.training_bytes, teacher.teacher_bytes + (dtype != torch.float32) * trained * dtype.itemsize
-    )
-    needs_anchors = method.needs_anchor_latents
-    prompts = len(set(request.anchor_prompts)) * (1 + len(request.concepts))
-    numbers = (
-        request.anchor_count * torch.Size(family.latent_shape).numel()
-        + prompts * blank.inputs(1)[2].text.numel()
-    )
-    anchors = 4 * numbers * needs_anchors
+    copies = (dtype != torch.float32) * trained * dtype.itemsize  # of a teacher's weights
+    worst = max(student.training_bytes, teacher.teacher_bytes + copies)
+    latents = request.anchor_count * torch.Size(network.family.latent_shape).numel() * needs_anchors
+    prompts = sum(cost.prompts for cost in costs) * blank.inputs(1)[2].text.numel()
     margin = int(_GAPS * worst) + _LIBRARIES_BYTES if device.type == "cuda" else 0
-    estimate = Estimate(weights, resting, worst, anchors, margin)
+    estimate = Estimate(weights, resting, worst, 4 * (latents + prompts), margin)
     if not with_seconds:
         return estimate
-    each = taken.forward_flops / (micro if is_split else rows)
-    backward = taken.backward_flops / (micro if is_split else rows)
-    flops = rows * (each * (1 + is_split) + backward) + asked * each
+    flops = sum(
+        cost.student_images * (one.forward_flops * (1 + (at_once(cost.student_images) < cost.student_images)))
+        + cost.student_images * one.backward_flops
+        + cost.teacher_images * one.forward_flops
+        for cost in costs
+    )
     rate = _SHARE_OF_MATMUL * matmul_rate(device, dtype)
     drawn = request.anchor_count * request.anchor_sampler.steps * 2 * needs_anchors
-    return replace(estimate, seconds=training.iterations * flops / rate, anchor_seconds=drawn * each / rate)
+    seconds = training.iterations * flops / rate
+    return replace(estimate, seconds=seconds, anchor_seconds=drawn * one.forward_flops / rate)
 
 
 @lru_cache(maxsize=8)
@@ -306,6 +322,7 @@ def planned(
     device: torch.device,
     compute: Compute,
     free_bytes: int | None,
+    previous: Sequence[Concept] = (),
     is_edited: bool = False,
 ) -> tuple[Compute, bool, Estimate | None]:
     """(compute with nothing left to choose, whether masters are offloaded, what that needs): the fastest that
@@ -316,18 +333,24 @@ def planned(
     """
     if network.family.is_small or _blank(network, compute.dtype_on(device)) is None:
         return compute, False, None
+
+    def estimate(way: Compute, is_offloaded: bool, with_seconds: bool) -> Estimate:
+        return estimate_step(
+            network,
+            request,
+            device,
+            way,
+            previous=previous,
+            is_edited=is_edited,
+            is_offloaded=is_offloaded,
+            with_seconds=with_seconds,
+        )
+
     can_offload = compute.dtype_on(device) != torch.float32  # otherwise the network trains its own weights
     for way, is_offloaded in _ways(compute, request.training.batch_size, can_offload):
-        found = estimate_step(
-            network, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded, with_seconds=False
-        )
-        if free_bytes is None or found.memory_bytes <= free_bytes:
+        if free_bytes is None or estimate(way, is_offloaded, False).memory_bytes <= free_bytes:
             break
     # it may still be turned on, should memory run out
     if way.checkpointing == "off" and compute.checkpointing == "auto":
         way = replace(way, checkpointing="auto")
-    return (
-        way,
-        is_offloaded,
-        estimate_step(network, request, device, way, is_edited=is_edited, is_offloaded=is_offloaded),
-    )
+    return way, is_offloaded, estimate(way, is_offloaded, True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base.config import stable_hash
-from ..base.errors import Cancelled, ConfigError, MemoryShortError, TrainingError
+from ..base.errors import Cancelled, ConfigError, MemoryShortError, TrainingError, brief_repr
 from ..base.last_result import LastResult
 from ..concepts.concept import Concept
 from ..history.step_record import StepRecord, library_versions
@@ -25,14 +25,15 @@ from ..models.load_diffusers import NetworkCache
 from ..models.network import Network
 from ..models.sampling import generator_for
 from ..models.weight_roles import READING_TEXT, ROLES, role_of
+from ..parts.part import Part
 from ..parts.step_context import StepContext
 from ..regularizers import REGULARIZERS
 from ..requests.request import Request
-from ..store.anchors import AnchorStore
+from .anchor_images import AnchorSource, DrawnAnchors
 from .callbacks import Callbacks
 from .compute import Compute
 from .early_stopping import EarlyStopping, Measure
-from .loop import _train
+from .loop import Trained, train
 from .memory_plan import planned
 from .micro_batches import out_of_memory
 from .resume import StateStore
@@ -55,7 +56,7 @@ def run_step(
     *,
     device: torch.device | str = "cpu",
     callbacks: Callbacks | None = None,
-    store: AnchorStore | None = None,
+    store: AnchorSource | None = None,
     networks: NetworkCache | None = None,
     measure: Measure | None = None,
     state_store: StateStore | None = None,
@@ -69,7 +70,7 @@ def run_step(
         request: what to forget and how.
         device: where to compute.
         callbacks: progress and cancelling.
-        store: anchor latents shared between steps; made here if not given.
+        store: anchor latents shared between steps; drawn anew if not given.
         networks: loaded models shared between steps.
         measure: how early stopping measures, if the request asks for it.
         state_store: where the state stays of which a step that is stopped goes on, to the same bits as one
@@ -83,20 +84,14 @@ def run_step(
         MemoryShortError: the device's memory is too short; the state that is kept then is a good one.
         Cancelled: `callbacks.should_stop` said so.
     """
-    callbacks, store, networks, compute = (
-        callbacks or Callbacks(),
-        store or AnchorStore(),
-        networks or NetworkCache(),
-        compute or Compute(),
-    )
-    begun = time.monotonic()
+    callbacks, store, networks = callbacks or Callbacks(), store or DrawnAnchors(), networks or NetworkCache()
+    compute, begun = compute or Compute(), time.monotonic()
     _check_supported(model, request)
     stopping = EarlyStopping(request.training, measure)
     network = networks.get(model.source, device, compute.dtype_on(device))
+    step = _Step(model, request, network, callbacks, store, stopping, state_store, networks.last_result)
     try:
-        edits, drift, losses, parts, figures, earlier = _step(
-            model, request, network, callbacks, store, stopping, state_store, compute, networks.last_result
-        )
+        trained, edits, drift, figures = step.run(compute)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -109,139 +104,157 @@ def run_step(
     result = UnlearnModel(model.source, model.family, edits)
     record = StepRecord(
         request=request.to_json(),
-        losses=parts,
+        losses=dict(trained.terms or {}),
         drift=drift,
         parent=model.content_hash,
         result=result.content_hash,
-        seconds=round(earlier + time.monotonic() - begun, 3),
+        seconds=round(trained.earlier_seconds + time.monotonic() - begun, 3),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=library_versions(),
     )
     logger.info("forgot %d concept(s) in %.1f s", len(request.concepts), record.seconds)
-    return result.with_history((*model.history, record)), StepReport(record, tuple(losses), figures)
+    report = StepReport(record, tuple(trained.losses), figures)
+    return result.with_history((*model.history, record)), report
 
 
-def _step(
-    model: UnlearnModel,
-    request: Request,
-    network: Network,
-    callbacks: Callbacks,
-    store: AnchorStore,
-    stopping: EarlyStopping,
-    state_store: StateStore | None,
-    compute: Compute,
-    last_result: LastResult,
-) -> tuple[dict[str, Tensor], dict[str, list[float]], list[float], dict[str, float], dict[str, float], float]:
-    """(edits of the new model, drift by name, loss of every update, last value of each part of the loss,
-    figures, seconds of earlier runs).
-    """
-    names = list(network.weights(role_of(request.training.group)))
-    compute, is_offloaded = _planned(model, network, request, compute, callbacks)
-    home = torch.device("cpu") if is_offloaded else network.device
-    pretrained = {name: weight.to(home) for name, weight in network.exact(names).items()}
-    start = weights_of(model, pretrained)
-    outside = {name: delta for name, delta in model.edits.items() if name not in pretrained}
-    method = METHODS.of(request.method).cls(request.method)
-    regularizers = [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
-    if any(part.needs_anchor_latents for part in (method, *regularizers)):
-        latents = store.anchor_latents(
-            model.source,
-            network,
-            request.anchor_prompts,
-            request.anchor_count,
-            request.anchor_sampler,
-            request.anchor_seed,
-            should_stop=callbacks.should_stop,
-            on_batch=callbacks.on_anchors,
-        )
-    else:
+@dataclass(frozen=True)
+class _Step:
+    """One step on a loaded network; see `run_step`."""
+
+    model: UnlearnModel
+    request: Request
+    network: Network
+    callbacks: Callbacks
+    store: AnchorSource
+    stopping: EarlyStopping
+    state_store: StateStore | None
+    last_result: LastResult
+
+    def run(
+        self, compute: Compute
+    ) -> tuple[Trained, dict[str, Tensor], dict[str, list[float]], dict[str, float]]:
+        """(what training made, edits of the new model, drift by key, figures of the parts)."""
+        request, network = self.request, self.network
+        keys = list(network.weights(role_of(request.training.group)))
+        compute, is_offloaded = self._planned(compute)
+        storage_device = torch.device("cpu") if is_offloaded else network.device
+        pretrained = {key: weight.to(storage_device) for key, weight in network.exact(keys).items()}
+        start = weights_of(self.model, pretrained)
+        outside = {key: delta for key, delta in self.model.edits.items() if key not in pretrained}
+        method = METHODS.of(request.method).cls(request.method)
+        regularizers = [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
+        parts = (method, *regularizers)
+        context = self._context(parts, pretrained, start)
+        held = network.exact(list(outside)).items()
+        with network.with_weights({key: weight + outside[key].to(weight.device) for key, weight in held}):
+            for part in parts:
+                part.prepare(context)
+            trained = train(
+                context,
+                method,
+                regularizers,
+                self.callbacks,
+                self.stopping,
+                self.state_store,
+                compute,
+                is_offloaded,
+            )
+        edits, drift = dict(outside), {}
+        for key in keys:
+            weight = trained.weights[key].to(storage_device)
+            delta = (weight - pretrained[key]).cpu().contiguous()
+            if not torch.isfinite(delta).all():
+                raise TrainingError(
+                    f"Weight {key!r} is not finite after the step; lower the learning rate "
+                    f"({request.training.learning_rate:g})."
+                )
+            if delta.any():
+                edits[key] = delta
+                drift[key] = [delta.norm().item(), (weight - start[key]).norm().item()]
+        figures = {name: value for part in parts for name, value in part.report().items()}
+        return trained, edits, drift, figures | self.stopping.figures
+
+    def _context(
+        self, parts: Sequence[Part], pretrained: dict[str, Tensor], start: dict[str, Tensor]
+    ) -> StepContext:
+        request, network, prompts = self.request, self.network, self.request.anchor_prompts
         latents = torch.empty(0, *network.family.latent_shape)
-    context = StepContext(
-        network=network,
-        concepts=request.concepts,
-        retain=request.retain,
-        previous=tuple(Concept.from_json(values) for values in model.forgotten),
-        anchor_prompts=tuple(
-            request.anchor_prompts[i % len(request.anchor_prompts)] for i in range(request.anchor_count)
-        ),
-        anchor_latents=latents.to(network.device),
-        pretrained=pretrained,
-        start=start,
-        training=request.training,
-        generator=partial(generator_for, request.training.seed),
-        origin=stable_hash([model.content_hash, request.method.to_json()]),
-        check=partial(_check_going_on, callbacks),
-        anchor_sampler=request.anchor_sampler,
-        last_result=last_result,
-    )
-    edited = {
-        name: weight + outside[name].to(weight.device)
-        for name, weight in network.exact(list(outside)).items()
-    }
-    with network.with_weights(edited):
-        for part in (method, *regularizers):
-            part.prepare(context)
-        if method.is_closed_form:
-            weights, losses, parts, earlier = method.edit(context), [], {}, 0.0
-        else:
-            weights, losses, parts, earlier = _train(
-                context, method, regularizers, callbacks, stopping, state_store, compute, is_offloaded
+        if any("anchor_latents" in part.needs for part in parts):
+            latents = self.store.anchor_latents(
+                self.model.source,
+                network,
+                prompts,
+                request.anchor_count,
+                request.anchor_sampler,
+                request.anchor_seed,
+                should_stop=self.callbacks.should_stop,
+                on_batch=self.callbacks.on_anchors,
             )
-    figures = {
-        name: value for regularizer in regularizers for name, value in regularizer.report().items()
-    } | stopping.figures
+        return StepContext(
+            network=network,
+            concepts=request.concepts,
+            retain=request.retain,
+            previous=self._previous,
+            anchor_prompts=tuple(prompts[i % len(prompts)] for i in range(request.anchor_count)),
+            anchor_latents=latents.to(network.device),
+            pretrained=pretrained,
+            start=start,
+            training=request.training,
+            generator=partial(generator_for, request.training.seed),
+            origin=stable_hash([self.model.content_hash, request.method.to_json()]),
+            check=self._check_going_on,
+            anchor_sampler=request.anchor_sampler,
+            last_result=self.last_result,
+        )
 
-    edits, drift = dict(outside), {}
-    for name in names:
-        weight = weights[name].to(home)
-        delta = (weight - pretrained[name]).cpu().contiguous()
-        if not torch.isfinite(delta).all():
-            raise TrainingError(
-                f"Weight {name!r} is not finite after the step; lower the learning rate "
-                f"({request.training.learning_rate:g})."
-            )
-        if delta.any():
-            edits[name] = delta
-            drift[name] = [delta.norm().item(), (weight - start[name]).norm().item()]
-    return edits, drift, losses, parts, figures, earlier
+    @property
+    def _previous(self) -> tuple[Concept, ...]:
+        return tuple(Concept.from_json(values) for values in self.model.forgotten)
 
+    def _planned(self, compute: Compute) -> tuple[Compute, bool]:
+        """(how to compute, whether masters rest in the CPU's memory), chosen for the free memory; the user is
+        told what that needs."""
+        network, model = self.network, self.model
+        free = free_memory(network.device)
+        if free is not None:
+            # is there, and counted in the estimate
+            free += sum(weight.numel() * weight.element_size() for weight in network.weights("all").values())
+        compute, is_offloaded, estimate = planned(
+            network, self.request, network.device, compute, free, self._previous, bool(model.edits)
+        )
+        if estimate is not None:
+            self.callbacks.on_message(estimate.sentence(free))
+        return compute, is_offloaded
 
-def _planned(
-    model: UnlearnModel, network: Network, request: Request, compute: Compute, callbacks: Callbacks
-) -> tuple[Compute, bool]:
-    """(how to compute, whether masters rest in the CPU's memory), chosen for the free memory; the user is
-    told what that needs."""
-    free = free_memory(network.device)
-    if free is not None:
-        # is there, and counted in the estimate
-        free += sum(weight.numel() * weight.element_size() for weight in network.weights("all").values())
-    compute, is_offloaded, estimate = planned(
-        network, request, network.device, compute, free, bool(model.edits)
-    )
-    if estimate is not None:
-        callbacks.on_message(estimate.sentence(free))
-    return compute, is_offloaded
+    def _check_going_on(self) -> None:
+        if self.callbacks.should_stop():
+            raise Cancelled("Cancelled before the first update; the input model is unchanged.")
 
 
 def _check_supported(model: UnlearnModel, request: Request) -> None:
-    for registry, config in [
-        (METHODS, request.method),
-        *((REGULARIZERS, config) for config in request.regularizers),
-    ]:
-        entry = registry.of(config)
-        needs, group = entry.cls(config).needs, request.training.group
-        if "text_readers" in needs and group not in READING_TEXT:
+    """Raises ConfigError for a part that cannot do its work in this step, before anything is loaded or
+    drawn."""
+    method_entry = METHODS.of(request.method)
+    entries = [(method_entry, request.method)]
+    entries += [(REGULARIZERS.of(config), config) for config in request.regularizers]
+    for entry, config in entries:
+        part, group = entry.cls(config), request.training.group
+        if "text_readers" in part.needs and group not in READING_TEXT:
             raise ConfigError(
                 f"{entry.display_name} does not support parameter group {group!r}; it supports "
                 f"{', '.join(READING_TEXT)}."
             )
-        if missing := [need for need in needs if need in ROLES and need not in model.family.roles]:
+        if missing := [need for need in part.needs if need in ROLES and need not in model.family.roles]:
             raise ConfigError(
                 f"{entry.display_name} does not support {model.family.display_name}, which has no "
                 f"{missing[0].replace('_', ' ')}; choose another one."
             )
-
-
-def _check_going_on(callbacks: Callbacks) -> None:
-    if callbacks.should_stop():
-        raise Cancelled("Cancelled before the first update; the input model is unchanged.")
+        is_idle = (
+            method_entry.cls.is_closed_form and entry is not method_entry and not part.acts_on_closed_form
+        )
+        if is_idle:
+            raise ConfigError(
+                f"{entry.display_name} cannot restrain {method_entry.display_name}, whose closed-form edit "
+                f"has no updates for it to act on ({brief_repr(config.to_json())}); leave it out, or choose "
+                "its form 'update' where it has one."
+            )

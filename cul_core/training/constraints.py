@@ -1,0 +1,69 @@
+"""What all parts of a step forbid together: masks and protected subspaces, on the actual change of a
+weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..parts.part import Part
+from ..parts.subspace import Subspace
+
+
+class Constraints:
+    """Joins the hard constraints of the parts of a step; ready when every `Part.prepare` is done.
+
+    The order is a contract: every part's `constrain`, then all masks together and the joined subspace. For a
+    matrix whose directions are limited a mask is one of coordinates: the change D becomes ((D B) * mask) B^T,
+    B the basis of what is allowed, which is exactly orthogonal to the protected directions and exactly sparse
+    in B.
+
+    Args:
+        parts: of the step, in their order.
+        device: where changes are.
+    """
+
+    def __init__(self, parts: Sequence[Part], device: torch.device | str):
+        self._parts, self._device = parts, device
+        self._joined: dict[tuple[int, ...], Subspace] = {}
+        self._placed: dict[tuple[int, str], Tensor] = {}
+
+    def _subspace(self, name: str) -> Subspace | None:
+        found = [subspace for part in self._parts if (subspace := part.subspace(name)) is not None]
+        if not found:
+            return None
+        key = tuple(map(id, found))
+        if key not in self._joined:
+            self._joined[key] = Subspace.join(found)
+        return self._joined[key]
+
+    def _on_device(self, subspace: Subspace, which: str) -> Tensor:
+        key = id(subspace), which
+        if key not in self._placed:
+            self._placed[key] = getattr(subspace, which).float().to(self._device)
+        return self._placed[key]
+
+    def allowed_subspace(self, name: str) -> Tensor | None:
+        """Basis B (d, m) in fp32 of the directions in which the matrix may change; None if they are not
+        limited."""
+        subspace = self._subspace(name)
+        return None if subspace is None else self._on_device(subspace, "allowed")
+
+    def allowed(self, name: str, change: Tensor) -> Tensor:
+        """The part of a change that all constraints leave."""
+        for part in self._parts:
+            change = part.constrain(name, change)
+        masks = [mask for part in self._parts if (mask := part.mask(name, change)) is not None]
+        mask, subspace = math.prod(masks[1:], start=masks[0]) if masks else None, self._subspace(name)
+        if subspace is None:
+            return change if mask is None else change * mask
+        if mask is not None:
+            basis = self._on_device(subspace, "allowed")
+            return ((change @ basis) * mask) @ basis.T
+        if subspace.protected is None:
+            return change
+        protected = self._on_device(subspace, "protected")
+        return change - (change @ protected) @ protected.T
