@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -12,25 +15,51 @@ from ..base.errors import ModelError
 from .family import Family, TextEncoder
 from .frozen_layers import replace_frozen_layers
 
-# tested from the first up to, not including, the second; pyproject.toml says the same
-_DIFFUSERS = ((0, 33), (0, 40))
+logger = logging.getLogger(__name__)
+_OLDEST_DIFFUSERS, _NEWEST_DIFFUSERS = (0, 33), (0, 42)
+"""The first and the last version of diffusers that the tests have run with."""
+_WANTED_DIFFUSERS = "diffusers>=0.33,<0.36"
+"""What to install where there is none: later versions bound huggingface_hub, so that pip may change a host's
+packages.
+
+README.md, pyproject.toml and requirements.txt say the same.
+"""
 
 
 def require_diffusers() -> None:
-    """Raises ModelError with the command that mends it when diffusers is missing or of an untested
-    version."""
+    """Check that diffusers is there; one newer than those tested is used with a warning.
+
+    Raises:
+        ModelError: it is missing or too old; names the command that mends it in this Python, wherever that
+        lies.
+    """
     try:
         found = version("diffusers")
     except PackageNotFoundError:
         found = None
     numbers = tuple(int(part) for part in re.findall(r"\d+", found or "")[:2])
-    if found is None or not _DIFFUSERS[0] <= numbers < _DIFFUSERS[1]:
-        state = "is not installed" if found is None else f"has version {found}"
-        bounds = ">={}.{},<{}.{}".format(*_DIFFUSERS[0], *_DIFFUSERS[1])
+    if found is None or numbers < _OLDEST_DIFFUSERS:
+        state = "is not installed" if found is None else f"has version {found or repr(found)}"
+        python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
         raise ModelError(
-            f"The package diffusers {state}, where {bounds} is needed; run in this Python environment: "
-            f'pip install "diffusers{bounds}"'
+            f"The package diffusers {state}, where {_text_of(_OLDEST_DIFFUSERS)} or later is needed; run: "
+            f'{python} -m pip install "{_WANTED_DIFFUSERS}"'
         )
+    if numbers > _NEWEST_DIFFUSERS:
+        _warn_of_newer(found)
+
+
+@lru_cache
+def _warn_of_newer(found: str) -> None:
+    """Say once for each version that nobody has tested it."""
+    newest = _text_of(_NEWEST_DIFFUSERS)
+    logger.warning(
+        "diffusers %s is newer than %s, the last version that was tested; it is used anyway", found, newest
+    )
+
+
+def _text_of(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def build_unet(family: Family) -> nn.Module:

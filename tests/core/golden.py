@@ -57,7 +57,7 @@ def environment() -> dict[str, str]:
         (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
-    packages = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    packages = {name: version(name) for name in ("torch", "transformers")}
     return {"cpu": cpu, "capability": torch.backends.cpu.get_cpu_capability(), **packages}
 
 

@@ -4,7 +4,9 @@ name."""
 import errno
 import json
 import os
+import re
 import struct
+import sys
 import tomllib
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -19,7 +21,7 @@ from cul_core.files.safetensors_format import packed_header, read_header, write_
 from cul_core.history.step_record import StepRecord, read_history
 from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAbl
-from cul_core.models.build_diffusers import require_diffusers
+from cul_core.models.build_diffusers import _warn_of_newer, require_diffusers
 from cul_core.models.families.unet_layout import UNET_PREFIX
 from cul_core.models.load_diffusers import checkpoint_key_map, load_network
 from cul_core.models.source import source_of
@@ -516,29 +518,85 @@ def test_callers_entries_join_the_header_but_never_replace_the_history(edited, t
     assert metadata["workflow"] == "{}" and read_history(path)[0] == edited.history
 
 
+# --- the one package that a host lacks
+
+ROOT = Path(__file__).parents[2]
+WANTED = "diffusers>=0.33,<0.36"
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """`installed(version)` makes the library believe that diffusers has it, or is missing (None)."""
+
+    def install(found):
+        def version(name):
+            if found is None:
+                raise PackageNotFoundError(name)
+            return found
+
+        monkeypatch.setattr("cul_core.models.build_diffusers.version", version)
+        _warn_of_newer.cache_clear()
+
+    yield install
+    _warn_of_newer.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("found", "said"),
-    [(None, "is not installed"), ("0.32.9", "has version 0.32.9"), ("0.40.0", "has version 0.40.0")],
+    [
+        (None, "is not installed"),
+        ("0.32.9", "has version 0.32.9"),
+        ("0.4.2", "has version 0.4.2"),
+        ("", "has version ''"),
+    ],
 )
-def test_a_missing_or_untested_diffusers_is_named_with_the_command_that_mends_it(monkeypatch, found, said):
-    def version(name):
-        if found is None:
-            raise PackageNotFoundError(name)
-        return found
-
-    monkeypatch.setattr("cul_core.models.build_diffusers.version", version)
-    with pytest.raises(ModelError, match=said + '.*pip install "diffusers>=0.33,<0.40"'):
-        require_diffusers()
-
-
-def test_the_bounds_on_diffusers_are_those_of_the_package(monkeypatch):
-    monkeypatch.setattr("cul_core.models.build_diffusers.version", lambda name: "9")
+def test_a_missing_or_old_diffusers_is_named_with_the_command_that_mends_it(installed, found, said, caplog):
+    installed(found)
     with pytest.raises(ModelError) as caught:
         require_diffusers()
-    requirement = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
-        "dependencies"
-    ][0]
-    assert f'"{requirement}"' in str(caught.value)
+    assert said in str(caught.value)
+    assert str(caught.value).endswith(f'run: {sys.executable} -m pip install "{WANTED}"')
+    assert caplog.text == ""
+
+
+def test_the_command_works_where_the_interpreters_path_has_spaces(installed, monkeypatch):
+    installed(None)
+    monkeypatch.setattr(sys, "executable", r"C:\Program Files\ComfyUI\python_embeded\python.exe")
+    with pytest.raises(ModelError) as caught:
+        require_diffusers()
+    assert f'run: "{sys.executable}" -m pip install "{WANTED}"' in str(caught.value)
+
+
+@pytest.mark.parametrize("found", ["0.33.0", "0.35.2", "0.39.0", "0.42.1", "0.42.9.dev0"])
+def test_tested_versions_are_taken_in_silence(installed, found, caplog):
+    installed(found)
+    require_diffusers()
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("found", ["0.43.0", "0.100.0", "1.0", "9.9.1"])
+def test_a_newer_diffusers_is_used_with_one_warning_and_nobody_is_sent_to_an_older_one(
+    installed, found, caplog
+):
+    installed(found)
+    for _ in range(3):
+        require_diffusers()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"diffusers {found} is newer than 0.42" in caplog.text and "it is used anyway" in caplog.text
+    assert "install" not in caplog.text
+
+
+def test_everything_that_asks_for_diffusers_asks_for_the_same(installed):
+    installed(None)
+    with pytest.raises(ModelError) as caught:
+        require_diffusers()
+    assert f'"{WANTED}"' in str(caught.value)
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert pyproject["project"]["dependencies"] == [WANTED]
+    assert (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() == [WANTED]
+    for name in ("README.md", ".ci/run"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert set(re.findall(r"diffusers[<>=!~][^\"\s]*", text)) == {WANTED}, name
 
 
 # --- one writer of headers
