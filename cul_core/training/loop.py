@@ -90,6 +90,8 @@ class _Training:
         self._masters, self._student = masters, student
         self._constraints = Constraints(self._parts, masters.device)
         self._iteration = 0
+        self._keeps_copies = not masters.is_offloaded
+        self._copies: dict[tuple[int, ...], dict[str, Tensor]] = {}
         self.generator = context.generator("batches")
         self.resumable = (*self._parts, stopping)
         teachers = (partial(self._teacher, weights) for weights in (context.pretrained, context.start))
@@ -154,8 +156,21 @@ class _Training:
 
     def _teacher(self, weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
         self._stop_if_asked()  # whole images may be sampled by a teacher within one update
-        with torch.no_grad(), self._context.network.with_weights(weights):
+        with torch.no_grad(), self._context.network.with_weights(self._as_computed(weights)):
             return self._student(*inputs)
+
+    def _as_computed(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A teacher's weights in the network's dtype, rounded once in a step, unless memory is too short for
+        that."""
+        network = self._context.network
+        if network.dtype == torch.float32 or not self._keeps_copies:
+            return weights
+        key = tuple(map(id, weights.values()))  # both teachers are one where nothing is edited yet
+        if key not in self._copies:
+            self._copies[key] = {
+                name: weight.to(network.device, network.dtype) for name, weight in weights.items()
+            }
+        return self._copies[key]
 
     def _losses(self) -> Iterator[tuple[Tensor, Mapping[str, float]]]:
         """(what to minimize, its named terms), one after the other: each is made after the backward pass of

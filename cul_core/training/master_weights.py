@@ -71,7 +71,8 @@ class MasterWeights:
         first = next(iter(parameters.values()))
         self._copies, self.device, self.dtype = parameters, first.device, first.dtype
         self.are_own = first.dtype == torch.float32
-        self._storage_device = torch.device("cpu") if is_offloaded and not self.are_own else self.device
+        self.is_offloaded = is_offloaded and not self.are_own
+        self._storage_device = torch.device("cpu") if self.is_offloaded else self.device
         if self.are_own:
             self.weights: Mapping[str, nn.Parameter] = parameters
         else:

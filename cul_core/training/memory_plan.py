@@ -264,8 +264,10 @@ def estimate_step(
     trained = sum(weight.numel() for weight in blank.weights(role_of(training.group)).values())
     # gradient, two moments, and the student's own weights; exact W0 where the network has it rounded; start
     resting = 0 if is_offloaded else trained * 4 * (4 + (dtype != torch.float32) + is_edited)
-    copies = (dtype != torch.float32) * trained * dtype.itemsize  # of a teacher's weights
-    worst = max(student.training_bytes, teacher.teacher_bytes + copies)
+    # rounded weights of the teachers: kept where there is room, else made for a call
+    copies = (dtype != torch.float32) * trained * dtype.itemsize
+    resting += 0 if is_offloaded else copies * (1 + is_edited)
+    worst = max(student.training_bytes, teacher.teacher_bytes + is_offloaded * copies)
     latents = request.anchor_count * torch.Size(network.family.latent_shape).numel() * needs_anchors
     prompts = sum(cost.prompts for cost in costs) * blank.inputs(1)[2].text.numel()
     margin = int(_GAPS * worst) + _LIBRARIES_BYTES if device.type == "cuda" else 0
