@@ -329,14 +329,15 @@ def test_masters_take_updates_that_bf16_would_lose_and_w0_is_never_rounded(
     exact = networks["random"].get(random_model.source).weights("all")
     network = low_networks["bfloat16"].get(random_model.source, dtype=torch.bfloat16)
     before = unet_state(network)
-    assert before["conv_in.weight"].dtype == torch.bfloat16
+    low = {name: weight.clone() for name, weight in network.weights("all").items()}
+    assert {weight.dtype for weight in low.values()} == {torch.bfloat16}
     edited, _ = step(make_request(learning_rate=1e-5, regularizers=[watching]), BF16)
     assert_untouched(network, before)
     assert all(gradient.dtype == torch.float32 for gradient in Watching.gradients.values())
     moved, lost, rounded = 0.0, 0.0, False
     for name, w0 in Watching.context.pretrained.items():
         assert w0.dtype == torch.float32 and torch.equal(w0, exact[name])
-        rounded = rounded or not torch.equal(w0, before[name].float())
+        rounded = rounded or not torch.equal(w0, low[name].float())
         delta = edited.edits[name]
         assert 0 < delta.abs().max() < 4e-5  # three updates by Adam
         moved += (delta != 0).float().mean().item() / 14

@@ -119,7 +119,7 @@ def test_every_family_is_told_apart_and_complete():
         (unet_shapes(context=512), "width 320 and text width 512, which is no supported"),
         (
             text_shapes() | autoencoder_shapes(),
-            "holds no Stable Diffusion UNet.*choose.*MiniCanvas, Stable Diffusion 1.x",
+            "holds no Stable Diffusion UNet.*choose.*Stable Diffusion 1.x.*MiniCanvas",
         ),
     ],
     ids=["inpainting", "picture-to-picture", "depth", "unclip", "refiner", "unknown", "no-unet"],

@@ -182,7 +182,8 @@ def test_a_closed_form_method_runs_in_the_same_step(step, make_request, monkeypa
         def edit(self, context):
             return {name: 2 * weight for name, weight in context.start.items()}
 
-    monkeypatch.setattr("cul_core.training.step.METHODS", methods)
+    for module in ("requests.request", "training.step"):
+        monkeypatch.setattr(f"cul_core.{module}.METHODS", methods)
     config = methods.get("double").config()
     edited, report = step(
         make_request(method=config, regularizers=[entry.config() for entry in REGULARIZERS])
@@ -228,7 +229,8 @@ def pull(monkeypatch):
         families=("mini",),
         groups=("kv",),
     )(Pull)
-    monkeypatch.setattr("cul_core.training.step.REGULARIZERS", registry)
+    for module in ("requests.request", "training.step"):
+        monkeypatch.setattr(f"cul_core.{module}.REGULARIZERS", registry)
 
     def config(**factors):
         monkeypatch.setattr(Pull, "factors", factors)
