@@ -60,7 +60,7 @@ def test_a_chain_whose_writes_fail_gives_its_result_and_the_next_run_works(tmp_p
 
 
 PROGRAM = (
-    "import sys; from cul_core import store; store.EVERY_SECONDS = 0; from cul_core.cli import main; "
+    "import sys; from cul_core.store import steps; steps.EVERY_SECONDS = 0; from cul_core.cli import main; "
     "sys.exit(main())"
 )
 
