@@ -98,7 +98,7 @@ class FrozenConv2d(nn.Conv2d):
     """`torch.nn.Conv2d` that keeps its input only while it is trained itself."""
 
     def forward(self, picture: Tensor) -> Tensor:
-        if _is_trained(self):
+        if _is_trained(self) or picture.device.type != "cpu":
             return super().forward(picture)
         if self.groups == 1 and _is_for_onednn(picture):
             sides = [
@@ -130,7 +130,7 @@ def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
 
     class FrozenGEGLU(GEGLU):
         def forward(self, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return _Gate.apply(self.proj(rows))
+            return _Gate.apply(self.proj(rows)) if rows.device.type == "cpu" else super().forward(rows)
 
     return {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d, GEGLU: FrozenGEGLU}
 

@@ -3,7 +3,7 @@ stay."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -135,7 +135,8 @@ class GradientProjection(Regularizer):
     directions, and leaves masks to the axes.
 
     Raises:
-        ConceptError: nothing to protect, or less than 0.2 of a target's vector would be left.
+        ConceptError: nothing to protect, or less than 0.2 of a target's vector would be left, by this part
+            and all others together.
     """
 
     config: ProjectionConfig
@@ -174,21 +175,34 @@ class GradientProjection(Regularizer):
             else:
                 projector = regularized_projector(rows)
                 self._projector, left = projector.to(device), targets @ projector.double()
-        shares = _shares(left, targets)
-        rank = 0 if protected is None else protected.shape[1]
+        self._concepts, self._targets = context.concepts, targets
+        self._check_left(left, 0 if protected is None else protected.shape[1])
+        if self.config.decoys:
+            moment, damper = self._damped(context, kept, auxiliary)
+            self._damper = damper.float().to(device)
+        if in_update:
+            self._subspace = Subspace(targets.shape[1], protected, moment)
+
+    def prepare_mask(self, context: StepContext, allowed_subspace: Callable[[str], Tensor | None]) -> None:
+        """Checks what is left of the targets once more where other parts protect further directions."""
+        if self._subspace is None or not (readers := self._readers & context.start.keys()):
+            return
+        free, own = allowed_subspace(min(readers)), self._subspace.protected
+        if free.shape[1] < self._subspace.width - (0 if own is None else own.shape[1]):
+            free = free.cpu().double()
+            self._check_left(self._targets @ free, len(free) - free.shape[1])
+
+    def _check_left(self, left: Tensor, rank: int) -> None:
+        """Notes and checks what `rank` protected directions leave of the targets' vectors."""
+        shares = _shares(left, self._targets)
         self._report |= {"protected_rank": rank, "target_energy_left": shares.min().item()}
-        for concept, share in zip(context.concepts, shares.tolist(), strict=True):
+        for concept, share in zip(self._concepts, shares.tolist(), strict=True):
             if share < LEAST_TARGET_ENERGY:
                 raise ConceptError(
                     f"Only {share:.2f} of {concept.target!r} would be left to forget (at least "
                     f"{LEAST_TARGET_ENERGY} is needed), because the concepts to keep say nearly the same; "
                     "remove those closest to it."
                 )
-        if self.config.decoys:
-            moment, damper = self._damped(context, kept, auxiliary)
-            self._damper = damper.float().to(device)
-        if in_update:
-            self._subspace = Subspace(targets.shape[1], protected, moment)
 
     def _rows(self, network: Network, concept: Concept) -> Tensor:
         return prompt_rows(network, [concept.prompt], self.config.rows, concept.name)

@@ -16,10 +16,10 @@ from ..parts.subspace import Subspace
 class Constraints:
     """Joins the hard constraints of the parts of a step; ready when every `Part.prepare` is done.
 
-    The order is a contract: every part's `constrain`, then all masks together and the joined subspace. For a
-    matrix whose directions are limited a mask is one of coordinates: the change D becomes ((D B) * mask) B^T,
-    B the basis of what is allowed, which is exactly orthogonal to the protected directions and exactly sparse
-    in B.
+    The order is a contract: every part's `constrain`, the last part's first, so that their product is adjoint
+    to that of `transform_gradient`; then all masks together and the joined subspace. For a matrix whose
+    directions are limited a mask is one of coordinates: the change D becomes ((D B) * mask) B^T, B the basis
+    of what is allowed, which is exactly orthogonal to the protected directions and exactly sparse in B.
 
     Args:
         parts: of the step, in their order.
@@ -54,7 +54,7 @@ class Constraints:
 
     def allowed(self, name: str, change: Tensor) -> Tensor:
         """The part of a change that all constraints leave."""
-        for part in self._parts:
+        for part in reversed(self._parts):
             change = part.constrain(name, change)
         masks = [mask for part in self._parts if (mask := part.mask(name, change)) is not None]
         mask, subspace = math.prod(masks[1:], start=masks[0]) if masks else None, self._subspace(name)

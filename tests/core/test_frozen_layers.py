@@ -88,6 +88,17 @@ def test_a_trained_layer_is_pytorchs_to_the_bit(name):
         assert torch.equal(a.grad, b.grad) and a.grad.any()
 
 
+@pytest.mark.parametrize("name", _LAYERS)
+def test_on_other_devices_a_layer_is_pytorchs(name, monkeypatch):
+    """No GPU has timed the layers, so a device other than the CPU gets what it always had."""
+    _, ours, rows = _pair(name)
+    for kind in ("_Linear", "_Convolution", "_Gate"):
+        monkeypatch.setattr(f"cul_core.models.frozen_layers.{kind}", None)  # a call of it would fail
+    assert ours.to("meta")(rows.to("meta")).device.type == "meta"
+    with pytest.raises(AttributeError):
+        ours.to_empty(device="cpu")(rows)
+
+
 def test_products_without_onednn(monkeypatch):
     _, ours, rows = _pair("linear")
     expected = _run(ours, rows)
