@@ -617,7 +617,7 @@ def test_every_writer_packs_its_header_by_the_same_function(edited, tmp_path, mo
         packed.append(name)
         return packed_header(name, *arguments, **named)
 
-    for module in ("safetensor_files", "kept_weights", "checkpoint"):
+    for module in ("files.safetensors_format", "store.model_snapshots", "output.checkpoint"):
         monkeypatch.setattr(f"cul_core.{module}.packed_header", pack)
     save_checkpoint(edited, tmp_path / "checkpoint.safetensors")
     save_edits(edited, tmp_path / "edits.safetensors")

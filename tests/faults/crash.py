@@ -178,7 +178,7 @@ class Trouble:
         for owner, name, phase in (
             (anchors.AnchorStore, "anchor_latents", "anchors"),
             (anchors._AnchorFile, "write", "writing anchors"),
-            (training, "_train", "updates"),
+            (training, "train", "updates"),
             (stores.StepState, "save", "writing a state"),
             (stores.StepStore, "put", "writing a result"),
             (stores.StepStore, "_evict", "evicting"),

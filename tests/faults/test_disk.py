@@ -15,7 +15,7 @@ from crash import Trouble
 from PIL import Image
 
 from cul_core.base.errors import CheckpointError, TrainingError
-from cul_core.cli import _write_json
+from cul_core.cli.common import write_json
 from cul_core.concepts.concept import Concept
 from cul_core.files.atomic_write import write_atomically
 from cul_core.files.safetensors_format import read_header, read_sealed
@@ -89,7 +89,7 @@ def writers(step, original, request_):
         "diff": (lambda folder: save_difference(edited, folder / "a.safetensors"), True),
         "lora": (lambda folder: save_lora(edited, folder / "a.safetensors", 2), True),
         "picture": (lambda folder: save_picture(Image.new("RGB", (300, 300)), folder / "a.png"), True),
-        "json": (lambda folder: _write_json(folder / "a.json", {"a": [1] * 5000}), True),
+        "json": (lambda folder: write_json(folder / "a.json", {"a": [1] * 5000}), True),
         "finished step": (lambda folder: StepStore(folder).put(original, request_, edited, report), True),
         "state": (lambda folder: StepState(folder / "states/a.safetensors", request_, 0).save(STATE), False),
         "anchors": (
@@ -202,7 +202,7 @@ def test_a_files_mode_follows_the_umask_which_is_never_changed(umask, tmp_path, 
 
 def test_a_name_that_another_process_took_for_its_unfinished_file_is_left_alone(tmp_path, monkeypatch, count):
     tokens = iter(["same", "other"])
-    monkeypatch.setattr("cul_core.files.safetensors_format.secrets.token_hex", lambda count: next(tokens))
+    monkeypatch.setattr("cul_core.files.atomic_write.secrets.token_hex", lambda count: next(tokens))
     (tmp_path / ".a.same.cul-part").write_bytes(b"theirs")
     write_atomically(tmp_path / "a.json", lambda file: file.write(b"ours"))
     assert (tmp_path / ".a.same.cul-part").read_bytes() == b"theirs"
@@ -231,7 +231,7 @@ def denied_first(times, call):
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("cul_core.files.safetensors_format.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("cul_core.files.atomic_write.time.sleep", lambda seconds: None)
 
 
 def test_a_file_that_is_open_for_a_moment_is_replaced_after_it(tmp_path, monkeypatch, no_waiting, count):
