@@ -6,7 +6,10 @@ import dataclasses
 
 from comfy_api.v0_0_2 import io
 
+from ..cul_core.base.config import limits
+from ..cul_core.models.sampling import SamplerConfig
 from ..cul_core.parts.training_config import TrainingConfig
+from ..cul_core.requests.request import MOST_ANCHORS
 from ._node import UnlearningNode
 from ._types import Training
 
@@ -29,6 +32,8 @@ class TrainingSettings(UnlearningNode):
                 tooltip=rules[name]["help"],
             )
 
+        fields = (*dataclasses.fields(TrainingConfig), *dataclasses.fields(SamplerConfig))
+        most = {field.name: limits(field)[1] for field in fields if type(field.default) in (int, float)}
         return io.Schema(
             node_id="CUL_TrainingSettings",
             display_name="Training Settings",
@@ -37,13 +42,17 @@ class TrainingSettings(UnlearningNode):
             "preset says. More iterations or a higher learning rate forget more surely and cost "
             "more of the rest.",
             inputs=[
-                io.Int.Input("iterations", default=0, min=0, max=1_000_000, tooltip=help_of("iterations")),
-                io.Int.Input("batch_size", default=0, min=0, max=1024, tooltip=help_of("batch_size")),
+                io.Int.Input(
+                    "iterations", default=0, min=0, max=most["iterations"], tooltip=help_of("iterations")
+                ),
+                io.Int.Input(
+                    "batch_size", default=0, min=0, max=most["batch_size"], tooltip=help_of("batch_size")
+                ),
                 io.Float.Input(
                     "learning_rate",
                     default=0.0,
                     min=0.0,
-                    max=1.0,
+                    max=most["learning_rate"],
                     step=1e-6,
                     round=1e-9,
                     tooltip=help_of("learning_rate"),
@@ -54,7 +63,7 @@ class TrainingSettings(UnlearningNode):
                     "anchor_count",
                     default=0,
                     min=0,
-                    max=10_000,
+                    max=MOST_ANCHORS,
                     tooltip="Pictures by the pretrained model that the step trains on; they are drawn once "
                     "and kept. 0 means as the preset says for this kind of model.",
                 ),
@@ -62,7 +71,7 @@ class TrainingSettings(UnlearningNode):
                     "anchor_steps",
                     default=0,
                     min=0,
-                    max=200,
+                    max=most["steps"],
                     tooltip="Sampling steps of each of them. 0 means as the preset says for this kind of "
                     "model.",
                 ),

@@ -126,20 +126,21 @@ class Family:
 
     def config(self, part: str) -> dict[str, Any]:
         """Constructor arguments of `unet`, of a text encoder or of `vae`."""
-        return json.loads((self._folder / f"{part}.json").read_text(encoding="utf-8"))
+        return json.loads((self.config_folder / f"{part}.json").read_text(encoding="utf-8"))
 
     def has_config(self, part: str) -> bool:
         """Whether the package knows these arguments."""
-        return (self._folder / f"{part}.json").is_file()
+        return (self.config_folder / f"{part}.json").is_file()
 
     @property
-    def _folder(self) -> Path:
+    def config_folder(self) -> Path:
+        """Folder of the constructor arguments."""
         return self.folder or _CONFIGS / self.name
 
     @property
     def tokenizer_folder(self) -> Path | None:
         """Folder of the tokenizer in this package; None if it is not here."""
-        return self._folder / "tokenizer" if self.ships_tokenizer else None
+        return self.config_folder / "tokenizer" if self.ships_tokenizer else None
 
 
 FAMILIES: dict[str, Family] = {}

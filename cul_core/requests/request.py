@@ -16,6 +16,7 @@ from ..parts.training_config import TrainingConfig
 from ..regularizers import REGULARIZERS
 
 _MOST_PROMPTS = 100_000
+MOST_ANCHORS = 10_000
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Request:
         check_count("names to forget", self.concepts)
         check_count("names to keep", self.retain)
         check_count("anchor prompts", self.anchor_prompts, _MOST_PROMPTS)
-        check_number("anchor_count", self.anchor_count, 1, 10_000, int)
+        check_number("anchor_count", self.anchor_count, 1, MOST_ANCHORS, int)
         check_number("anchor_seed", self.anchor_seed, 0, 2**64 - 1, int)
         for concept in self.concepts:
             concept.check_forgettable()

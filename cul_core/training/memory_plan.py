@@ -3,12 +3,14 @@ operations are counted."""
 
 from __future__ import annotations
 
+import json
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from ..base.config import stable_hash
 from ..concepts.concept import Concept
 from ..methods import METHODS
 from ..models.family import Family
@@ -166,7 +169,9 @@ def _blank(network: Network, dtype: torch.dtype) -> Network | None:
     return _blanks[key]
 
 
-def _count(network: Network, group: str, rows: int, is_checkpointed: bool) -> Passes:
+def count_passes(network: Network, group: str, rows: int, is_checkpointed: bool) -> Passes:
+    """See `Passes`, counted by running a network on the meta device; it takes a quarter of a minute or
+    more."""
     everything = network.weights("all").values()
     trained = network.weights(role_of(group)).values()
     inputs = network.inputs(rows)
@@ -198,17 +203,41 @@ def _count(network: Network, group: str, rows: int, is_checkpointed: bool) -> Pa
             handle.remove()
 
 
+def table_path(family: Family) -> Path:
+    """File of what one image takes of the family's network, as `benchmarks/count_passes.py` counted it."""
+    return family.config_folder / "passes.json"
+
+
+def table_key(dtype: torch.dtype, group: str, is_checkpointed: bool) -> str:
+    """Name of a count in such a file: fp16 and bf16 take the same."""
+    return f"{group}, {8 * dtype.itemsize} bits{', checkpointing' if is_checkpointed else ''}"
+
+
+def network_hash(family: Family) -> str:
+    """What tells the network that was counted from a variant of the family."""
+    return stable_hash([family.config("unet"), list(family.latent_shape)])
+
+
+@lru_cache(maxsize=8)
+def _table(family: Family) -> dict[str, dict[str, int]]:
+    path = table_path(family)
+    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"network": None}
+    return table["passes"] if table["network"] == network_hash(family) else {}
+
+
 def passes(
     network: Network, dtype: torch.dtype, group: str, count: int, is_checkpointed: bool = False
 ) -> Passes:
     """See `Passes`, for `count` images and training of `group`.
 
-    One image is counted, once in a process, and all is taken to grow with their number; so a gradient of a
-    weight, which does not, is counted once for each image.
+    What one image takes is known for the usual groups, else counted once in a process; all is taken to grow
+    with their number; so a gradient of a weight, which does not, is counted once for each image.
     """
     key = network.family, dtype, group, is_checkpointed
     if key not in _counted:
-        _counted[key] = _count(_blank(network, dtype), group, 1, is_checkpointed)
+        known = _table(network.family).get(table_key(dtype, group, is_checkpointed))
+        blank = _blank(network, dtype)
+        _counted[key] = Passes(**known) if known else count_passes(blank, group, 1, is_checkpointed)
     return _counted[key].of(count)
 
 

@@ -31,7 +31,7 @@ from cul_core.concepts.concept import Concept
 from cul_core.files.safetensors_format import read_header
 from cul_core.methods import METHODS
 from cul_core.minicanvas.family import MINI
-from cul_core.models.build_diffusers import build_text_encoder
+from cul_core.models.build_diffusers import build_text_encoder, build_unet
 from cul_core.models.diffusers_network import DiffusersNetwork
 from cul_core.models.families.sd1 import SD1
 from cul_core.models.families.sd2 import SD2
@@ -58,6 +58,7 @@ from cul_core.regularizers.weight_anchor import L1SPConfig, L2SPConfig
 from cul_core.requests.presets import PRESETS, preset
 from cul_core.requests.request import Request
 from cul_core.store.anchors import AnchorStore
+from cul_core.training.memory_plan import count_passes, passes
 from cul_core.training.step import run_step
 
 
@@ -512,3 +513,11 @@ def test_full_size_drift_is_reported_per_layer(full_step):
     drifts = drift_of(edited)
     assert len(drifts) == 32 and short_name(drifts[0].name) == "in 1.1.0 attn2.to_k"
     assert all(0 < drift.percent < 100 and math.isfinite(drift.percent) for drift in drifts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [SD1, SD2, SDXL], ids=lambda family: family.name)
+def test_what_an_image_takes_is_what_the_table_of_its_family_says(family):
+    network = DiffusersNetwork(family, build_unet(family), (), None, None)
+    counted = count_passes(network.blank(torch.bfloat16), "kv", 1, False)
+    assert passes(network, torch.bfloat16, "kv", 1) == counted
