@@ -1,4 +1,4 @@
-"""A cache in memory that is bounded in bytes."""
+"""A least-recently-used cache in memory whose size is bounded in bytes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ Value = TypeVar("Value")
 
 
 class BoundedCache(Generic[Value]):
-    """Values by key, in the order of their last use. `shrink` bounds their bytes, so one call may exceed the
-    bound.
+    """Least-recently-used (LRU) cache: values by key, in the order of their last use.
+
+    Only `shrink` evicts, so one call of the caller may exceed the bound.
 
     Args:
-        size_of: bytes of a value.
+        size_of: value -> its bytes.
     """
 
     def __init__(self, size_of: Callable[[Value], int]):
@@ -21,20 +22,21 @@ class BoundedCache(Generic[Value]):
         self._size_of, self._nbytes = size_of, 0
 
     def get(self, key: str) -> Value | None:
-        """The value, which is the most recently used from here on; None if there is none."""
+        """The cached value, marked as the most recently used; None if the key is not cached."""
         if key not in self._values:
             return None
         self._values[key] = self._values.pop(key)
         return self._values[key]
 
     def put(self, key: str, value: Value) -> None:
+        """Cache a value as the most recently used; it replaces the old value of its key."""
         if key in self._values:
             self._nbytes -= self._size_of(self._values.pop(key))
         self._values[key] = value
         self._nbytes += self._size_of(value)
 
     def shrink(self, largest_bytes: int) -> None:
-        """Forget the least recently used until the rest has at most this many bytes."""
+        """Evict the least recently used values until the cache holds at most `largest_bytes`."""
         for key in list(self._values):
             if self._nbytes <= largest_bytes:
                 return
@@ -46,6 +48,7 @@ class BoundedCache(Generic[Value]):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all cached values."""
         return self._nbytes
 
     def __contains__(self, key: str) -> bool:

@@ -1,4 +1,4 @@
-"""Frozen settings that travel as JSON and have a stable hash."""
+"""Frozen settings with checked values, a JSON round trip and a stable hash."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .errors import ConfigError, brief_repr
 
 _LARGEST = {int: 2**31 - 1, float: 1e12}
 _LONGEST_TEXT = 100_000
-"""Characters: a thousand names of a hundred."""
+"""Characters: room for a thousand names of a hundred characters each."""
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
+    """JSON text of `value` with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
@@ -33,8 +33,8 @@ class Config:
     """Base of all settings: JSON round trip, and checks of choices and ranges at construction.
 
     A field's metadata may hold `choices` (tuple), `minimum`, `maximum` and `help`; nodes and the command line
-    read them too. With `added_later` the field is left out of the JSON at its default, so that what was
-    hashed before it was there keeps its hash.
+    read them too. A field with `added_later` is left out of the JSON while it has its default, so that
+    configs hashed before the field existed keep their hash.
 
     Raises:
         ConfigError: a value is not among its choices or outside its range, or a JSON key is unknown.
@@ -42,7 +42,7 @@ class Config:
 
     registry_name: ClassVar[str] = ""
     results_version: ClassVar[int] = 1
-    """Raised when the same settings start to give another result, so that stored steps are trained anew."""
+    """Incremented when the same settings give another result, so that stored steps are trained anew."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -65,6 +65,7 @@ class Config:
                 check_number(field.name, value, *limits(field))
 
     def to_json(self) -> dict[str, Any]:
+        """JSON object of the settings, with the registered name under `name` if there is one."""
         values = {
             field.name: _plain(getattr(self, field.name))
             for field in dataclasses.fields(self)
@@ -74,10 +75,16 @@ class Config:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> typing.Self:
+        """The config that `to_json` wrote.
+
+        Raises:
+            ConfigError: the JSON is of another config, lacks a setting, or has an unknown or invalid one.
+        """
         check_object(f"JSON of a {cls.__name__}", values)
         if values.get("name", cls.registry_name) != cls.registry_name:
             raise ConfigError(
-                f"The JSON of a {cls.__name__} is that of {brief_repr(values['name'])}; give its own."
+                f"The JSON of a {cls.__name__} has the name {brief_repr(values['name'])}, "
+                "which is another config's; give its own."
             )
         values = {key: value for key, value in values.items() if key != "name"}
         known = {field.name for field in dataclasses.fields(cls)}
@@ -88,14 +95,18 @@ class Config:
             )
         for field in dataclasses.fields(cls):
             if field.default is dataclasses.MISSING and field.name not in values:
-                raise ConfigError(f"{cls.__name__} lacks its {field.name}; give one.")
+                raise ConfigError(f"The JSON of a {cls.__name__} lacks the setting {field.name!r}; add it.")
         return cls(
             **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         )
 
 
 def check_object(what: str, values: Any, needed: Iterable[str] = ()) -> None:
-    """Raises ConfigError for what is no JSON object with the needed keys."""
+    """Check that `values` is a JSON object with the needed keys.
+
+    Raises:
+        ConfigError: it is another type, or lacks a key; `what` names it in the message.
+    """
     if not isinstance(values, Mapping):
         raise ConfigError(f"The {what} is {brief_repr(values)}; give an object.")
     if missing := [key for key in needed if key not in values]:
@@ -103,8 +114,18 @@ def check_object(what: str, values: Any, needed: Iterable[str] = ()) -> None:
 
 
 def check_number(name: str, value: Any, low: float | None, high: float | None, kind: type = float) -> None:
-    """Raises ConfigError unless `value` is a number of that kind, or an integer, between the limits; NaN lies
-    between none."""
+    """Check that `value` is a finite number between two limits (None for no limit).
+
+    Args:
+        name: what the message calls it.
+        value: the number.
+        low: least allowed value.
+        high: largest allowed value.
+        kind: `int`, or `float`, which allows integers too.
+
+    Raises:
+        ConfigError: another type, NaN, infinite, or outside the limits.
+    """
     if type(value) not in (int, kind):
         raise ConfigError(f"{name} is {brief_repr(value)}; give a value of type {kind.__name__}.")
     if (
@@ -115,8 +136,8 @@ def check_number(name: str, value: Any, low: float | None, high: float | None, k
 
 
 def limits(field: dataclasses.Field) -> tuple[float, float]:
-    """Least and largest value of a number: those of its setting, or what is beyond all sense and still safe
-    to compute with."""
+    """(least, largest) value of a number setting; without limits of its own, bounds that are safe to compute
+    with."""
     largest = _LARGEST[type(field.default)]
     return field.metadata.get("minimum", -largest), field.metadata.get("maximum", largest)
 
@@ -136,8 +157,10 @@ def setting(
     maximum: float | None = None,
     added_later: bool | None = None,
 ) -> Any:
-    """A dataclass field with a default, a help text for tooltips, and its allowed values; the default of one
-    `added_later` must stay."""
+    """A dataclass field with a default, a help text for tooltips, and its allowed values.
+
+    The default of a field with `added_later` must never change: `Config` leaves it out of the JSON.
+    """
     rules = {
         "help": help,
         "choices": choices,

@@ -1,5 +1,4 @@
-"""Errors that reach users: one sentence that says what is wrong, with the offending value and how to mend
-it."""
+"""Errors that reach users: one sentence with what is wrong, the offending value, and how to mend it."""
 
 import reprlib
 from typing import Any
@@ -9,7 +8,7 @@ _BRIEF.maxstring = _BRIEF.maxother = 120
 
 
 def brief_repr(value: Any) -> str:
-    """`repr` for an error, cut so that a sentence stays one whatever it is about."""
+    """`repr` of a value, shortened for an error message: about 120 characters of a text."""
     try:
         return _BRIEF.repr(value)
     except ValueError:  # Python writes no integer of more than 4300 digits
@@ -21,28 +20,28 @@ class CulError(Exception):
 
 
 class ConceptError(CulError):
-    """A concept cannot be forgotten as it was described."""
+    """A concept is invalid, or cannot be forgotten as it is described."""
 
 
 class ConfigError(CulError):
-    """A setting has a value that cannot work, or names something unknown."""
+    """A setting has an invalid value, or names something unknown."""
 
 
 class ModelError(CulError):
-    """A model file cannot be read, or is of a kind that is not supported."""
+    """A model file cannot be read, or its architecture is not supported."""
 
 
 class CheckpointError(CulError):
-    """A result could not be written, or a written one is damaged."""
+    """A result cannot be written, or a written file is damaged."""
 
 
 class TrainingError(CulError):
-    """A step went wrong while training; its input model is untouched."""
+    """Training of a step failed; its input model is unchanged."""
 
 
 class MemoryShortError(CulError):
-    """The device's memory is too short for a step; its input model is untouched, and it can go on later."""
+    """The device ran out of memory in a step; its input model is unchanged, and the step can resume."""
 
 
 class Cancelled(CulError):
-    """The caller asked the step to stop; its input model is untouched."""
+    """The caller cancelled the step; its input model is unchanged."""

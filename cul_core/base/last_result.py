@@ -1,4 +1,4 @@
-"""A cache of one value."""
+"""A cache of a single value."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class LastResult:
-    """The value that was made last; it costs nothing to ask for it again with the same key."""
+    """Cache of the most recent value and its key."""
 
     def __init__(self):
         self._key, self._value = None, None
 
     def of(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The last value if its key was this one; else a new one, after the old one is let go."""
+        """The cached value if its key is `key`; else a new value by `make`, after the old one is freed."""
         if self._key is None or self._key != key:
             self.clear()
             self._value = make()

@@ -1,5 +1,4 @@
-"""The largest entries of tensors that are never concatenated: an exact number of them, by a histogram in two
-passes."""
+"""Exact top-k over several tensors by magnitude, by a two-pass histogram: no sort, no concatenation."""
 
 from __future__ import annotations
 
@@ -16,20 +15,20 @@ _HALF, _BINS = 16, 1 << 16
 
 @dataclass(frozen=True)
 class TopK:
-    """Where the largest entries begin.
+    """The top-k threshold, with the number of ties that each tensor may keep.
 
     Args:
-        bits: magnitude at the cut, as the bits of an fp32 number; what is larger is kept. For numbers that
-            are not negative the bits order as the numbers do.
-        ties: tensor name -> how many of its entries of exactly that magnitude are kept, the first ones in
-            memory order.
+        bits: threshold magnitude, as the bits of an fp32 number; entries above it are kept. The bits of
+            non-negative fp32 numbers order as the numbers do.
+        ties: tensor name -> how many of its entries of exactly the threshold magnitude are kept, the first
+            ones in memory order.
     """
 
     bits: int
     ties: Mapping[str, int]
 
     def mask(self, name: str, tensor: Tensor) -> Tensor:
-        """Mask of the kept entries, of the tensor's shape."""
+        """Boolean mask of the kept entries, of the tensor's shape."""
         bits = _bits_of(tensor)
         mask, level = bits > self.bits, (bits == self.bits).flatten().nonzero()[: self.ties.get(name, 0)]
         mask.view(-1)[level] = True
@@ -37,18 +36,20 @@ class TopK:
 
 
 def count_of_fraction(fraction: float, size: int) -> int:
-    """floor(fraction * size), the fraction taken as the decimal number it is written as: 0.29 of 100 are 29,
-    not 28."""
+    """floor(fraction * size) without binary rounding of the fraction: 0.29 of 100 is 29, not 28."""
     return math.floor(Fraction(repr(float(fraction))) * size)
 
 
 def top_k(tensors: Mapping[str, Tensor], count: int, order: Sequence[str] | None = None) -> TopK:
-    """The cut that keeps exactly `count` entries of all tensors together, of any shapes; all of them if there
-    are not more.
+    """The threshold that keeps exactly the `count` largest magnitudes of all tensors together.
 
-    Entries of equal magnitude are taken by tensor, in `order` (of the names, if it is not given), then in
-    memory order. The first pass counts magnitudes by the upper half of their bits, the second one those of
-    the bin that the cut lies in by the lower half; no tensor is sorted.
+    The first pass makes a histogram of the magnitudes' upper 16 bits. The second pass makes one of the lower
+    16 bits, within the bin that holds the threshold.
+
+    Args:
+        tensors: of any shapes; fewer than `count` entries are all kept.
+        count: number of entries to keep.
+        order: names in the order in which tensors get ties, then memory order decides; sorted names if None.
     """
     if count >= sum(tensor.numel() for tensor in tensors.values()):
         return TopK(-1, {})
@@ -73,8 +74,7 @@ def _counts(values: Tensor) -> Tensor:
 
 
 def _bin_of(counts: Tensor, rank: int) -> tuple[int, int]:
-    """(bin that holds the `rank`-th largest value, counted from 1; how many values lie in the bins above
-    it)."""
+    """(bin of the `rank`-th largest value, counted from 1; number of values in the bins above it)."""
     at_least = counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(at_least, rank))
     return len(counts) - 1 - place, int(at_least[place - 1]) if place else 0

@@ -1,5 +1,4 @@
-"""Safetensors files without their weights: reading a header, and writing so that nothing half-written is ever
-left."""
+"""Atomic file writes: a temporary file in the target folder, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -15,19 +14,19 @@ from ..base.errors import CheckpointError
 from .paths import check_name
 
 LEFTOVER = ".cul-part"
-"""Ending of a file that is not whole yet."""
+"""Ending of a temporary file that is not complete yet."""
 _OLD_SECONDS = 86400
 _REPLACE_TRIES, _REPLACE_WAIT_SECONDS = 6, 0.1
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` on a temporary file in the target folder, flush that to disk, and rename it to `path`.
+    """Call `write` on a temporary file in the target folder, flush it to disk, and rename it to `path`.
 
-    A link of that name is replaced; what it points to stays as it is.
+    A symbolic link at `path` is replaced; its target stays as it is.
 
     Raises:
-        CheckpointError: the folder cannot be written or is full, no file can have that name, or the system
-            does not replace the old file because a program has it open. Whatever was written is removed.
+        CheckpointError: the folder cannot be written or is full, the name is impossible, or the system denies
+            the replacement because a program has the old file open. The temporary file is removed then.
     """
     check_name(path)
     temporary = None
@@ -53,21 +52,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def _created_beside(path: Path) -> tuple[int, Path]:
-    """(descriptor, path) of a new file in the folder of `path`, with the mode that the umask leaves of
-    0o666."""
+    """(descriptor, path) of a new file beside `path`, with mode 0o666 less the umask."""
     while True:
         temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{LEFTOVER}")
         try:
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
             return os.open(temporary, flags, 0o666), temporary
         except FileExistsError:
-            continue  # another process's
+            continue  # another process has this name
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`, waiting a little where a program has `path` open.
+    """Rename `temporary` to `path`, retrying for half a second while a program has `path` open.
 
-    Windows denies it then. The program may be a virus scanner, which is done in a moment.
+    Windows denies the rename meanwhile; a virus scanner closes the file in a moment.
     """
     for _ in range(_REPLACE_TRIES - 1):
         try:
@@ -78,8 +76,7 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush a folder's names to disk, so that a rename outlives a crash of the machine; not every system
-    can."""
+    """Flush a folder's entries to disk where the system can, so that a rename survives a power failure."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -89,12 +86,12 @@ def _flush_folder(folder: Path) -> None:
 
 
 def leftovers(folder: Path, stem: str = "*") -> Iterator[Path]:
-    """What a process that was killed while it wrote has left in a folder; `stem` is that of its file."""
+    """Temporary files of writes that were killed, in a folder, for target files with this stem."""
     return folder.glob(f".{stem}.*{LEFTOVER}")
 
 
 def _remove_old_leftovers(folder: Path) -> None:
-    """No write takes a day: what is older was left by a process that was killed."""
+    """Remove leftovers older than a day: no write takes that long, so their processes were killed."""
     for path in leftovers(folder):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _OLD_SECONDS:

@@ -1,5 +1,4 @@
-"""Locks between processes that share a folder. The operating system holds them: those of a process that was
-killed are free at once."""
+"""File locks between processes that share a folder; the operating system frees those of a killed process."""
 
 from __future__ import annotations
 
@@ -16,8 +15,10 @@ _POLL_SECONDS = 0.2
 
 
 def lock_of(folder: Path, file: Path) -> Path:
-    """The lock in `folder` of a file named by a hash, maybe behind a word and a dash. A few files share one,
-    so that their number has a limit; files with different words never do.
+    """Path of the lock in `folder` for a file named `<hash>` or `<word>-<hash>`.
+
+    Files whose hashes begin with the same three digits share a lock, which bounds the number of locks. Files
+    with different words never share one.
     """
     word, _, key = file.stem.rpartition("-")
     return folder / f"{word}{key[:3]}.lock"
@@ -25,11 +26,14 @@ def lock_of(folder: Path, file: Path) -> Path:
 
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Within the block no other process is in a block of this path; `on_wait` runs while one is, and may
-    raise to wait no longer.
+    """Hold the lock at `path` within the block; wait for another holder first.
 
-    Where no lock can be made (a read-only folder, a file system without them), the block runs without one:
-    nothing can be written there, or every file is whole by itself.
+    Where no lock can be made (a read-only folder, a file system without locks), the block runs without one:
+    either nothing can be written there, or atomic writes keep every file whole.
+
+    Args:
+        path: of the lock file.
+        on_wait: called at every poll while another block holds the lock; may raise to stop waiting.
     """
     while True:
         with try_locked(path) as is_ours:
@@ -42,8 +46,7 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[N
 
 @contextmanager
 def try_locked(path: Path) -> Iterator[bool]:
-    """Like `locked`, but does not wait: false if another process, or another block of this one, holds the
-    lock."""
+    """`locked` without waiting: yields False if another process or block holds the lock."""
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

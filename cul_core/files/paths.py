@@ -1,5 +1,4 @@
-"""Safetensors files without their weights: reading a header, and writing so that nothing half-written is ever
-left."""
+"""Checks of file names and folders before something is written."""
 
 from __future__ import annotations
 
@@ -15,11 +14,10 @@ _LONGEST_PART = 200  # of the 255 bytes that file systems allow; the rest is for
 
 
 def free_path(path: Path) -> Path:
-    """`path`, or the first of `name_2`, `name_3`, ... that does not exist yet: nothing is ever overwritten,
-    not even a broken link.
+    """`path`, or the first of `name_2`, `name_3`, ... that does not exist; a broken link counts as existing.
 
     Raises:
-        CheckpointError: no file can have that name here.
+        CheckpointError: the name is impossible here; see `check_name`.
     """
     check_name(path)
     candidate, counter = path, 2
@@ -30,14 +28,17 @@ def free_path(path: Path) -> Path:
 
 
 def check_name(path: Path) -> None:
-    """Raises CheckpointError when no file can have that name here: no name at all, too long, or with
-    characters that no disk knows."""
+    """Check that a file can have this name on this system.
+
+    Raises:
+        CheckpointError: the name is empty, too long, or has characters that the file system refuses.
+    """
     try:
         if not path.name:
             raise ValueError("it ends without a name")
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return  # whoever writes will see
+        return  # the name is possible; the write itself reports these
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
@@ -46,10 +47,11 @@ def check_name(path: Path) -> None:
 
 
 def check_portable(name: str) -> None:
-    """Raises CheckpointError when a name typed by a user, which may have folders before it, is not one on
-    every system.
+    """Check that a name typed by a user, maybe with folders before it, is valid on every system.
 
-    It must not leave the folder it is meant for, nor mean something else than a file to Windows.
+    Raises:
+        CheckpointError: the name leaves its folder (`..`), has reserved characters or a name reserved by
+            Windows, or is too long.
     """
     for part in re.split(r"[/\\]", name):
         if re.search(r'[\x00-\x1f\x7f<>:"|?*]', part):
@@ -63,7 +65,7 @@ def check_portable(name: str) -> None:
         elif len(part.encode(errors="surrogatepass")) > _LONGEST_PART:
             reason = f"a part is longer than {_LONGEST_PART} bytes"
         elif not part.isprintable():
-            reason = "it holds characters that cannot be seen"
+            reason = "it contains invisible characters"
         else:
             continue
         raise CheckpointError(
@@ -72,10 +74,10 @@ def check_portable(name: str) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder` if need be and try to write in it, before hours of work depend on it.
+    """Check that `folder` can be written, before hours of training depend on it; a missing one is made.
 
     Raises:
-        CheckpointError: it cannot be made or written.
+        CheckpointError: the folder cannot be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,4 @@
-"""Safetensors files without their weights: reading a header, and writing so that nothing half-written is ever
-left."""
+"""Safetensors files: strict header parsing, reading without memory mapping, and atomic or sealed writing."""
 
 from __future__ import annotations
 
@@ -20,11 +19,12 @@ from ..base.errors import CheckpointError, ModelError, brief_repr
 from .atomic_write import write_atomically
 
 _LARGEST_HEADER = 50_000_000
-"""Bytes; half of the format's own limit, for a header is read several times."""
+"""Bytes: half of the format's own limit, because a header is read several times."""
 _MOST_VALUES = 1_000_000
-"""Values of JSON in a header, by its commas and opening brackets: what makes reading cost time and memory.
-Stable Diffusion XL has as many, in forty megabytes, with two hundred steps of all its weights in its
-history."""
+"""JSON values in a header, counted by commas and opening brackets: they cost the time and memory of parsing.
+
+Stable Diffusion XL reaches it, at 40 MB, with 200 steps of all its weights in its history.
+"""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,7 +35,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The format's code of every dtype that is written."""
+"""Format code -> dtype, of the dtypes that are written."""
 _ONLY_READ = {
     "I16": torch.int16,
     "I8": torch.int8,
@@ -43,7 +43,7 @@ _ONLY_READ = {
     "F8_E5M2": torch.float8_e5m2,
 }
 EDITABLE = {code: DTYPES[code] for code in ("F16", "BF16", "F32")}
-"""Dtypes of weights that an edit can be added to."""
+"""Format code -> dtype, of weights that an edit can be added to."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _BITS = {code: 8 * dtype.itemsize for code, dtype in (DTYPES | _ONLY_READ).items()} | {
     "F4": 4,
@@ -54,20 +54,21 @@ _BITS = {code: 8 * dtype.itemsize for code, dtype in (DTYPES | _ONLY_READ).items
     "U32": 32,
     **dict.fromkeys(("C64", "U64"), 64),
 }
-"""Bits of one element, also of the dtypes that are neither read nor written."""
+"""Format code -> bits of one element, also of dtypes that are neither read nor written."""
 _MISFITS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What a header raises that is not as the format wants it."""
+"""Exceptions that parsing a malformed header raises."""
 _SEAL = "sha256"
+"""Name of the tensor that holds a sealed file's SHA-256."""
 
 
 def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
     """(tensor entries by name, metadata, offset of the first data byte) of a safetensors file.
 
-    Entries are as the format wants them: every dtype known, every tensor as long as its shape says, one
-    behind the other, none twice.
+    The entries are checked: every dtype is known, every tensor is as long as its shape says, no name is there
+    twice, and the data have neither gaps nor overlaps.
 
     Raises:
-        ModelError: no such file, a pickle, not a safetensors file, or one that ends too early.
+        ModelError: the file is missing, a pickle, not a safetensors file, or truncated.
     """
     if path.suffix.lower() in (".ckpt", ".bin", ".pt", ".pth"):
         raise ModelError(
@@ -97,36 +98,37 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
         ) from error
     if size != 8 + length + end:
         raise ModelError(
-            f"{path.name!r} has {size} bytes where its header announces {8 + length + end}; it was cut short "
-            "or altered, so copy or download it again."
+            f"{path.name!r} has {size} bytes where its header announces {8 + length + end}, so it is "
+            "truncated or altered; copy or download it again."
         )
     return header, metadata, 8 + length
 
 
 def check_header(text: bytes) -> None:
-    """Raises ValueError for a header that is too large to be read by others, or by us."""
+    """Raises ValueError for a header that is larger than this module reads."""
     if len(text) > _LARGEST_HEADER or sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise ValueError("header too large")
 
 
 def _checked(text: bytes) -> tuple[dict[str, dict], dict[str, str], int]:
-    """(tensor entries by name, metadata, length of the data) of a header's text. Raises one of `_MISFITS`."""
+    """(tensor entries by name, metadata, bytes of the data) of a header's text; raises one of `_MISFITS`."""
     header = _parsed(text)
-    metadata = {} if (found := header.pop("__metadata__", None)) is None else found
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     return header, metadata, _check_entries(header, metadata)
 
 
 def _parsed(text: bytes) -> dict[str, dict]:
-    """A header that means the same to every reader: UTF-8 from its first brace on, no key twice, no number
-    that JSON does not have."""
+    """The JSON object of a header that every reader parses alike: UTF-8, no duplicate key, no NaN or
+    infinity."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            raise ValueError("a key is there twice")
-        return found
+        if len(values := dict(pairs)) < len(pairs):
+            raise ValueError("a duplicate key")
+        return values
 
     def refuse(literal: str) -> None:
-        raise ValueError(f"{literal} is no JSON")
+        raise ValueError(f"{literal} is not valid JSON")
 
     check_header(text)
     if text[:1] != b"{":
@@ -135,23 +137,22 @@ def _parsed(text: bytes) -> dict[str, dict]:
 
 
 def _check_entries(header: dict[str, dict], metadata: dict[str, str]) -> int:
-    """Where the data end. Raises ValueError, KeyError, TypeError or AttributeError for entries that the
-    format does not allow."""
+    """Bytes of the data. Raises ValueError, KeyError, TypeError or AttributeError for invalid entries."""
     for text in (*header, *metadata.keys(), *metadata.values()):
-        text.encode()  # lone surrogates are no text
+        text.encode()  # raises for lone surrogates
     spans = []
     for entry in header.values():
         if entry.keys() != {"dtype", "shape", "data_offsets"} or not isinstance(entry["shape"], list):
             raise ValueError("not the entry of a tensor")
         begin, end = entry["data_offsets"]
         if not all(type(number) is int and 0 <= number < 1 << 63 for number in (begin, end, *entry["shape"])):
-            raise ValueError("a size that is no whole number")
+            raise ValueError("a size that is not a whole number")
         bits = _BITS[entry["dtype"]]
         for number in entry["shape"]:
             if (bits := bits * number) >= 1 << 66:
                 raise ValueError("impossible shape")
         if bits != 8 * (end - begin):
-            raise ValueError("a tensor that is not as long as its shape says")
+            raise ValueError("a tensor whose length does not match its shape")
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):
@@ -162,21 +163,23 @@ def _check_entries(header: dict[str, dict], metadata: dict[str, str]) -> int:
 
 
 class OpenedFile:
-    """The tensors of an open safetensors file. They are read, not mapped: each has memory of its own, none
-    stays when it is dropped, and what happens to the file later happens to none of them.
+    """The tensors of an open safetensors file, by name.
+
+    Tensors are read, not memory-mapped: each owns its memory, and later changes of the file do not reach it.
     """
 
     def __init__(self, file: BinaryIO, header: Mapping[str, dict], start: int, name: str):
         self._file, self._header, self._start, self._name = file, header, start, name
 
     def keys(self) -> list[str]:
+        """Names of the tensors, in the header's order."""
         return list(self._header)
 
     def get_tensor(self, name: str) -> Tensor:
-        """One tensor on the CPU, as it is stored.
+        """One tensor on the CPU, in the file's dtype.
 
         Raises:
-            ModelError: the file cannot be read, became shorter, or stores it in a dtype that PyTorch lacks.
+            ModelError: the file cannot be read, became shorter, or has a dtype that PyTorch lacks.
         """
         entry = self._header[name]
         if (dtype := (DTYPES | _ONLY_READ).get(entry["dtype"])) is None:
@@ -198,10 +201,10 @@ class OpenedFile:
 
 @contextmanager
 def opened(path: Path) -> Iterator[OpenedFile]:
-    """The tensors of a safetensors file.
+    """Open a safetensors file for reading within the block.
 
     Raises:
-        ModelError: the file cannot be read, or its entries contradict each other.
+        ModelError: the file cannot be read, or its header is invalid; see `read_header`.
     """
     header, _, start = read_header(path)
     try:
@@ -215,17 +218,17 @@ def opened(path: Path) -> Iterator[OpenedFile]:
 def tensor_entries(tensors: Mapping[str, Tensor]) -> dict[str, dict]:
     """Header entries by name, in the order of the data.
 
-    Larger elements come first, so that every tensor is aligned to its own size.
+    Tensors with larger elements come first, so that every tensor is aligned to its element size.
 
     Raises:
-        CheckpointError: a tensor has a dtype that is not written.
+        CheckpointError: a tensor has a dtype that this module does not write.
     """
     entries, end = {}, 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
         tensor = tensors[name]
         if tensor.dtype not in _CODES:
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{brief_repr(name)} is {dtype}, which is not written; turn it into fp32.")
+            raise CheckpointError(f"{brief_repr(name)} is {dtype}, which is not written; convert it to fp32.")
         begin, end = end, end + tensor.element_size() * math.prod(tensor.shape)
         shape = list(tensor.shape)
         entries[name] = {"dtype": _CODES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
@@ -239,17 +242,17 @@ def packed_header(
     alignment: int = 8,
     start: int = 0,
 ) -> bytes:
-    """The beginning of a file: the length of its header, and the header, padded with spaces.
+    """The first bytes of a file: the length of its header, and the header, padded with spaces.
 
     Args:
-        name: the file's, for errors.
-        entries: of the tensors; see `tensor_entries`.
+        name: file name, for errors.
+        entries: header entries; see `tensor_entries`.
         metadata: text by name.
-        alignment: the padding makes the data begin at a multiple of it, ...
-        start: ... or as many bytes behind one as this lies.
+        alignment: bytes; the offset of the data is made congruent to `start` modulo this.
+        start: bytes; offset of the data in a source file from which whole pages are copied, else 0.
 
     Raises:
-        CheckpointError: the file could not be read again.
+        CheckpointError: the header is larger than `read_header` reads, or invalid.
     """
     text = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
     text += b" " * ((start - 8 - len(text)) % alignment)
@@ -264,13 +267,13 @@ def packed_header(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; equal tensors and metadata make equal files.
+    """Write a safetensors file atomically; equal tensors and metadata give equal bytes.
 
-    One tensor at a time is copied from its device.
+    Tensors are copied from their device one at a time.
 
     Raises:
-        CheckpointError: the folder cannot be written or is full, or the file could not be read again. Nothing
-            is left behind then.
+        CheckpointError: the folder cannot be written or is full, a dtype is not written, or the header is too
+            large. No partial file is left.
     """
     entries = tensor_entries(tensors)
     header = packed_header(path.name, entries, metadata)
@@ -284,11 +287,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """`write_tensors` with one more entry at the end: the SHA-256 of all before it."""
+    """`write_tensors` with one more tensor at the end: the SHA-256 of all bytes before it.
+
+    Raises:
+        CheckpointError: see `write_tensors`; or a tensor has the name of the seal.
+    """
     entries = tensor_entries(tensors)
     if _SEAL in entries:
         raise CheckpointError(
-            f"{path.name!r} has a tensor {_SEAL!r}, the name of its seal; give it another name."
+            f"{path.name!r} has a tensor called {_SEAL!r}, the name of the seal; rename the tensor."
         )
     end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     seal = {"dtype": "U8", "shape": [32], "data_offsets": [end, end + 32]}
@@ -305,20 +312,19 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def read_sealed(path: Path, unsealed: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a file by `write_sealed`, in memory of their own, so that nothing happens to
-    them when the file changes.
+    """(tensors, metadata) of a file by `write_sealed`; the tensors are on the CPU and own their memory.
 
     Args:
         path: the file.
         unsealed: whether a file without a seal, by an older version, is read too.
 
     Raises:
-        ModelError: there is no such file, or it is no safetensors file.
-        CheckpointError: its contents are not what was written.
+        ModelError: the file is missing, or is no safetensors file.
+        CheckpointError: the contents do not match the seal.
     """
     header, metadata, start = read_header(path)
     damaged = CheckpointError(
-        f"{path.name!r} is damaged: its contents are not those that were written; remove it."
+        f"{path.name!r} is damaged: its contents differ from those that were written; remove it."
     )
     if _SEAL not in header and not unsealed:
         raise damaged
@@ -346,5 +352,5 @@ def read_sealed(path: Path, unsealed: bool = False) -> tuple[dict[str, Tensor], 
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor: its own memory if it is contiguous and on the CPU."""
+    """The bytes of a tensor; a view of its memory if it is contiguous and on the CPU."""
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
