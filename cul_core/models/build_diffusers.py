@@ -1,4 +1,4 @@
-"""Empty networks of diffusers and transformers, on the meta device."""
+"""Networks of diffusers and transformers without weights, on the meta device."""
 
 from __future__ import annotations
 
@@ -17,44 +17,45 @@ from .frozen_layers import replace_frozen_layers
 
 logger = logging.getLogger(__name__)
 _OLDEST_DIFFUSERS, _NEWEST_DIFFUSERS = (0, 33), (0, 42)
-"""The first and the last version of diffusers that the tests have run with."""
+"""The oldest and the newest version (major, minor) of diffusers that the tests have run with."""
 _WANTED_DIFFUSERS = "diffusers>=0.33,<0.36"
-"""What to install where there is none: later versions bound huggingface_hub, so that pip may change a host's
-packages.
+"""Requirement to install where diffusers is missing.
 
-README.md, pyproject.toml and requirements.txt say the same.
+Later versions bound huggingface_hub, so that pip may change a host's packages. README.md, pyproject.toml and
+requirements.txt state the same requirement.
 """
 
 
 def require_diffusers() -> None:
-    """Check that diffusers is there; one newer than those tested is used with a warning.
+    """Check that diffusers is installed; a version newer than the tested ones gives a warning.
 
     Raises:
-        ModelError: it is missing or too old; names the command that mends it in this Python, wherever that
-        lies.
+        ModelError: diffusers is missing or too old; the message has the command that installs it in this
+            Python.
     """
     try:
-        found = version("diffusers")
+        installed = version("diffusers")
     except PackageNotFoundError:
-        found = None
-    numbers = tuple(int(part) for part in re.findall(r"\d+", found or "")[:2])
-    if found is None or numbers < _OLDEST_DIFFUSERS:
-        state = "is not installed" if found is None else f"has version {found or repr(found)}"
+        installed = None
+    numbers = tuple(int(part) for part in re.findall(r"\d+", installed or "")[:2])
+    if installed is None or numbers < _OLDEST_DIFFUSERS:
+        state = "is not installed" if installed is None else f"has version {installed or repr(installed)}"
         python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
         raise ModelError(
             f"The package diffusers {state}, where {_text_of(_OLDEST_DIFFUSERS)} or later is needed; run: "
             f'{python} -m pip install "{_WANTED_DIFFUSERS}"'
         )
     if numbers > _NEWEST_DIFFUSERS:
-        _warn_of_newer(found)
+        _warn_of_newer(installed)
 
 
 @lru_cache
-def _warn_of_newer(found: str) -> None:
-    """Say once for each version that nobody has tested it."""
-    newest = _text_of(_NEWEST_DIFFUSERS)
+def _warn_of_newer(installed: str) -> None:
+    """Log, once for each version, that it is not tested."""
     logger.warning(
-        "diffusers %s is newer than %s, the last version that was tested; it is used anyway", found, newest
+        "diffusers %s is newer than %s, the last version that was tested; it is used anyway",
+        installed,
+        _text_of(_NEWEST_DIFFUSERS),
     )
 
 
@@ -63,7 +64,7 @@ def _text_of(numbers: tuple[int, int]) -> str:
 
 
 def build_unet(family: Family) -> nn.Module:
-    """The family's UNet without values.
+    """The family's UNet without weights, on the meta device.
 
     Raises:
         ModelError: see `require_diffusers`.
@@ -77,13 +78,13 @@ def build_unet(family: Family) -> nn.Module:
 
 
 def build_text_encoder(family: Family, kind: TextEncoder) -> nn.Module:
-    """One of the family's text encoders, without values but for the ids of positions."""
+    """One of the family's text encoders, without weights, on the meta device; position ids are filled."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(**family.config(kind.config))
     with torch.device("meta"):
         encoder = (CLIPTextModelWithProjection if kind.is_pooled else CLIPTextModel)(config)
     for module in encoder.modules():
-        if "position_ids" in dict(module.named_buffers(recurse=False)):  # in no checkpoint
+        if "position_ids" in dict(module.named_buffers(recurse=False)):  # no checkpoint has them
             module.position_ids = torch.arange(config.max_position_embeddings)[None]
     return encoder if family.is_small else replace_frozen_layers(encoder)

@@ -1,4 +1,4 @@
-"""`Network` over diffusers' UNet, CLIP text encoders and an autoencoder, all from one checkpoint file."""
+"""`DiffusersNetwork`: diffusers' UNet, CLIP text encoders and autoencoder of one checkpoint file."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from .text_conditioning import Conditioning
 from .weight_roles import keys_with_role
 
 _CACHED_BYTES = 512 << 20
-"""Bound on encoded prompts in memory: 2200 of Stable Diffusion 1.x, 840 of XL."""
+"""Bytes of encoded prompts kept in memory: 2200 prompts of Stable Diffusion 1.x, 840 of XL."""
 _ROOM = 1.5
+"""Free GPU memory that the text encoders need to move there, as a multiple of their size."""
 _WORD_END = "</w>"
 
 
@@ -31,16 +32,16 @@ class DiffusersNetwork(Network):
     """UNet, text encoders, tokenizer and autoencoder of one source file, all frozen.
 
     Args:
-        family: of the file.
+        family: family of the file.
         unet: diffusers' UNet.
-        text_encoders: in the order of the family's; empty after `free_text_encoders`, reloaded on the first
-            uncached prompt.
-        tokenizer: CLIP's.
+        text_encoders: in the family's order; empty after `free_text_encoders`, reloaded on the first uncached
+            prompt.
+        tokenizer: CLIP's tokenizer.
         autoencoder: None for families whose callers decode latents themselves.
-        keys: diffusers' name of a UNet's parameter -> its checkpoint key.
-        open_autoencoder: loads it for `with_autoencoder`, if there is a way to.
-        open_text_encoders: loads them again, if there is a way to.
-        read_weights: checkpoint keys -> tensors in fp32, on the CPU, as the file has them.
+        keys: diffusers' name of a UNet parameter -> checkpoint key.
+        open_autoencoder: loads the autoencoder for `with_autoencoder`; None if it cannot be loaded.
+        open_text_encoders: reloads the text encoders; None if they always stay in memory.
+        read_weights: checkpoint keys -> the file's tensors, in fp32 on the CPU.
     """
 
     family: Family
@@ -69,10 +70,8 @@ class DiffusersNetwork(Network):
         return next(self.unet.parameters()).dtype
 
     def to(self, device: torch.device | str) -> DiffusersNetwork:
-        """Moves the UNet and the autoencoder, and returns itself; the text encoders follow if there is
-        room."""
-        # where convolutions gain by their channels being last
-        is_cuda = torch.device(device).type == "cuda"
+        """This network, with UNet and autoencoder moved; text encoders move when they are used."""
+        is_cuda = torch.device(device).type == "cuda"  # convolutions are faster with channels last there
         self.unet.to(device, memory_format=torch.channels_last if is_cuda else torch.preserve_format)
         if self.autoencoder is not None:
             self.autoencoder.to(device)
@@ -90,7 +89,7 @@ class DiffusersNetwork(Network):
         return {key: parameters[key] for key in keys_with_role(self.family, role, parameters)}
 
     def exact(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """W0 of these weights in fp32; the network's own tensors where it has them so."""
+        """Pretrained weights W0 in fp32 by key: the network's own tensors if it is fp32, else the file's."""
         if self.dtype == torch.float32:
             parameters = self._parameters()
             return {key: parameters[key].data for key in keys}
@@ -98,15 +97,15 @@ class DiffusersNetwork(Network):
 
     @contextmanager
     def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Storages are exchanged and nothing is copied, unless weights are elsewhere or of another dtype."""
+        """Replace the values of these weights within the block, without copies if device and dtype match."""
         parameters = self._parameters()
-        kept = {key: parameters[key].data for key in weights}
+        originals = {key: parameters[key].data for key in weights}
         try:
             for key, weight in weights.items():
-                parameters[key].data = weight.to(kept[key].device, kept[key].dtype)
+                parameters[key].data = weight.to(originals[key].device, originals[key].dtype)
             yield
         finally:
-            for key, weight in kept.items():
+            for key, weight in originals.items():
                 parameters[key].data = weight
 
     # --- text
@@ -121,8 +120,10 @@ class DiffusersNetwork(Network):
             release_memory(torch.device("cpu"))
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Conditioning:
-        """Each distinct prompt of a call is encoded once. Afterwards at most `_CACHED_BYTES` of the most
-        recently asked for stay in memory."""
+        """Encoded prompts on the network's device; with `grad`, uncached and with gradients.
+
+        The most recently used prompts stay cached on the CPU, up to `_CACHED_BYTES`.
+        """
         if grad:
             device = self._place_text_encoders()
             return self._encode(self.token_ids(prompts).to(device)).to(self.device)
@@ -135,8 +136,8 @@ class DiffusersNetwork(Network):
                 encoded = self._encode(self.token_ids(part).to(device)).to("cpu")
             for prompt, conditioning in zip(part, encoded, strict=True):
                 self._prompts.put(prompt, conditioning)
-        found = {prompt: self._prompts.get(prompt) for prompt in dict.fromkeys(prompts)}
-        batch = Conditioning.cat(found[prompt] for prompt in prompts).to(self.device)
+        encoded = {prompt: self._prompts.get(prompt) for prompt in dict.fromkeys(prompts)}
+        batch = Conditioning.cat(encoded[prompt] for prompt in prompts).to(self.device)
         self._prompts.shrink(_CACHED_BYTES)
         return batch
 
@@ -151,15 +152,15 @@ class DiffusersNetwork(Network):
     def encode_rows(self, prompts: Sequence[str], rows: Sequence[Tensor]) -> Conditioning:
         device = self._place_text_encoders()
         with ExitStack() as hooks:
-            for encoder, given in zip(self.text_encoders, rows, strict=True):
+            for encoder, own_rows in zip(self.text_encoders, rows, strict=True):
                 handle = encoder.get_input_embeddings().register_forward_hook(
-                    lambda module, inputs, output, given=given: given.to(output)
+                    lambda module, inputs, output, own_rows=own_rows: own_rows.to(output)
                 )
                 hooks.callback(handle.remove)
             return self._encode(self.token_ids(prompts).to(device)).to(self.device)
 
     def _place_text_encoders(self) -> torch.device:
-        """Loads them if they are not there; their device, which is the UNet's if there is room for them."""
+        """The text encoders' device: the UNet's if its memory suffices; reloads freed text encoders."""
         if not self.text_encoders and self.open_text_encoders is not None:
             self.text_encoders = self.open_text_encoders()
         parameters = [parameter for encoder in self.text_encoders for parameter in encoder.parameters()]
@@ -173,6 +174,7 @@ class DiffusersNetwork(Network):
         return device
 
     def _own_ids(self, kind: object, ids: Tensor) -> Tensor:
+        """Token ids (b, n) with the padding that this text encoder was trained with."""
         after_end = (ids == self.tokenizer.eos_token_id).cumsum(1) > 1
         return ids.masked_fill(after_end, 0) if kind.pads_with_zero else ids
 
@@ -186,7 +188,7 @@ class DiffusersNetwork(Network):
         return Conditioning(torch.cat(rows, -1), pooled)
 
     def token_ids(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (b, n): start, text, end, padded with the end token."""
+        """Token ids (b, n): start token, text, EOS, and EOS padding."""
         padded = {"padding": "max_length", "max_length": self._length, "truncation": True}
         return self.tokenizer(list(prompts), **padded, return_tensors="pt").input_ids
 
@@ -259,14 +261,14 @@ class DiffusersNetwork(Network):
 
     @contextmanager
     def with_autoencoder(self) -> Iterator[None]:
-        """An autoencoder that is loaded for the block is freed at its end."""
+        """Make `decode` and `encode_images` available within the block, loading the autoencoder if needed."""
         if self.autoencoder is not None:
             yield
             return
         if self.open_autoencoder is None:
             raise ModelError(
-                f"{self.family.display_name} is loaded here without an autoencoder, so that no picture can "
-                "be decoded or encoded; turn off what works on pictures, such as augmentations and flip."
+                f"{self.family.display_name} is loaded here without an autoencoder, so no image can be "
+                "decoded or encoded; turn off the settings that need images, such as augmentations and flip."
             )
         self.autoencoder = self.open_autoencoder().to(self.device)
         try:
@@ -276,7 +278,7 @@ class DiffusersNetwork(Network):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A sample of the posterior where the encoder gives one."""
+        """Latents (b, c, h, w) of images (b, 3, h, w) in [0, 1]; of a VAE, a sample of its posterior."""
         encoded = self.autoencoder.encode(images * 2 - 1)
         latents = encoded.latents if self.family.has_decoder else encoded.latent_dist.sample(generator)
         return latents * self.family.latent_scale
@@ -286,7 +288,7 @@ class DiffusersNetwork(Network):
         if self.autoencoder is None:
             raise ModelError(
                 f"Latents of {self.family.display_name} cannot be decoded here, because its autoencoder is "
-                "not loaded; decode them with the VAE of the program that shows the pictures."
+                "not loaded; decode them with the VAE of the program that shows the images."
             )
         if not self.family.has_decoder:
             images = self.autoencoder.decode(latents / self.family.latent_scale).sample

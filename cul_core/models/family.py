@@ -1,4 +1,4 @@
-"""Model families as data: geometry, noise process, roles of weights, text encoders, and how to train."""
+"""Model families as data: geometry, noise process, roles of weights, text encoders, and training recipe."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from .noise_process import DiscreteProcess, NoiseProcess
 
 _CONFIGS = Path(__file__).parent / "configs"
 Shapes = Mapping[str, tuple[int, ...]]
+"""Checkpoint key -> shape."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a step trains on a family for which the presets' own values, tuned on MiniCanvas, do not fit.
+    """A family's training values, in place of the presets' own, which are tuned on MiniCanvas.
 
     Args:
         iterations: optimizer updates of one step.
         batch_size: anchor latents per update.
-        learning_rate: the optimizer's own, after any scaling by the batch.
-        anchor_count: images by the pretrained model that a step trains on.
-        anchor_steps: sampling steps of each.
-        anchor_guidance: their classifier-free guidance scale.
+        learning_rate: the optimizer's own, after any scaling by the batch size.
+        anchor_count: anchor images, sampled from the pretrained model.
+        anchor_steps: sampling steps of an anchor image.
+        anchor_guidance: classifier-free guidance scale of the anchor images.
     """
 
     iterations: int
@@ -37,16 +38,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """One of a family's text encoders, and what of its output the network reads.
+    """One of a family's text encoders, and the output of it that the network reads.
 
     Args:
-        prefix: of its tensors in a checkpoint.
-        config: name of its file of constructor arguments.
-        is_open_clip: whether the checkpoint has OpenCLIP's layout of it.
+        prefix: key prefix of its tensors in a checkpoint.
+        config: name of the file with its constructor arguments, without the ending.
+        is_open_clip: whether its tensors have OpenCLIP's layout in the checkpoint.
         skips_last: use the penultimate hidden state without the final layer norm (clip skip 2); else the last
             one with it.
-        pads_with_zero: pad with token 0 after the end token instead of with the end token.
-        is_pooled: whether its projected vector of the whole prompt is read too.
+        pads_with_zero: pad with token 0 after EOS instead of with EOS.
+        is_pooled: whether the network also reads its pooled, projected vector of the prompt.
     """
 
     prefix: str
@@ -59,11 +60,11 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Captions:
-    """Caption templates from which anchor prompts are made; see `concepts.captions`.
+    """Caption templates for anchor prompts; see `concepts.captions`.
 
     Args:
         for_styles: templates of images in no style, with `{subject}`.
-        subjects: what stands in them.
+        subjects: phrases that replace `{subject}`.
         for_others: templates for what any other target becomes, with `{anchor}`.
     """
 
@@ -74,32 +75,31 @@ class Captions:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture.
+    """One model architecture.
 
     Args:
         name: key in files and presets, such as `sd1`.
-        display_name: what users see.
-        signature: (first width, width of the text rows), which tells families of one layout apart.
-        latent_shape: channels, height, width of the latents the model was trained on.
-        latent_scale: model-space latents = autoencoder latents x this.
+        display_name: name that users see.
+        signature: (first width, width of the text rows), which differs between families of one layout.
+        latent_shape: (c, h, w) of the latents the model was trained on.
+        latent_scale: the network's latents are the autoencoder's latents times this.
         image_size_px: side of the decoded image.
-        sampling_batch: images per prediction when sampling; part of what fixes an image's last bits.
-        process: how images become noise, and what the network predicts.
-        prefix: of the network's tensors in a checkpoint.
-        roles: role of weights -> regular expression that finds it in their checkpoint keys.
+        sampling_batch: images per prediction when sampling; it affects an image's last bits.
+        process: noise process, including what the network predicts.
+        prefix: key prefix of the network's tensors in a checkpoint.
+        roles: role of weights -> regular expression that matches their checkpoint keys.
         recognize: whether a checkpoint with these shapes, of this file name, is of the family; raises
-            ModelError for one that is and cannot be edited.
-        variant: the family as a checkpoint has it, from its header and a function that reads a tensor.
-        folder: constructor arguments and maybe the tokenizer; None for the one in this package.
-        ships_tokenizer: whether the folder holds the tokenizer; the caller gives its folder otherwise.
-        has_decoder: whether a tiny autoencoder is loaded too; callers decode latents with their own
-            otherwise.
-        recipe: training values instead of the presets' own.
-        closed_vocabulary: whether the text encoder knows no words but those that are one token.
-        text_encoders: the network reads their rows side by side.
-        captions: templates of its own for anchor prompts.
-        classifier: makes what classifies its images (`audits.classification.Classifier`), where that exists.
-        is_small: whether it fits any memory, and is too small to gain by `frozen_layers`.
+            ModelError for one of the family that cannot be edited.
+        variant: the family's variant in a checkpoint, from its header and a function that reads a tensor.
+        folder: folder of constructor arguments, maybe with the tokenizer; None for this package's own.
+        ships_tokenizer: whether the folder holds the tokenizer; otherwise the caller gives a tokenizer.
+        has_decoder: whether a tiny autoencoder is loaded with the network; otherwise callers decode latents.
+        recipe: training values in place of the presets' own; None for the presets'.
+        closed_vocabulary: whether the text encoder knows only words that are one token.
+        text_encoders: text encoders, whose rows the network reads side by side.
+        captions: caption templates for anchor prompts; None for the common ones.
+        classifier: makes the classifier of its images (`audits.classification.Classifier`); None without one.
+        is_small: whether the network fits any memory and is too small to gain by `frozen_layers`.
     """
 
     name: str
@@ -129,7 +129,7 @@ class Family:
         return json.loads((self.config_folder / f"{part}.json").read_text(encoding="utf-8"))
 
     def has_config(self, part: str) -> bool:
-        """Whether the package knows these arguments."""
+        """Whether the family's folder has constructor arguments of that part."""
         return (self.config_folder / f"{part}.json").is_file()
 
     @property
@@ -139,7 +139,7 @@ class Family:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Folder of the tokenizer in this package; None if it is not here."""
+        """Folder of the family's own tokenizer; None if the caller has to give one."""
         return self.config_folder / "tokenizer" if self.ships_tokenizer else None
 
 
@@ -148,11 +148,11 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> Family:
-    """Adds a family to those that are recognized."""
+    """Register a family, so that its checkpoints are recognized; returns the family."""
     FAMILIES[family.name] = family
     return family
 
 
 def supported(families: Iterable[Family] | None = None) -> str:
-    """Their display names, for error messages."""
+    """Display names of the families, by default of all registered ones, for error messages."""
     return ", ".join(family.display_name for family in families or FAMILIES.values())

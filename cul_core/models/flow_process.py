@@ -1,4 +1,4 @@
-"""Rectified flow: straight lines from images to noise, along which a network predicts the velocity."""
+"""Rectified flow: straight paths from images to noise; the network predicts the velocity."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ class _Euler(Solver):
 
 @dataclass(frozen=True)
 class FlowProcess(NoiseProcess):
-    """x_t = (1 - t) x_0 + t eps for t in [0, 1]; the network predicts eps - x_0 (Liu et al., arXiv
-    2209.03003).
+    """Rectified flow x_t = (1 - t) x_0 + t eps with velocity eps - x_0 (Liu et al., arXiv 2209.03003).
 
     Args:
-        shift: s of t = s u / (1 + (s - 1) u) for uniform u, which spends more of the time on noisy latents
-            (Esser et al., arXiv 2403.03206, equation 23). 1 shifts nothing.
+        shift: s of the timestep shift t = s u / (1 + (s - 1) u) for uniform u (Esser et al., arXiv
+            2403.03206, equation 23); values above 1 draw noisier latents more often.
     """
 
     shift: float = 1.0
@@ -52,7 +51,7 @@ class FlowProcess(NoiseProcess):
         return self.trajectory(steps)
 
     def trajectory(self, steps: int, spacing: str = "trailing") -> Solver:
-        """Euler's method; `leading` leaves the first step at t = 1 out, where nothing is left of an image."""
+        """Euler's method; with `leading` spacing the step at t = 1, which is pure noise, is left out."""
         edges = self._shifted(torch.linspace(1, 0, steps + 1 + (spacing == "leading")))[
             spacing == "leading" :
         ]

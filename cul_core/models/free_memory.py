@@ -1,4 +1,4 @@
-"""What devices do when memory runs out, and giving it back."""
+"""Device memory: how much is free, out-of-memory errors, and releasing caches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that new tensors can take; None where nobody knows."""
+    """Bytes free for new tensors on a device; None where PyTorch cannot tell."""
     if device.type != "cuda":
         return None
     return (
@@ -22,13 +22,13 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device's memory ran out; Apple's GPUs raise a RuntimeError for that."""
+    """Whether an error means out of memory; on MPS that is a plain RuntimeError."""
     says_so = isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
     return says_so or isinstance(error, torch.OutOfMemoryError)
 
 
 def release_memory(device: torch.device) -> None:
-    """Gives back what nothing uses any more, to whoever else needs the device's memory, or the system's."""
+    """Return unused cached memory to the device, or for the CPU to the operating system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -40,6 +40,5 @@ def release_memory(device: torch.device) -> None:
 
 @lru_cache(maxsize=1)
 def _trim() -> ctypes._CFuncPtr | None:
-    """glibc's malloc_trim: its heap keeps what is freed below something that is not. None with other C
-    libraries."""
+    """glibc's `malloc_trim`, which returns memory freed below live allocations; None without glibc."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

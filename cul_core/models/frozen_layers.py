@@ -1,8 +1,7 @@
-"""Layers whose weights are frozen: they keep less of a forward pass for the backward pass than PyTorch's, and
-on a CPU take less time.
+"""Layers for frozen weights, which save fewer activations for the backward pass and are faster on a CPU.
 
-What a layer gives on other devices is bit for bit what PyTorch's gives. On a CPU fp32 products are oneDNN's
-instead of MKL's, which does not use all of an AMD processor's vector units.
+On other devices their outputs are bit for bit PyTorch's. On a CPU, fp32 matrix products use oneDNN instead of
+MKL, which does not use all vector units of AMD processors.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 _FEW_POSITIONS = 256
-"""Up to so many output positions of a batch, a convolution's time goes into bringing its weights into
-oneDNN's order; a product takes them as they are."""
+"""Up to this many output positions in a batch, im2col and a matrix product are faster than a convolution: its
+time is dominated by oneDNN's weight reordering."""
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -27,7 +26,7 @@ def _is_for_onednn(rows: Tensor) -> bool:
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What `torch.nn.functional.linear` does: (..., m) of rows (..., n), weight (m, n) and bias (m,)."""
+    """`torch.nn.functional.linear`: (..., m) from rows (..., n), weight (m, n) and bias (m,)."""
     if not _is_for_onednn(rows):
         return F.linear(rows, weight, bias)
     # not public: used only here
@@ -46,16 +45,15 @@ class _Linear(torch.autograd.Function):
 
 
 class _Convolution(torch.autograd.Function):
-    """PyTorch keeps a convolution's input even if no weight needs gradients; those of the input need only its
-    shape."""
+    """Convolution that saves its weight and its input's shape; PyTorch's saves the input as well."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, picture: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
+        ctx: FunctionCtx, images: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.geometry = picture.shape, geometry
-        return F.conv2d(picture, weight, bias, *geometry)
+        ctx.shape, ctx.geometry = images.shape, geometry
+        return F.conv2d(images, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,8 +62,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """a * gelu(b) of (..., 2 n) numbers, a the first n and b the rest; gelu(b) is computed again instead of
-    kept."""
+    """GEGLU's gate a * gelu(b) for rows (..., 2n) = [a, b]; gelu(b) is recomputed in the backward pass."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
@@ -86,7 +83,7 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 class FrozenLinear(nn.Linear):
-    """`torch.nn.Linear`, by oneDNN while it is frozen."""
+    """`torch.nn.Linear` that uses oneDNN on a CPU while its weights are frozen."""
 
     def forward(self, rows: Tensor) -> Tensor:
         if _is_trained(self) or not _is_for_onednn(rows):
@@ -95,16 +92,16 @@ class FrozenLinear(nn.Linear):
 
 
 class FrozenConv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` that keeps its input only while it is trained itself."""
+    """`torch.nn.Conv2d` that saves its input (b, c, h, w) only while its own weights are trained."""
 
-    def forward(self, picture: Tensor) -> Tensor:
-        if _is_trained(self) or picture.device.type != "cpu":
-            return super().forward(picture)
-        if self.groups == 1 and _is_for_onednn(picture):
+    def forward(self, images: Tensor) -> Tensor:
+        if _is_trained(self) or images.device.type != "cpu":
+            return super().forward(images)
+        if self.groups == 1 and _is_for_onednn(images):
             sides = [
                 (n + 2 * p - d * (k - 1) - 1) // s + 1
                 for n, p, d, k, s in zip(
-                    picture.shape[-2:],
+                    images.shape[-2:],
                     self.padding,
                     self.dilation,
                     self.kernel_size,
@@ -112,20 +109,20 @@ class FrozenConv2d(nn.Conv2d):
                     strict=True,
                 )
             ]
-            if len(picture) * sides[0] * sides[1] <= _FEW_POSITIONS:
+            if len(images) * sides[0] * sides[1] <= _FEW_POSITIONS:
                 patches = F.unfold(
-                    picture, self.kernel_size, self.dilation, self.padding, self.stride
+                    images, self.kernel_size, self.dilation, self.padding, self.stride
                 ).transpose(1, 2)
-                made = _Linear.apply(patches, self.weight.flatten(1), self.bias)
-                return made.transpose(1, 2).reshape(len(picture), self.out_channels, *sides)
+                rows = _Linear.apply(patches, self.weight.flatten(1), self.bias)
+                return rows.transpose(1, 2).reshape(len(images), self.out_channels, *sides)
         return _Convolution.apply(
-            picture, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            images, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
 
 
 @lru_cache(maxsize=1)
 def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
-    """PyTorch's and diffusers' layers -> ours; diffusers is loaded for it."""
+    """Layer class of PyTorch or diffusers -> its replacement; imports diffusers."""
     from diffusers.models.activations import GEGLU
 
     class FrozenGEGLU(GEGLU):
@@ -136,7 +133,7 @@ def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def replace_frozen_layers(network: nn.Module) -> nn.Module:
-    """Turns the layers of a network into those of this module, and returns it."""
+    """The network, with its layers replaced in place by those of this module."""
     for module in network.modules():
         module.__class__ = _kinds().get(type(module), type(module))
     return network

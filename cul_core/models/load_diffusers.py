@@ -1,5 +1,4 @@
-"""From one .safetensors file to a `DiffusersNetwork`, offline, and the map between diffusers names and
-checkpoint keys."""
+"""Offline loading of a `DiffusersNetwork` from one .safetensors file, and the map of its checkpoint keys."""
 
 from __future__ import annotations
 
@@ -28,8 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, str]:
-    """Diffusers parameter name -> checkpoint key, by running diffusers' own converter on names instead of
-    tensors."""
+    """Diffusers parameter name -> checkpoint key of a UNet.
+
+    diffusers' own converter maps names in place of tensors.
+
+    Args:
+        checkpoint_names: all keys of the checkpoint.
+        unet_config: constructor arguments of the UNet.
+
+    Raises:
+        ModelError: the keys do not match the family's layout one to one.
+    """
     # not public: used only here
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -41,7 +49,7 @@ def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, st
 
 
 def checkpoint_key_map(path: Path) -> dict[str, str]:
-    """`unet_key_map` of a checkpoint file."""
+    """Diffusers parameter name -> checkpoint key, of a checkpoint file's UNet."""
     header, _, _ = read_header(path)
     with _naming(path):
         return unet_key_map(list(header), _unet_config(detect_family(path)))
@@ -49,16 +57,15 @@ def checkpoint_key_map(path: Path) -> dict[str, str]:
 
 @lru_cache(maxsize=8)
 def _unet_config(family: Family) -> Mapping[str, Any]:
-    """All constructor arguments of the UNet, also those that the package leaves at their defaults."""
+    """All constructor arguments of the family's UNet, including those left at diffusers' defaults."""
     return build_unet(family).config
 
 
 def text_tensors(kind: TextEncoder, tensors: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
-    """Weights of a text encoder by its own names, from those of a checkpoint; what it has no place for is
-    left out.
+    """Weights of a text encoder by transformers' names, from a checkpoint's tensors; others are left out.
 
-    Old files and newer text models both lack the `text_model.` level. diffusers' own converter splits and
-    renames OpenCLIP's.
+    The `text_model.` level of a name is optional on both sides: old files and new transformers lack it.
+    diffusers' own converter splits and renames OpenCLIP's tensors.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(kind.prefix)}
     if kind.is_open_clip:
@@ -68,15 +75,14 @@ def text_tensors(kind: TextEncoder, tensors: Mapping[str, Tensor], encoder: nn.M
         tensors = convert_open_clip_checkpoint(encoder, tensors, prefix=kind.prefix)
     level = "text_model."
     ours = {name.removeprefix(level): name for name in encoder.state_dict()}
-    found = {name.removeprefix(kind.prefix).removeprefix(level): tensor for name, tensor in tensors.items()}
-    return {ours[inner]: tensor for inner, tensor in found.items() if inner in ours}
+    theirs = {name.removeprefix(kind.prefix).removeprefix(level): tensor for name, tensor in tensors.items()}
+    return {ours[inner]: tensor for inner, tensor in theirs.items() if inner in ours}
 
 
 def _fill(
     module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """Give a module built on the meta device its weights, in `dtype`; every name must be there and no
-    other."""
+    """A module built on the meta device, filled with exactly its weights in `dtype`, frozen."""
     try:
         module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors}, strict=True, assign=True)
     except RuntimeError as error:
@@ -85,12 +91,14 @@ def _fill(
 
 
 def load_tokenizer(family: Family, folder: Path | str | None = None) -> object:
-    """The family's own tokenizer, else the one in `folder`: CLIP's `vocab.json` and `merges.txt`. Pads with
-    the end token.
+    """The tokenizer of a family, with EOS padding.
+
+    Args:
+        family: a family; its own tokenizer is used if it has one.
+        folder: folder of CLIP's `vocab.json` and `merges.txt`, for families without their own.
 
     Raises:
-        ModelError: there is no folder, or it does not hold the tokenizer that the family's text encoder was
-        trained with.
+        ModelError: no folder is given, or its tokenizer is not that of the family's text encoder.
     """
     folder = family.tokenizer_folder or folder
     wanted = "a folder that holds CLIP's vocab.json and merges.txt"
@@ -112,32 +120,32 @@ def load_tokenizer(family: Family, folder: Path | str | None = None) -> object:
         ) from error
     config = family.config("text_encoder")
     tokens = [config[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")]
-    found = [len(tokenizer.get_vocab()), tokenizer.bos_token_id, tokenizer.eos_token_id]
-    if found != tokens:
+    actual = [len(tokenizer.get_vocab()), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if actual != tokens:
         raise ModelError(
-            f"The tokenizer in {str(folder)!r} has {found[0]} tokens, start {found[1]} and end {found[2]}, "
-            f"where {family.display_name} has {tokens[0]}, {tokens[1]} and {tokens[2]}; give {wanted}."
+            f"The tokenizer in {str(folder)!r} has {actual[0]} tokens, start {actual[1]} and end "
+            f"{actual[2]}, where {family.display_name} has {tokens[0]}, {tokens[1]} and {tokens[2]}; give "
+            f"{wanted}."
         )
-    # Stable Diffusion 2's copy of the same tokenizer pads with another one
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.eos_token  # Stable Diffusion 2's copy pads with another token
     return tokenizer
 
 
 def load_network(
     path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder: Path | str | None = None
 ) -> DiffusersNetwork:
-    """Load UNet, text encoder, tokenizer and, for families that need it, autoencoder; takes nothing from the
-    network.
+    """The network of a checkpoint file: UNet, text encoders, tokenizer and, for small families, autoencoder.
+
+    Nothing is downloaded.
 
     Args:
-        path: a checkpoint of a supported family.
-        dtype: of the UNet in memory, whatever the file's is; the rest is fp32.
-        tokenizer_folder: see `load_tokenizer`; not looked at for families whose tokenizer comes with the
-            package.
+        path: checkpoint of a supported family.
+        dtype: the UNet's dtype in memory, whatever the file's is; the rest is fp32.
+        tokenizer_folder: see `load_tokenizer`; ignored for families with their own tokenizer.
 
     Raises:
-        ModelError: unreadable file, unsupported architecture, missing tensors, no tokenizer, or diffusers is
-        not installed.
+        ModelError: the file is unreadable, its architecture unsupported or its tensors incomplete, or the
+            tokenizer or diffusers is missing.
     """
     family = detect_family(path)
     require_diffusers()
@@ -148,7 +156,7 @@ def load_network(
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """What is wrong with the contents of a file is said with its name."""
+    """Errors about a file's contents within the block are raised with the file's name."""
     try:
         yield
     except ModelError as error:
@@ -157,11 +165,11 @@ def _naming(path: Path) -> Iterator[None]:
         raise ModelError(
             f"{path.name!r} does not fit its family: {error}; choose an unmodified checkpoint."
         ) from error
-    # by diffusers' converters, for names they do not know
+    # diffusers' converters raise these for unknown names
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{path.name!r} does not fit its family: the names or shapes of its tensors are others; choose "
-            "an unmodified checkpoint."
+            f"{path.name!r} does not fit its family: its tensors have unexpected names or shapes; choose an "
+            "unmodified checkpoint."
         ) from error
 
 
@@ -170,36 +178,38 @@ def _load_network(path: Path, family: Family, tokenizer: object, dtype: torch.dt
     with opened(path) as file:
         names = list(file.keys())
         keys = unet_key_map(names, unet.config)
-        # one at a time in both precisions
+        # a generator: only one tensor at a time is in memory in both dtypes
         _fill(unet, ((ours, file.get_tensor(key)) for ours, key in keys.items()), dtype)
         autoencoder = _load_tiny_autoencoder(file, names) if family.has_decoder else None
     to_open = None
     if autoencoder is None and family.has_config("vae"):
         to_open = partial(load_autoencoder, path, family.config("vae"))
-    # a family as small as that keeps all in memory
-    again = None if family.has_decoder else partial(load_text_encoders, path, family)
+    # families small enough to load a decoder keep their text encoders in memory
+    reopen = None if family.has_decoder else partial(load_text_encoders, path, family)
     encoders = load_text_encoders(path, family)
     read = partial(_read_exactly, path)
-    return DiffusersNetwork(family, unet, encoders, tokenizer, autoencoder, keys, to_open, again, read)
+    return DiffusersNetwork(family, unet, encoders, tokenizer, autoencoder, keys, to_open, reopen, read)
 
 
 def _read_exactly(path: Path, keys: Sequence[str]) -> dict[str, Tensor]:
+    """Checkpoint key -> the file's tensor in fp32, on the CPU."""
     with opened(path) as file:
         return {key: file.get_tensor(key).float() for key in keys}
 
 
 def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
-    """The family's text encoders from a checkpoint, on the CPU, in fp32: prompts are encoded once, and their
-    exactness is cheap.
+    """The family's text encoders from a checkpoint, in fp32 on the CPU.
+
+    Prompts are encoded only once, so fp32 costs little.
 
     Raises:
-        ModelError: unreadable file, or tensors that are missing or of another shape.
+        ModelError: the file is unreadable, or a tensor is missing or of another shape.
     """
     encoders = []
     with _naming(path), opened(path) as file:
         for kind in family.text_encoders:
             encoder = build_text_encoder(family, kind)
-            # in fp32 at once: never all of them in both precisions
+            # each tensor is converted as it is read, so that only one is in memory in both dtypes
             tensors = {
                 name: file.get_tensor(name).float() for name in file.keys() if name.startswith(kind.prefix)
             }
@@ -208,14 +218,14 @@ def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
 
 
 def load_autoencoder(path: Path, config: dict) -> nn.Module:
-    """Stable Diffusion's autoencoder from a checkpoint, by diffusers' own key conversion, in fp32.
+    """Stable Diffusion's autoencoder from a checkpoint, in fp32 on the CPU.
 
     Args:
         path: the checkpoint.
         config: constructor arguments of `AutoencoderKL`.
 
     Raises:
-        ModelError: unreadable file, or tensors that are missing or of another shape.
+        ModelError: the file is unreadable, or a tensor is missing or of another shape.
     """
     with _naming(path), opened(path) as file:
         return _kl_autoencoder(
@@ -234,7 +244,7 @@ def _kl_autoencoder(tensors: dict[str, Tensor], config: dict) -> nn.Module:
 
 
 def tiny_autoencoder_key(name: str) -> str:
-    """Checkpoint key of an `AutoencoderTiny` tensor; the host's decoder has its clamp at index 0."""
+    """Checkpoint key of an `AutoencoderTiny` tensor; ComfyUI's decoder begins with its clamp as layer 0."""
     part, _, index, rest = name.split(".", 3)
     shift = 1 if part == "decoder" else 0
     return f"{VAE_PREFIX}taesd_{part}.{int(index) + shift}.{rest}"
@@ -252,12 +262,12 @@ def _load_tiny_autoencoder(file: OpenedFile, names: list[str]) -> nn.Module:
 
 
 class NetworkCache:
-    """Keeps the network of one source, the last used; `free` gives its memory back.
+    """Cache of the network of the source that was used last.
 
-    `last_result` is a cache of what parts compute on that network.
+    `last_result` caches a result that a part computed with that network.
 
     Args:
-        tokenizer_folder: for families whose tokenizer does not come with this package (see `load_tokenizer`).
+        tokenizer_folder: tokenizer for families without their own; see `load_tokenizer`.
     """
 
     def __init__(self, tokenizer_folder: Path | str | None = None):
@@ -268,7 +278,11 @@ class NetworkCache:
     def get(
         self, source: FileSource, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> DiffusersNetwork:
-        """The network of a source whose UNet computes in `dtype`, on a device."""
+        """The network of a source on a device, its UNet in `dtype`.
+
+        Raises:
+            ModelError: the file has changed since it was opened; or see `load_network`.
+        """
         key = f"{source.sha256} {dtype}"
         if self._slot is None or self._slot[0] != key:
             self.free()
@@ -283,5 +297,6 @@ class NetworkCache:
         return network if network.device == device else network.to(device)
 
     def free(self) -> None:
+        """Drop the cached network and result, so that their memory can be freed."""
         self._slot = None
         self.last_result.clear()

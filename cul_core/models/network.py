@@ -1,4 +1,4 @@
-"""The contract between the core and a model: `Network`."""
+"""`Network`, the interface through which the core uses a text-to-image model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .text_conditioning import Conditioning
 
 
 class Network(ABC):
-    """All that the core may ask of a text-to-image model. Its weights are frozen; it is not a value.
+    """A text-to-image model with frozen weights, as the core uses it; stateful, so never a node's output.
 
-    A weight is called by its checkpoint key. `shared_rows` is the number of leading text rows that are the
-    same for every prompt, such as CLIP's start token.
+    Weights are named by checkpoint key. `shared_rows` is the number of leading text rows that are the same
+    for every prompt, such as that of CLIP's start token.
     """
 
     family: Family
@@ -27,23 +27,24 @@ class Network(ABC):
 
     @property
     def process(self) -> NoiseProcess:
-        """How its images become noise, and what it predicts."""
+        """Noise process, including what the network predicts."""
         return self.family.process
 
     # --- weights
 
     @property
     @abstractmethod
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Device of the network's weights."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """Dtype in which the network computes."""
 
     @abstractmethod
     def weights(self, role: str) -> dict[str, nn.Parameter]:
-        """Checkpoint key -> parameter, in the network's order, of all weights with a role.
+        """Checkpoint key -> parameter of all weights with a role, in the network's order.
 
         Raises:
             ConfigError: the role is unknown, or no weight has it.
@@ -51,37 +52,36 @@ class Network(ABC):
 
     @abstractmethod
     def exact(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """W0 of these weights in fp32, never rounded to what the network computes in."""
+        """Pretrained weights W0 in fp32 by key, exact even if the network computes in a lower precision."""
 
     @abstractmethod
     def with_weights(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Within the block these weights hold other values.
+        """Replace the values of these weights within the block.
 
-        Never enter it between a prediction with gradients and its backward pass.
+        The block must not begin or end between a prediction with gradients and its backward pass.
         """
 
     # --- text
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Conditioning:
-        """The prompts as the network reads them, on its device; with `grad` nothing is cached, and gradients
-        flow."""
+        """Encoded prompts on the network's device; with `grad`, uncached and with gradients."""
 
     @abstractmethod
     def token_rows(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Input embeddings (b, n, e) of the prompts' tokens, one tensor for each text encoder."""
+        """Input token embeddings (b, n, e) of the prompts, one tensor for each text encoder."""
 
     @abstractmethod
     def encode_rows(self, prompts: Sequence[str], rows: Sequence[Tensor]) -> Conditioning:
-        """The prompts encoded from `rows` in the place of their `token_rows`; gradients flow to the rows."""
+        """Prompts encoded from given token embeddings instead of their `token_rows`, with gradients."""
 
     @abstractmethod
     def content(self, prompt: str) -> slice:
-        """Which text rows are the prompt's own tokens; the row after them ends the text."""
+        """Slice of the text rows that are the prompt's own tokens; the next row is that of EOS."""
 
     @abstractmethod
     def words(self, least_letters: int = 3) -> list[str]:
-        """Whole lower-case words that are one token, in the vocabulary's order."""
+        """Lower-case words that are a single token, in the vocabulary's order."""
 
     def token_count(self, prompt: str) -> int:
         """Number of the prompt's own tokens."""
@@ -89,18 +89,18 @@ class Network(ABC):
         return content.stop - content.start
 
     def free_text_encoders(self) -> None:
-        """Give back their memory, where they can be loaded again."""
+        """Free the text encoders' memory if they can be reloaded."""
         return None
 
     # --- prediction
 
     @abstractmethod
     def predict(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """Raw prediction (b, c, h, w) for latents (b, c, h, w) at times (b,) or (), in the latents' dtype."""
+        """Raw prediction (b, c, h, w) in the latents' dtype, for latents (b, c, h, w) at times (b,) or ()."""
 
     @contextmanager
     def shared_rows_detached(self) -> Iterator[None]:
-        """Within the block no gradient reaches the text readers through the `shared_rows`."""
+        """Detach the text readers' outputs for the `shared_rows` within the block."""
         if not self.shared_rows:
             yield
             return
@@ -118,57 +118,59 @@ class Network(ABC):
 
     @abstractmethod
     def text_readers(self) -> list[nn.Module]:
-        """The layers whose inputs are text rows."""
+        """Layers whose inputs are text rows, such as cross-attention's key and value projections."""
 
     # --- memory and speed
 
     def set_checkpointing(self, is_on: bool, checkpoint: Callable[..., object] | None = None) -> None:
-        """Recompute activations in the backward pass, by PyTorch's checkpointing or by a function like it."""
+        """Switch activation checkpointing, by PyTorch's function or by one of the same signature."""
         return None
 
     def set_compiled(self, is_on: bool) -> None:
-        """Compile the forward pass, or go back to the plain one."""
+        """Switch compilation of the forward pass."""
         return None
 
     @property
     def is_compiled(self) -> bool:
+        """Whether the forward pass is compiled."""
         return False
 
     def blank(self, dtype: torch.dtype) -> Network | None:
-        """The same architecture without values, on the meta device, to count with; None if there is no such
-        thing."""
+        """The same architecture on the meta device, for memory estimates; None if it cannot be built."""
         return None
 
     def inputs(self, count: int) -> tuple[Tensor, Tensor, Conditioning]:
-        """What `predict` takes for `count` images, without values, on this network's device."""
+        """Uninitialized inputs (latents, times, conditioning) of `predict` for `count` images."""
         raise NotImplementedError
 
     # --- images
 
     def with_autoencoder(self) -> AbstractContextManager[None]:
-        """Within the block latents can be decoded and images encoded.
+        """Make `decode` and `encode_images` available within the block.
 
         Raises:
-            ModelError: there is no autoencoder.
+            ModelError: the network has no autoencoder.
         """
         raise ModelError(
-            f"{self.family.display_name} is loaded here without an autoencoder; decode elsewhere."
+            f"{self.family.display_name} is loaded without an autoencoder; decode its latents with a VAE."
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (b, 3, h, w) in [0, 1] of latents (b, c, h, w).
+        """Images (b, 3, h, w) in [0, 1] decoded from latents (b, c, h, w).
 
         Raises:
-            ModelError: there is no autoencoder, or this is not within `with_autoencoder`.
+            ModelError: the network has no autoencoder, or the call is outside `with_autoencoder`.
         """
         raise ModelError(
-            f"Latents of {self.family.display_name} cannot be decoded here; decode them elsewhere."
+            f"{self.family.display_name} is loaded without an autoencoder; decode its latents with a VAE."
         )
 
     def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents (b, c, h, w) of images (b, 3, h, w) in [0, 1].
+        """Latents (b, c, h, w) encoded from images (b, 3, h, w) in [0, 1].
 
         Raises:
-            ModelError: there is no autoencoder, or this is not within `with_autoencoder`.
+            ModelError: the network has no autoencoder, or the call is outside `with_autoencoder`.
         """
-        raise ModelError(f"Images cannot be encoded for {self.family.display_name} here; leave them out.")
+        raise ModelError(
+            f"{self.family.display_name} is loaded without an autoencoder; turn off what encodes images."
+        )

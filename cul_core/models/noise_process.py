@@ -1,5 +1,4 @@
-"""Noise processes: how images become noise, what a network predicts on the way, and the solvers that go
-back."""
+"""Noise processes: how latents are noised, what a network predicts, and the solvers that sample."""
 
 from __future__ import annotations
 
@@ -11,46 +10,45 @@ from torch import Tensor
 
 
 class Solver(ABC):
-    """One solver over its time steps, from noise to image; it may have a memory, so it serves one batch."""
+    """An ODE solver over its own time steps, from noise to image; it is stateful and serves one batch."""
 
     times: Tensor
-    """(steps,) on the CPU, from noisy to clean."""
+    """Times (steps,) of the steps on the CPU, from noisy to clean."""
 
     @abstractmethod
     def step(self, prediction: Tensor, time: Tensor, latents: Tensor) -> Tensor:
-        """The latents (b, c, h, w) at the next time, from the network's raw prediction at this one."""
+        """Latents (b, c, h, w) at the next time, from those and the raw prediction at `time`."""
 
 
 class NoiseProcess(ABC):
-    """What hides from every algorithm whether a network predicts noise, velocity or flow."""
+    """A noise process; it hides from algorithms whether a network predicts noise, velocity or flow."""
 
     @abstractmethod
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count,) random times to train at, on the CPU."""
+        """Random training times (count,) on the CPU."""
 
     @abstractmethod
     def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """(signal, sigma), each (b, 1, 1, 1): noised latents are signal x latents + sigma x noise."""
+        """(signal, sigma), each (b, 1, 1, 1), of noised latents = signal * latents + sigma * noise."""
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What a perfect network predicts at the noised latents (b, c, h, w)."""
+        """Training target (b, c, h, w): the ideal raw prediction at the noised latents."""
 
     @abstractmethod
     def clean(self, prediction: Tensor, noised: Tensor, times: Tensor) -> Tensor:
-        """The latents (b, c, h, w) that a raw prediction at the noised latents stands for."""
+        """Clean latents (b, c, h, w) that a raw prediction at the noised latents implies."""
 
     @abstractmethod
     def sampler(self, steps: int) -> Solver:
-        """A fresh solver for good images in few steps."""
+        """A fresh higher-order solver, for good images in few steps."""
 
     @abstractmethod
     def trajectory(self, steps: int, spacing: str = "trailing") -> Solver:
-        """A fresh deterministic first-order solver; `spacing` says where its times lie (`trailing`,
-        `leading`)."""
+        """A fresh deterministic first-order solver; `spacing` of its times is `trailing` or `leading`."""
 
     def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Latents (b, c, h, w) with their share of noise at times (b,)."""
+        """Noised latents (b, c, h, w) at times (b,)."""
         signal, sigma = self.coefficients(times)
         return signal * latents + sigma * noise
 
@@ -66,13 +64,16 @@ class _DiffusersSolver(Solver):
 
 @dataclass(frozen=True)
 class DiscreteProcess(NoiseProcess):
-    """Stable Diffusion's scaled-linear schedule of 1000 steps (Ho et al., arXiv 2006.11239).
+    """Stable Diffusion's DDPM schedule, scaled-linear over 1000 steps (Ho et al., arXiv 2006.11239).
 
     Args:
         prediction_type: `epsilon` for the noise, `v_prediction` for the velocity
             sqrt(abar_t) eps - sqrt(1 - abar_t) z0 (Salimans and Ho, arXiv 2202.00512).
-        ends_in_noise: whether the schedule is shifted and scaled so that no signal is left at the end
-            (Lin et al., arXiv 2305.08891, algorithm 1).
+        ends_in_noise: whether the schedule is rescaled to zero terminal SNR (Lin et al., arXiv 2305.08891,
+            algorithm 1).
+        beta_start: noise variance of the first step.
+        beta_end: noise variance of the last step.
+        timesteps: number of steps.
     """
 
     prediction_type: str = "epsilon"

@@ -1,5 +1,4 @@
-"""The same decoder without its dead channels: a TAESD whose weights are partly zero computes as fast as its
-live part."""
+"""Channel pruning of TAESD decoders with dead (all-zero) channels, for faster decoding."""
 
 from __future__ import annotations
 
@@ -27,13 +26,13 @@ def _slice(conv: nn.Conv2d, rows: Tensor, columns: Tensor) -> nn.Conv2d:
 
 
 def _live(conv: nn.Conv2d, columns: Tensor) -> Tensor:
-    """Output channels that are not identically zero when only `columns` of the input are not."""
+    """Output channels that can be nonzero when only the input channels `columns` are."""
     alive = conv.weight.data[:, columns].flatten(1).abs().sum(1)
     return (alive if conv.bias is None else alive + conv.bias.data.abs()).nonzero().flatten()
 
 
 def prune_decoder(layers: nn.Sequential) -> nn.Sequential:
-    """A decoder equal to `layers` (of diffusers' `DecoderTiny`) up to rounding, of live channels only."""
+    """A decoder equal to `layers` (of diffusers' `DecoderTiny`) up to rounding, without dead channels."""
     live, out, last = torch.arange(layers[0].in_channels), [], len(layers) - 1
     for index, layer in enumerate(layers):
         if isinstance(layer, nn.Conv2d):
@@ -49,7 +48,7 @@ def prune_decoder(layers: nn.Sequential) -> nn.Sequential:
                 out.append(nn.ReLU())
                 continue
             if not torch.isin(added, live).all():
-                return layers  # the block revives a channel: nothing to gain safely
+                return layers  # the block revives a pruned channel, so the decoder stays as it is
             out.append(
                 _Block(
                     nn.Sequential(

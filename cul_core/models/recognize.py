@@ -1,4 +1,4 @@
-"""Which family a checkpoint file is of."""
+"""Recognition of a checkpoint file's model family."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def family_of(shapes: Shapes, file_name: str) -> Family:
     """The family of a checkpoint, from the shapes of its tensors by key.
 
     Raises:
-        ModelError: no registered family recognizes it, or one does and cannot edit it.
+        ModelError: no registered family recognizes the checkpoint, or its family cannot edit it.
     """
     for family in FAMILIES.values():
         if family.recognize(family, shapes, file_name):
@@ -26,10 +26,10 @@ def family_of(shapes: Shapes, file_name: str) -> Family:
 
 
 def detect_family(path: Path) -> Family:
-    """The family of a checkpoint file, as this file has it: what its network predicts is no matter of shapes.
+    """The family of a checkpoint file, in the file's variant (epsilon- or v-prediction).
 
     Raises:
-        ModelError: see `family_of`; or the weights are stored in another precision than fp16, bf16 and fp32.
+        ModelError: see `family_of`; or the weights are stored in another dtype than fp16, bf16 or fp32.
     """
     header, _, _ = read_header(path)
     family = family_of({name: tuple(entry["shape"]) for name, entry in header.items()}, path.name)
@@ -49,8 +49,8 @@ def detect_family(path: Path) -> Family:
 
 
 def stored_dtypes(path: Path, family: Family) -> str:
-    """In what precision a checkpoint's network is stored, such as "fp16" or "fp16 and fp32"."""
+    """Dtypes in which a checkpoint stores its network, such as "fp16" or "fp16 and fp32"."""
     header, _, _ = read_header(path)
-    found = {entry["dtype"] for name, entry in header.items() if name.startswith(family.prefix)}
+    dtypes = {entry["dtype"] for name, entry in header.items() if name.startswith(family.prefix)}
     names = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
-    return " and ".join(sorted(names.get(dtype, dtype) for dtype in found))
+    return " and ".join(sorted(names.get(dtype, dtype) for dtype in dtypes))

@@ -1,4 +1,4 @@
-"""Sampling: one guided prediction and one loop for every family, solver and caller."""
+"""Sampling: classifier-free guidance and one solver loop for every family and caller."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 @dataclass(frozen=True)
 class SamplerConfig(Config):
-    """How images are sampled."""
+    """Settings of sampling images."""
 
     steps: int = setting(12, "DPM-Solver++ steps.", minimum=1, maximum=1000)
     guidance_scale: float = setting(4.0, "Classifier-free guidance; 1 is none.", minimum=1.0)
 
 
 def generator_for(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator for one purpose, such as one image, so that any subset of work repeats on its own."""
+    """CPU generator for one purpose, such as one image; it depends on seed and purpose alone."""
     digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % (1 << 63))
 
@@ -45,14 +45,14 @@ def predict_guided(
     null: Conditioning,
     guidance_scale: float,
 ) -> Tensor:
-    """The guided prediction (b, c, h, w); a scale of 1 asks for the prompted half alone.
+    """Guided prediction (b, c, h, w); at scale 1 only the conditional prediction is computed.
 
     Args:
         predict: the model, called once.
-        latents: (b, c, h, w).
-        time: (), on any device.
-        conditioning: of b prompts.
-        null: of the empty prompt, once.
+        latents: noised latents (b, c, h, w).
+        time: () on any device.
+        conditioning: encoded prompts, a batch of b.
+        null: encoded empty prompt, a batch of 1.
         guidance_scale: s of `combine`.
     """
     count, time = len(latents), time.to(latents.device)
@@ -72,8 +72,17 @@ def run_solver(
     guidance_scale: float,
     on_state: Callable[[Tensor, Tensor], None] = lambda latents, time: None,
 ) -> Tensor:
-    """Latents (b, c, h, w) from noise (b, c, h, w); `on_state(latents, time)` sees what each step starts
-    from."""
+    """Latents (b, c, h, w) that a solver samples from noise (b, c, h, w).
+
+    Args:
+        predict: the model.
+        noise: standard normal, on the model's device.
+        solver: a fresh solver.
+        conditioning: encoded prompts, a batch of b.
+        null: encoded empty prompt, a batch of 1.
+        guidance_scale: classifier-free guidance; 1 is none.
+        on_state: called with the latents and the time at which each step starts.
+    """
     latents = noise
     for time in solver.times:
         on_state(latents, time)
@@ -88,26 +97,26 @@ def sample_latents(
     prompts: Sequence[str],
     generators: Sequence[torch.Generator],
     sampler: SamplerConfig,
-    on_batch: Callable[[int], None] = lambda done: None,
+    on_batch: Callable[[int], None] = lambda count: None,
     batch_size: int | None = None,
     batches: list[Tensor] | None = None,
     keeps_text_encoders: bool = True,
 ) -> Tensor:
-    """Latents (n, c, h, w) on the CPU for n prompts, each from its own generator.
+    """Sampled latents (n, c, h, w) on the CPU for n prompts.
 
-    Every batch has the same size (the last is filled up and cut), so that an image is the same in any
-    company.
+    Every batch has the same size (the last one is padded and cut), so that an image does not depend on the
+    other images of its batch.
 
     Args:
         network: the model.
-        prompts: n of them.
-        generators: one for the noise of each image.
+        prompts: n prompts.
+        generators: one generator for the noise of each image.
         sampler: steps and guidance.
-        on_batch: called with the number of images done after each batch; may raise to stop.
-        batch_size: images at a time; the family's if it is not given.
-        batches: latents that an earlier call has sampled, in whole batches of this size; new ones are
+        on_batch: called after each batch with the number of images sampled so far; may raise to stop.
+        batch_size: images per batch; the family's if None.
+        batches: latents that an earlier call sampled, in whole batches of this size; new batches are
             appended.
-        keeps_text_encoders: whether the text encoders stay in memory meanwhile.
+        keeps_text_encoders: whether the text encoders stay in memory while sampling.
     """
     device, family = network.device, network.family
     batch_size = batch_size or family.sampling_batch
@@ -115,13 +124,13 @@ def sample_latents(
     contexts, null = network.encode(prompts), network.encode([""])
     if not keeps_text_encoders:
         network.free_text_encoders()
-    done = [] if batches is None else batches
-    for start in range(sum(map(len, done)), len(prompts), batch_size):
+    batches = [] if batches is None else batches
+    for start in range(sum(map(len, batches)), len(prompts), batch_size):
         index = torch.arange(start, start + batch_size).clamp(max=len(prompts) - 1)
         solver = network.process.sampler(sampler.steps)
         latents = run_solver(
             network.predict, noise[index].to(device), solver, contexts[index], null, sampler.guidance_scale
         )
-        done.append(latents[: len(prompts) - start].cpu())
+        batches.append(latents[: len(prompts) - start].cpu())
         on_batch(min(start + batch_size, len(prompts)))
-    return torch.cat(done)
+    return torch.cat(batches)

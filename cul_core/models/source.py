@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: an identity, and a reader of tensors."""
+"""Sources of pretrained weights: identity by content hash, and reading of tensors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..files.safetensors_format import opened, read_header
 
 
 class Source(ABC):
-    """The pretrained weights W0 of a model. Equal `sha256` is the same source, wherever it lies.
+    """The pretrained weights W0 of a model; sources with equal `sha256` are the same, wherever they lie.
 
     Attributes:
-        name: what users see.
+        name: name that users see.
         size: bytes.
-        sha256: hash of the contents, 64 hexadecimal digits.
+        sha256: content hash, 64 hexadecimal digits.
     """
 
     name: str
@@ -30,16 +30,16 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint key, tensor on the CPU as it is stored), one at a time.
+        """(checkpoint key, tensor on the CPU in the stored dtype) pairs, read one at a time.
 
         Raises:
-            ModelError: it can no longer be read.
+            ModelError: the source can no longer be read.
         """
 
 
 @dataclass(frozen=True)
 class FileSource(Source):
-    """A checkpoint file; `sha256` is over the whole file."""
+    """A checkpoint file as source; `sha256` is that of the whole file."""
 
     path: Path
     size: int
@@ -56,10 +56,10 @@ class FileSource(Source):
 
 
 def source_of(path: Path) -> FileSource:
-    """Identify a file by content; the hash is computed once per (path, size, modification time).
+    """The source of a checkpoint file; its hash is computed once per (path, size, modification time).
 
     Raises:
-        ModelError: the file is missing, cut short or no safetensors file.
+        ModelError: the file is missing, truncated or no safetensors file.
     """
     read_header(path)
     try:

@@ -1,4 +1,4 @@
-"""Encoded prompts: what a network is told about a batch of images, whatever the family."""
+"""Conditioning: encoded prompts for a batch of images, in a form common to all families."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ class Conditioning:
     """A batch of encoded prompts.
 
     Args:
-        text: (b, n, d), the rows that the network's text readers see.
-        pooled: (b, p), one vector for each whole prompt, in families whose network reads that too; None in
-            others.
-        mask: (b, n), true where a row counts; None where all do.
+        text: text rows (b, n, d), the inputs of the network's text readers.
+        pooled: pooled vectors (b, p) of the prompts; None in families whose network reads none.
+        mask: (b, n), true where a row counts; None if all rows do.
     """
 
     text: Tensor
@@ -26,7 +25,7 @@ class Conditioning:
 
     @classmethod
     def cat(cls, parts: Iterable[Conditioning]) -> Conditioning:
-        """One batch of several of one family, whose rows are equally many."""
+        """Concatenation of batches of one family that have equally many rows."""
         columns = zip(*((part.text, part.pooled, part.mask) for part in parts), strict=True)
         return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
@@ -34,11 +33,11 @@ class Conditioning:
         return len(self.text)
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Conditioning:
-        """Those prompts, as a batch; a single number gives a batch of one."""
+        """The prompts at `index`, as a batch; a single number gives a batch of one."""
         return self._each(lambda tensor: tensor[[index] if isinstance(index, int) else index])
 
     def expand(self, count: int) -> Conditioning:
-        """`count` times the only prompt."""
+        """A batch of one prompt repeated `count` times, without a copy."""
         return self._each(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
     def to(self, device: torch.device | str) -> Conditioning:
@@ -50,6 +49,7 @@ class Conditioning:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in (self.text, self.pooled, self.mask) if tensor is not None)
 
     @property

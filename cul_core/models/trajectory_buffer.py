@@ -17,12 +17,12 @@ from .text_conditioning import Conditioning
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The states of one image.
+    """The sampling trajectory of one image.
 
     Args:
-        prompt: number of the prompt it was sampled for.
-        states: (T, c, h, w) fp16 on the CPU; state i is what step i starts from, so state 0 is noise.
-        times: (T,), those of the steps.
+        prompt: index of its prompt.
+        states: latents (T, c, h, w) in fp16 on the CPU; step i starts from state i, so state 0 is noise.
+        times: times (T,) of the states.
     """
 
     prompt: int
@@ -32,7 +32,13 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class StateBatch:
-    """`latents` (b, c, h, w) fp32 and `times` (b,) on the device, and the numbers of their `prompts`."""
+    """A batch of states drawn from the replay buffer.
+
+    Args:
+        latents: (b, c, h, w) in fp32 on the device.
+        times: (b,) on the device.
+        prompts: index of each state's prompt.
+    """
 
     latents: Tensor
     times: Tensor
@@ -48,16 +54,16 @@ def run_trajectory(
     guidance_scale: float,
     prompt: int = 0,
 ) -> Trajectory:
-    """The trajectory of one image. It is sampled alone, so that it is the same bits in any company.
+    """The trajectory of one image, sampled in a batch of one so that its bits depend on no other image.
 
     Args:
-        predict: the model that draws.
-        conditioning: of the prompt alone.
-        null: of the empty prompt.
-        noise: (c, h, w), standard normal.
-        solver: a fresh one.
+        predict: the model that samples.
+        conditioning: encoded prompt, a batch of 1.
+        null: encoded empty prompt, a batch of 1.
+        noise: standard normal (c, h, w).
+        solver: a fresh solver.
         guidance_scale: classifier-free guidance; 1 is none.
-        prompt: number to keep with it.
+        prompt: index of the prompt, which the trajectory carries.
     """
     states = []
     run_solver(
@@ -73,18 +79,19 @@ def run_trajectory(
 
 
 class TrajectoryBuffer:
-    """A few trajectories from which every update draws states; one draw in `refresh_every` replaces the
-    oldest.
+    """Replay buffer of trajectories from which updates draw states.
+
+    Every `refresh_every` draws a new trajectory replaces the oldest.
 
     Args:
-        conditioning: of n prompts; trajectory i is sampled for prompt i mod n.
-        null: of the empty prompt.
+        conditioning: encoded prompts, a batch of n; trajectory i is sampled for prompt i mod n.
+        null: encoded empty prompt, a batch of 1.
         latent_shape: (c, h, w).
         solver: makes a fresh solver.
-        generator: number of a trajectory -> the CPU generator of its noise.
+        generator: index of a trajectory -> CPU generator of its noise.
         guidance_scale: classifier-free guidance while sampling.
-        size: trajectories that are kept.
-        refresh_every: draws from one replacement to the next.
+        size: number of trajectories in the buffer.
+        refresh_every: draws between two replacements.
     """
 
     def __init__(
@@ -107,21 +114,24 @@ class TrajectoryBuffer:
 
     @property
     def trajectories(self) -> tuple[Trajectory, ...]:
-        """Those it holds now, the oldest first."""
+        """Trajectories in the buffer, the oldest first."""
         return tuple(self._kept)
 
     def state(self) -> dict[str, Any]:
-        """What draws have changed, for `restore`."""
+        """State that draws have changed, for `restore`."""
         kept = [vars(trajectory) for trajectory in self._kept]
         return {"made": self._made, "draws": self._draws, "kept": kept}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Return to a state that `state` gave; the buffer is new and empty."""
         self._made, self._draws = state["made"], state["draws"]
         self._kept.extend(Trajectory(**values) for values in state["kept"])
 
     def draw(self, teacher: Predict, count: int, generator: torch.Generator) -> StateBatch:
-        """`count` states, trajectory and step uniformly at random; `teacher` samples what is missing or due
-        first."""
+        """A batch of `count` states, drawn with uniformly random trajectory and step.
+
+        `teacher` first samples missing trajectories and a replacement that is due.
+        """
         while len(self._kept) < self._kept.maxlen:
             self._sample(teacher)
         if self._draws and self._draws % self._refresh_every == 0:
@@ -129,19 +139,19 @@ class TrajectoryBuffer:
         self._draws += 1
         latents, times, prompts = [], [], []
         for _ in range(count):
-            picked = self._kept[int(torch.randint(len(self._kept), (), generator=generator))]
-            i = int(torch.randint(len(picked.states), (), generator=generator))
-            latents.append(picked.states[i].float())
-            times.append(picked.times[i])
-            prompts.append(picked.prompt)
+            trajectory = self._kept[int(torch.randint(len(self._kept), (), generator=generator))]
+            i = int(torch.randint(len(trajectory.states), (), generator=generator))
+            latents.append(trajectory.states[i].float())
+            times.append(trajectory.times[i])
+            prompts.append(trajectory.prompt)
         device = self._conditioning.device
         return StateBatch(torch.stack(latents).to(device), torch.stack(times).to(device), tuple(prompts))
 
     def _sample(self, teacher: Predict) -> None:
         number, prompt = self._made, self._made % len(self._conditioning)
         noise = torch.randn(self._shape, generator=self._generator(number))
-        made = run_trajectory(
+        trajectory = run_trajectory(
             teacher, self._conditioning[prompt], self._null, noise, self._solver(), self._guidance, prompt
         )
-        self._kept.append(made)
+        self._kept.append(trajectory)
         self._made += 1

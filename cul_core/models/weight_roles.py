@@ -1,5 +1,4 @@
-"""Parameter groups: which weights a step may change, by the names that settings use for the roles of
-weights."""
+"""Parameter groups: the names by which settings say which weights a step trains, and their roles."""
 
 from __future__ import annotations
 
@@ -21,14 +20,14 @@ GROUPS = {
 ROLES = frozenset(GROUPS.values())
 
 READING_TEXT = ("kv", "attn2", "attn", "full")
-"""Groups among whose weights are the text readers."""
+"""Parameter groups that contain the text readers."""
 
 
 def role_of(group: str) -> str:
     """The role of a parameter group's weights.
 
     Raises:
-        ConfigError: there is no such group.
+        ConfigError: the group is unknown.
     """
     if group not in GROUPS:
         raise ConfigError(f"There is no parameter group {group!r}; choose one of {', '.join(GROUPS)}.")
@@ -36,17 +35,17 @@ def role_of(group: str) -> str:
 
 
 def keys_with_role(family: Family, role: str, keys: Iterable[str]) -> list[str]:
-    """Those of the checkpoint keys that have a role, in their order.
+    """The checkpoint keys whose weights have a role, in the given order.
 
     Raises:
-        ConfigError: the family has no such role, or none of the keys has it.
+        ConfigError: the family does not have the role, or no key has it.
     """
     if role not in family.roles:
         known = ", ".join(family.roles)
         raise ConfigError(f"{family.display_name} has no weights called {role!r}; choose one of {known}.")
-    found = [key for key in keys if re.search(family.roles[role], key)]
-    if not found:
+    selected = [key for key in keys if re.search(family.roles[role], key)]
+    if not selected:
         raise ConfigError(
             f"The role {role!r} selects no weight of this model; choose another parameter group."
         )
-    return found
+    return selected

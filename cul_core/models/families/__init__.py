@@ -1,4 +1,4 @@
-"""The families of this library; importing this package registers all of them."""
+"""Model families; importing this package registers all of them."""
 
 from . import sd1 as sd1
 from . import sd2 as sd2

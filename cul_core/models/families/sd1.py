@@ -16,8 +16,8 @@ SD1 = register(
         roles=ROLES,
         recognize=recognize,
         text_encoders=(TextEncoder(TEXT_PREFIX),),
-        # As in the paper's scripts for styles (arXiv 2511.07970: 2e-6 times a batch of 4) and Concept
-        # Ablation's sampler; we have not tuned it.
+        # Rate and batch of CUIG's scripts for styles (arXiv 2511.07970: 2e-6 times a batch of 4), and Concept
+        # Ablation's sampler; not tuned by us.
         recipe=Recipe(
             iterations=1000,
             batch_size=4,

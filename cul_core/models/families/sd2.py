@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.x, which predicts noise or, in newer files, the velocity."""
+"""Stable Diffusion 2.x, with epsilon- or v-prediction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPREAD = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
 def predicting_velocity(family: Family) -> Family:
-    """The family's networks that predict the velocity."""
+    """The v-prediction variant of the family, for images of 768 px."""
     return replace(
         family,
         display_name="Stable Diffusion 2.x (v-prediction)",
@@ -27,7 +27,7 @@ def predicting_velocity(family: Family) -> Family:
 
 
 def _variant(family: Family, header: Mapping[str, dict], read: Callable[[str], Tensor]) -> Family:
-    """The prediction is told, as ComfyUI tells it, by how far the values of one tensor are spread."""
+    """The v-prediction variant if one tensor's standard deviation exceeds 0.09 (ComfyUI's rule)."""
     if _SPREAD in header and read(_SPREAD).float().std(correction=0) > 0.09:
         return predicting_velocity(family)
     return family
@@ -46,7 +46,7 @@ SD2 = register(
         roles=ROLES,
         recognize=recognize,
         variant=_variant,
-        recipe=SD1.recipe,  # nobody published other values
+        recipe=SD1.recipe,  # no other values are published
         text_encoders=(TextEncoder("cond_stage_model.model.", is_open_clip=True, pads_with_zero=True),),
     )
 )

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL, which predicts noise or, in marked files, the velocity."""
+"""Stable Diffusion XL, with epsilon- or v-prediction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .unet_layout import ROLES, UNET_PREFIX, recognize
 
 
 def predicting_velocity(family: Family, ends_in_noise: bool = False) -> Family:
-    """The family's networks that predict the velocity, maybe on a schedule with zero terminal SNR."""
+    """The v-prediction variant of the family; with `ends_in_noise` its schedule has zero terminal SNR."""
     return replace(
         family,
         display_name="Stable Diffusion XL (v-prediction)",
@@ -22,7 +22,7 @@ def predicting_velocity(family: Family, ends_in_noise: bool = False) -> Family:
 
 
 def _variant(family: Family, header: Mapping[str, dict], read: Callable[[str], Tensor]) -> Family:
-    """The prediction is told, as ComfyUI tells it, by empty tensors named `v_pred` and `ztsnr`."""
+    """The v-prediction variant if the checkpoint has a marker tensor `v_pred`; `ztsnr` marks zero SNR."""
     return predicting_velocity(family, "ztsnr" in header) if "v_pred" in header else family
 
 
@@ -39,8 +39,8 @@ SDXL = register(
         roles=ROLES,
         recognize=recognize,
         variant=_variant,
-        # Nobody published values of Concept Ablation for it: those of Stable Diffusion 1.x at a batch of one
-        # (2e-6 times that); we have not tuned it.
+        # No values of Concept Ablation are published for XL: these are Stable Diffusion 1.x's at a batch of 1
+        # (2e-6 times the batch); not tuned by us.
         recipe=Recipe(
             iterations=1000,
             batch_size=1,

@@ -1,5 +1,4 @@
-"""Checkpoints in Stable Diffusion's layout: prefixes, roles of the UNet's weights, and telling families
-apart."""
+"""Checkpoints in Stable Diffusion's layout: key prefixes, roles of the UNet's weights, and recognition."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ _UNSUPPORTED = {(384, 1280): "the Stable Diffusion XL refiner"}
 
 
 def _widths(shapes: Shapes) -> tuple[int, int, int] | None:
-    """(width, input channels, width of the text rows) of a UNet; None if there is none."""
+    """(width, input channels, width of the text rows) of a checkpoint's UNet; None if it has none."""
     first = shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
     names = (name for name in sorted(shapes) if name.startswith(UNET_PREFIX))
     context = next((shapes[name] for name in names if name.endswith("attn2.to_k.weight")), None)
@@ -31,26 +30,25 @@ def _widths(shapes: Shapes) -> tuple[int, int, int] | None:
 
 
 def recognize(family: Family, shapes: Shapes, file_name: str) -> bool:
-    """Whether these are the shapes of a text-to-image UNet with the family's signature.
+    """Whether a checkpoint with these shapes has a text-to-image UNet with the family's signature.
 
     Raises:
-        ModelError: the UNet has the signature and takes more than latents and text, or another noise
-        schedule.
+        ModelError: the UNet has the signature, but also takes an image, or has another noise schedule.
     """
-    found = _widths(shapes)
-    if found is None or (found[0], found[2]) != family.signature:
+    widths = _widths(shapes)
+    if widths is None or (widths[0], widths[2]) != family.signature:
         return False
-    if found[1] != family.latent_shape[0]:
+    if widths[1] != family.latent_shape[0]:
         raise ModelError(
-            f"{file_name!r} has a UNet with {found[1]} input channels, where {family.display_name} has "
-            f"{family.latent_shape[0]}: inpainting and other models that also take a picture cannot be "
+            f"{file_name!r} has a UNet with {widths[1]} input channels, where {family.display_name} has "
+            f"{family.latent_shape[0]}: inpainting and other models that also take an image cannot be "
             "edited; choose the text-to-image checkpoint."
         )
     is_pooled = any(kind.is_pooled for kind in family.text_encoders)
     if f"{UNET_PREFIX}label_emb.0.0.weight" in shapes and not is_pooled:
         raise ModelError(
-            f"{file_name!r} is an unCLIP checkpoint, whose UNet also takes a picture's embedding and cannot "
-            "be edited; choose the text-to-image checkpoint."
+            f"{file_name!r} is an unCLIP checkpoint, whose UNet also takes an image embedding and cannot be "
+            "edited; choose the text-to-image checkpoint."
         )
     if any(name.startswith("edm_") for name in shapes):
         raise ModelError(
@@ -62,15 +60,15 @@ def recognize(family: Family, shapes: Shapes, file_name: str) -> bool:
 
 def refusal(shapes: Shapes, file_name: str) -> ModelError:
     """The error for a checkpoint that no family recognizes."""
-    found = _widths(shapes)
-    if found is None:
+    widths = _widths(shapes)
+    if widths is None:
         return ModelError(
-            f"{file_name!r} holds no Stable Diffusion UNet (no fitting {UNET_PREFIX!r} tensors); choose a "
+            f"{file_name!r} holds no Stable Diffusion UNet (no matching {UNET_PREFIX!r} tensors); choose a "
             f"full checkpoint of a supported family: {supported()}."
         )
-    known = _UNSUPPORTED.get((found[0], found[2]))
+    known = _UNSUPPORTED.get((widths[0], widths[2]))
+    architecture = f" ({known})" if known else ""
     return ModelError(
-        f"{file_name!r} has UNet width {found[0]} and text width "
-        f"{found[2]}{f' ({known})' if known else ''}, "
+        f"{file_name!r} has UNet width {widths[0]} and text width {widths[2]}{architecture}, "
         f"which is no supported architecture; choose a checkpoint of: {supported()}."
     )
