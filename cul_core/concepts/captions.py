@@ -1,5 +1,4 @@
-"""Anchor prompts: captions of images that must stay as they are, by what is forgotten and the model's
-family."""
+"""Anchor prompts: captions of images that must stay unchanged, for the concepts of a request."""
 
 from __future__ import annotations
 
@@ -68,8 +67,15 @@ _CAPTIONS = Captions(
 
 
 def anchor_prompts(family: Family, concepts: Sequence[Concept]) -> tuple[str, ...]:
-    """Captions for one request: for a style, varied images in no style; for a memorized image, its anchor;
-    else captions of the anchor word."""
+    """Distinct anchor prompts for one request.
+
+    A style gives captions of varied images in no style, a memorized image its anchor caption, every other
+    concept captions of its anchor word.
+
+    Args:
+        family: the model's family, whose own caption templates are used if it has any.
+        concepts: what the request forgets.
+    """
     captions, prompts = family.captions or _CAPTIONS, []
     for concept in concepts:
         if concept.kind == "style":

@@ -1,4 +1,4 @@
-"""What is to be forgotten and what it becomes, and the prompts that say so."""
+"""Concepts: what is forgotten, the anchor it becomes, and the prompts that name both."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from ..base.errors import ConceptError, brief_repr
 
 KINDS = ("style", "object", "celebrity", "character", "memorized")
 SUGGESTED_ANCHORS = {"celebrity": "person", "character": "person"}
-"""What a target of each kind becomes when nobody says so. A style needs no anchor word; an object has none
-that suits all."""
+"""Kind -> default anchor. A style needs no anchor; no word is an anchor for all objects."""
 
 TARGET_TEMPLATES = {
     "style": "An image in the style of {name}",
@@ -22,65 +21,65 @@ TARGET_TEMPLATES = {
     "character": "An image of {name}",
     "memorized": "{name}",
 }
-"""Prompt by which a concept of each kind is named alone (CUIG, auxiliary prompts); a memorized picture's name
-is its caption."""
+"""Kind -> prompt that names the target alone (CUIG, auxiliary prompts); a memorized image's name is its
+caption."""
 
 LONGEST_NAME = 1000
-"""Letters of a name or caption. CLIP reads 75 tokens, some 300 letters, so that nothing longer differs from
-its beginning."""
+"""Characters of a name or caption. CLIP truncates after 75 tokens, about 300 characters."""
 MOST_NAMES = 1000
-"""Names in one list: ten times what anybody has forgotten or kept by name, and few enough to compare each
-with each."""
+"""Names in one list: few enough to compare all pairs."""
 LONGEST_PROMPT = 2 * LONGEST_NAME
 _UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but tab and line breaks, separators of lines, overrides of the direction of writing, and
-halves of pairs."""
+"""Control characters except tab and line breaks, line separators, bidirectional overrides, surrogates."""
 
 
 @lru_cache(maxsize=4 * MOST_NAMES)
 def _as_whole_words(name: str) -> re.Pattern:
-    """Finds a name, also in the plural, as whole words."""
+    """Pattern that matches a name, or its plural, as whole words, in any case."""
     return re.compile(rf"(?<!\w){re.escape(name)}(s|es)?(?!\w)", re.IGNORECASE)
 
 
 def check_text(what: str, text: str, longest: int = LONGEST_NAME) -> None:
-    """Raises ConceptError for what is no text, is too long, or has characters that act instead of being
-    seen."""
+    """Check that `text` is a usable name or caption; `what` names it in the message.
+
+    Raises:
+        ConceptError: another type, more than `longest` characters, or an invisible control character.
+    """
     if not isinstance(text, str):
         raise ConceptError(f"The {what} is {brief_repr(text)}; give text.")
     if len(text) > longest:
         raise ConceptError(
             f"The {what} {brief_repr(text[:40])}... has {len(text)} characters; give at most {longest}."
         )
-    if found := _UNSEEN.search(text):
+    if match := _UNSEEN.search(text):
         raise ConceptError(
-            f"The {what} {brief_repr(text)} holds the control character {found[0]!a}; type it anew."
+            f"The {what} {brief_repr(text)} holds the control character {match[0]!a}; type it anew."
         )
 
 
 def check_count(what: str, items: Sequence, most: int = MOST_NAMES) -> None:
-    """Raises ConceptError for a list that is too long."""
+    """Raises ConceptError for a list of more than `most` items."""
     if len(items) > most:
         raise ConceptError(f"There are {len(items)} {what}; give at most {most}.")
 
 
 def display_name(name: str) -> str:
-    """The name as a person would type it: underscores become spaces (file labels never reach a prompt)."""
+    """The name as it stands in prompts: underscores become spaces, and spaces are collapsed."""
     return re.sub(r"\s+", " ", name.replace("_", " ")).strip()
 
 
 @dataclass(frozen=True)
 class Concept(Config):
-    """One target. A style needs no anchor word: it becomes the same caption without the style.
+    """A concept to forget, with the anchor it becomes, or a concept to keep.
 
     Args:
-        target: name of what is forgotten.
-        kind: `style`, `object`, `celebrity`, `character`, or `memorized`: a picture, called by its caption.
-        anchor: word that takes the target's place (`dog` -> `animal`), for a memorized picture another
-            caption; for a style, and for a concept to be kept, empty.
+        target: name of the concept.
+        kind: `style`, `object`, `celebrity`, `character`, or `memorized` for an image named by its caption.
+        anchor: word that replaces the target (`dog` -> `animal`); for a memorized image, another caption;
+            empty for a style, which becomes the same caption without the style, and for a concept to keep.
 
     Raises:
-        ConceptError: unknown kind, empty target, or an anchor equal to the target.
+        ConceptError: the kind is unknown, the target is empty, or the anchor equals the target.
     """
 
     target: str
@@ -106,27 +105,25 @@ class Concept(Config):
 
     @property
     def name(self) -> str:
-        # a caption is left as it is
+        """The target as it stands in prompts; a memorized image's caption is left as typed."""
         return self.target.strip() if self.kind == "memorized" else display_name(self.target)
 
     @property
     def prompt(self) -> str:
-        """The prompt that names the target and nothing else."""
+        """The prompt that names the target alone."""
         return TARGET_TEMPLATES[self.kind].format(name=self.name)
 
     def check_forgettable(self) -> None:
-        """Raises ConceptError when this can be kept but not forgotten: only a style goes without an
-        anchor."""
+        """Raises ConceptError if the concept cannot be forgotten: every kind but a style needs an anchor."""
         if self.kind != "style" and not display_name(self.anchor):
-            becomes = {"memorized": "a caption that says the same and does not draw that picture"}
-            mend = becomes.get(self.kind, "the word it should become, such as 'horse' for 'dog'")
+            remedies = {"memorized": "a caption that says the same and does not reproduce the image"}
+            remedy = remedies.get(self.kind, "the word it should become, such as 'horse' for 'dog'")
             raise ConceptError(
-                f"Concept {brief_repr(self.target)} of kind {self.kind!r} has no anchor; give {mend}."
+                f"Concept {brief_repr(self.target)} of kind {self.kind!r} has no anchor; give {remedy}."
             )
 
     def in_the_place_of(self, anchor: str) -> Concept:
-        """This concept where a target with that anchor stands in a prompt; itself if it has an anchor, or is
-        what that says."""
+        """A copy that may replace `anchor` in prompts; self if it already has an anchor or equals it."""
         return self if self.anchor or self.name.lower() == anchor.lower() else replace(self, anchor=anchor)
 
     def mentioned_in(self, prompt: str) -> bool:
@@ -134,11 +131,11 @@ class Concept(Config):
         return _as_whole_words(display_name(self.target)).search(display_name(prompt)) is not None
 
     def target_prompts(self, anchor_prompt: str) -> tuple[str, ...]:
-        """The target versions of an anchor prompt; empty when it cannot be rewritten (ConAbl's rules, Kumari
-        et al., ICCV 2023).
+        """Target prompts that an anchor prompt is rewritten to; empty if it does not contain the anchor.
 
-        A style is put before or after the caption. A memorized picture has its own caption, whatever the
-        anchor's is. For other kinds the anchor is replaced as a whole word, with its plural.
+        The rules are those of Concept Ablation (Kumari et al., ICCV 2023). A style is put before or after the
+        caption. A memorized image has its own caption, whatever the anchor prompt is. For other kinds the
+        target replaces the anchor as a whole word, also in the plural.
         """
         if self.kind == "memorized":
             return (self.name,)

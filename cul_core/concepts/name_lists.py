@@ -1,5 +1,4 @@
-"""Names to keep that nobody has to type: lists of styles, objects, public figures and scenes, and what suits
-which target."""
+"""Auxiliary names to keep: built-in lists of styles, objects, public figures and scenes."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from .concept import Concept, check_count
 from .parsing import parse_keep
 
 LISTS = {"styles": "style", "objects": "object", "public_figures": "celebrity", "scenes": "object"}
-"""Name of a list, a text file beside this module -> kind of its concepts."""
+"""Name of a list, a text file in `lists` -> kind of its concepts."""
 
 SUITABLE = {
     "style": ("styles", "objects", "scenes"),
@@ -21,23 +20,23 @@ SUITABLE = {
     "character": ("public_figures", "styles", "objects"),
     "memorized": ("scenes", "objects", "styles"),
 }
-"""Kind of a target -> lists that suit it, its own domain first.
+"""Kind of a target -> lists to keep with it, its own domain first.
 
-The paper's code (arXiv 2511.07970) keeps styles and objects for objects and celebrities, but for celebrities
-no other person, and for styles only captions of pictures in no style, whose place scenes take here.
+The paper's code (arXiv 2511.07970) keeps styles and objects for objects and celebrities, no other person for
+celebrities, and only captions of images in no style for styles. Scenes replace these captions here.
 """
 
 LONGEST_NAME = 80
 
 
 def parse_names(text: str, kind: str = "style") -> tuple[Concept, ...]:
-    """Names as users and the lists have them: as on a keep list, by commas or line breaks, `#` starting a
-    comment line.
+    """Distinct concepts of a list of names, separated by commas or line breaks; `#` starts a comment line.
 
     Raises:
-        ConceptError: a line that holds no usable name, with its number.
+        ConceptError: a name is invalid or longer than `LONGEST_NAME` (the message has the line's number), or
+            there are too many names.
     """
-    found: dict[Concept, None] = {}
+    names: dict[Concept, None] = {}
     for number, line in enumerate(text.splitlines(), 1):
         try:
             concepts = parse_keep(line, kind)
@@ -49,14 +48,18 @@ def parse_names(text: str, kind: str = "style") -> tuple[Concept, ...]:
                     f"Line {number} of the auxiliary names: {concept.name[:30]!r}... has {len(concept.name)} "
                     f"characters; give names of at most {LONGEST_NAME}, separated by commas or line breaks."
                 )
-        found |= dict.fromkeys(concepts)
-        check_count("auxiliary names", found)
-    return tuple(found)
+        names |= dict.fromkeys(concepts)
+        check_count("auxiliary names", names)
+    return tuple(names)
 
 
 def listed_names(choice: str, kinds: Iterable[str]) -> tuple[Concept, ...]:
-    """The names of a list; for `auto` those of every list that suits targets of these kinds, one of each in
-    turn; none for `none`."""
+    """Concepts of a built-in list.
+
+    Args:
+        choice: name of a list, `none`, or `auto` for all lists in `SUITABLE`, one name of each in turn.
+        kinds: kinds of the targets, which `auto` looks up.
+    """
     if choice == "none":
         return ()
     names = (

@@ -1,4 +1,4 @@
-"""What is to be forgotten and what it becomes, and the prompts that say so."""
+"""Parsing of concepts, keep lists and lists of requests as users type them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .concept import KINDS, SUGGESTED_ANCHORS, Concept, check_count
 
 @dataclass(frozen=True)
 class ConceptList:
-    """What one request forgets together, and what is declared as to be kept meanwhile."""
+    """Concepts that one request forgets together, and retain concepts that it keeps."""
 
     targets: tuple[Concept, ...]
     keep: tuple[Concept, ...] = ()
@@ -26,21 +26,23 @@ class ConceptList:
 
 
 def parse_concept(text: str, kind: str = "style", anchor: str = "") -> Concept:
-    """A concept as users type it: `[kind:] target [-> anchor]`, such as `object: dog -> horse`.
+    """The concept of a text `[kind:] target [-> anchor]`, such as `object: dog -> horse`.
 
     Args:
-        text: what was typed.
-        kind: what it is if the text does not say.
-        anchor: what it becomes if the text does not say; if empty, what `SUGGESTED_ANCHORS` has for the kind.
+        text: text that a user typed.
+        kind: kind if the text has none.
+        anchor: anchor if the text has none; if empty, that of `SUGGESTED_ANCHORS` for the kind.
 
     Raises:
         ConceptError: see `Concept`.
     """
-    said, colon, rest = text.partition(":")
-    if colon and said.strip().lower() in KINDS:
-        kind, text = said.strip().lower(), rest
-    target, _, becomes = text.partition("->")
-    return Concept(target.strip(), kind, becomes.strip() or anchor.strip() or SUGGESTED_ANCHORS.get(kind, ""))
+    prefix, colon, rest = text.partition(":")
+    if colon and prefix.strip().lower() in KINDS:
+        kind, text = prefix.strip().lower(), rest
+    target, _, own_anchor = text.partition("->")
+    return Concept(
+        target.strip(), kind, own_anchor.strip() or anchor.strip() or SUGGESTED_ANCHORS.get(kind, "")
+    )
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -48,8 +50,15 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def parse_keep(text: str, kind: str = "style") -> tuple[Concept, ...]:
-    """Concepts to be kept, separated by commas or line breaks; one of another kind says so (`object:
-    cat`)."""
+    """Retain concepts, without anchors, of a text with names separated by commas or line breaks.
+
+    Args:
+        text: the names; `#` starts a comment line, and a prefix changes the kind (`object: cat`).
+        kind: kind of names without a prefix.
+
+    Raises:
+        ConceptError: a name is invalid (see `Concept`), or there are too many.
+    """
     names = [name for line in _lines(text) for name in line.split(",") if name.strip()]
     check_count("names to keep", names)
     return tuple(
@@ -60,11 +69,16 @@ def parse_keep(text: str, kind: str = "style") -> tuple[Concept, ...]:
 
 
 def parse_requests(text: str, kind: str = "style", anchor: str = "") -> list[tuple[Concept, ...]]:
-    """One request per line, as `parse_concept` reads it; ` + ` joins concepts that are forgotten together;
-    `#` starts a comment line.
+    """The concepts of each request in a text with one request per line.
+
+    Args:
+        text: lines of concepts in `parse_concept`'s syntax; ` + ` joins concepts that one request forgets
+            together; `#` starts a comment line.
+        kind: kind of concepts without one.
+        anchor: anchor of concepts without one.
 
     Raises:
-        ConceptError: no line names a concept, or see `Concept`.
+        ConceptError: no line names a concept, a concept is invalid (see `Concept`), or there are too many.
     """
     lines = [re.split(r"\s\+\s", line) for line in _lines(text)]
     check_count("names to forget", [name for names in lines for name in names])
