@@ -1,5 +1,4 @@
-"""The central value, `UnlearnModel`: a source file, edits away from its pretrained weights, and how they came
-about."""
+"""Step records: a model's history, as it is written into files and read back with checks."""
 
 from __future__ import annotations
 
@@ -14,29 +13,30 @@ from ..concepts.concept import KINDS, LONGEST_NAME
 from ..files.safetensors_format import read_header
 
 FORMAT = "2"
-"""Of what we write. In format 1, weights were called by diffusers' names."""
+"""Format of written histories. In format 1, weights were named by diffusers instead of checkpoint key."""
 _READ = ("1", FORMAT)
 _MOST_RECORDS = 10_000
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One forgetting step, or a merge of finished models, as it is written into files.
+    """Record of one unlearning step, or of a merge of finished models.
+
+    A merge's `request` has empty `concepts`, because the records before it name all that is forgotten. Its
+    other keys are `merge`, the merger's config; `models`, the content hashes of the merged models; and
+    `last_steps`, the `result` of each model's last record, or null. The last two can differ: a model opened
+    from a file is rounded to the file's dtype, so its content hash is not that of the step that made it.
 
     Args:
-        request: JSON of the `Request` (concepts, method, regularizers, training, seed). Of a merge: no
-            `concepts`, for it forgets nothing that the records before it have not; `merge`, the merger's
-            config; `models`, the content hashes of what was merged; `last_steps`, the `result` of each
-            model's last record (null without one): a model opened from a file is rounded to the file's dtype
-            and has another hash than the step that made it.
-        losses: last value of each named part of the loss.
-        drift: checkpoint key -> [distance from the pretrained weights, distance moved by this step]
+        request: JSON of the `Request` (concepts, method, regularizers, training, seed), or of a merge.
+        losses: last value of each named loss term.
+        drift: checkpoint key -> [distance from the pretrained weights, distance from the step's start]
             (Frobenius norms).
-        parent: content hash of the model the step began from; of a merge, that of the pretrained model.
-        result: content hash of the model it made.
+        parent: content hash of the model that the step started from; for a merge, of the pretrained model.
+        result: content hash of the resulting model.
         seconds: wall time of the step.
         finished: time of completion, ISO 8601, UTC.
-        versions: library versions.
+        versions: package name -> version.
     """
 
     request: dict[str, Any]
@@ -50,28 +50,31 @@ class StepRecord:
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """Names of the concepts that the step forgot; empty for a merge."""
         return tuple(concept["target"] for concept in self.request["concepts"])
 
     @property
     def is_merge(self) -> bool:
+        """Whether the record is of a merge instead of a step."""
         return "merge" in self.request
 
 
 def read_history(path: Path) -> tuple[tuple[StepRecord, ...], dict[str, Any] | None]:
-    """(history, source description) from the header of any file we wrote; ((), None) for a file we did not
-    write.
+    """(history, source) from a file's header; ((), None) for a file that this library did not write.
+
+    The source has the keys `name`, `size` in bytes and `sha256`.
 
     Raises:
-        ModelError: unreadable file.
-        CheckpointError: our header entries are damaged, not what we write, or from a newer version.
+        ModelError: the file is unreadable.
+        CheckpointError: the history is damaged, or its format is that of another version.
     """
     _, metadata, _ = read_header(path)
     if "cul_format" not in metadata:
         return (), None
     if metadata["cul_format"] not in _READ:
         raise CheckpointError(
-            f"{path.name!r} has history format {brief_repr(metadata['cul_format'])}, this version reads "
-            f"{FORMAT!r}; update continual-unlearning."
+            f"{path.name!r} has history format {brief_repr(metadata['cul_format'])}, but this version reads "
+            f"only {' and '.join(map(repr, _READ))}; update continual-unlearning."
         )
     try:
         records, source = json.loads(metadata["cul_history"]), json.loads(metadata["cul_source"])
@@ -88,14 +91,13 @@ def read_history(path: Path) -> tuple[tuple[StepRecord, ...], dict[str, Any] | N
 
 
 def record_from_json(values: dict[str, Any]) -> StepRecord:
-    """A record as it stands in a file, which anybody may have written: everything in it is of the type that
-    those who read it expect.
+    """The record of untrusted JSON from a file; the type and size of every value are checked.
 
-    Characters are not checked here: whoever shows a record escapes them, and whoever trains on its concepts
-    builds `Concept`s.
+    Characters of texts are not checked: code that shows a record escapes them, and code that trains on its
+    concepts builds `Concept`s, which check them.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: it is no record.
+        AttributeError, KeyError, TypeError, ValueError: the JSON is no valid record.
     """
     record = StepRecord(**values)
     request = record.request
@@ -124,12 +126,11 @@ def record_from_json(values: dict[str, Any]) -> StepRecord:
 
 def _check(is_so: bool) -> None:
     if not is_so:
-        raise ValueError("not what a record holds")
+        raise ValueError("invalid record")
 
 
 def _check_plain(value: Any, levels: int) -> None:
-    """Raises ValueError for JSON nested deeper than `levels`, and for numbers that cannot be written
-    again."""
+    """Raises ValueError for JSON nested deeper than `levels`, or with a number that is not finite or huge."""
     if isinstance(value, dict | list):
         _check(levels > 0)
         for item in value.values() if isinstance(value, dict) else value:
@@ -148,10 +149,10 @@ def _is_text(value: Any, longest: int = 255) -> bool:
 
 def library_versions() -> dict[str, str]:
     """Package name -> installed version, of the packages that results depend on."""
-    found = {}
+    versions = {}
     for package in ("continual-unlearning", "torch", "diffusers", "transformers"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -1,5 +1,4 @@
-"""The central value, `UnlearnModel`: a source, edits away from its pretrained weights, and how they came
-about."""
+"""`UnlearnModel`, the central immutable value: pretrained weights, edits of them, and their history."""
 
 from __future__ import annotations
 
@@ -20,14 +19,14 @@ from .step_record import FORMAT, StepRecord
 
 @dataclass(frozen=True)
 class UnlearnModel:
-    """W_k = W0 + edits, and the history that led there; a value: nothing ever changes it.
+    """An immutable model W_k = W0 + edits after k steps, with their history.
 
     Args:
-        source: the pretrained weights W0.
-        family: its architecture.
+        source: pretrained weights W0.
+        family: architecture of the model.
         edits: checkpoint key -> fp32 delta from W0 on the CPU, only for edited tensors.
-        history: one record per step, oldest first. Before the record of a merge come those of all merged
-            models, one model after the other; each says from which parent it began.
+        history: one record per step, oldest first. A merge's record follows the records of all merged models,
+            one model after the other; each record's `parent` tells where it began.
     """
 
     source: Source
@@ -40,8 +39,7 @@ class UnlearnModel:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 over the source's hash and the edits: two models with the same of both are the same
-        model."""
+        """Content hash: SHA-256 over the source's hash and the edits, which identifies the weights."""
         digest = hashlib.sha256(self.source.sha256.encode())
         for name in sorted(self.edits):
             digest.update(name.encode())
@@ -50,31 +48,31 @@ class UnlearnModel:
 
     @property
     def forgotten(self) -> tuple[dict[str, Any], ...]:
-        """JSON of every concept forgotten so far, oldest first."""
+        """JSON of all concepts forgotten so far, oldest first."""
         return tuple(concept for record in self.history for concept in record.request["concepts"])
 
     @property
     def requests(self) -> int:
-        """How many requests the model has been through; merging is none."""
+        """Number of unlearning requests in the history; merges do not count."""
         return sum(not record.is_merge for record in self.history)
 
     def with_step(self, edits: Mapping[str, Tensor], record: StepRecord) -> UnlearnModel:
+        """The model after one more step: new edits, and the history with its record appended."""
         return replace(self, edits=edits, history=(*self.history, record))
 
     def with_history(self, history: tuple[StepRecord, ...]) -> UnlearnModel:
-        """The same weights, come about in another way; their hash is not computed again."""
+        """The same weights with another history; a computed content hash is carried over."""
         model = replace(self, history=history)
         if "content_hash" in vars(self):
             vars(model)["content_hash"] = self.content_hash
         return model
 
     def nbytes(self) -> int:
-        """Bytes held by the edits."""
+        """Bytes of the edits."""
         return sum(delta.numel() * delta.element_size() for delta in self.edits.values())
 
     def metadata(self) -> dict[str, str]:
-        """The header entries by which a written file explains itself. Holds no path, only the source's file
-        name."""
+        """Header entries of a written file: format, source and history; the source has no folder."""
         return {
             "cul_format": FORMAT,
             "cul_source": canonical_json(
@@ -85,8 +83,12 @@ class UnlearnModel:
 
 
 def weights_of(model: UnlearnModel, pretrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """fp32 W_k for every name in `pretrained` (its W0 tensors); where nothing is edited, these very tensors
-    if they are fp32."""
+    """Weights W_k in fp32 by checkpoint key; unedited weights that are already fp32 are not copied.
+
+    Args:
+        model: the model.
+        pretrained: checkpoint key -> W0, of the weights that are wanted.
+    """
     weights = {}
     for name, base in pretrained.items():
         weight = base.detach().float()
