@@ -77,8 +77,8 @@ class Plan:
         return 2 if k == 12 else 1
 
     @property
-    def brief_repr(self) -> list[tuple[str, str]]:
-        """The columns of the grid of pictures: (style, role)."""
+    def columns(self) -> list[tuple[str, str]]:
+        """(style, role) of every column of the image grid."""
         groups = {"forgotten": self.targets, "declared": styles_in("declared"), "hidden": styles_in("hidden")}
         return [(style, role) for role, styles in groups.items() for style in styles[:4]]
 
@@ -178,7 +178,7 @@ def _draw_row(plan: Plan, run: str | None) -> list[Image.Image]:
             "picture",
             0,
         )
-        for (style, _), name in zip(plan.shown, names, strict=False)
+        for (style, _), name in zip(plan.columns, names, strict=False)
     ]
     return [
         to_image(picture) for picture in take(_worker.networks.get(model.source), model, shots, plan.seed)
@@ -299,7 +299,7 @@ def _write_results(
     plan: Plan, out: Path, runs: dict, rows: Sequence[tuple[str, list[Image.Image]]]
 ) -> dict[str, Path]:
     last = len(plan.targets)
-    columns = [f"{STYLE_BY_NAME[style].display_name}\n{role}" for style, role in plan.shown]
+    columns = [f"{STYLE_BY_NAME[style].display_name}\n{role}" for style, role in plan.columns]
     grid = labelled_grid(f"Before and after {last} request(s), equal seeds", columns, rows, cell=108)
     points = {run: [(int(k), figures) for k, figures in runs[run]["after"].items()] for run in RUNS}
     curves = metric_chart(f"{last} request(s) one after another", points)
