@@ -1,4 +1,6 @@
-"""MiniCanvas: a tiny, really trained text-to-image diffusion world of objects in styles, for demo, tests and
-benchmark."""
+"""MiniCanvas: a tiny trained text-to-image diffusion model of ten objects in 36 styles.
+
+Demo, tests and benchmark run on it.
+"""
 
 from . import family as family

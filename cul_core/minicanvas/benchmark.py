@@ -1,10 +1,8 @@
-"""The benchmark: every way of forgetting, over seeds and orders, on MiniCanvas; resumable, one JSON line per
-measurement.
+"""The benchmark on MiniCanvas: methods over seeds and orders; resumable, one JSON line per measurement.
 
-The protocol is the paper's (Continual Unlearning for Text-to-Image Diffusion Models, ICLR 2026, arXiv
-2511.07970): targets are forgotten one request after another, and after some of the requests the model is
-asked for what should be gone and for what should be left. Retained styles are split into those every method
-is told of (declared) and those none is told of (hidden).
+The protocol is that of Continual Unlearning for Text-to-Image Diffusion Models (ICLR 2026, arXiv 2511.07970).
+Targets are forgotten one request after another. After some requests the model is asked for the targets and
+for retained concepts. Retained concepts that every method is told of are *declared*, the others *hidden*.
 """
 
 from __future__ import annotations
@@ -64,29 +62,30 @@ PAPER = {
         "plain simultaneous": (99, 40, 46),
     },
 }
-"""UA, IRA, CRA after 12 styles and after 12 objects, read from the figures on the authors' project page;
-about one point of reading error. Their retained concepts are named to no method, so they stand beside our IRA
-hidden."""
+"""UA, IRA and CRA in percent after 12 styles and after 12 objects, from the figures on the project page.
+
+The reading error is about one point. The paper's retained concepts are told to no method; its IRA is compared
+with our IRA hidden.
+"""
 
 _TIES = {
     "styles": {1: (1.25, 0.8), 4: (1.75, 0.8), 8: (2.25, 0.8), 12: (2.75, 0.4)},
     "objects": {1: (1.25, 0.2), 3: (1.25, 0.8), 5: (1.25, 0.4)},
 }
-"""Strength and kept fraction of TIES after that many requests, as the paper's scripts have them for Concept
-Ablation."""
+"""Requests -> (strength, kept fraction) of TIES in the paper's scripts for Concept Ablation."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One way of forgetting: a preset in a setting.
+    """One row of the benchmark: a preset in a setting.
 
-    `sequential` trains request k from the model after request k-1. `simultaneous` trains all targets so far
-    at once, from the pretrained model, for at most as many iterations as the chain has had by then: it stops
-    early at a UA of 99 and keeps the best. `ties` trains every request from the pretrained model and merges
-    all results so far.
+    `sequential` trains request k from the model after request k-1. `simultaneous` trains the first k targets
+    together from the pretrained model, with at most k times the iterations of one request. It stops early at
+    a UA of 99 and returns the best weights. `ties` trains every request from the pretrained model and merges
+    the first k results.
 
     Args:
-        name: what lines, tables and curves call it.
+        name: label in result lines, tables and charts.
         preset: how one step trains.
         setting: one of `SETTINGS`.
         merger: how `ties` merges; the paper's values for the number of requests if None.
@@ -109,10 +108,10 @@ class Cell:
             raise ConfigError(
                 f"Cell {name!r} has no setting {setting!r}; choose one of {', '.join(SETTINGS)}."
             )
-        own, found = dict(_OWN.get(name, {})), preset(chosen)
+        own, base = dict(_OWN.get(name, {})), preset(chosen)
         if settings := own.pop("settings", None):
-            found = found.with_settings(settings)
-        return cls(name, found, setting or "sequential", **own)
+            base = base.with_settings(settings)
+        return cls(name, base, setting or "sequential", **own)
 
 
 _OWN = {
@@ -122,7 +121,7 @@ _OWN = {
         "merger": TiesConfig(strength=2.25, keep_fraction=0.4),
     },
 }
-"""Cells of ours whose setting has values of its own, by name."""
+"""Name -> values of cells that differ from their preset."""
 
 GRID = {
     "plain": "plain_ours",
@@ -135,21 +134,20 @@ GRID = {
     "projection_selft": "projection_selft_ours",
     "projection_l1sp": "projection_l1sp_ours",
 }
-"""The paper's figure: cells as its authors' code has them, and as we do the same thing (settings from
-benchmarks/search.py)."""
+"""The cells of the paper's figure: with the published values -> with ours (from benchmarks/search.py)."""
 
 BEYOND = ("recommended", "thorough")
-"""Presets of ours without a counterpart in the paper."""
+"""Our presets that have no counterpart in the paper."""
 
 
 def grid() -> list[Cell]:
-    """All cells of the paper's figure, the authors' first, and those beyond it."""
+    """All cells: those of the paper's figure with the published values, with ours, and `BEYOND`."""
     return [Cell.parse(name) for name in (*GRID, *GRID.values(), *BEYOND)]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One cell with one seed in one order of requests; travels to a worker process."""
+    """One cell with one seed in one order of requests, sent to a worker process."""
 
     suite: Suite
     cell: Cell
@@ -159,7 +157,7 @@ class Run:
     marks: tuple[int, ...]
 
     def request(self, k: int) -> Request:
-        """The k-th request of the chain, or the one that forgets the first k targets at once."""
+        """The k-th request of the chain; for `simultaneous`, the request of the first k targets together."""
         chosen, targets = self.cell.preset, self.suite.orders[self.order][:k]
         iterations, stopping = self.suite.iterations_factor * chosen.training.iterations, {}
         if self.cell.setting == "simultaneous":
@@ -173,7 +171,7 @@ class Run:
         return resolve(chosen, MINI, self.suite.concepts(targets), self.suite.keep(), overrides)
 
     def merger(self, k: int) -> TiesConfig:
-        """How `ties` merges the first k results."""
+        """The settings by which `ties` merges the first k results."""
         if self.cell.merger is not None:
             return self.cell.merger
         known = _TIES[self.suite.name]
@@ -181,12 +179,11 @@ class Run:
         return TiesConfig(strength=strength, keep_fraction=keep_fraction)
 
     def across(self, k: int) -> tuple[str, ...]:
-        """Names of the other domain that a measurement asks in: all at the end, every other one on the
-        way."""
+        """Names of the cross domain in a measurement: all after the last request, else every other one."""
         return self.suite.across if k == self.marks[-1] else self.suite.across[::2]
 
     def identity(self, k: int) -> dict[str, Any]:
-        """What a measurement after k requests is of; two with the same identity are the same measurement."""
+        """The key of a measurement after k requests; equal keys mean the same measurement."""
         asked = [
             self.request(i).hash for i in ([k] if self.cell.setting == "simultaneous" else range(1, k + 1))
         ]
@@ -204,8 +201,7 @@ class Run:
 
 
 def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
-    """One line per mark. Finished steps come from the store, so that an interrupted run goes on where it
-    was."""
+    """One result line per mark; finished steps come from the store, so an interrupted run resumes."""
     pretrained, store, networks, judge = (
         open_model(models.CHECKPOINT_PATH),
         StepStore(store_folder),
@@ -252,24 +248,24 @@ def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
 
 
 def read_results(path: Path) -> list[dict]:
-    """The lines of a results file; an unfinished last line is left out.
+    """The lines of a results file, without an unfinished last line.
 
     Raises:
         CheckpointError: a line in the middle is damaged.
     """
     if not path.is_file():
         return []
-    lines, found = path.read_text(encoding="utf-8").splitlines(), []
+    lines, results = path.read_text(encoding="utf-8").splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
+            results.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
                 raise CheckpointError(
-                    f"Line {number} of {path.name!r} is damaged; remove that line, its cell is measured "
+                    f"Line {number} of {path.name!r} is damaged; remove that line, and its cell is measured "
                     "again."
                 ) from error
-    return found
+    return results
 
 
 def run_benchmark(
@@ -285,12 +281,20 @@ def run_benchmark(
     workers: int | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> list[dict]:
-    """Measure what is not yet in `out`/results.jsonl, a process of one thread per core; returns the lines of
-    all that was asked for.
+    """The result lines of all cells, seeds and orders; lines missing in `out`/results.jsonl are measured.
 
-    The seeds take the orders in turn: 1, 2 with a, b are the two pairs 1 a and 2 b, and 1, 1, 2, 2 are all
-    four. `marks` are the requests after which to measure, the suite's if not given. `on_progress(runs done,
-    runs to do, name of the last)` is called as runs finish.
+    Args:
+        out: folder of the results and of the store.
+        cells: rows to measure.
+        seeds: of training and evaluation. They take the orders in turn: seeds 1, 2 with orders a, b are the
+            runs (1, a) and (2, b).
+        suite: styles or objects.
+        orders: names of orders of the requests.
+        requests: length of the chain; the suite's longest if None.
+        pictures: images per concept and name of the cross domain.
+        marks: numbers of the requests after which the model is measured; the suite's if empty.
+        workers: number of processes of one thread; one per core, at most eight, if None.
+        on_progress: called with (runs done, runs to do, name of the last run) when a run ends.
 
     Raises:
         CheckpointError: `out` cannot be written, or another benchmark is running there.
@@ -344,23 +348,27 @@ def _key(line: Mapping[str, Any]) -> tuple:
 
 
 def averages(lines: Sequence[Mapping]) -> dict[str, dict[int, dict[str, float | None]]]:
-    """Cell -> request -> metric -> mean over seeds and orders; None where a run measured nothing."""
-    found: dict[str, dict[int, dict[str, float | None]]] = {}
+    """Cell -> request -> metric -> mean over seeds and orders; None where a run has no value."""
+    means: dict[str, dict[int, dict[str, float | None]]] = {}
     for cell in dict.fromkeys(line["cell"] for line in lines):
         for k in sorted({line["k"] for line in lines if line["cell"] == cell}):
             values = [line["scores"] for line in lines if line["cell"] == cell and line["k"] == k]
-            found.setdefault(cell, {})[k] = {
+            means.setdefault(cell, {})[k] = {
                 metric: None
                 if any(scores[metric] is None for scores in values)
                 else round(mean(scores[metric] for scores in values), 2)
                 for metric in METRICS
             }
-    return found
+    return means
 
 
 def result_table(lines: Sequence[Mapping], compare_paper: bool = False) -> str:
-    """The last request of every cell, mean over seeds and orders; with the paper's UA/IRA/CRA beside it if
-    asked for."""
+    """A text table of every cell after its last request, mean over seeds and orders.
+
+    Args:
+        lines: of `run_benchmark`.
+        compare_paper: add the paper's UA/IRA/CRA and the comparison of `order_report`.
+    """
     paper = PAPER[lines[0]["suite"]] if compare_paper else {}
     rows = [
         (f"{cell}, after {max(after)}", cell, after[max(after)]) for cell, after in averages(lines).items()
@@ -373,18 +381,18 @@ def result_table(lines: Sequence[Mapping], compare_paper: bool = False) -> str:
     )
     text = [head]
     for label, cell, values in rows:
-        shown = "".join(f"{'-' if value is None else f'{value:.1f}':>11}" for value in values.values())
-        said = f"{'/'.join(map(str, paper[cell])) if cell in paper else '-':>19}" if compare_paper else ""
-        text.append(label.ljust(width) + shown + said)
+        figures = "".join(f"{'-' if value is None else f'{value:.1f}':>11}" for value in values.values())
+        reported = f"{'/'.join(map(str, paper[cell])) if cell in paper else '-':>19}" if compare_paper else ""
+        text.append(label.ljust(width) + figures + reported)
     return "\n".join([*text, *(order_report(lines) if compare_paper else [])])
 
 
-_CLEAR = 3  # points by which two of the paper's figures must differ before their order means anything
+_CLEAR = 3  # least difference, in points, at which the order of two of the paper's figures counts
 
 
 def order_report(lines: Sequence[Mapping]) -> list[str]:
-    """For UA, IRA hidden and CRA, a line that says how many pairs of cells stand in the paper's order, and
-    which do not."""
+    """One line each for UA, IRA hidden and CRA: how many pairs of cells are in the paper's order, and which
+    are not."""
     paper = PAPER[lines[0]["suite"]]
     last = {cell: after[max(after)] for cell, after in averages(lines).items() if cell in paper}
     text = []
@@ -408,11 +416,10 @@ def order_report(lines: Sequence[Mapping]) -> list[str]:
 
 
 def write_figure(lines: Sequence[Mapping], out: Path) -> Path:
-    """UA, IRA and CRA against the request, a curve per cell, as in the paper; the path written, never an
-    existing one.
+    """Path of the new chart: UA, IRA and CRA against the request, one curve per cell, as in the paper.
 
-    The paper's own cells and the others stand under one another; empty diamonds are the paper's figures after
-    its last request.
+    Cells with the published values have a chart of their own above the others. Empty diamonds are the paper's
+    figures after its last request. An existing file is never overwritten.
     """
     suite, count = SUITES[lines[0]["suite"]], len({(line["seed"], line["order"]) for line in lines})
     runs = {cell: list(after.items()) for cell, after in averages(lines).items()}

@@ -1,8 +1,7 @@
-"""The demonstration: forget styles one after another, plainly and with the recommended preset, and measure
-both.
+"""The demonstration: a chain of requests with `plain` and one with `recommended`, both measured.
 
-Chains and evaluations are jobs for a few processes of one thread each; every picture has its own generator,
-so the figures do not depend on how the jobs were spread.
+Chains and evaluations are jobs for a few processes of one thread each. Every image has its own generator, so
+the figures do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ from .workers import prepare_worker
 from .world import EVALUATION_TEMPLATE, OBJECTS, REQUEST_ORDERS, STYLE_BY_NAME, styles_in
 
 RUNS = ("plain", "recommended")
-# seconds on one thread, only for the first guess of the time left
+# seconds on one thread, for the first estimate of the time left
 _ITERATION_COST, _PICTURE_COST = 0.15, 0.085
 ANCHOR_COUNT = 100
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a demonstration does; travels to the worker processes."""
+    """The settings of a demonstration, sent to every worker process."""
 
     targets: tuple[str, ...]
     seed: int
@@ -62,18 +61,16 @@ class Plan:
 
     @property
     def marks(self) -> list[int]:
-        """After which requests figures are reported: 1, 4, 8, 12 for the full list, else after each."""
+        """Numbers of the requests after which figures are reported: 1, 4, 8, 12, or all in a shorter run."""
         return [1, 4, 8, 12] if self.is_full else list(range(1, len(self.targets) + 1))
 
     @property
     def objects(self) -> Sequence[str]:
-        """Every object in the full demonstration, every other one in a short one, which should take a short
-        time."""
+        """Objects of an evaluation: all in the full demonstration, every other one in a shorter run."""
         return OBJECTS if self.is_full else OBJECTS[::2]
 
     def per_cell(self, k: int) -> int:
-        """Pictures per style and object: two at the end of the full demonstration and for its untouched
-        model, else one."""
+        """Images per style and object: two after request 12 and for its pretrained model, else one."""
         return 2 if k == 12 else 1
 
     @property
@@ -85,7 +82,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Worker:
-    """What a worker process loads once and keeps for all its jobs."""
+    """Objects that a worker process makes once for all its jobs."""
 
     progress: multiprocessing.Queue
     networks: NetworkCache
@@ -126,8 +123,7 @@ def _make_anchors(plan: Plan) -> None:
 
 
 def _run_chain(plan: Plan, run: str) -> float:
-    """Forgets the targets in order, leaving the edits after each reported request; returns seconds per
-    request."""
+    """Mean seconds per request of a chain; the edits after each reported request go to the folder."""
     model, store = open_model(plan.model_path), AnchorStore(plan.folder)
     callbacks = Callbacks(on_progress=lambda progress: _worker.progress.put(_ITERATION_COST))
     seconds = []
@@ -147,12 +143,12 @@ def _run_chain(plan: Plan, run: str) -> float:
 
 
 def _evaluate(plan: Plan, run: str | None, k: int) -> dict:
-    told = 0
+    reported = 0
 
     def on_batch(done: int) -> None:
-        nonlocal told
-        _worker.progress.put(_PICTURE_COST * (done - told))
-        told = done
+        nonlocal reported
+        _worker.progress.put(_PICTURE_COST * (done - reported))
+        reported = done
 
     model = _model_after(plan, run, k)
     return evaluate(
@@ -168,7 +164,7 @@ def _evaluate(plan: Plan, run: str | None, k: int) -> dict:
 
 
 def _draw_row(plan: Plan, run: str | None) -> list[Image.Image]:
-    """One row of the grid of pictures, the same pictures for every run."""
+    """One row of the image grid, with the same prompts and seeds for every run."""
     model, names = _model_after(plan, run, len(plan.targets)), itertools.cycle(OBJECTS)
     shots = [
         Shot(
@@ -197,10 +193,15 @@ def run_demo(
     workers: int | None = None,
     on_progress: Callable[[float, float], None] = lambda share, seconds_left: None,
 ) -> dict:
-    """Run both chains, evaluate them, write pictures and the edited checkpoint to `out`; returns figures and
-    paths.
+    """Figures of both chains and paths of the files: image grid, chart and edited checkpoint, in `out`.
 
-    `on_progress(share done, seconds left)` is called a few times a second.
+    Args:
+        out: folder to write to.
+        requests: number of styles to forget, 1 to 12.
+        seed: of training and evaluation.
+        order: `a` or `b`, one of the two fixed orders of the requests.
+        workers: number of processes; one per core, at most four, if None.
+        on_progress: called a few times a second with (share done in [0, 1], seconds left).
 
     Raises:
         CheckpointError: `out` cannot be written.
@@ -241,8 +242,11 @@ def run_demo(
 def _run_jobs(
     plan: Plan, todo: float, workers: int, on_progress: Callable[[float, float], None]
 ) -> dict[tuple, Any]:
-    """What each job returned, by (name, *arguments): anchors first, then chains, then evaluations; the
-    untouched model beside them."""
+    """(job name, *arguments) -> result of the job.
+
+    Anchor images come first, then the chains, then the evaluations. The pretrained model is evaluated beside
+    the chains.
+    """
     context = multiprocessing.get_context("spawn")
     progress = context.Queue()
     begun, done = time.monotonic(), 0.0
@@ -271,7 +275,7 @@ def _run_jobs(
                     key = jobs.pop(job)
                     results[key] = job.result()
                     if key[0] == "anchors":
-                        for run in reversed(RUNS):  # the longer chain first
+                        for run in reversed(RUNS):  # the slower chain first
                             submit("chain", run)
                     elif key[0] == "chain":
                         for k in reversed(plan.marks):

@@ -1,4 +1,4 @@
-"""MiniCanvas as a model family: registered here, so that nothing below this package knows it."""
+"""MiniCanvas as a model family. It is registered here, so that no room below this one names it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .world import NAMED_TEMPLATES, OBJECTS, PLAIN_TEMPLATES, STYLE_BY_NAME, sty
 
 
 def _captions() -> Captions:
-    """Plain images of every object for styles; for objects also images in every declared style."""
+    """Caption templates: plain images of every object for styles; for objects also every declared style."""
     styles = [STYLE_BY_NAME[name].display_name for name in styles_in("declared")]
     templates = [
         NAMED_TEMPLATES[i % len(NAMED_TEMPLATES)].replace("{style}", style)
@@ -22,7 +22,7 @@ def _captions() -> Captions:
 
 
 def _classifier() -> object:
-    from .judge import MiniCanvasClassifier  # it reads weights
+    from .judge import MiniCanvasClassifier  # deferred: judge imports this module through suites
 
     return MiniCanvasClassifier()
 

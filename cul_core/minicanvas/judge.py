@@ -1,4 +1,4 @@
-"""Asks a model for pictures of MiniCanvas' styles and objects, and classifies them."""
+"""Samples images of MiniCanvas' styles and objects, and classifies them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .world import OBJECTS, STYLE_BY_NAME, STYLE_LABELS
 
 
 class Judge:
-    """The shipped classifier: pictures (b, 3, 64, 64) in [0, 1] to verdicts."""
+    """The shipped classifier: one `Verdict` for each image of (b, 3, 64, 64) in [0, 1]."""
 
     def __init__(self, path: Path = models.CLASSIFIER_PATH):
         self._model = models.Classifier(len(STYLE_LABELS), len(OBJECTS))
@@ -52,7 +52,7 @@ def take(
     sampler: SamplerConfig | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """Pictures (n, 3, 64, 64) in [0, 1] of the shots; each depends on its own shot and the seed alone."""
+    """Images (n, 3, 64, 64) in [0, 1], one per shot; each depends on its own shot and the seed alone."""
     with network.with_weights(weights_of(model, network.exact(list(model.edits)))):
         return _draw(network, shots, seed, sampler or SamplerConfig(), on_batch)
 
@@ -81,31 +81,43 @@ def evaluate(
     across: Sequence[str] | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Scores:
-    """Scores of `model` after `targets` of a suite were forgotten, asked across these names (all of the
-    suite's if not given)."""
+    """Scores of `model` after `targets` of a suite were forgotten.
+
+    Args:
+        network: the pretrained network.
+        model: its edits.
+        judge: the classifier.
+        targets: names that the model has forgotten.
+        seed: of the images.
+        suite: what is asked beside the targets.
+        per_cell: images per style and object.
+        across: names of the cross domain to ask in; all of the suite's if not given.
+        on_batch: called with the number of images done.
+    """
     shots = suite.shots(targets, per_cell, across)
     return score(shots, judge(take(network, model, shots, seed, on_batch=on_batch)), suite.domain)
 
 
 _FEW = 10
+"""Images of each role in the first, cheap measurement of early stopping."""
 
 
 def measure_for(request: Request, judge: Judge | None = None) -> Measure:
-    """How early stopping measures a request of MiniCanvas: UA of its targets, RA of what it declares (of its
-    suite's, if nothing).
+    """The measurement for early stopping: (UA of the request's targets, RA of its retained concepts).
 
-    First by few pictures, ten of targets and ten of what is kept. Only if these show a UA of `stop_at_ua` or
-    more, by all that `evaluate` asks for by these names. The seed is the request's, so that nothing but the
-    request and the model matters.
+    RA is that of the suite's declared concepts if the request declares none. A measurement first samples ten
+    images of targets and ten of retained concepts. If their UA reaches `stop_at_ua`, it samples all images
+    that `evaluate` samples of these names. The request's seed is used, so the figures depend on the request
+    and the model alone.
 
     Raises:
-        ConceptError: a target is not in the suite, so it would not be measured.
+        ConceptError: a target is not in the suite and cannot be measured.
     """
     suite, targets = suite_of([concept.target for concept in request.concepts])
     if len(targets) < len(request.concepts):
         raise ConceptError(
             f"Of {', '.join(repr(concept.target) for concept in request.concepts)}, only {targets} can be "
-            "measured; forget either styles or objects of MiniCanvas, or set evaluate_every to 0."
+            "measured together; forget only styles or only objects of MiniCanvas, or set evaluate_every to 0."
         )
     kept = suite_of([concept.target for concept in request.retain if concept.kind == suite.domain])[1]
     asked = replace(
@@ -114,31 +126,31 @@ def measure_for(request: Request, judge: Judge | None = None) -> Measure:
     few, rest, across = [], [], len(suite.across)
     for role in ("target", "declared"):
         shots = [shot for shot in asked.shots(targets) if shot.role == role]
-        # a picture of each concept in turn, each of another object (or in another style)
+        # one image of each concept in turn, with the next object (or style) each time
         picked = {i % (len(shots) // across) * across + i % across for i in range(_FEW if shots else 0)}
         few += [shots[i] for i in sorted(picked)]
         rest += [shot for i, shot in enumerate(shots) if i not in picked]
     judge = judge or Judge()
 
     def measure(network: Network, check: Callable[[], None]) -> tuple[float, float] | None:
-        def seen(shots: list[Shot]) -> list[Verdict]:
+        def classified(shots: list[Shot]) -> list[Verdict]:
             return (
                 judge(_draw(network, shots, request.training.seed, SamplerConfig(), lambda done: check()))
                 if shots
                 else []
             )
 
-        verdicts = seen(few)
+        verdicts = classified(few)
         scores = score(few, verdicts, suite.domain)
         if scores.ua >= request.training.stop_at_ua:
-            scores = score(few + rest, verdicts + seen(rest), suite.domain)
+            scores = score(few + rest, verdicts + classified(rest), suite.domain)
         return None if scores.ira_declared is None else (scores.ua, scores.ira_declared)
 
     return measure
 
 
 class MiniCanvasClassifier(Classifier):
-    """The classifier of MiniCanvas as audits ask for it; styles or objects, by what is asked about."""
+    """MiniCanvas' classifier behind the interface of audits; the names decide between styles and objects."""
 
     def __init__(self):
         self._judge = Judge()
@@ -149,9 +161,8 @@ class MiniCanvasClassifier(Classifier):
         if unknown := [name for name in names if name not in known]:
             choice = ", ".join(OBJECTS if suite.domain == "object" else STYLE_BY_NAME)
             raise ConceptError(
-                f"MiniCanvas has no {suite.domain} {brief_repr(unknown[0])} to score; choose among "
-                f"{choice}, "
-                "of one kind at a time."
+                f"MiniCanvas has no {suite.domain} {brief_repr(unknown[0])}; name styles only or objects "
+                f"only, among {choice}."
             )
 
     def count(self, names: Sequence[str], per_cell: int) -> int:

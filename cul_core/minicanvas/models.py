@@ -1,7 +1,7 @@
-"""MiniCanvas' own networks: the autoencoder as it is trained, and the classifier that scores pictures.
+"""MiniCanvas' own networks: the autoencoder as it is trained, and the classifier of images.
 
 UNet and text encoder are plain diffusers and transformers classes, configured in
-`cul_core/models/configs/mini/`.
+`cul_core/minicanvas/config/`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ CHECKPOINT_PATH = Path(__file__).parent / "checkpoints" / "minicanvas.safetensor
 CLASSIFIER_PATH = Path(__file__).parent / "weights" / "classifier.safetensors"
 
 AUTOENCODER_WIDTHS = (24, 32, 64, 64)
-"""Channels per level that are trained, 64x64 pixels first; the rest of the 64 channels of TAESD's shape are
-zero."""
-_ENCODER_BLOCKS = (0, 1, 3, 3)  # trained blocks per level; TAESD's shape has (1, 3, 3, 3) and (1, 3, 3, 3)
+"""Trained channels per level, 64x64 pixels first; TAESD's shape has 64, the others are zero."""
+_ENCODER_BLOCKS = (0, 1, 3, 3)  # trained blocks per level; TAESD has (1, 3, 3, 3) in encoder and decoder
 _DECODER_BLOCKS = (1, 2, 3, 3)
 
 
 class ResidualBlock(nn.Module):
-    """TAESD's block, relu(conv(x) + x); an all-zero last convolution makes it the identity on its
-    (non-negative) input."""
+    """TAESD's block relu(conv(x) + x); with a zero last convolution, the identity on non-negative input."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -42,10 +40,9 @@ class ResidualBlock(nn.Module):
 
 
 class NarrowAutoencoder(nn.Module):
-    """TAESD with fewer channels where pixels are many: a third of the cost, and exactly embeddable into
-    TAESD's shape.
+    """TAESD with fewer channels at high resolution: a third of the cost, exactly embeddable into TAESD.
 
-    Pictures and reconstructions are (b, 3, 64, 64) in [0, 1], latents (b, 4, 8, 8) near unit variance.
+    Images and reconstructions are (b, 3, 64, 64) in [0, 1], latents (b, 4, 8, 8) near unit variance.
     """
 
     def __init__(self):
@@ -74,11 +71,10 @@ class NarrowAutoencoder(nn.Module):
         return self.decoder(3 * (latents / 3).tanh())
 
     def widened(self) -> nn.Module:
-        """A `diffusers.AutoencoderTiny` that computes the same function, the missing channels and blocks
-        being zero.
+        """A `diffusers.AutoencoderTiny` of the same function; missing channels and blocks are zero in it.
 
-        A block whose convolutions are all zero is relu(x); it stands for the plain ReLU and, after a trained
-        block, for nothing, because what it gets is non-negative already.
+        A block whose convolutions are all zero is relu(x). It replaces a plain ReLU. After a trained block it
+        is the identity, because its input is non-negative already.
         """
         from diffusers import AutoencoderTiny
 
@@ -91,8 +87,10 @@ class NarrowAutoencoder(nn.Module):
 
 
 def _embed(narrow: nn.Sequential, wide: nn.Sequential) -> None:
-    """Copy layer by layer; blocks (and the ReLU that stands for one) pair up within a level, plain layers one
-    to one."""
+    """Copy weights layer by layer.
+
+    Blocks, and the ReLU that replaces one, pair up within a level; plain layers pair up one to one.
+    """
     waiting = [layer for layer in narrow if not isinstance(layer, nn.Upsample)]
     for layer in wide:
         is_block = hasattr(layer, "fuse")
@@ -105,20 +103,20 @@ def _embed(narrow: nn.Sequential, wide: nn.Sequential) -> None:
             target = layer.get_parameter(name).data
             target[tuple(slice(size) for size in value.shape)] = value
     if waiting:
-        raise AssertionError(f"{len(waiting)} trained layers found no place in the wide shape")
+        raise AssertionError(f"{len(waiting)} trained layers have no counterpart in AutoencoderTiny")
 
 
 def load_autoencoder(path: Path) -> NarrowAutoencoder:
-    """The autoencoder as it was trained, frozen."""
+    """The trained autoencoder, frozen."""
     model = NarrowAutoencoder()
     model.load_state_dict(load_file(path))
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 class Classifier(nn.Module):
-    """Style and object of (b, 3, 64, 64) pictures in [0, 1]; the last class of each head rejects.
+    """(style logits (b, styles + 1), object logits (b, objects + 1)) of images (b, 3, 64, 64) in [0, 1].
 
-    Returns (style logits, object logits): (b, styles + 1), (b, objects + 1).
+    The last class of each head means "none of these".
     """
 
     def __init__(self, styles: int, objects: int):

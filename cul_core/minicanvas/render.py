@@ -1,8 +1,8 @@
-"""Procedural pictures of MiniCanvas: `render(object, style, rng)` draws 64x64 RGB, about a millisecond each.
+"""Procedural images of MiniCanvas: `render(object, style, rng)` draws 64x64 RGB in about a millisecond.
 
 An object is a silhouette with inner details, placed with a random shift (4 px), scale (0.78-1.0), rotation
 (15 degrees) and brightness (5 %). A style decides background, colours and how the object is drawn. Pattern
-periods divide 16 px, the pitch at which an 8x autoencoder can carry texture for nothing.
+periods divide 16 px, a multiple of the autoencoder's 8x downsampling, so latents repeat with the pattern.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ _Y, _X = (np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5) / SIZE
 
 
 # --- objects: polygons in [-1, 1], y down; `body` adds, `cut` removes from the body, `detail` is drawn inside
-# ------------------
 
 
 def _ellipse(cx: float, cy: float, rx: float, ry: float, points: int = 28) -> list[tuple[float, float]]:
@@ -122,7 +121,7 @@ _NATURAL = {  # body and detail colours of the plain style
 
 
 class _Masks:
-    """Soft masks of one placed object, all (64, 64) in [0, 1]: body, detail, edge of both, glow around it."""
+    """Soft masks of one placed object, each (64, 64) in [0, 1]: body, detail, edge, and the blurred body."""
 
     def __init__(self, object_name: str, rng: random.Random):
         big = SIZE * _SUPERSAMPLE
@@ -159,7 +158,6 @@ def _unit(image: Image.Image) -> np.ndarray:
 
 
 # --- painting helpers
-# ----------------------------------------------------------------------------------------------------------
 
 
 def _rgb(*values: float) -> np.ndarray:
@@ -210,8 +208,7 @@ def _filled(
     return out if line is None else _mix(out, line, m.edge())
 
 
-# --- styles -------------------------------------------------------------------------------------------------
-# -------------------
+# --- styles
 
 
 def _plain(m, name, rng):
@@ -474,13 +471,13 @@ _DRAW = {
 
 
 def render(object_name: str, style: str, rng: random.Random) -> np.ndarray:
-    """One picture, uint8 (64, 64, 3); the same `rng` state gives the same picture."""
+    """One image, uint8 (64, 64, 3); the same `rng` state gives the same image."""
     picture = _DRAW[style](_Masks(object_name, rng), object_name, rng)
     return (np.clip(picture * rng.uniform(0.95, 1.05), 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def render_background(style: str, rng: random.Random) -> np.ndarray:
-    """The style without any object, uint8 (64, 64, 3): what the classifier's object head must reject."""
+    """The style without an object, uint8 (64, 64, 3): a negative for the classifier's object head."""
     masks = _Masks.__new__(_Masks)
     masks.body = masks.detail = np.zeros((SIZE, SIZE), np.float32)
     masks._small, masks.shift = Image.new("L", (SIZE, SIZE)), (0, 0)

@@ -1,5 +1,4 @@
-"""The two suites of MiniCanvas: what is forgotten in which order, what is kept, and what an evaluation asks
-for."""
+"""The two suites of MiniCanvas: order of requests, retained concepts, prompts of an evaluation."""
 
 from __future__ import annotations
 
@@ -22,19 +21,18 @@ from .world import (
 
 @dataclass(frozen=True)
 class Suite:
-    """Forgetting in one domain, with retention measured in it and across the other.
+    """Requests in one domain; retention is measured in that domain and in the cross domain.
 
     Args:
         name: `styles` or `objects`.
-        domain: `style` or `object`, what is forgotten; the other is the cross domain.
+        domain: domain of the targets, `style` or `object`; the other one is the cross domain.
         orders: name -> targets in the order of the requests.
-        declared: kept concepts that every method is told of.
-        hidden: kept concepts that no method is told of.
-        across: names of the cross domain that every concept is asked in.
-        marks: after which requests there are measurements.
-        anchors: target -> the word it becomes; a style needs none.
-        iterations_factor: how many times a preset's iterations a request trains; the paper's scripts double
-            them for objects.
+        declared: retained concepts that every method is told of.
+        hidden: retained concepts that no method is told of.
+        across: names of the cross domain; every concept is combined with each of them.
+        marks: numbers of the requests after which the model is measured.
+        anchors: target -> its anchor; a style needs none.
+        iterations_factor: multiplies a preset's iterations; the paper's scripts double them for objects.
     """
 
     name: str
@@ -49,26 +47,32 @@ class Suite:
 
     @property
     def longest(self) -> int:
-        """Requests of a whole run."""
+        """Number of requests of a whole run."""
         return len(next(iter(self.orders.values())))
 
     def concepts(self, targets: Sequence[str]) -> tuple[Concept, ...]:
         return tuple(Concept(target, self.domain, self.anchors.get(target, "")) for target in targets)
 
     def keep(self) -> tuple[Concept, ...]:
-        """What a careful user would list as to be kept."""
+        """The retained concepts that a request declares."""
         return tuple(Concept(name, self.domain) for name in self.declared)
 
     def captions(self, targets: Sequence[str]) -> tuple[str, ...]:
-        """Anchor prompts of a request for `targets`: plain pictures, of every object or of what the targets
-        become."""
+        """Anchor prompts of a request: plain images of every object, or of the targets' anchors."""
         return anchor_prompts(MINI, self.concepts(targets))
 
     def shots(
         self, targets: Sequence[str], per_cell: int = 1, across: Sequence[str] | None = None
     ) -> list[Shot]:
-        """What an evaluation asks after `targets` were forgotten: each of them by name, all that is kept by
-        name, and styles among the targets by description too, which no method is told of.
+        """The images that an evaluation samples after `targets` were forgotten.
+
+        Targets and retained concepts are asked for by name. Target styles are also asked for by description,
+        which no method is told of.
+
+        Args:
+            targets: forgotten names.
+            per_cell: images per concept and name of the cross domain.
+            across: names of the cross domain; all of the suite's if None.
         """
         across = self.across if across is None else across
         by_role = {"target": targets, "declared": self.declared, "hidden": self.hidden}
@@ -125,8 +129,7 @@ OBJECT_SUITE = Suite(
         "a": ("star", "fish", "boat", "cat", "heart", "tree"),
         "b": ("tree", "cat", "star", "heart", "boat", "fish"),
     },
-    # the anchors are trained to stay, so they are the declared ones, and figures of those that are not stand
-    # apart
+    # training reinforces the anchors, so they are the declared concepts; the hidden ones are reported apart
     declared=("flower", "house"),
     hidden=("moon", "cup"),
     across=(*styles_in("declared"), *styles_in("hidden")),
@@ -145,8 +148,8 @@ SUITES = {suite.name: suite for suite in (STYLE_SUITE, OBJECT_SUITE)}
 
 
 def suite_of(names: Sequence[str]) -> tuple[Suite, list[str]]:
-    """The suite that measures what was forgotten, and those of the names that it knows: objects if no style
-    is among them."""
+    """(suite, names of it among `names`): the objects' suite if there are objects and no styles, else that of
+    styles."""
     labels = list(dict.fromkeys(name.strip().replace(" ", "_") for name in names))
     styles, objects = (
         [name for name in labels if name in STYLE_BY_NAME],

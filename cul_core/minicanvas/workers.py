@@ -1,4 +1,4 @@
-"""Worker processes of demo and benchmark: one thread each, and none outlives the process that started it."""
+"""Worker processes of demo and benchmark: one thread each; a worker ends with its parent process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 def prepare_worker() -> None:
-    """To be called first in a worker process."""
+    """Limit this worker to one thread and end it with its parent; call this first in a worker process."""
     torch.set_num_threads(1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
-    multiprocessing.parent_process().join()  # returns when the parent is gone, however it ended
+    multiprocessing.parent_process().join()  # returns when the parent has ended, also when it was killed
     os._exit(1)

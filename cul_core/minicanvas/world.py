@@ -1,9 +1,9 @@
-"""What MiniCanvas can draw and say: objects, styles, the three groups of styles, captions and request orders.
+"""MiniCanvas' vocabulary: objects, styles in three groups, caption templates and request orders.
 
-A caption says the style by *name* ("Candy Stripes") or *describes* it ("with pink horizontal stripes"). The
-description is an alias that no unlearning method is told, so style accuracy on description prompts after
-forgetting by name measures the leak. Every family of styles has one member in each group, so that a forgotten
-style always has close relatives that must stay.
+A caption *names* the style ("Candy Stripes") or *describes* it ("with pink horizontal stripes"). No
+unlearning method is told the descriptions. Style accuracy on description prompts after forgetting the name
+measures the leak. Every family of styles has one member in each group, so every forgotten style has close
+relatives that must stay.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from dataclasses import dataclass
 OBJECTS = ("star", "heart", "house", "tree", "fish", "cat", "flower", "moon", "boat", "cup")
 
 PLAIN = "plain"
-"""The style of a caption that names none: natural colours on a soft grey. It is the anchor of every style
-request."""
+"""The style of a caption that names none: natural colours on soft grey; every style request's anchor."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """One style: its name (underscores for spaces), family, group (`forget`, `declared` or `hidden`) and
-    descriptions."""
+    """One style; its name has underscores for spaces, its group is `forget`, `declared` or `hidden`."""
 
     name: str
     family: str
@@ -104,11 +102,11 @@ STYLES: tuple[Style, ...] = tuple(
 )
 STYLE_BY_NAME = {style.name: style for style in STYLES}
 STYLE_LABELS = tuple(style.name for style in STYLES) + (PLAIN,)
-"""Label order of the classifier's style head; one more index, the last, rejects."""
+"""Labels of the classifier's style head in order; its last index, after these, means "none of these"."""
 
 
 def styles_in(group: str) -> tuple[str, ...]:
-    """Names of the styles of `forget`, `declared` or `hidden`, in family order."""
+    """Names of the styles of a group (`forget`, `declared` or `hidden`), in family order."""
     return tuple(style.name for style in STYLES if style.group == group)
 
 
@@ -186,8 +184,10 @@ DESCRIPTION_EVALUATION_TEMPLATE = "A {object} image {description}."
 
 
 def caption(style: str, object_name: str, rng: random.Random) -> str:
-    """A training caption: 10 % empty, else for a style 65 % by name and 30 % by description, 5 % without the
-    object."""
+    """A random training caption: 10 % are empty.
+
+    Of the others of a style, 65 % name it, 30 % describe it, and 5 % name it without an object.
+    """
     if rng.random() < 0.10:
         return ""
     if style == PLAIN:
@@ -207,7 +207,7 @@ def caption(style: str, object_name: str, rng: random.Random) -> str:
 
 
 def all_texts() -> list[str]:
-    """One text for every word the world can say; what the tokenizer's merges are learnt from."""
+    """Texts that together hold every word of the captions; the tokenizer's merges are learnt from them."""
     texts = [
         t.format(object="", style="", description="")
         for t in NAMED_TEMPLATES + DESCRIBED_TEMPLATES + PLAIN_TEMPLATES + STYLE_ONLY_TEMPLATES

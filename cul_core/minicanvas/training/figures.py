@@ -1,4 +1,4 @@
-"""Measures a trained MiniCanvas and writes its two weight files with the figures in their headers."""
+"""Measures a trained MiniCanvas and writes its two weight files, with the figures in their headers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def autoencoder_figures(model: models.NarrowAutoencoder, seed: int, per_cell: int = 4) -> dict:
-    """PSNR in dB on fresh renderings: over all pictures (of the mean squared error) and of the worst
-    style."""
+    """PSNR in dB on fresh renderings: over all images (of their mean squared error) and by style."""
     rng = random.Random(f"{seed}/autoencoder/held-out")
     errors = {}
     for style in STYLE_LABELS:
@@ -46,8 +45,10 @@ def autoencoder_figures(model: models.NarrowAutoencoder, seed: int, per_cell: in
 
 
 def sampling_figures(network: Network, judge: Judge, seed: int, per_cell: int = 2) -> dict[str, float]:
-    """Share in percent of sampled pictures with the asked style and object: by name (720 pictures), by
-    description, and plain."""
+    """Percentage of sampled images with the prompted style and object: by name, by description, and plain.
+
+    By name there are 360 x `per_cell` images.
+    """
     from ...history.unlearn_model import UnlearnModel
     from ...models.source import FileSource
 
@@ -87,7 +88,7 @@ def sampling_figures(network: Network, judge: Judge, seed: int, per_cell: int = 
 
 
 def classifier_figures(judge: Judge, seed: int, per_cell: int = 3) -> dict[str, float]:
-    """Share in percent of fresh renderings that the classifier labels right."""
+    """Percentage of fresh renderings that the classifier labels correctly, for style and object."""
     rng = random.Random(f"{seed}/classifier/held-out")
     cells = [(style, name) for style in STYLE_LABELS for name in OBJECTS for _ in range(per_cell)]
     pictures = np.stack([render(name, style, rng) for style, name in cells])
@@ -101,8 +102,13 @@ def classifier_figures(judge: Judge, seed: int, per_cell: int = 3) -> dict[str, 
 
 
 def write_with_figures(work: Path, out: Path, seed: int) -> dict[str, dict]:
-    """Packs the stages' results in `work` as fp16, measures that very file, and writes both weight files to
-    `out`."""
+    """All figures of the packed fp16 weights; both weight files are written to `out`.
+
+    Args:
+        work: folder with the results of the training stages.
+        out: folder for checkpoint and classifier.
+        seed: of the measurements.
+    """
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(**MINI.config("unet"))

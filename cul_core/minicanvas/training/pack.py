@@ -1,5 +1,4 @@
-"""Writes MiniCanvas as one checkpoint in Stable Diffusion's key layout, the inverse of what `loading`
-reads."""
+"""Writes MiniCanvas as one checkpoint in Stable Diffusion's key layout, which `load_diffusers` reads."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ _TOP = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-# the host multiplies latents by this before TAESD's decoder; its SD 1.5 latent format divides by it
+# ComfyUI's SD 1.5 latent format divides latents by this; its TAESD decoder multiplies them by it again
 VAE_SCALE = 0.18215
 
 
@@ -59,10 +58,10 @@ def unet_checkpoint_key(name: str, layers_per_block: int) -> str:
 def checkpoint_tensors(
     unet: nn.Module, text: Mapping[str, Tensor], autoencoder: nn.Module, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """All tensors of the checkpoint, by key; `autoencoder` is an `AutoencoderTiny`."""
+    """All tensors of the checkpoint by key, in `dtype`; `autoencoder` is an `AutoencoderTiny`."""
     keys = {name: unet_checkpoint_key(name, unet.config.layers_per_block) for name in unet.state_dict()}
     if unet_key_map(list(keys.values()), unet.config) != keys:
-        raise AssertionError("the key layout disagrees with diffusers' own converter")
+        raise AssertionError("the key layout disagrees with the converter of diffusers")
     tensors = {keys[name]: tensor.to(dtype) for name, tensor in unet.state_dict().items()}
     tensors |= {
         f"{TEXT_PREFIX}text_model.{name.removeprefix('text_model.')}": tensor.to(dtype)
@@ -73,12 +72,12 @@ def checkpoint_tensors(
         tiny_autoencoder_key(name): tensor.to(dtype) for name, tensor in autoencoder.state_dict().items()
     }
     scalars = {f"{VAE_PREFIX}vae_scale": VAE_SCALE, f"{VAE_PREFIX}vae_shift": 0.0}
-    # fp32: half a digit of these shifts colours
+    # fp32: rounding these to fp16 shifts colours
     return tensors | {key: torch.tensor(value) for key, value in scalars.items()}
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], figures: Mapping) -> None:
-    """One safetensors file with the figures of the run that made it in its header."""
+    """Write a safetensors file whose header holds the figures of the training run."""
     data = save(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         metadata={"format": "pt", "minicanvas_figures": json.dumps(figures)},

@@ -1,9 +1,9 @@
-"""Makes the tokenizer folder: byte-level BPE in CLIP's format, in which every word of the world is one token.
+"""Makes the tokenizer folder: byte-level BPE in CLIP's format; every word of MiniCanvas is one token.
 
     python -m cul_core.minicanvas.training.tokenizer_build
 
-Merges are learnt the usual way (the most frequent pair first) until no word is left in pieces. Ids: 256 byte
-symbols, the same ending a word, one per merge, start, end. Any other text still encodes, in smaller pieces.
+Merges are learnt by BPE (the most frequent pair first) until every word is one token. Ids: 256 byte symbols,
+the same symbols at the end of a word, one id per merge, start, end. Other text encodes into more tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def _byte_symbols() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 byte values."""
+    """GPT-2's printable symbols of the 256 byte values, in the order of ids."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

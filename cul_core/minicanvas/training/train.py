@@ -1,11 +1,11 @@
-"""Makes all weights of MiniCanvas from nothing and prints their figures.
+"""Trains all weights of MiniCanvas from scratch and prints their figures.
 
     python -m cul_core.minicanvas.training.train --work build/minicanvas --out cul_core/minicanvas/weights
                                                  [--workers 2]
 
-Four stages, each skipped when its result is in the work folder: autoencoder, classifier, UNet with text
-encoder, figures. Workers are processes of one thread each that average their gradients; about an hour and a
-half on two cores.
+Stages: autoencoder, latents, classifier, UNet with text encoder, then the figures. A stage is skipped when
+its result is in the work folder. Workers are processes of one thread each that average their gradients. The
+run takes about an hour and a half on two cores.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ logger = logging.getLogger(__name__)
 AUTOENCODER_STEPS, AUTOENCODER_BATCH, AUTOENCODER_LR = 3400, 16, 2e-3
 CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_LR = 1000, 64, 2e-3
 UNET_STEPS, UNET_BATCH, UNET_LR = 6000, 32, 1e-3
-# the text encoder learns for this share of the UNet's steps, then its outputs are cached
+# share of the UNet's steps in which the text encoder trains; its outputs are cached afterwards
 TEXT_FREEZE_AT = 0.4
-# pictures per (style, object) whose latents the UNet trains on; plain gets three times as many
+# images per (style, object) whose latents the UNet trains on; the plain style has three times as many
 RENDERINGS_PER_CELL = 100
 EMA_DECAY = 0.999
 MIN_SNR_GAMMA = 5.0  # Hang et al., arXiv 2303.09556
 
 
 class Workers:
-    """Rank and size of the data-parallel group, and the mean of gradients over it."""
+    """The data-parallel group: rank, size, averaged gradients and gathered tensors."""
 
     def __init__(self, rank: int, size: int, port: int):
         self.rank, self.size = rank, size
@@ -90,8 +90,17 @@ def _fit(
     loss_of: Callable[[int], Tensor],
     after: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """AdamW with warm-up and cosine decay; `loss_of(step)` builds the loss, `after(step)` runs after each
-    update."""
+    """Train `module` by AdamW with warm-up and cosine decay.
+
+    Args:
+        workers: the data-parallel group.
+        name: of the stage, for the log.
+        module: its parameters are trained.
+        steps: number of updates.
+        peak: highest learning rate.
+        loss_of: step -> loss.
+        after: called with the step after each update.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     begun, recent = time.time(), []
@@ -121,15 +130,14 @@ def _fit(
 
 
 def _pictures(batch: int, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-    """Fresh renderings (b, 3, 64, 64) in [0, 1] with style and object labels."""
+    """Fresh renderings (b, 3, 64, 64) in [0, 1], style labels (b,) and object labels (b,)."""
     cells = [(rng.randrange(len(STYLE_LABELS)), rng.randrange(len(OBJECTS))) for _ in range(batch)]
     pictures = np.stack([render(OBJECTS[o], STYLE_LABELS[s], rng) for s, o in cells])
     styles, objects = torch.tensor(cells).T
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, styles, objects
 
 
-# --- autoencoder --------------------------------------------------------------------------------------------
-# -----------------------
+# --- autoencoder
 
 
 def train_autoencoder(workers: Workers, work: Path, seed: int) -> None:
@@ -157,11 +165,10 @@ def train_autoencoder(workers: Workers, work: Path, seed: int) -> None:
 
 
 # --- latents of renderings, shared by the later stages
-# ------------------------------------------------------------------------
 
 
 def make_latents(workers: Workers, work: Path, seed: int) -> None:
-    """Encodes `RENDERINGS_PER_CELL` pictures of every (style, object), three times as many of plain."""
+    """Encode `RENDERINGS_PER_CELL` images of every (style, object), and three times as many plain ones."""
     cells = [
         (s, o)
         for s, style in enumerate(STYLE_LABELS)
@@ -189,15 +196,13 @@ def make_latents(workers: Workers, work: Path, seed: int) -> None:
         save_file({"latents": latents, "labels": labels}, work / "latents.safetensors")
 
 
-# --- classifier ---------------------------------------------------------------------------------------------
-# -------------------------
+# --- classifier
 
 REJECT_STYLE, REJECT_OBJECT = len(STYLE_LABELS), len(OBJECTS)
 
 
 def _ruined_latents(latents: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents of pictures that show nothing: noise of several scales, shuffled, averaged or drowned
-    pictures."""
+    """Latents of images without content: noise of several scales, and shuffled, averaged or noised images."""
     count, kinds = len(latents), 6
     noise = torch.randn(latents.shape, generator=generator)
     coarse = functional.interpolate(torch.randn(count, 4, 3, 3, generator=generator), size=8, mode="bicubic")
@@ -220,7 +225,7 @@ def _ruined_latents(latents: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _decoded(model: models.NarrowAutoencoder, latents: Tensor) -> Tensor:
-    """Pictures of latents, uint8 (n, 3, 64, 64)."""
+    """Decoded images, uint8 (n, 3, 64, 64), of latents (n, 4, 8, 8)."""
     parts = []
     for part in latents.split(128):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -229,7 +234,7 @@ def _decoded(model: models.NarrowAutoencoder, latents: Tensor) -> Tensor:
 
 
 def _worthless_pictures(count: int, pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Flat colours, greys, pixel noise, tile puzzles and double exposures, (count, 3, 64, 64) in [0, 1]."""
+    """Flat colours, greys, pixel noise, shuffled tiles, double exposures: (count, 3, 64, 64) in [0, 1]."""
 
     def rand(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
@@ -247,8 +252,7 @@ def _worthless_pictures(count: int, pictures: Tensor, generator: torch.Generator
 
 
 def train_classifier(workers: Workers, work: Path, seed: int) -> None:
-    """Learns from renderings, reconstructions of noisy latents, bare backgrounds (no object) and worthless
-    pictures."""
+    """Train on renderings, decoded noisy latents, backgrounds without object, and images without content."""
     torch.manual_seed(seed)
     model = models.Classifier(len(STYLE_LABELS), len(OBJECTS)).to(memory_format=torch.channels_last)
     rng = random.Random(f"{seed}/classifier/{workers.rank}")
@@ -294,7 +298,7 @@ def train_classifier(workers: Workers, work: Path, seed: int) -> None:
         )
 
     _fit(workers, "classifier", model, CLASSIFIER_STEPS, CLASSIFIER_LR, loss_of)
-    for buffer in model.buffers():  # running statistics: the mean over workers
+    for buffer in model.buffers():  # running statistics are averaged over workers
         if workers.size > 1 and buffer.is_floating_point():
             torch.distributed.all_reduce(buffer)
             buffer /= workers.size
@@ -303,12 +307,13 @@ def train_classifier(workers: Workers, work: Path, seed: int) -> None:
 
 
 # --- UNet and text encoder
-# ----------------------------------------------------------------------------------------------------------
 
 
 def train_unet(workers: Workers, work: Path, seed: int) -> None:
-    """Epsilon prediction with min-SNR weights; the text encoder learns along, then stays as its running
-    mean."""
+    """Train the UNet by noise prediction with min-SNR weights; both results are exponential moving averages.
+
+    The text encoder trains too until `TEXT_FREEZE_AT` of the steps, then its average is frozen.
+    """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -373,8 +378,7 @@ def train_unet(workers: Workers, work: Path, seed: int) -> None:
             (work / f"{part}.part.safetensors").rename(work / f"{part}.safetensors")
 
 
-# --- the whole run ------------------------------------------------------------------------------------------
-# -------------------------
+# --- the whole run
 
 _STAGES = {
     "autoencoder": train_autoencoder,
