@@ -1,5 +1,4 @@
-"""The command line: `python -m cul_core demo | unlearn | merge | evaluate | audit | benchmark | inspect |
-store`."""
+"""The command line, `python -m cul_core COMMAND`; every command is a file of this package."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ _EXIT_ERROR = 2
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """The argparse parser with all commands."""
     top = argparse.ArgumentParser(
         prog="cul_core", description="Make a text-to-image model forget, one request after another."
     )
@@ -30,13 +29,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 with one line on stderr for an error a user can mend."""
+    """Exit status of one command: 0, 2 after a user error with one line on stderr, 130 when interrupted."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     arguments = parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names are shown on any terminal
+            stream.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack letters of a name
     try:
         arguments.run(arguments)
     except CulError as error:

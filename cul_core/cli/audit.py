@@ -1,4 +1,4 @@
-"""Audits an edited checkpoint."""
+"""The command `audit`: runs a registered audit on an edited checkpoint."""
 
 from __future__ import annotations
 
@@ -12,21 +12,30 @@ from .common import ProgressLine, add_command, say, write_json
 
 
 def add(commands: Any) -> None:
-    """Adds the command to argparse's group, with a command of its own for every registered audit."""
+    """Add the command to argparse's group, with a subcommand for every registered audit."""
     from ..audits import AUDITS
 
-    parser = add_command(commands, "audit", run, "Ask an edited checkpoint for what should be gone.")
+    parser = add_command(
+        commands, "audit", run, "Test an edited checkpoint for what it should have forgotten."
+    )
     audits = parser.add_subparsers(required=True, metavar="AUDIT", dest="audit")
     formatter = argparse.ArgumentDefaultsHelpFormatter
     for entry in AUDITS:
         audit = audits.add_parser(entry.name, help=entry.description, formatter_class=formatter)
         audit.add_argument("model", type=Path, help="checkpoint to audit")
-        audit.add_argument("--pretrained", type=Path, help="the file that it was made from")
         audit.add_argument(
-            "--tokenizer", type=Path, metavar="FOLDER", help="CLIP's vocab.json and merges.txt"
+            "--pretrained",
+            type=Path,
+            help="the checkpoint that the edited one was made from; its weights then count as W0",
         )
         audit.add_argument(
-            "--target", nargs="*", default=[], help="what should be gone; the history's if not given"
+            "--tokenizer", type=Path, metavar="FOLDER", help="folder with CLIP's vocab.json and merges.txt"
+        )
+        audit.add_argument(
+            "--target",
+            nargs="*",
+            default=[],
+            help="forgotten concepts; those in the file's history if not given",
         )
         _add_settings(audit, entry.config())
 

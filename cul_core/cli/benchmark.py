@@ -1,4 +1,4 @@
-"""Measures every way of forgetting on MiniCanvas."""
+"""The command `benchmark`: measures methods and presets on MiniCanvas."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from .common import add_command, check_within, say, write_json
 
 
 def add(commands: Any) -> None:
-    """Adds the command to argparse's group."""
+    """Add the command to argparse's group."""
 
     parser = add_command(
         commands,
         "benchmark",
         run,
-        "Measure every way of forgetting on MiniCanvas; goes on where an earlier run stopped.",
+        "Measure methods and presets on MiniCanvas; an interrupted run resumes.",
     )
-    parser.add_argument("--suite", choices=("styles", "objects"), default="styles", help="what is forgotten")
+    parser.add_argument(
+        "--suite", choices=("styles", "objects"), default="styles", help="domain of the targets"
+    )
     parser.add_argument(
         "--cells",
         nargs="*",
         metavar="CELL",
-        help="presets, such as plain, or 'plain ties', 'plain simultaneous'; the paper's if not given",
+        help="presets, such as plain, or with a setting: 'plain ties'; the paper's if not given",
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[1, 2], help="seeds of training and evaluation"
@@ -34,16 +36,16 @@ def add(commands: Any) -> None:
         nargs="+",
         choices=("a", "b"),
         default=["a", "b"],
-        help="fixed orders of the requests; the seeds take them in turn",
+        help="orders of the requests; the seeds take them in turn",
     )
-    parser.add_argument("--requests", type=int, help="how many requests; all of the suite if not given")
-    parser.add_argument("--pictures", type=int, default=1, help="pictures per style and object")
-    parser.add_argument("--compare", choices=("paper",), help="print the paper's figures beside")
+    parser.add_argument("--requests", type=int, help="number of requests; all of the suite if not given")
+    parser.add_argument("--pictures", type=int, default=1, help="images per style and object")
+    parser.add_argument("--compare", choices=("paper",), help="print the paper's figures too")
     parser.add_argument(
-        "--workers", type=int, help="processes, of one thread each; one per core if not given"
+        "--workers", type=int, help="processes of one thread each; one per core, at most 8, if not given"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmark"), help="folder for results, figure and finished steps"
+        "--out", type=Path, default=Path("benchmark"), help="folder for results, chart and finished steps"
     )
 
 

@@ -1,4 +1,4 @@
-"""What commands share: output, checks of options, and adding a command."""
+"""Shared by the commands: output, checks of options, and adding a command."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str
 ) -> argparse.ArgumentParser:
-    """A command's parser, with the option that all have; `commands` is argparse's group of them."""
+    """The parser of a new command with the option `--json`; `commands` is argparse's group."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = commands.add_parser(name, help=help, description=help, formatter_class=formatter)
     parser.set_defaults(run=run)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     return parser
 
 
 def say(text: str) -> None:
+    """Write a line to stdout."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 class ProgressLine:
-    """One line on a terminal, rewritten in place; in a log, a line for every tenth of the way."""
+    """Progress on stderr: on a terminal one line rewritten in place, in a log a line per tenth."""
 
     def __init__(self):
         self._last_tenth = -1
@@ -47,12 +48,13 @@ class ProgressLine:
         sys.stderr.flush()
 
     def tell(self, text: str) -> None:
-        """A message on a line of its own."""
+        """Write a message on a line of its own."""
         sys.stderr.write(("\r" if sys.stderr.isatty() else "") + text + "\n")
         sys.stderr.flush()
 
 
 def write_json(path: Path | None, values: dict) -> None:
+    """Write the values atomically, if a path is given."""
     if path is not None:
         from ..files.atomic_write import write_atomically
 
@@ -61,7 +63,11 @@ def write_json(path: Path | None, values: dict) -> None:
 
 
 def check_can_write(*files: Path | None) -> None:
-    """See `check_name` and `check_writable`; before hours of work depend on it."""
+    """Check that these files can be written, before hours of work depend on it.
+
+    Raises:
+        CheckpointError: see `check_name` and `check_writable`.
+    """
     from ..files.paths import check_name, check_writable
 
     for file in files:
@@ -71,19 +77,29 @@ def check_can_write(*files: Path | None) -> None:
 
 
 def check_within(option: str, value: int, low: int, high: int) -> None:
+    """Check that an option's value is from `low` to `high`.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if not low <= value <= high:
         raise ConfigError(f"{option} is {value}; give a number between {low} and {high}.")
 
 
 def usable_device(name: str) -> torch.device:
+    """The device of this name, with its index.
+
+    Raises:
+        ConfigError: PyTorch cannot allocate there.
+    """
     import torch
 
     try:
         return torch.empty(0, device=name).device
-    # unknown name, no such device, or PyTorch built without it
+    # an unknown name, no such device, or PyTorch built without its support
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(
             f"--device is {brief_repr(name)}, which PyTorch cannot use here ({brief_repr(reason)}); give "
-            "cpu, or a device of this machine."
+            "cpu or a device of this machine."
         ) from error

@@ -1,4 +1,4 @@
-"""Forgets styles of MiniCanvas one after another, and compares."""
+"""The command `demo`: compares two chains of requests on MiniCanvas."""
 
 from __future__ import annotations
 
@@ -10,23 +10,20 @@ from .common import ProgressLine, add_command, check_can_write, check_within, sa
 
 
 def add(commands: Any) -> None:
-    """Adds the command to argparse's group."""
+    """Add the command to argparse's group."""
 
     parser = add_command(
         commands,
         "demo",
         run,
-        "Forget styles of MiniCanvas one after another, plainly and with the recommended preset, and "
-        "compare.",
+        "Forget styles of MiniCanvas one after another, with the presets plain and recommended, and compare.",
     )
-    parser.add_argument("--requests", type=int, default=12, help="how many styles, 1 to 12")
-    parser.add_argument(
-        "--order", choices=("a", "b"), default="a", help="one of two fixed orders of the requests"
-    )
+    parser.add_argument("--requests", type=int, default=12, help="number of styles, 1 to 12")
+    parser.add_argument("--order", choices=("a", "b"), default="a", help="order of the requests")
     parser.add_argument("--seed", type=int, default=0, help="seed of training and evaluation")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for pictures and checkpoint")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for images and checkpoint")
     parser.add_argument(
-        "--workers", type=int, help="processes, of one thread each; one per core if not given"
+        "--workers", type=int, help="processes of one thread each; one per core, at most 4, if not given"
     )
 
 

@@ -1,4 +1,4 @@
-"""Scores a checkpoint by its family's classifier."""
+"""The command `evaluate`: scores a checkpoint by its family's classifier."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .common import ProgressLine, add_command, check_within, say, write_json
 
 
 def add(commands: Any) -> None:
-    """Adds the command to argparse's group."""
+    """Add the command to argparse's group."""
 
     parser = add_command(
-        commands, "evaluate", run, "Score a MiniCanvas checkpoint: what is forgotten, what is left."
+        commands, "evaluate", run, "Score a MiniCanvas checkpoint: forgetting and retention."
     )
     parser.add_argument("model", type=Path, help="checkpoint to score")
     parser.add_argument(
-        "--target", nargs="*", help="forgotten styles; those of the file's history if not given"
+        "--target", nargs="*", help="forgotten styles or objects; those in the file's history if not given"
     )
-    parser.add_argument("--pictures", type=int, default=1, help="pictures per style and object")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures")
+    parser.add_argument("--pictures", type=int, default=1, help="images per style and object")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Prints the history in a file."""
+"""The command `inspect`: prints the history in a file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from .common import add_command, say, write_json
 
 
 def add(commands: Any) -> None:
-    """Adds the command to argparse's group."""
+    """Add the command to argparse's group."""
 
     parser = add_command(
-        commands, "inspect", run, "Print what was forgotten in a file, when, how, and from which parent."
+        commands,
+        "inspect",
+        run,
+        "Print the history of an edited file: what was forgotten, when, how, and from which parent.",
     )
     parser.add_argument("file", type=Path, help="any file this package wrote")
 

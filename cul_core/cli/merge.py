@@ -1,4 +1,4 @@
-"""Merges edited checkpoints into one."""
+"""The command `merge`: merges edited checkpoints into one."""
 
 from __future__ import annotations
 
@@ -12,40 +12,43 @@ from .common import add_command, check_can_write, say, write_json
 
 
 def add(commands: Any) -> None:
-    """Adds the command to argparse's group."""
+    """Add the command to argparse's group."""
     from ..minicanvas.models import CHECKPOINT_PATH
 
     parser = add_command(
         commands,
         "merge",
         run,
-        "Merge edited checkpoints of one file into one that has forgotten what each of them has.",
+        "Merge checkpoints edited from the same file into one that has forgotten the targets of all.",
     )
     parser.add_argument("file", nargs="+", type=Path, help="edited checkpoints to merge")
     parser.add_argument(
-        "--pretrained", type=Path, default=CHECKPOINT_PATH, help="the file that all of them were made from"
+        "--pretrained",
+        type=Path,
+        default=CHECKPOINT_PATH,
+        help="the checkpoint that all of them were made from",
     )
-    parser.add_argument("--how", default="ties", help="uniform, task_arithmetic or ties")
+    parser.add_argument("--how", default="ties", help="way of merging: uniform, task_arithmetic or ties")
     parser.add_argument(
-        "--strength", type=float, help="multiplies the merged change; for ties and task_arithmetic"
+        "--strength", type=float, help="factor of the merged change; for ties and task_arithmetic"
     )
     parser.add_argument(
         "--weights",
         type=float,
         nargs="+",
         metavar="WEIGHT",
-        help="a factor per file; for ties and task_arithmetic",
+        help="factor of each file; for ties and task_arithmetic",
     )
     parser.add_argument(
-        "--keep-fraction", type=float, help="share of each file's changes that is kept, the largest; for ties"
+        "--keep-fraction", type=float, help="share of the largest changes that is kept of each file; for ties"
     )
-    parser.add_argument("--trim", help="tensor or global: what that share is of; for ties")
-    parser.add_argument("--function", help="mean, sum or max of the changes that agree in sign; for ties")
+    parser.add_argument("--trim", help="tensor or global: what the share is taken of; for ties")
+    parser.add_argument("--function", help="mean, sum or max of the changes of the elected sign; for ties")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("merged.safetensors"),
-        help="file to write; an existing one is never overwritten",
+        help="file to write; an existing file is never overwritten",
     )
 
 
@@ -59,11 +62,11 @@ def run(arguments: argparse.Namespace) -> None:
     from ..output.report import merge_text
 
     entry = MERGERS.get(arguments.how)
-    given = {
+    options = {
         option: getattr(arguments, option)
         for option in ("strength", "weights", "keep_fraction", "trim", "function")
     }
-    values = {option: value for option, value in given.items() if value is not None}
+    values = {option: value for option, value in options.items() if value is not None}
     for option in values:
         if option not in {field.name for field in fields(entry.config)}:
             raise ConfigError(
@@ -77,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         _, made_from = read_history(file)
         if made_from is None:
             raise ModelError(
-                f"{file.name!r} is no checkpoint that continual-unlearning has edited; merge only such files."
+                f"{file.name!r} is no checkpoint that continual-unlearning has edited; leave it out."
             )
         if made_from["sha256"] != original.sha256:
             raise ModelError(

@@ -1,4 +1,4 @@
-"""Shows or clears a store."""
+"""The command `store`: shows or clears a store."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .common import add_command, say, write_json
 
 
 def add(commands: Any) -> None:
-    """Adds the command to argparse's group."""
+    """Add the command to argparse's group."""
 
     parser = add_command(
-        commands, "store", run, "Show what a store of finished and unfinished steps holds, or clear it."
+        commands, "store", run, "Show the finished and unfinished steps in a store, or clear it."
     )
-    parser.add_argument("--folder", type=Path, default=Path("store"), help="the store")
+    parser.add_argument("--folder", type=Path, default=Path("store"), help="folder of the store")
     parser.add_argument(
         "--clear",
         nargs="?",
         const="all",
         choices=("steps", "anchors", "states", "all"),
-        help="what to remove from it; what a process is working on stays",
+        help="what to remove; files of running steps stay",
     )
 
 
@@ -32,8 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.folder.is_dir():
         raise ConfigError(
             f"There is no folder {str(arguments.folder)!r}; give the one that unlearn --store or a "
-            "benchmark "
-            "has made."
+            "benchmark has made."
         )
     store = StepStore(arguments.folder)
     if arguments.clear:

@@ -1,4 +1,4 @@
-"""Forgets one request and writes a checkpoint."""
+"""The command `unlearn`: runs one request and writes an edited checkpoint."""
 
 from __future__ import annotations
 
@@ -30,30 +30,33 @@ from .common import ProgressLine, add_command, check_can_write, say, usable_devi
 
 
 def add(commands: Any) -> None:
-    """Adds the command to argparse's group."""
+    """Add the command to argparse's group."""
     from ..minicanvas.models import CHECKPOINT_PATH
     from ..training.compute import Compute
 
     parser = add_command(
-        commands, "unlearn", run, "Forget one concept (or several at once) and write an edited checkpoint."
+        commands, "unlearn", run, "Forget one concept, or several together, and write an edited checkpoint."
     )
-    parser.add_argument("target", nargs="+", help='what to forget, such as "Candy Stripes"')
+    parser.add_argument("target", nargs="+", help='concept to forget, such as "Candy Stripes"')
     parser.add_argument(
-        "--model", type=Path, default=CHECKPOINT_PATH, help="checkpoint to start from; an edited one goes on"
+        "--model",
+        type=Path,
+        default=CHECKPOINT_PATH,
+        help="checkpoint to start from; an edited one is edited further",
     )
     parser.add_argument(
         "--pretrained",
         type=Path,
-        help="the file an edited checkpoint was made from, to measure drift from there",
+        help="the checkpoint that an edited one was made from; drift is then measured from it",
     )
     parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
-        help="vocab.json and merges.txt of CLIP, for Stable Diffusion",
+        help="folder with CLIP's vocab.json and merges.txt, for Stable Diffusion",
     )
     parser.add_argument(
-        "--device", default="cpu", help="where to train, as PyTorch names it: cpu, cuda, cuda:1, mps"
+        "--device", default="cpu", help="PyTorch's name of the device to train on: cpu, cuda, cuda:1, mps"
     )
     for field in fields(Compute):
         if field.name in ("dtype", "checkpointing"):
@@ -64,54 +67,54 @@ def add(commands: Any) -> None:
                 help=field.metadata["help"],
             )
     parser.add_argument(
-        "--compile", action="store_true", help="compile the network first, which takes minutes"
+        "--compile", action="store_true", help="compile the network first; this takes minutes"
     )
-    parser.add_argument("--kind", default="style", help="style, object, celebrity, character or memorized")
+    parser.add_argument(
+        "--kind",
+        default="style",
+        help="kind of the targets: style, object, celebrity, character or memorized",
+    )
     parser.add_argument(
         "--anchor",
         default="",
-        help="word that takes an object's place; another caption for a memorized picture",
+        help="replaces the target in prompts: a word for an object, another caption for a memorized image",
     )
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="the memorized picture that the target is the caption of"
+        "--picture", type=Path, metavar="FILE", help="the memorized image; the target is its caption"
     )
     parser.add_argument(
         "--paraphrases",
         type=Path,
         metavar="FILE",
-        help="other captions for it, one a line: those that draw it too are forgotten, the others become "
-        "the anchors; a recipe of its own takes the preset's place",
+        help="other captions of the memorized image, one a line: captions that reproduce it are forgotten "
+        "too, the others are the anchors; a recipe of its own replaces the preset",
     )
-    parser.add_argument(
-        "--keep", nargs="*", default=[], metavar="CONCEPT", help="what is declared as to be kept"
-    )
+    parser.add_argument("--keep", nargs="*", default=[], metavar="CONCEPT", help="concepts to keep")
     parser.add_argument(
         "--auxiliary",
         metavar="LIST",
-        help="shipped names to keep too: styles, objects, public_figures or scenes, or auto, all that suit "
-        "the target",
+        help="list of shipped names to keep too: styles, objects, public_figures, scenes, or auto for those "
+        "that suit the target",
     )
     parser.add_argument(
-        "--preset", default="recommended", help="named combination of method and regularizers"
+        "--preset", default="recommended", help="combination of method, regularizers and training settings"
     )
-    parser.add_argument("--iterations", type=int, help="instead of the preset's")
-    parser.add_argument("--learning-rate", type=float, help="instead of the preset's")
+    parser.add_argument("--iterations", type=int, help="number of updates; the preset's if not given")
+    parser.add_argument("--learning-rate", type=float, help="the preset's if not given")
     parser.add_argument("--seed", type=int, default=0, help="seed of the step")
     parser.add_argument(
         "--evaluate-every",
         type=int,
         metavar="N",
-        help="measure every N updates, stop when the target is gone, and keep the best weights; MiniCanvas "
-        "only",
+        help="measure every N updates, stop when the target is forgotten, and keep the best weights; "
+        "MiniCanvas only",
     )
-    parser.add_argument("--out", type=Path, help="file to write; an existing one is never overwritten")
-
+    parser.add_argument("--out", type=Path, help="file to write; an existing file is never overwritten")
     parser.add_argument(
         "--store",
         type=Path,
         metavar="FOLDER",
-        help="keep the finished step there, and the state of an unfinished one: the same command then goes "
-        "on where it was stopped",
+        help="folder for finished steps and the state of unfinished ones: the same command then resumes",
     )
 
 
@@ -129,8 +132,8 @@ def run(arguments: argparse.Namespace) -> None:
     is_memorized = arguments.picture is not None
     if is_memorized != (arguments.paraphrases is not None) or (is_memorized and len(arguments.target) != 1):
         raise ConfigError(
-            "A memorized picture needs its caption as the only target, --picture and --paraphrases; give "
-            "all three."
+            "A memorized image needs its caption as the only target, --picture and --paraphrases; give all "
+            "three."
         )
     resolved = (_memorization if is_memorized else _plain)(arguments)
     out = arguments.out or _default_file(arguments)
@@ -176,8 +179,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _overrides(arguments: argparse.Namespace) -> Overrides:
-    given = {name: getattr(arguments, name) for name in ("iterations", "learning_rate", "evaluate_every")}
-    training = {name: value for name, value in given.items() if value is not None}
+    options = {name: getattr(arguments, name) for name in ("iterations", "learning_rate", "evaluate_every")}
+    training = {name: value for name, value in options.items() if value is not None}
     parts = {} if arguments.auxiliary is None else {"projection": {"auxiliary": arguments.auxiliary}}
     return Overrides(training=training, parts=parts, seed=arguments.seed)
 
@@ -188,16 +191,15 @@ def _kept(arguments: argparse.Namespace) -> list[Concept]:
 
 
 def _plain(arguments: argparse.Namespace) -> Callable[..., Request]:
-    """What makes the request of a preset; all that can be wrong with the options is said before it is
-    called."""
+    """A function that returns the request of a preset; wrong options are refused before it is called."""
     targets = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
-    wanted = arguments.preset, detect_family(arguments.model), targets, _kept(arguments)
-    request = resolve(*wanted, _overrides(arguments))
+    family = detect_family(arguments.model)
+    request = resolve(arguments.preset, family, targets, _kept(arguments), _overrides(arguments))
     return lambda model, network: request
 
 
 def _memorization(arguments: argparse.Namespace) -> Callable[..., Request]:
-    """What makes the request for a memorized image; it has to draw images first."""
+    """A function that returns the request for a memorized image; the function samples images first."""
     similarity = pixel_correlation(read_picture(arguments.picture))
     paraphrases, keep = read_paraphrases(arguments.paraphrases), _kept(arguments)
     caption = Concept(arguments.target[0], "memorized").name
