@@ -1,15 +1,14 @@
-"""How fast a step trains on this machine's GPU, what share of the card's matrix rate that is, and how much
-memory it takes.
+"""Training speed of a step on this machine's GPU, its share of the GPU's matrix rate, and its peak memory.
 
     python benchmarks/gpu.py --tokenizer PATH [--family sd1 sdxl] [--batch 1 4 8] [--dtype bfloat16]
                              [--checkpointing off on] [--compile off on] [--json PATH]
 
 Every combination is one `run_step` of Concept Ablation on random weights (or those of `--model`) at the
-family's own resolution. An iteration is a batch through the network with gradients, once more without for the
-anchor prompt, and the update. `share` is its floating point operations (those of the network alone: a
-backward pass without anything computed again) a second, over those of a multiplication of large square
-matrices of the same dtype, measured in the same process. `peak` is what tensors took at most in the timed
-iterations. With `--device cpu --family mini` the same code runs small.
+family's resolution. An iteration is a forward and backward pass of a batch, a forward pass without gradients
+for the anchor prompt, and the update. TFLOP/s counts the network's operations without recomputation. `share`
+is that rate over the rate of a product of large square matrices of the same dtype, measured in the same
+process. `peak GiB` is the peak memory of tensors in the timed iterations. `--device cpu --family mini` runs
+the same code on a small model.
 """
 
 from __future__ import annotations
@@ -46,19 +45,17 @@ from cul_core.training.compute import Compute
 from cul_core.training.step import run_step
 
 WARM_UP = 3
-"""Iterations that are not timed: memory is found, kernels are chosen, and the network is compiled if it is to
-be."""
+"""Iterations before the timed ones: memory is allocated, kernels are chosen, the network is compiled."""
 _MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 
 
 class BenchmarkError(Exception):
-    """Said in one sentence; the command ends with 1."""
+    """An error that the user can mend, in one sentence; the exit status is 1."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One combination; no figures if the memory was too short, and no peak where the device does not tell
-    it."""
+    """One combination: no figures if memory was too short, no peak where the device does not report it."""
 
     family: str
     batch: int
@@ -73,7 +70,7 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Aligned text, one line a row; below it, what the steps said."""
+    """An aligned table, one line per row; the messages of the steps stand below it."""
     head = ("family", "batch", "dtype", "checkpointing", "compile", "it/s", "TFLOP/s", "share", "peak GiB")
     lines = [head]
     for row in rows:
@@ -93,8 +90,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def matrix_rate(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Floating point operations a second of the product of two large square matrices, the best of several
-    rounds."""
+    """FLOP/s of the product of two large square matrices, the best of several rounds.
+
+    Args:
+        device: `cuda` or `cpu`.
+        dtype: of the matrices.
+        seconds: least time of measuring.
+    """
     side = _MATRIX_SIDE[device]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best, until = 0.0, None
@@ -104,7 +106,7 @@ def matrix_rate(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:
             left @ right
         _wait(device)
         best = max(best, 4 * 2 * side**3 / (time.monotonic() - begun)) if until is not None else best
-        # from the second round on: the first one chooses kernels
+        # timed from the second round on: the first one chooses kernels
         until = until or time.monotonic() + seconds
     return best
 
@@ -126,7 +128,7 @@ def _request(iterations: int, batch: int) -> Request:
 
 
 class _Bench:
-    """Steps of one model on one device. Its anchor picture is made once."""
+    """Steps of one model on one device; its anchor image is sampled once."""
 
     def __init__(self, model: UnlearnModel, device: str, tokenizer: Path | None):
         self._model, self._device = model, device
@@ -144,10 +146,9 @@ class _Bench:
         )
 
     def flops(self, dtype: str) -> int:
-        """Operations of one iteration for one picture, counted as they run: what two iterations have more
-        than one."""
+        """Counted operations of one iteration for one image: those of two iterations less those of one."""
         compute, counts = Compute(dtype=dtype, checkpointing="off"), []
-        self.step(0, 1, compute)  # the anchor picture and the prompts are known from here on
+        self.step(0, 1, compute)  # samples the anchor image and encodes the prompts
         for iterations in (1, 2):
             with FlopCounterMode(display=False) as counter:
                 self.step(iterations, 1, compute)
@@ -155,7 +156,7 @@ class _Bench:
         return counts[1] - counts[0]
 
     def measure(self, row: Row, iterations: int, flops: int, rate: float) -> Row:
-        """The row with its figures."""
+        """The row with its figures, or with the error of a step that failed."""
         ends, said = [], []
 
         def note(_) -> None:
@@ -197,33 +198,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--family", nargs="+", choices=("mini", "sd1", "sd2", "sdxl"), default=["sd1", "sdxl"]
     )
-    parser.add_argument("--model", type=Path, help="checkpoint of the only family, instead of random weights")
+    parser.add_argument(
+        "--model", type=Path, help="checkpoint of the single family given, instead of random weights"
+    )
     parser.add_argument(
         "--tokenizer",
         type=Path,
         help="folder with CLIP's vocab.json and merges.txt; all families but mini need it",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--batch", nargs="+", type=int, default=[1, 4, 8], help="anchor pictures per iteration"
-    )
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 8], help="anchor images per iteration")
     parser.add_argument(
         "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), default=["bfloat16"]
     )
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
     parser.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off", "on"])
     parser.add_argument(
-        "--iterations", type=int, default=10, help=f"timed iterations, after {WARM_UP} that are not"
+        "--iterations", type=int, default=10, help=f"timed iterations, after {WARM_UP} of warm-up"
     )
-    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--json", type=Path, help="JSON file for all figures")
     return parser
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError(
-            "This needs a CUDA GPU, and PyTorch finds none; to run the same code small, give --device cpu "
-            "--family mini."
+            "This needs a CUDA GPU, and PyTorch finds none; give --device cpu --family mini to run the same "
+            "code on a small model."
         )
     if arguments.iterations < 1 or min(arguments.batch) < 1:
         raise BenchmarkError(
@@ -231,7 +232,9 @@ def _check(arguments: argparse.Namespace) -> None:
             "1 or more."
         )
     if arguments.model is not None and len(arguments.family) > 1:
-        raise BenchmarkError(f"--model {arguments.model.name!r} is of one family; name that one as --family.")
+        raise BenchmarkError(
+            f"--model {arguments.model.name!r} is of one family; give only that one as --family."
+        )
 
 
 def _measure(arguments: argparse.Namespace, work: Path) -> dict:
@@ -264,19 +267,19 @@ def _measure(arguments: argparse.Namespace, work: Path) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 on success; 1 with one line on stderr for what a user can mend."""
+    """Exit status: 0, or 1 after a user error with one line on stderr."""
     arguments = _parser().parse_args(argv)
     try:
         _check(arguments)
         with tempfile.TemporaryDirectory(prefix="gpu-benchmark-") as work:
-            found = _measure(arguments, Path(work))
+            results = _measure(arguments, Path(work))
         rates = ", ".join(
             f"{rate / 1e12:.3g} TFLOP/s of {dtype} matrices"
-            for dtype, rate in found["matrix_flops_per_second"].items()
+            for dtype, rate in results["matrix_flops_per_second"].items()
         )
-        sys.stdout.write(f"{found['device']}: {rates}\n\n{table(found['rows'])}\n")
+        sys.stdout.write(f"{results['device']}: {rates}\n\n{table(results['rows'])}\n")
         if arguments.json is not None:
-            values = found | {"rows": [asdict(row) for row in found["rows"]]}
+            values = results | {"rows": [asdict(row) for row in results["rows"]]}
             write_atomically(arguments.json, lambda file: file.write(json.dumps(values, indent=1).encode()))
     except (BenchmarkError, CulError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -1,5 +1,4 @@
-"""Models of the larger families with random weights: as a checkpoint and, for Stable Diffusion 1.x, as the
-folder diffusers reads."""
+"""Models with random weights: checkpoints of the larger families, and a diffusers folder of SD 1.x."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ _LAYOUT = Path(__file__).resolve().parents[1] / "tests" / "core"
 
 
 def write_checkpoint(path: Path, family: str = "sd1") -> Path:
-    """An fp16 checkpoint of `sd1` (2.1 GB), `sd2` or `sdxl`, whose keys and shapes are the tests' list."""
+    """Path of the new fp16 checkpoint of `sd1` (2.1 GB), `sd2` or `sdxl`, in the tests' layout."""
     sys.path.append(str(_LAYOUT))
     from sd_layout import checkpoint_shapes, sd2_shapes, write_random, xl_shapes
 
@@ -27,8 +26,10 @@ def write_checkpoint(path: Path, family: str = "sd1") -> Path:
 
 
 def write_folder(checkpoint: Path, tokenizer: Path, folder: Path) -> Path:
-    """The same values of Stable Diffusion 1.x as published repositories have them, without a safety checker:
-    2.1 GB more."""
+    """The new folder with the same Stable Diffusion 1.x weights in the layout of diffusers, 2.1 GB.
+
+    It has no safety checker.
+    """
     making = folder.with_suffix(".part")
     shutil.rmtree(making, ignore_errors=True)
     network = load_network(checkpoint, torch.float16, tokenizer)

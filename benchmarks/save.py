@@ -1,12 +1,11 @@
-"""How fast an edited checkpoint is written: our streaming save against `cp` and against loading everything
-and saving it.
+"""Time and memory of writing an edited checkpoint: our streaming save, `cp`, and load and save of all.
 
     python benchmarks/save.py [--size-gb 6.94] [--rounds 5] [--folder DIR] [--out save.json]
 
 The source has the names, shapes and precision of Stable Diffusion XL and random values; smaller sizes leave
-out what is not the UNet. Every way writes into the same folder and, but for one, flushes to the disk; in
-turn, each in a process of its own, after a `cp` that is not measured. A source is hashed when it is opened,
-once a process; one row does that again while it saves.
+out tensors outside the UNet. Every way writes into the same folder, in a process of its own, after a `cp`
+that is not measured. All ways but `cp_unflushed` flush to the disk. A source is hashed once a process, when
+it is opened; `ours_hashing` hashes it again during the save.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ WAYS = {
 
 
 def make_source(path: Path, size_gb: float) -> None:
-    """Random fp16 values below 1 in the layout of SDXL, written from one block of 64 MiB at changing
-    offsets."""
+    """Write random fp16 values in SDXL's layout, from one block of 64 MiB at changing offsets."""
     from sd_layout import UNET, _header, xl_shapes
 
     shapes = xl_shapes()
@@ -64,7 +62,7 @@ def make_source(path: Path, size_gb: float) -> None:
 
 
 def model_of(source: Path):
-    """The source with an edit on every key and value matrix of its cross-attentions."""
+    """The source with an edit of every key and value matrix of its cross-attentions."""
     from cul_core.files.safetensors_format import read_header
     from cul_core.models.weight_roles import keys_with_role
     from cul_core.output.checkpoint import open_model
@@ -77,13 +75,13 @@ def model_of(source: Path):
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held at once since `reset_peak`, pages of mapped files included
-    (Linux only)."""
+    """Peak resident bytes of this process since `reset_peak`, with pages of mapped files (Linux only)."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(fields["VmHWM"].split()[0])
 
 
 def reset_peak() -> int:
+    """Resident bytes now, from which the peak is measured anew (Linux only)."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_bytes()
 
@@ -126,8 +124,10 @@ def way_to_write(way: str, source: Path, target: Path) -> Callable[[], None]:
 
 
 def measure(way: str, source: Path, target: Path) -> dict:
-    """Seconds and extra memory of one way, in this process, right after a copy, so that all find the same
-    files and pages in memory."""
+    """Seconds and extra memory of one way in this process.
+
+    A copy right before it brings the page cache into the same state for every way.
+    """
     write = way_to_write(way, source, target)
     copy(source, target)
     target.unlink()
@@ -138,15 +138,15 @@ def measure(way: str, source: Path, target: Path) -> dict:
 
 
 def run(source: Path, rounds: int) -> list[dict]:
-    found, target = [], source.with_name("written.safetensors")
+    lines, target = [], source.with_name("written.safetensors")
     for _ in range(rounds):
         for way in WAYS:
             command = [sys.executable, __file__, "--measure", way, str(source), str(target)]
-            found.append(
+            lines.append(
                 json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             )
             target.unlink()
-    return found
+    return lines
 
 
 def main() -> None:
@@ -156,7 +156,9 @@ def main() -> None:
     parser.add_argument("--size-gb", type=float, default=6.94)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--folder", type=Path, help="on the disk to be measured; the system's temporary folder if not given"
+        "--folder",
+        type=Path,
+        help="folder on the disk to measure; the system's temporary folder if not given",
     )
     parser.add_argument("--out", type=Path, default=Path("save.json"))
     parser.add_argument("--measure", nargs=3, metavar=("WAY", "SOURCE", "TARGET"), help=argparse.SUPPRESS)

@@ -1,10 +1,9 @@
-"""Chooses the settings of our own presets: equally many trials for each row of the benchmark, on a seed that
-is not reported.
+"""Chooses the settings of our presets: eight trials per row of the benchmark, on a seed not reported.
 
     python benchmarks/search.py [--rows ROW ...] [--out DIR]
 
-Every trial forgets twelve styles of MiniCanvas in order a with seed 100 and is measured once, at the end.
-Goes on where it stopped.
+Every trial forgets twelve styles of MiniCanvas in order a with seed 100 and is measured once, after the last
+request. An interrupted search resumes.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ def damped(damping: float = 3e-5, **more) -> ProjectionConfig:
 
 
 def trials() -> dict[str, dict[str, tuple[Preset, dict]]]:
-    """Row -> what varies -> (preset, further arguments of the cell): eight trials a row.
+    """Row -> label of the trial -> (preset, further arguments of `Cell`), eight trials per row.
 
-    The best is the one with the largest H of those that forget 95 %, or else the one that forgets most.
+    The best trial has the largest H among those with a UA of 95 or more; if there is none, the largest UA.
     """
     steady = "constant"
     return {

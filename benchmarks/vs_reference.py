@@ -1,17 +1,17 @@
-"""Our step beside the published one (CUIG, arXiv 2511.07970): Concept Ablation on Stable Diffusion 1.5 with
-random weights.
+"""Our step against the published code (CUIG, arXiv 2511.07970): Concept Ablation on SD 1.5, random weights.
 
     python benchmarks/vs_reference.py --reference PATH --tokenizer PATH [--python PYTHON] [--json PATH]
 
-PATH is a clone of https://github.com/justinhylee135/CUIG, whose own `train_conabl.py` runs as it is, in an
-interpreter that has what it imports (`env.yaml`: diffusers 0.30.2, transformers 4.44.2, accelerate 0.34.2,
-torchvision, regex). Both sides get the same weights (fp16 files, fp32 in memory), prompts, batch size,
-resolution, iterations, anchor pictures and threads, on the CPU. Every run is a process of its own; the sides
-take turns, and medians are reported. Its model files are read once before a run begins.
+PATH of `--reference` is a clone of https://github.com/justinhylee135/CUIG. Its `train_conabl.py` runs
+unchanged in an interpreter with its requirements (`env.yaml`: diffusers 0.30.2, transformers 4.44.2,
+accelerate 0.34.2, torchvision, regex). Both sides have the same weights (fp16 files, fp32 in memory),
+prompts, batch size, resolution, iterations, number of anchor images and threads, on the CPU. Every run is a
+process of its own. The sides take turns, and medians are reported. The model files are read once before a run
+begins.
 
-What each figure means is printed below the table, with what was replaced on either side and which defaults of
-the published code were kept. `cpu s` are seconds of processor time, which another program on the machine
-disturbs less than seconds on the clock.
+Below the table the meaning of each figure is printed, with the replacements on either side and the defaults
+of the published code that were kept. `cpu s` are seconds of processor time; other programs on the machine
+disturb them less than wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ _HERE = Path(__file__).resolve().parent
 SIDES = ("reference", "ours")
 KINDS = ("request", "own", "selft", "projection")
 OWN_STEPS = {"reference": 20, "ours": 5}
-"""A fifth of the sampling steps that each side has for an anchor picture of Stable Diffusion 1.5: 100 of
-DDIM, 25 of DPM-Solver++."""
+"""A fifth of each side's own sampling steps per anchor image: 100 of DDIM, 25 of DPM-Solver++."""
 _ENTRY = Path("UnlearningMethods", "ConAbl", "train_conabl.py")
 _ANCHOR, _TARGET = "horse", "dog"
 _PROMPTS = (
@@ -98,26 +97,26 @@ _SAMPLE_SECONDS = 0.02
 KEPT_DEFAULTS = (
     "AdamW of PyTorch (not 8-bit) with weight decay 0.01, on both sides",
     "the text encoder runs for both prompts in every iteration",
-    "the autoencoder encodes the anchor picture in every iteration",
-    "attention of custom diffusion with all its scores in memory, no xformers",
+    "the autoencoder encodes the anchor image in every iteration",
+    "attention of custom diffusion, which holds the whole attention matrix; no xformers",
     "no gradient checkpointing, no mixed precision",
     "two worker processes load data; their memory is not counted",
     "SelFT draws each of its states from new noise",
 )
 NOT_DEFAULT = (
-    "--noaug, as in its own scripts; no --hflip, which would also need the autoencoder on our side",
+    "--noaug, as in its own scripts; no --hflip, which would need the autoencoder on our side",
     "--prior_generation_precision fp32 instead of fp16, as we sample",
-    "no safety checker in the model's folder, which it would load before it saves",
+    "no safety checker in the model's folder; the published code would load it before saving",
 )
 
 
 class BenchmarkError(Exception):
-    """Said in one sentence; the command ends with 1."""
+    """An error that the user can mend, in one sentence; the exit status is 1."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: medians of both sides, None where a side has none, and what the figure means."""
+    """One row of the table: medians of both sides, None if missing, and the meaning of the figure."""
 
     name: str
     reference: float | None
@@ -126,12 +125,12 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """How many times as much the reference takes."""
+        """reference / ours; None if either is missing."""
         return self.reference / self.ours if self.reference is not None and self.ours else None
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Aligned text, one line a row."""
+    """An aligned table, one line per row."""
     width = max(len(row.name) for row in rows)
     lines = [f"{'':{width}}{'reference':>12}{'ours':>12}{'ratio':>9}"]
     for row in rows:
@@ -142,9 +141,11 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def selft_calls(steps: int) -> dict[str, tuple[int, int]]:
-    """Side -> (calls of the UNet, pictures in them) of SelFT's scoring of one object at `steps` states, as
-    the code of each says."""
-    again = steps * (steps - 1) // 2  # guided calls of two pictures that lead to each state from new noise
+    """Side -> (calls of the UNet, images in them) of SelFT's scoring of one object at `steps` states.
+
+    The numbers follow from the code of each side.
+    """
+    again = steps * (steps - 1) // 2  # guided calls (two images) from new noise to each state
     return {"reference": (again + 3 * steps, 2 * again + 3 * steps), "ours": (2 * steps, 3 * steps)}
 
 
@@ -158,7 +159,7 @@ def _spent(run: dict, name: str, value: str = "wall") -> float | None:
 
 
 def _of_request(run: dict) -> dict[str, float | None]:
-    """Figures of one run of a whole request."""
+    """The figures of one run of a whole request, in seconds and GiB."""
     updates, anchors = run["updates"], _spent(run, "anchors")
     between = [
         [later[i] - earlier[i] for earlier, later in zip(updates, updates[1:], strict=False)] for i in (0, 1)
@@ -183,7 +184,7 @@ def _gib(count: int | None) -> float | None:
 
 
 def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
-    """The table's rows from the records of all runs."""
+    """The rows of the table, from the records of all runs."""
     by = {
         (side, kind): [run for run in runs if (run["side"], run["kind"]) == (side, kind)]
         for side in SIDES
@@ -193,8 +194,8 @@ def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
     def row(name: str, kind: str, figure, meaning: str = "") -> Row:
         values = []
         for side in SIDES:
-            found = [value for run in by[side, kind] if (value := figure(run)) is not None]
-            values.append(median(found) if found else None)
+            measured = [value for run in by[side, kind] if (value := figure(run)) is not None]
+            values.append(median(measured) if measured else None)
         return Row(name, *values, meaning)
 
     def of_request(name: str, key: str, meaning: str = "") -> Row:
@@ -212,33 +213,35 @@ def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
             of_request(
                 "to the first update, s",
                 "first",
-                "from the start of the process, without the time that anchor pictures take",
+                "from the start of the process, less the time of the anchor images",
             ),
             of_request(
                 "anchor pictures, s",
                 "anchors",
-                f"{job['anchors']} pictures, {job['anchor_steps']} steps with guidance; for the reference "
-                "with loading a pipeline, decoding and writing JPEG",
+                f"{job['anchors']} images, {job['anchor_steps']} steps with guidance; the reference also loads "
+                "a pipeline, decodes and writes JPEG",
             ),
             of_request("anchor pictures, cpu s", "anchors_cpu"),
             of_request(
-                "whole request, s", "whole", "from the start of the process to the edited weights on the disk"
+                "whole request, s",
+                "whole",
+                "from the start of the process until the edited weights are on the disk",
             ),
-            of_request("whole request, cpu s", "whole_cpu", "of the process to its end, and of its workers"),
+            of_request("whole request, cpu s", "whole_cpu", "of the whole process and its workers"),
             of_request(
                 "peak memory, GiB",
                 "peak",
-                "the most the process had in memory at a time (VmHWM), pages of mapped files included",
+                "the most the process had in memory (VmHWM), with pages of mapped files",
             ),
             of_request(
                 "of it anonymous, GiB",
                 "anonymous",
-                "the most without pages of mapped files, seen every 20 ms",
+                "peak without pages of mapped files, sampled every 20 ms",
             ),
             of_request(
                 "training's peak, GiB",
                 "training",
-                "the most between the anchor pictures and the last update, seen every 20 ms",
+                "peak between the anchor images and the last update, sampled every 20 ms",
             ),
         ]
     if by["ours", "own"]:
@@ -247,8 +250,8 @@ def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
                 "own sampling: whole request, s",
                 "own",
                 lambda run: _of_request(run)["whole"],
-                f"a fifth of each side's own sampling steps, 100 and 25: with {job['anchors']} pictures, "
-                "near the share that 200 have in 1000 iterations; one run",
+                f"a fifth of each side's own sampling steps, 100 and 25; {job['anchors']} images have about "
+                "the share of time that 200 have in 1000 iterations; one run",
             ),
             row("own sampling: whole request, cpu s", "own", lambda run: _of_request(run)["whole_cpu"]),
         ]
@@ -266,7 +269,7 @@ def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
                 "  calls of the UNet",
                 "selft",
                 lambda run: _spent(run, "selft", "calls"),
-                "counted; one with guidance has two pictures",
+                "counted; a guided call has two images",
             ),
             row("  pictures in them", "selft", lambda run: _spent(run, "selft", "pictures")),
         ]
@@ -285,7 +288,7 @@ def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
                 "projection: prepare, s",
                 "projection",
                 lambda run: _spent(run, "project_prepare"),
-                f"of {len(job['keep'])} names to keep: encoding them, and the projector; one run",
+                f"encoding {len(job['keep'])} retained names and making the projector; one run",
             ),
             row(
                 "projection: prepare, cpu s", "projection", lambda run: _spent(run, "project_prepare", "cpu")
@@ -294,7 +297,7 @@ def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
                 "projection: update, ms",
                 "projection",
                 lambda run: 1000 * _spent(run, "project_update") / len(run["updates"]),
-                "of gradients (reference) or changes (ours) of the 32 matrices, mean of the updates",
+                "projecting gradients (reference) or changes (ours) of 32 matrices, mean of the updates",
             ),
             row(
                 "projection: update, cpu ms",
@@ -306,10 +309,10 @@ def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
 
 
 def _watched(command: list[str], environment: dict[str, str], log: Path) -> dict[str, Any]:
-    """Run a process to its end: its times, and samples of its memory where the system tells (Linux).
+    """Times of a process that is run to its end, and samples of its memory (Linux).
 
     Raises:
-        BenchmarkError: it failed.
+        BenchmarkError: the process failed.
     """
     samples, load = [], os.getloadavg() if hasattr(os, "getloadavg") else None
     before = os.times()
@@ -332,47 +335,47 @@ def _watched(command: list[str], environment: dict[str, str], log: Path) -> dict
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
         raise BenchmarkError(
             f"{Path(command[1]).name} ended with {process.returncode} "
-            f"({last[0][:200] if last else 'it said nothing'}); see {log}, which --work keeps."
+            f"({last[0][:200] if last else 'no output'}); see {log}, which --work keeps."
         )
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return {"begin": begin, "end": time.monotonic(), "cpu": cpu, "samples": samples, "load": load}
 
 
 def _read(path: Path) -> None:
-    """Brings a file into the system's cache."""
+    """Read a file into the page cache."""
     with path.open("rb") as file:
         while file.read(8 << 20):
             pass
 
 
 def _memory(pid: int) -> tuple[int, int] | None:
-    """(resident, anonymous) bytes of a process; None if nobody says."""
+    """(resident, anonymous) bytes of a process; None where the system does not report them."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return None
-    found = {
+    sizes = {
         line.partition(":")[0]: int(line.split()[1]) * 1024
         for line in lines
         if line.startswith(("VmRSS:", "RssAnon:"))
     }
-    return (found["VmRSS"], found["RssAnon"]) if len(found) == 2 else None
+    return (sizes["VmRSS"], sizes["RssAnon"]) if len(sizes) == 2 else None
 
 
 def _run(
     side: str, kind: str, job: dict[str, Any], python: str, folder: Path, threads: int
 ) -> dict[str, Any]:
-    """One process of one side: what it noted and what was seen of it."""
+    """The record of one process of one side: its own marks, its times and its memory."""
     out = Path(tempfile.mkdtemp(prefix=f"{kind}-{side}-", dir=folder))
-    little = {"anchors": 1, "anchor_steps": 1, "anchor_prompts": job["anchor_prompts"][:1]}
+    minimal = {"anchors": 1, "anchor_steps": 1, "anchor_prompts": job["anchor_prompts"][:1]}
     job = (
         job
         | {"kind": kind, "out": str(out), "marks": str(out / "marks.json")}
         | {
             "request": {},
             "own": {"anchor_steps": OWN_STEPS[side]},
-            "projection": little | {"iterations": 3, "resolution": 64},
-            "selft": little | {"iterations": 0, "resolution": job["selft_resolution"]},
+            "projection": minimal | {"iterations": 3, "resolution": 64},
+            "selft": minimal | {"iterations": 0, "resolution": job["selft_resolution"]},
         }[kind]
     )
     (out / "job.json").write_text(json.dumps(job), encoding="utf-8")
@@ -389,25 +392,25 @@ def _run(
         "PYTHONUNBUFFERED": "1",
     }
     if side == "ours":
-        # the package that is imported here
+        # the package of this checkout
         environment["PYTHONPATH"] = str(Path(cul_core.__file__).resolve().parents[1])
     script = _HERE / "comparison" / ("our_side.py" if side == "ours" else "reference_side.py")
     model = Path(job["checkpoint" if side == "ours" else "model_folder"])
     for path in [model] if model.is_file() else model.rglob("*.safetensors"):
         _read(path)
-    seen = _watched([python, str(script), str(out / "job.json")], environment, folder / f"{out.name}.log")
-    noted = json.loads((out / "marks.json").read_text(encoding="utf-8"))
-    samples = seen.pop("samples")
-    anchored = noted["spans"]["anchors"][0]["end"]
+    watched = _watched([python, str(script), str(out / "job.json")], environment, folder / f"{out.name}.log")
+    marks = json.loads((out / "marks.json").read_text(encoding="utf-8"))
+    samples = watched.pop("samples")
+    anchored = marks["spans"]["anchors"][0]["end"]
     training = [
-        rss for at, rss, _ in samples if noted["updates"] and anchored <= at <= noted["updates"][-1][0]
+        rss for at, rss, _ in samples if marks["updates"] and anchored <= at <= marks["updates"][-1][0]
     ]
     shutil.rmtree(out)
     return {
         "side": side,
         "kind": kind,
-        **seen,
-        **noted,
+        **watched,
+        **marks,
         "peak_anonymous_bytes": max((anonymous for *_, anonymous in samples), default=None),
         "peak_training_bytes": max(training, default=None),
     }
@@ -423,46 +426,51 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--python",
         default=sys.executable,
-        help="interpreter that has what the reference imports; this one if not given",
+        help="interpreter with the reference's requirements; this one if not given",
     )
     parser.add_argument(
         "--tokenizer", type=Path, required=True, help="folder with CLIP's vocab.json and merges.txt"
     )
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is measured; all if not given"
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of runs; all if not given"
     )
-    parser.add_argument("--resolution", type=int, default=256, help="side of the pictures, a multiple of 64")
-    parser.add_argument("--batch", type=int, default=1, help="anchor pictures per iteration")
+    parser.add_argument(
+        "--resolution", type=int, default=256, help="side of the images in pixels, a multiple of 64"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="anchor images per iteration")
     parser.add_argument(
         "--iterations",
         type=int,
         default=5,
-        help="updates of a request; the first is not part of the time of one",
+        help="updates of a request; the first is not timed",
     )
-    parser.add_argument("--anchors", type=int, default=4, help="anchor pictures")
-    parser.add_argument("--anchor-steps", type=int, default=4, help="their sampling steps")
+    parser.add_argument("--anchors", type=int, default=4, help="number of anchor images")
+    parser.add_argument("--anchor-steps", type=int, default=4, help="sampling steps of an anchor image")
     parser.add_argument(
         "--selft-steps",
         type=int,
         default=20,
-        help="states of SelFT's scoring; 50 are its own, and take 20 minutes",
+        help="states of SelFT's scoring; 50 are published and take 20 minutes",
     )
     parser.add_argument(
         "--selft-resolution",
         type=int,
         default=64,
-        help="side of its pictures: the reference takes T (T - 1) / 2 steps",
+        help="side of the images in SelFT's scoring, in pixels",
     )
     parser.add_argument("--repeats", type=int, default=2, help="runs of a whole request on each side")
     parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), help="of each process; one per core if not given"
+        "--threads",
+        type=int,
+        default=os.cpu_count(),
+        help="threads of each process; one per core if not given",
     )
     parser.add_argument(
         "--work",
         type=Path,
-        help="folder for the model (4.3 GB) and logs, kept for the next time; a temporary one else",
+        help="folder for the model (4.3 GB) and logs, kept for later runs; a temporary one if not given",
     )
-    parser.add_argument("--json", type=Path, help="file for all figures and what they were made of")
+    parser.add_argument("--json", type=Path, help="JSON file for all figures, settings and runs")
     return parser
 
 
@@ -480,7 +488,7 @@ def _check(arguments: argparse.Namespace) -> None:
             )
     if shutil.which(arguments.python) is None:
         raise BenchmarkError(
-            f"There is no interpreter {arguments.python!r}; give one that has what the reference imports as "
+            f"There is no interpreter {arguments.python!r}; give one with the reference's requirements as "
             "--python."
         )
     for name in ("resolution", "selft_resolution"):
@@ -548,17 +556,17 @@ def _measure(arguments: argparse.Namespace, work: Path) -> tuple[dict[str, Any],
 
 
 def _replaced(runs: Sequence[dict]) -> list[str]:
-    """What was replaced in these runs, and in which kinds of them if not in all."""
+    """The replacements in these runs, with the kinds of runs they concern if not all."""
     kinds: dict[str, dict[str, None]] = {}
     for run in runs:
         for shim in run["shims"]:
             kinds.setdefault(shim, {})[run["kind"]] = None
     every = len({run["kind"] for run in runs})
-    return [shim if len(found) == every else f"{shim} ({', '.join(found)})" for shim, found in kinds.items()]
+    return [shim if len(own) == every else f"{shim} ({', '.join(own)})" for shim, own in kinds.items()]
 
 
 def report(job: dict[str, Any], runs: list[dict]) -> tuple[str, dict[str, Any]]:
-    """(what to print, what to write) of all runs."""
+    """(text to print, values to write as JSON) of all runs."""
     rows = rows_of(runs, job)
     shims = {side: _replaced([run for run in runs if run["side"] == side]) for side in SIDES}
     machine = {
@@ -599,7 +607,7 @@ def report(job: dict[str, Any], runs: list[dict]) -> tuple[str, dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 on success; 1 with one line on stderr for what a user can mend."""
+    """Exit status: 0, or 1 after a user error with one line on stderr."""
     arguments = _parser().parse_args(argv)
     try:
         _check(arguments)

@@ -1,5 +1,7 @@
-"""What one side of a comparison writes down about itself. Runs in either interpreter: the standard library
-and torch alone."""
+"""The measurements that one side of a comparison records of itself.
+
+The file runs in either interpreter: it needs the standard library and torch alone.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,9 @@ import torch
 
 
 class Marks:
-    """Times on the machine's monotonic clock, which all processes share, seconds of processor time, and calls
-    of the UNet.
+    """Times on the monotonic clock that all processes share, seconds of processor time, calls of the UNet.
 
-    Nothing that is measured computes differently: functions are wrapped, and told when they are done.
+    Measured functions are wrapped and compute as before.
     """
 
     def __init__(self):
@@ -29,12 +30,11 @@ class Marks:
         self._notes |= values
 
     def updated(self, *_: Any) -> None:
-        """To be called when an update of the weights is done."""
+        """Record the end of an update of the weights."""
         self._updates.append([time.monotonic(), time.process_time()])
 
     def timed(self, name: str, function: Callable) -> Callable:
-        """`function`, whose every call is a span: begin, end, processor time, calls of the UNet within and
-        pictures in these."""
+        """`function`, with a span recorded for every call: begin, end, processor time, UNet calls, images."""
 
         def wrapped(*args, **kwargs):
             begin, cpu, calls, pictures = time.monotonic(), time.process_time(), self._calls, self._pictures
@@ -53,8 +53,7 @@ class Marks:
         return wrapped
 
     def count_calls(self, unet: type) -> None:
-        """Count calls of the UNet of this class, and the pictures in them: a call with guidance has two for
-        each."""
+        """Count the calls of this UNet class and the images in them; a guided call has two of each image."""
         forward = unet.forward
 
         def counted(module, sample, *args, **kwargs):

@@ -1,7 +1,6 @@
-"""Our part of a comparison: `run_step` on the same weights, prompts and settings. `vs_reference.py` runs
-this.
+"""Our side of a comparison: `run_step` on the same weights, prompts and settings.
 
-PYTHON our_side.py JOB.json
+`vs_reference.py` runs it: PYTHON our_side.py JOB.json
 """
 
 import json

@@ -1,10 +1,9 @@
-"""The published code's part of a comparison: its own entry point, as it is, with its own arguments.
-`vs_reference.py` runs this.
+"""The published code's side of a comparison: its unchanged entry point with its own arguments.
 
-    PYTHON reference_side.py JOB.json
+`vs_reference.py` runs it: PYTHON reference_side.py JOB.json
 
-Needs only what that code imports. Everything that is replaced from outside is in `SHIMS`, which becomes part
-of the figures.
+The interpreter needs the published code's requirements only. Everything replaced from outside is listed in
+`SHIMS`, which is reported with the figures.
 """
 
 import importlib.machinery
@@ -23,7 +22,7 @@ SHIMS: list[str] = []
 
 def _empty_module(name: str, why: str, **contents) -> None:
     module = types.ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # who looks for packages asks for it
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # importlib.util.find_spec reads it
     for key, value in contents.items():
         setattr(module, key, value)
     sys.modules[name] = module
@@ -38,15 +37,15 @@ def _prepare_imports() -> None:
     simultaneous = "Regularizers.Simultaneous.simultaneous"
     _empty_module(
         simultaneous,
-        "evaluation while training, which is off, imports classifiers",
+        "evaluation during training is off, and imports classifiers",
         sample_and_evaluate_ua=_not_called,
         check_early_stopping=_not_called,
     )
     if importlib.util.find_spec("openai") is None:
-        _empty_module("openai", "no prompt is asked of it")
+        _empty_module("openai", "no prompt is requested from it")
     try:
         import torchvision  # noqa: F401
-    # its compiled half was built for another torch; the published code uses its transforms alone
+    # torchvision's operators were built for another torch; the published code uses its transforms alone
     except RuntimeError:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
@@ -124,7 +123,7 @@ def main() -> None:
     data.generate_anchor_images_if_needed = marks.timed("anchors", data.generate_anchor_images_if_needed)
     StableDiffusionPipeline.__call__ = _with_steps(StableDiffusionPipeline.__call__, job["anchor_steps"])
     if job["anchor_steps"] != 100:
-        SHIMS.append(f"anchor pictures take {job['anchor_steps']} sampling steps, not 100")
+        SHIMS.append(f"anchor images take {job['anchor_steps']} sampling steps, not 100")
     if job["kind"] == "selft":
         _shim_selft(scoring, job["selft_steps"], job["resolution"] // 8)
         selft.get_selft_mask_dict = marks.timed("selft", selft.get_selft_mask_dict)
