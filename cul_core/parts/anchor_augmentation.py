@@ -1,5 +1,7 @@
-"""Anchor pictures scaled, shifted and mirrored: a finite pool of versions, encoded once per step (Kumari et
-al., authors' code)."""
+"""Augmentation of anchor images: a pool of scaled, shifted and mirrored versions, encoded once per step.
+
+The scales and caption prefixes are those of Concept Ablation's code (Kumari et al., ICCV 2023).
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,14 @@ _GREY = 0.5
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a square picture lies in a frame of `frame_px`: its side, and its corner there, negative where
-    the frame cuts it off."""
+    """Scale and position of a square image in a square frame.
+
+    Args:
+        frame_px: side of the frame.
+        size_px: side of the scaled image.
+        top_px: row of the image's top edge; negative if the frame crops it.
+        left_px: column of the image's left edge; negative if the frame crops it.
+    """
 
     frame_px: int
     size_px: int
@@ -28,8 +36,10 @@ class Placement:
 
     @classmethod
     def draw(cls, frame_px: int, generator: torch.Generator) -> Placement:
-        """Two times of three between a third of the frame and all of it, else 1.2 to 1.4 times the frame;
-        anywhere that it fits."""
+        """A random placement: the size is 1/3 to 1 of the frame with probability 0.66, else 1.2 to 1.4 of it.
+
+        The position is uniform; a smaller image lies inside the frame, and a larger one covers it.
+        """
         is_small = torch.rand((), generator=generator) < 0.66
         low, high = (-(-frame_px // 3), frame_px) if is_small else (-(-frame_px * 6 // 5), frame_px * 7 // 5)
         size = int(torch.randint(low, high + 1, (), generator=generator))
@@ -38,23 +48,25 @@ class Placement:
         return cls(frame_px, size, top, left)
 
     def prefix(self, generator: torch.Generator) -> str:
-        """What a caption begins with to say the scale; nothing where it is about the frame's."""
+        """A random caption prefix that describes the scale; empty for 0.6 to 1 of the frame."""
         words = (
             _FAR if self.size_px < 0.6 * self.frame_px else _NEAR if self.size_px > self.frame_px else ("",)
         )
         return words[int(torch.randint(len(words), (), generator=generator))]
 
-    def apply(self, pictures: Tensor) -> Tensor:
-        """(b, 3, frame, frame) pictures in [0, 1] as they look when placed so, on grey."""
+    def apply(self, images: Tensor) -> Tensor:
+        """Placed images on grey, of the shape and range of `images`: (b, 3, frame, frame) in [0, 1]."""
         size, end = (self.size_px, self.size_px), self.frame_px - self.size_px
-        scaled = functional.interpolate(pictures, size, mode="bilinear", antialias=True)
+        scaled = functional.interpolate(images, size, mode="bilinear", antialias=True)
         return functional.pad(
             scaled, (self.left_px, end - self.left_px, self.top_px, end - self.top_px), value=_GREY
         )
 
     def mask(self, cells: int, margin: int = 0) -> Tensor:
-        """(cells, cells), 1 for latent cells that lie wholly in the picture, but for `margin` more at each
-        side where it has sides."""
+        """Latent mask (cells, cells): 1 for cells entirely inside the image, except a `margin` at its edges.
+
+        An image that covers the frame has no visible edges, so no margin applies.
+        """
         cell, margin = self.frame_px // cells, margin if self.size_px <= self.frame_px else 0
         rows, columns = (
             slice(
@@ -69,13 +81,13 @@ class Placement:
 
 @dataclass(frozen=True)
 class AnchorPool:
-    """The pictures that updates draw from.
+    """Pool of anchor images that updates draw from.
 
     Args:
-        anchors: number of the anchor that each shows.
-        prefixes: what the captions of each begin with; empty for a picture as it is.
+        anchors: index of each image's anchor.
+        prefixes: caption prefix of each image; empty if it is not scaled.
         latents: (n, c, h, w).
-        masks: (n, h, w), 1 where a latent cell counts in the loss; None where all do.
+        masks: loss masks (n, h, w), 1 where a latent cell counts; None if all cells count.
     """
 
     anchors: Sequence[int]
@@ -94,23 +106,22 @@ def anchor_pool(
     generator: Callable[..., torch.Generator],
     check: Callable[[], None] = lambda: None,
 ) -> AnchorPool:
-    """`versions` placements of every anchor in place of its own latents, or these if there are none; all also
-    mirrored if `flip`.
+    """Pool of augmented anchor images.
 
-    Without either, nothing is decoded or encoded.
+    Without `versions` and `flip` the pool holds the anchors' own latents, and nothing is decoded or encoded.
 
     Args:
-        network: the model whose autoencoder decodes and encodes the pictures.
-        latents: (n, c, h, w) of the anchors.
-        versions: placements of each.
-        flip: whether every picture is there in both orientations.
-        border: whether the rim does not count, round(h / 64) latent cells of each side: 1 of Stable
-            Diffusion's 64, 0 of 8.
-        generator: purpose and number of an anchor -> a CPU generator.
+        network: model whose autoencoder decodes and encodes the images.
+        latents: anchor latents (n, c, h, w).
+        versions: random placements of each anchor, in place of its own latents; 0 keeps these.
+        flip: whether the pool also has the mirror image of every image.
+        border: whether the masks exclude the edge, round(h / 64) latent cells on each side: 1 for a side of
+            64 (Stable Diffusion 1.x), 0 for 8.
+        generator: (purpose, index of an anchor) -> CPU generator.
         check: called for each anchor; may raise to stop.
 
     Raises:
-        ModelError: there is no autoencoder.
+        ModelError: the network has no autoencoder.
     """
     cells, frame = latents.shape[-1], network.family.image_size_px
     margin = round(cells / 64) if border else 0
@@ -123,16 +134,16 @@ def anchor_pool(
         for number, latent in enumerate(latents):
             check()
             random = generator("augmentation", number)
-            picture = network.decode(latent[None])
+            image = network.decode(latent[None])
             places = [Placement.draw(frame, random) for _ in range(versions)] or [whole]
             placed = [
-                (place.apply(picture), place.mask(cells, margin), place.prefix(random)) for place in places
+                (place.apply(image), place.mask(cells, margin), place.prefix(random)) for place in places
             ]
             if flip:
-                placed += [(shown.flip(-1), mask.flip(-1), prefix) for shown, mask, prefix in placed]
-            for index, (shown, mask, prefix) in enumerate(placed):
+                placed += [(version.flip(-1), mask.flip(-1), prefix) for version, mask, prefix in placed]
+            for index, (version, mask, prefix) in enumerate(placed):
                 is_the_anchor = not versions and index == 0
-                encoded.append(latent[None] if is_the_anchor else network.encode_images(shown, random))
+                encoded.append(latent[None] if is_the_anchor else network.encode_images(version, random))
                 masks.append(mask)
                 prefixes.append(prefix)
     each = len(placed)

@@ -1,5 +1,4 @@
-"""The common base of methods and regularizers: what a part of a step declares, and the hooks that the loop
-calls."""
+"""`Part`, the base of methods and regularizers: its needs, its memory cost, and the training loop's hooks."""
 
 from __future__ import annotations
 
@@ -23,26 +22,26 @@ Weights = Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Teachers:
-    """The two frozen models that a part may ask: W0, and W_{k-1} that the step starts from.
+    """The two frozen teachers: the pretrained model W0, and the step's start W_{k-1}.
 
-    Their predictions have no gradients, and come before those of the student.
+    Their predictions have no gradients. Call them before the student.
     """
 
     pretrained: Predict
     start: Predict
 
     def called(self, name: str) -> Predict:
-        """One of them, by the name that settings use."""
+        """The teacher of a name in settings, `pretrained` or `start`."""
         return {"pretrained": self.pretrained, "start": self.start}[name]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a part takes of every update, for estimates.
+    """A part's cost in one update, for memory estimates.
 
     Args:
-        student_images: images that are predicted with gradients, all their graphs at a time.
-        teacher_images: images that a teacher predicts.
+        student_images: batch entries that the student predicts, whose graphs are in memory together.
+        teacher_images: batch entries that a teacher predicts.
         prompts: encoded prompts that stay on the device.
     """
 
@@ -53,7 +52,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss to minimize, and the named terms it is made of, for reports."""
+    """A loss with its named terms.
+
+    Args:
+        total: scalar to minimize, with gradients.
+        terms: name -> value of each term, for reports.
+    """
 
     total: Tensor
     terms: Mapping[str, float]
@@ -62,18 +66,18 @@ class LossTerms:
 class Part:
     """Base of methods and regularizers, with hooks that do nothing.
 
-    `needs` names what a part asks of the model and of the loop: roles of weights that must be among the
-    trained ones (`text_readers`), `anchor_latents` (images by W0, which cost time to sample), `autoencoder`.
+    `needs` lists a part's requirements: roles of weights that must be trained (`text_readers`),
+    `anchor_latents` (images sampled from W0, which takes time), `autoencoder`.
 
-    Order of the hooks. Before the first update: `prepare` of all, then `prepare_mask` of all. In an update:
-    the losses (see `Method` and `Regularizer`), `after_backward`, `transform_gradient`, clipping, the
-    optimizer, then on the weights `proximal`; last, on the actual change of the weights, `constrain`, `mask`
-    and `subspace`, so that these hold exactly whatever the optimizer did. `update_skipped` takes the place of
-    all that follows the backward pass when gradients overflowed.
+    Order of the hooks. Before the first update: `prepare` of all parts, then `prepare_mask` of all parts. In
+    an update: the losses (see `Method` and `Regularizer`), `after_backward`, `transform_gradient`, gradient
+    clipping, the optimizer, and `proximal` on the weights. Last, `constrain`, `mask` and `subspace` act on
+    the actual change of the weights, so that they hold exactly whatever the optimizer did. If gradients
+    overflowed, `update_skipped` replaces all hooks after the backward pass.
 
-    All weights, gradients and changes that hooks get are fp32, called by checkpoint key. From
-    `transform_gradient` on they are on the device; what is kept for every weight should rest where
-    `StepContext.start` does, which is the CPU if memory is short, and go there tensor by tensor.
+    Weights, gradients and changes that hooks receive are fp32 and named by checkpoint key. From
+    `transform_gradient` on they are on the device. A part should store its own tensors of every weight on the
+    device of `StepContext.start` (the CPU if memory is short), and move them one at a time.
     """
 
     needs: tuple[str, ...] = ()
@@ -88,42 +92,47 @@ class Part:
         previous: Sequence[Concept],
         captions: int,
     ) -> Cost:
-        """What every update takes.
+        """The part's cost in one update.
 
         Args:
-            training: how the step trains.
-            concepts: what it forgets.
-            previous: what earlier steps forgot.
-            captions: number of different anchor prompts.
+            training: training settings of the step.
+            concepts: target concepts of the step.
+            previous: concepts forgotten by earlier steps.
+            captions: number of distinct anchor prompts.
         """
         return Cost()
 
     def prepare(self, context: StepContext) -> None:
-        """Called once before the first update; encodes prompts and the like."""
+        """Called once before the first update, for example to encode prompts."""
 
     def prepare_mask(self, context: StepContext, allowed_subspace: Callable[[str], Tensor | None]) -> None:
-        """Called once when every `prepare` is done; the network holds the step's start, with gradients.
+        """Called once after every `prepare`; the network holds W_{k-1} with gradients enabled.
 
         Args:
-            context: of the step.
-            allowed_subspace: key of a matrix -> orthonormal basis B (d, m) of the text directions in which it
-                may change by what all parts protect; None if that is not limited. A mask of such a matrix is
-                one of the coordinates A (out, m) of the change A B^T.
+            context: context of the step.
+            allowed_subspace: checkpoint key -> orthonormal basis B (d, m) of the text directions that all
+                parts together allow; None if they limit no direction. The mask of a matrix with a basis is of
+                the coordinates A (out, m) of its change A B^T.
         """
 
     def after_backward(self, iteration: int, weights: Weights, optimizer: torch.optim.Optimizer) -> bool:
-        """Called while the gradients are as they came, iterations from 1; False: no weight changes this time.
+        """Whether the update shall change weights; called after the backward pass, before clipping.
 
-        Zero the optimizer's moments of entries that leave a mask here; stale momentum would move them when
-        they return.
+        Zero Adam's moments of entries that leave a mask here; stale momentum would move them when they
+        return.
+
+        Args:
+            iteration: number of the update, from 1.
+            weights: trained weights with their unclipped gradients.
+            optimizer: the optimizer of the weights.
         """
         return True
 
     def update_skipped(self, iteration: int) -> None:
-        """Called in the place of `after_backward` when the gradients overflowed and the update is left
-        out."""
+        """Called instead of `after_backward` if the gradients overflowed and the update is skipped."""
 
     def transform_gradient(self, name: str, gradient: Tensor) -> Tensor:
+        """The gradient that the optimizer uses for a weight, before clipping; of the weight's shape."""
         return gradient
 
     def proximal(self, name: str, weight: Tensor, learning_rate: float) -> Tensor:
@@ -132,32 +141,36 @@ class Part:
 
     @property
     def acts_on_closed_form(self) -> bool:
-        """Whether this part's constraints restrain an edit that no optimizer made; others are refused
-        there."""
+        """Whether the part's constraints apply to closed-form edits; if not, such methods refuse the part."""
         return False
 
     def constrain(self, name: str, change: Tensor) -> Tensor:
-        """The allowed part of a change, before masks and subspaces act on what all parts leave."""
+        """The allowed part of a weight's change; masks and subspaces of all parts act on it afterwards."""
         return change
 
     def mask(self, name: str, weight: Tensor) -> Tensor | None:
-        """1 where the weight, or its coordinate in the allowed subspace, may change, else 0; None for no
-        mask."""
+        """1 where the weight, or its coordinate in the allowed subspace, may change, else 0; or None."""
         return None
 
     def subspace(self, name: str) -> Subspace | None:
-        """Text directions that the matrix must not act on; the loop joins those of all parts exactly."""
+        """Text directions on which the matrix's change must not act; the loop joins those of all parts."""
         return None
 
     def state(self) -> dict[str, Any]:
-        """What updates have changed since everything was prepared, for a step that is stopped and goes on:
-        dicts and lists of tensors, which may be its own, and of JSON values."""
+        """State that updates have changed since `prepare_mask`, for a step that is stopped and resumed.
+
+        Nested dicts and lists of tensors and JSON values; tensors need no copy.
+        """
         return {}
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
-        """Called after all preparations of a step that goes on: be as when `state` gave this; its tensors, on
-        the CPU, are yours."""
+        """Return to a state that `state` gave; called after `prepare_mask` of a resumed step.
+
+        Args:
+            state: the part owns its tensors, which are on the CPU.
+            device: device of the updates.
+        """
 
     def report(self) -> dict[str, float]:
-        """Figures worth showing, such as the rank of a protected subspace."""
+        """Numbers to show to users, by name, such as the rank of a protected subspace."""
         return {}

@@ -1,4 +1,4 @@
-"""Prompts as vectors: text rows, the direction of a target, and decoy prompts."""
+"""Text rows of prompts, the mean embedding of a target, and decoy concepts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ ROWS = ("mean", "last", "content", "all")
 def prompt_rows(network: Network, prompts: Sequence[str], rows: str, name: str | None = None) -> Tensor:
     """Text rows (n, d) of prompts, in fp64 on the CPU: some devices have no fp64, and most are slow at it.
 
-    `mean` averages the content tokens (those of `name` alone if it is given), `last` takes the last content
-    token, `content` takes every content token and the one that ends the text, `all` every row but those that
-    all prompts share.
+    Args:
+        network: the model.
+        prompts: the prompts.
+        rows: `mean` averages a prompt's content tokens, `last` takes the last content token, `content` takes
+            all content tokens and EOS, `all` takes every row except the shared ones.
+        name: with `mean`, only the tokens of this name are averaged; every prompt ends with it.
     """
     text = network.encode(prompts).text.cpu().double()
     spans = [network.content(prompt) for prompt in prompts]
@@ -27,7 +30,7 @@ def prompt_rows(network: Network, prompts: Sequence[str], rows: str, name: str |
         return text[:, network.shared_rows :].flatten(0, 1)
     if rows == "content":
         return torch.cat([e[span.start : span.stop + 1] for e, span in zip(text, spans, strict=True)])
-    ends = [max(span.stop, span.start + 1) for span in spans]  # an empty prompt's is the row that ends it
+    ends = [max(span.stop, span.start + 1) for span in spans]  # EOS for an empty prompt
     if rows == "last":
         return torch.stack([e[end - 1] for e, end in zip(text, ends, strict=True)])
     length = network.token_count(name) if name else 0
@@ -36,19 +39,24 @@ def prompt_rows(network: Network, prompts: Sequence[str], rows: str, name: str |
 
 
 def target_vector(network: Network, concept: Concept) -> Tensor:
-    """Mean embedding (d,) of the target's own tokens in the prompt that names it alone, in fp64 on the
-    CPU (CUIG, auxiliary prompts)."""
+    """Mean text row (d,) of the target's own tokens in `Concept.prompt` (CUIG, auxiliary prompts), in fp64 on
+    the CPU."""
     return prompt_rows(network, [concept.prompt], "mean", concept.name)[0]
 
 
 def decoy_concepts(
     network: Network, concepts: Iterable[Concept], count: int, generator: torch.Generator
 ) -> list[Concept]:
-    """`count` made-up concepts of the first target's kind, named by random vocabulary words that no target
-    contains.
+    """Decoy concepts of the first target's kind, named by one to three random vocabulary words.
 
-    They stand for everything nobody thought of listing: protecting what the model makes of `any other name`
-    in the very sentences that are trained needs no list of what to keep.
+    Decoys stand for all unlisted names: protecting the model's response to other names, in the very prompts
+    that are trained, needs no list of concepts to keep.
+
+    Args:
+        network: model whose vocabulary gives the words.
+        concepts: targets, whose words no decoy contains.
+        count: number of decoys.
+        generator: CPU generator of the names.
     """
     concepts = list(concepts)
     taken = {word for concept in concepts for word in re.findall(r"[a-z]+", concept.name.lower())}

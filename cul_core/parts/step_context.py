@@ -1,4 +1,4 @@
-"""What the loop hands to methods and regularizers."""
+"""`StepContext`: everything about a step that methods and regularizers may read."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from .training_config import TrainingConfig
 
 @dataclass(frozen=True)
 class StepContext:
-    """Everything of one step that methods and regularizers may read.
+    """Inputs of one step, for methods and regularizers.
 
     Args:
         network: the frozen model; it holds W0 outside `student` and `teacher` calls.
-        concepts: what this step forgets.
-        retain: concepts declared as to be kept.
+        concepts: target concepts of this step.
+        retain: concepts to keep.
         previous: concepts forgotten by earlier steps.
-        anchor_prompts: prompts whose pictures stay as they are, one per anchor latent.
-        anchor_latents: (n, c, h, w) latents made by W0 from `anchor_prompts`; n is 0 if no part of the step
-            needs them.
-        pretrained: W0 of the trained group, checkpoint key -> tensor: in fp32, exactly as in the file. On the
-            CPU if the device's memory is short.
-        start: W_{k-1} of the trained group, there too.
-        training: how this step trains.
-        generator: purpose, and any further words or numbers -> a CPU generator derived from the seed.
-        origin: identifies the model that the step begins from together with the method, for caches of what
-            depends on both.
-        check: raises Cancelled when the caller wants to stop; long preparations call it in between.
-        anchor_sampler: how images to train on are sampled.
-        last_result: cache of what a part computed for an earlier step, such as importance scores.
+        anchor_prompts: captions of images that must not change, one per anchor latent.
+        anchor_latents: latents (n, c, h, w) that W0 sampled from `anchor_prompts`; n is 0 if no part of the
+            step needs them.
+        pretrained: checkpoint key -> W0 of the trained group, in fp32, exactly as in the file; on the CPU if
+            the device's memory is short.
+        start: checkpoint key -> W_{k-1} of the trained group, in fp32, on the same device as `pretrained`.
+        training: training settings of this step.
+        generator: (purpose, further words or numbers) -> CPU generator derived from the seed.
+        origin: key of the model that the step starts from and the method, for caches that depend on both.
+        check: raises Cancelled if the caller wants to stop; long preparations call it regularly.
+        anchor_sampler: sampling settings of the images to train on.
+        last_result: cache of a part's result from an earlier step, such as importance scores.
     """
 
     network: Network
@@ -56,5 +55,5 @@ class StepContext:
 
     @property
     def text_readers(self) -> frozenset[str]:
-        """Checkpoint keys of the weights that read text rows."""
+        """Checkpoint keys of the text readers, the weights whose inputs are text rows."""
         return frozenset(self.network.weights("text_readers"))

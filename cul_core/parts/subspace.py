@@ -1,4 +1,4 @@
-"""Protected text directions: what parts forbid matrices to act on, joined exactly, in fp64 on the CPU."""
+"""Protected text directions, on which a matrix's change must not act: joined exactly, in fp64 on the CPU."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from torch import Tensor
 
 
 def orthonormal_basis(rows: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """Orthonormal basis (d, r) of the span of (n, d) rows, by SVD in fp64; singular values under tolerance x
-    the largest drop out."""
+    """Orthonormal basis (d, r) of the span of rows (n, d), by SVD in fp64.
+
+    Directions whose singular value is at most `tolerance` times the largest are dropped.
+    """
     _, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
     return right[values > tolerance * values[:1]].T
 
 
 def complement_basis(basis: Tensor) -> Tensor:
-    """Orthonormal basis (d, d - r) of what is orthogonal to the r orthonormal columns of (d, r), in fp64.
+    """Orthonormal basis (d, d - r) of the orthogonal complement of a basis (d, r), in fp64.
 
-    It completes a QR decomposition by r reflections, so that its vectors are axes with a correction of rank
-    r: what is sparse in it is nearly so in the axes.
+    The complete QR decomposition gives a product of r Householder reflections, so the basis vectors are the
+    axes plus a rank-r correction. Coordinates that are sparse in this basis are nearly sparse in the axes.
     """
     return torch.linalg.qr(basis.double(), mode="complete").Q[:, basis.shape[1] :]
 
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """Text directions that a matrix must not act on, and what is only damped.
+    """Text directions on which a matrix's change must not act, and text whose response is only damped.
 
     Args:
-        width: d, the width of the text rows.
-        protected: orthonormal basis (d, r) of the directions; None where none is forbidden.
-        moment: (d, d) second moment of text whose response is damped; None for none.
+        width: width d of the text rows.
+        protected: orthonormal basis (d, r) of the protected directions; None if there are none.
+        moment: second moment (d, d) of the text rows whose response is damped; None if there are none.
     """
 
     width: int
@@ -42,8 +44,7 @@ class Subspace:
 
     @classmethod
     def join(cls, parts: Sequence[Subspace]) -> Subspace:
-        """The union of what several protect, exactly, and the sum of what they damp; a single one is
-        itself."""
+        """The subspace that protects the joint span of several, and damps the sum of their moments."""
         if len(parts) == 1:
             return parts[0]
         bases = [part.protected.T for part in parts if part.protected is not None]
@@ -56,8 +57,11 @@ class Subspace:
 
     @cached_property
     def allowed(self) -> Tensor:
-        """Orthonormal basis B (d, m) of the other directions. With a moment M it diagonalizes B^T M B, so
-        that a mask of coordinates never raises the mean square response to the damped text."""
+        """Orthonormal basis B (d, m) of the allowed directions, the complement of the protected ones.
+
+        With a moment M the basis diagonalizes B^T M B, so that a mask of coordinates never raises the mean
+        square response to the damped text.
+        """
         if self.protected is None:
             free = torch.eye(self.width, dtype=torch.float64)
         else:

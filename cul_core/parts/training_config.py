@@ -1,4 +1,4 @@
-"""Frozen settings that travel as JSON and have a stable hash."""
+"""Training settings of one step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from ..base.config import Config, setting
 
 @dataclass(frozen=True)
 class TrainingConfig(Config):
-    """How to train one step. `learning_rate` is the optimizer's own; nothing multiplies it by the batch
-    size."""
+    """Training settings of one step; nothing multiplies `learning_rate` by the batch size."""
 
     iterations: int = setting(60, "Optimizer updates of this step.", minimum=0, maximum=1_000_000)
     batch_size: int = setting(8, "Anchor latents per update.", minimum=1, maximum=10_000)
