@@ -1,4 +1,4 @@
-"""What a forgetting method is."""
+"""Base class and registry of forgetting methods."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from ..parts.step_context import StepContext
 
 
 class Method(Part):
-    """Base of all methods. A trained one implements `loss`; a closed-form one sets `is_closed_form` and
-    implements `edit`, whose result passes through the masks and constraints of all parts.
+    """Base of all methods: a trained method implements `loss`, a closed-form method `edit`.
 
-    With `blocks_first_token` no gradient reaches the text readers through the rows that all prompts share.
+    A closed-form method also sets `is_closed_form`; the loop passes its weights through the masks and
+    constraints of all parts. With `blocks_first_token` no gradient reaches the text readers (key and value
+    matrices) through the token rows that all prompts share.
     """
 
     is_closed_form = False
     blocks_first_token = False
 
     def loss(self, student: Predict, teachers: Teachers, generator: torch.Generator) -> LossTerms:
-        """One training loss.
+        """The loss of one update, with its named terms.
 
-        What `student` predicts is detached from the network: the loop takes the loss's gradients by it, then
-        the network's, and may split the batch for that. So everything that the loss draws at random is drawn
-        here, once per update, however often the network runs.
+        Predictions of `student` are detached leaves. The loop computes dL/dprediction, then backpropagates it
+        through the network, in micro-batches if memory is short (gradient caching). The network may thus run
+        several times per update; this function runs once, so it draws all random numbers here.
+
+        Args:
+            student: predicts with the weights in training.
+            teachers: the frozen models W0 and W_{k-1}.
+            generator: source of the random numbers, on the CPU.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""Concept Ablation: the prediction for the target prompt becomes that for the anchor prompt."""
+"""Concept Ablation: match the prediction for the target prompt to the one for the anchor prompt."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .base import METHODS, Method
 class ConAblConfig(Config):
     """`reference` is what the authors' code does; the defaults are ours.
 
-    The paper's scripts (arXiv 2511.07970) also mirror half of the pictures: `flip`, which needs an
-    autoencoder, is not part of it.
+    The scripts of arXiv 2511.07970 also mirror half of the images. `reference` leaves `flip` off, because it
+    needs an autoencoder.
     """
 
     teacher: str = setting(
@@ -72,8 +72,12 @@ class ConAblConfig(Config):
 
 
 def masked_error(error: Tensor, mask: Tensor | None = None) -> Tensor:
-    """mean_b of sum_{c,y,x} m e^2 / sum_{y,x} m, for errors e (b, c, h, w) and masks m (b, h, w) of 0 and 1;
-    no mask: all 1."""
+    """Masked squared error: mean_b of sum_{c,y,x} m e^2 / sum_{y,x} m, a scalar.
+
+    Args:
+        error: e (b, c, h, w).
+        mask: m (b, h, w) of 0 and 1; None is all 1.
+    """
     squares = error.square().sum(1)
     return squares.mean() if mask is None else ((squares * mask).sum((1, 2)) / mask.sum((1, 2))).mean()
 
@@ -86,18 +90,21 @@ def masked_error(error: Tensor, mask: Tensor | None = None) -> Tensor:
     paper="Kumari et al., Ablating Concepts in Text-to-Image Diffusion Models, ICCV 2023, arXiv 2303.13516",
 )
 class ConAbl(Method):
-    """L = mean_b sum_{c,y,x} m (f_W(z_t, t, E(p*)) - sg[f_teacher(z_t, t, E(p))])^2 / sum_{y,x} m (Kumari et
-    al., eq. 3) + w_pres mean (f_W(z'_t', t', E(p')) - eps')^2.
+    """Concept Ablation's loss (Kumari et al., eq. 3), with an optional preservation term:
 
-    Channels are summed, not averaged, as in the reference, whose penalty weights are calibrated to that. The
-    mask m leaves out the padding of scaled pictures. The second term is over anchors (z', p') as they are; a
-    model of velocities is asked for the velocity. Several targets of a request are drawn equally often,
-    whatever the number of anchors that each has. With `replay`, a share of the batch does the same for
-    targets of earlier steps: later steps otherwise move what the model makes of them.
+        L = mean_b sum_{c,y,x} m (f_W(z_t, t, E(p*)) - sg[f_T(z_t, t, E(p))])^2 / sum_{y,x} m
+            + w_pres mean (f_W(z'_t', t', E(p')) - eps')^2
+
+    z is an anchor latent, p its prompt, p* the prompt rewritten for the target, T the teacher. Channels are
+    summed, not averaged, as in the reference: its penalty weights are calibrated to the sum. The mask m
+    leaves out the padding of scaled images. In the preservation term, (z', p') are anchors without
+    augmentation; eps' is the velocity for a model that predicts velocities. Each target of a request is drawn
+    equally often, whatever the number of its anchors. With `replay`, a share of the batch applies the first
+    term to targets of earlier steps, because later steps would otherwise change their predictions again.
 
     Raises:
         ConceptError: no anchor prompt can be rewritten for one of the targets.
-        ModelError: pictures are to be scaled or mirrored, and there is no autoencoder for that.
+        ModelError: images are to be scaled or mirrored, and the family has no autoencoder.
     """
 
     config: ConAblConfig
@@ -114,7 +121,7 @@ class ConAbl(Method):
         previous: Sequence[Concept],
         captions: int,
     ) -> Cost:
-        forms = 3 if self.config.augmentations else 1  # captions that say the scale, and that do not
+        forms = 3 if self.config.augmentations else 1  # prompts with either scale prefix, or none
         rewritten = [*concepts, *(previous if self.config.replay else ())]
         targets = sum(2 if concept.kind == "style" else 1 for concept in rewritten)
         student = training.batch_size * (1 + bool(self.config.preservation))
@@ -150,61 +157,59 @@ class ConAbl(Method):
         def row(prompt: str) -> int:
             return rows.setdefault(prompt, len(rows))
 
-        shown = [*enumerate(zip(pool.anchors, pool.prefixes, strict=True))]
-        self._anchor_rows = [row(prefix + captions[i]) for _, (i, prefix) in shown]
+        pool_entries = [*enumerate(zip(pool.anchors, pool.prefixes, strict=True))]
+        self._anchor_rows = [row(prefix + captions[i]) for _, (i, prefix) in pool_entries]
 
         def pairs(prompts: dict[int, tuple[str, ...]]) -> list[tuple[int, list[int]]]:
             return [
-                (picture, [row(prefix + prompt) for prompt in prompts[i]])
-                for picture, (i, prefix) in shown
+                (image, [row(prefix + prompt) for prompt in prompts[i]])
+                for image, (i, prefix) in pool_entries
                 if i in prompts
             ]
 
         self._pairs = [pairs(prompts) for prompts in rewritten]
         earlier = context.previous if config.replay else ()
-        again = [
+        earlier_prompts = [
             {i: prompts for i in usable if (prompts := concept.target_prompts(captions[i]))}
             for concept in earlier
         ]
-        self._earlier = [pairs(prompts) for prompts in again if prompts]
+        self._earlier = [pairs(prompts) for prompts in earlier_prompts if prompts]
         self._preserved = [(i, row(captions[i])) for i in usable]
         self._prompts = list(rows)
         self._embeddings = network.encode(self._prompts)
 
     def loss(self, student: Predict, teachers: Teachers, generator: torch.Generator) -> LossTerms:
-        pictures, targets = self._draw(generator)
-        noisy, timesteps, _ = self._noised(self._pool.latents[pictures], generator)
-        anchors = self._embeddings[[self._anchor_rows[picture] for picture in pictures]]
+        images, targets = self._draw(generator)
+        noisy, timesteps, _ = self._noised(self._pool.latents[images], generator)
+        anchors = self._embeddings[[self._anchor_rows[image] for image in images]]
         with torch.no_grad():
             teacher = self.config.teacher
             goal = (student if teacher == "student" else teachers.called(teacher))(noisy, timesteps, anchors)
         predicted = student(noisy, timesteps, self._embeddings[targets])
-        loss = masked_error(
-            predicted - goal, None if self._pool.masks is None else self._pool.masks[pictures]
-        )
-        parts = {"unlearn": loss.item()}
+        loss = masked_error(predicted - goal, None if self._pool.masks is None else self._pool.masks[images])
+        terms = {"unlearn": loss.item()}
         if self.config.preservation:
-            kept = self.config.preservation * self._preservation(student, generator)
-            loss, parts = loss + kept, {**parts, "preserve": kept.item()}
-        return LossTerms(loss, parts)
+            preservation = self.config.preservation * self._preservation(student, generator)
+            loss, terms = loss + preservation, {**terms, "preserve": preservation.item()}
+        return LossTerms(loss, terms)
 
     def _draw(self, generator: torch.Generator) -> tuple[list[int], list[int]]:
-        """Numbers of a batch of pictures, and of the target prompts that take the place of their own."""
-        again = min(round(self.config.replay * self._batch), self._batch - 1) if self._earlier else 0
-        pictures, targets = [], []
-        for groups, count in ((self._pairs, self._batch - again), (self._earlier, again)):
+        """(indices into the image pool, indices of the target prompts) of one batch."""
+        replayed = min(round(self.config.replay * self._batch), self._batch - 1) if self._earlier else 0
+        images, targets = [], []
+        for groups, count in ((self._pairs, self._batch - replayed), (self._earlier, replayed)):
             most = max(map(len, groups), default=0)
             for number in (
                 torch.randint(len(groups) * most, (count,), generator=generator).tolist() if count else ()
             ):
                 pairs, i = groups[number // most], number % most
-                # of a target with fewer anchors than another: all of its own are equally likely
+                # a target with fewer anchors than `most`: draw again, uniformly among its own
                 if i >= len(pairs):
                     i = int(torch.randint(len(pairs), (), generator=generator))
-                picture, versions = pairs[i]
-                pictures.append(picture)
+                image, versions = pairs[i]
+                images.append(image)
                 targets.append(versions[int(torch.randint(len(versions), (), generator=generator))])
-        return pictures, targets
+        return images, targets
 
     def _noised(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(z_t, t, eps) of latents (b, c, h, w)."""
@@ -213,7 +218,7 @@ class ConAbl(Method):
         return self._process.noised(clean, noise, times), times, noise
 
     def _draw_anchors(self, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor, Conditioning], Tensor]:
-        """(z_t, t, E(p)) of a batch of anchors as they are, and what a perfect model would say there."""
+        """((z_t, t, E(p)), training target) of a batch of anchors without augmentation."""
         drawn = torch.randint(len(self._preserved), (self._batch,), generator=generator).tolist()
         anchors, prompts = zip(*(self._preserved[i] for i in drawn), strict=True)
         clean = self._latents[list(anchors)]
@@ -222,6 +227,6 @@ class ConAbl(Method):
         return (noisy, timesteps, self._embeddings[list(prompts)]), truth
 
     def _preservation(self, student: Predict, generator: torch.Generator) -> Tensor:
-        """Mean squared error of what the student says of anchors as they are, from their own prompts."""
+        """The student's own diffusion loss (scalar) on anchors with their own prompts."""
         inputs, truth = self._draw_anchors(generator)
         return (student(*inputs) - truth).square().mean()

@@ -1,5 +1,4 @@
-"""Erased Stable Diffusion: the prediction for the target prompt moves away from the target, by the model's
-own guidance."""
+"""Erased Stable Diffusion: train the target prompt towards negative classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -25,9 +24,9 @@ from .base import METHODS, Method
 class ESDConfig(Config):
     """`reference` is what the authors' code does; the defaults are ours.
 
-    The reference samples a new picture for every update, up to a random step. One trajectory that is replaced
-    at every update has the same distribution. Its bf16 weights are not offered: updates of its learning rate
-    round to nothing there.
+    The reference samples a new image for every update, up to a random step. `reference` keeps one trajectory
+    and replaces it at every update, which gives states of the same distribution. The reference's bf16 weights
+    are not offered, because updates at its learning rate round to zero in bf16.
     """
 
     negative_guidance: float = setting(
@@ -67,18 +66,16 @@ class ESDConfig(Config):
 
 
 def erasing_goal(null: Tensor, concept: Tensor, wider: Tensor, negative_guidance: float) -> Tensor:
-    """What the student should predict for the wider prompt: f(c_f) - eta (f(c_e) - f(null)), all (b, c, h,
-    w).
+    """Regression target for the wider prompt: f(c_f) - eta (f(c_e) - f(null)), all (b, c, h, w).
 
-    eta = `negative_guidance`. Where both prompts are one this is (1 - eta) f(c) + eta f(null), the paper's
-    f(null) - eta' (f(c) - f(null)) with eta = 1 + eta'. The authors' two programs use their flag for one form
-    each.
+    For c_e = c_f = c this is (1 - eta) f(c) + eta f(null), the paper's f(null) - eta' (f(c) - f(null)) with
+    eta = 1 + eta'. Of the authors' two programs, one passes eta and the other eta' as its flag.
 
     Args:
         null: teacher's prediction f(null) for the empty prompt; noise or velocity.
-        concept: f(c_e), for the concept's prompt.
-        wider: f(c_f), for the prompt that it is erased from.
-        negative_guidance: eta; 0 gives `wider` back.
+        concept: teacher's prediction f(c_e) for the concept's prompt.
+        wider: teacher's prediction f(c_f) for the prompt from which the concept is erased.
+        negative_guidance: eta; 0 returns `wider`.
     """
     return wider - negative_guidance * (concept - null)
 
@@ -92,12 +89,13 @@ def erasing_goal(null: Tensor, concept: Tensor, wider: Tensor, negative_guidance
     paper="Gandikota et al., Erasing Concepts from Diffusion Models, ICCV 2023, arXiv 2303.07345",
 )
 class ESD(Method):
-    """L = mean (f_W(z_t, t, c_f) - sg[f_T(z_t, t, c_f) - eta (f_T(z_t, t, c_e) - f_T(z_t, t, null))])^2 over
-    b, c, h, w.
+    """ESD's loss, the mean over b, c, h, w of
 
-    c_e is the target's prompt, c_f the prompt it is erased from, T the teacher. z_t is a state of a picture
-    that the teacher samples for c_f with guidance, at one of its steps (authors' code, esd_sd.py); several
-    targets of a request take turns.
+        (f_W(z_t, t, c_f) - sg[f_T(z_t, t, c_f) - eta (f_T(z_t, t, c_e) - f_T(z_t, t, null))])^2
+
+    c_e is the target's prompt, c_f the prompt from which it is erased, T the teacher. z_t is an intermediate
+    latent of an image that the teacher samples for c_f with guidance (authors' code, esd_sd.py). The targets
+    of a request take turns.
     """
 
     config: ESDConfig

@@ -1,5 +1,4 @@
-"""SculpMem: Concept Ablation, or its authors' own loss, in which only a moving half of every matrix may
-change."""
+"""SculpMem: Concept Ablation or the authors' own loss, under a dynamic mask on every matrix."""
 
 from __future__ import annotations
 
@@ -32,10 +31,10 @@ _EXCHANGED_UNTIL = 0.8
 class SculpMemConfig(ConAblConfig):
     """`reference` is SculpMem as the continual unlearning paper runs it; the defaults are ours.
 
-    The authors' own is loss `sm`, teacher `student`, no blocked first token, form `reference`, and
-    preservation 1 and distillation 1, four times their 0.25, because the forgetting term sums over four
-    channels; their released code overwrites the last, as if it were 0. Their learning rate, which goes up and
-    down once, is not offered.
+    The authors' own settings are: loss `sm`, teacher `student`, first token not blocked, form `reference`,
+    preservation 1 and distillation 1. Both weights are four times the authors' 0.25, because the forgetting
+    term sums over four channels. Their released code overwrites the distillation term, as if its weight were
+    0. Their one-cycle learning rate is not offered.
     """
 
     loss: str = setting(
@@ -99,19 +98,23 @@ class SculpMemConfig(ConAblConfig):
 
 
 def turnover_at(turnover: float, epoch: float, epochs: float) -> float:
-    """Share of the active entries that an exchange in `epoch` (from 0) of `epochs` replaces: turnover (1 +
-    cos(pi epoch / epochs)) / 2."""
+    """Share of the active entries replaced at `epoch` (from 0): turnover (1 + cos(pi epoch / epochs)) / 2."""
     return turnover * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Boolean mask of exactly the `count` largest magnitudes; of equal ones the first win."""
+    """Boolean mask, shape of `scores`, of exactly the `count` largest magnitudes; ties go to the first."""
     return top_k({"": scores}, count).mask("", scores)
 
 
 def exchanged(mask: Tensor, scores: Tensor, share: float) -> Tensor:
-    """The mask after its lowest-scored entries, this share (at least one), gave way to as many of the
-    highest-scored others."""
+    """The mask with its lowest-scored active entries replaced by the highest-scored inactive ones.
+
+    Args:
+        mask: boolean, of the matrix's shape.
+        scores: importance of every entry, same shape.
+        share: of the active entries that are replaced, at least one; the number of active entries stays.
+    """
     active = int(mask.sum())
     count = min(max(1, count_of_fraction(share, active)), active, mask.numel() - active)
     result = torch.empty_like(mask)
@@ -130,23 +133,24 @@ def exchanged(mask: Tensor, scores: Tensor, share: float) -> Tensor:
     "Concept-Aware Optimization, ICCV 2025, arXiv 2504.09039",
 )
 class SculpMem(ConAbl):
-    """L = L_conabl + distillation sum_c mean (f_W(x_a, t, c) - f_start(x_a, t, c))^2, under a mask that
-    moves.
+    """L = L_conabl + distillation sum_c mean (f_W(x_a, t, c) - f_start(x_a, t, c))^2, under a dynamic mask.
 
-    L_conabl is Concept Ablation's with its preservation, which is the authors' superclass alignment. x_a are
-    noisy anchor pictures, start is W_{k-1}; c is their own prompts, and, if there are any, those of the
-    earlier targets, one of them at random for each picture. With the loss `sm`, L_conabl is taken at pictures
-    of the target by W0, and in a frozen warm-up L is their own training loss. Anchors stand for the authors'
-    pictures of the superclass; no negative prompt keeps the target out of them.
+    L_conabl is Concept Ablation's loss; its preservation term is the authors' superclass alignment. x_a are
+    noisy anchor images, start is W_{k-1}. The sum over c has the anchors' own prompts and, after earlier
+    steps, one random earlier target's prompt per image. With loss `sm`, L_conabl is taken at images of the
+    target by W0, and during a frozen warm-up L is the diffusion loss of those images. Anchors stand for the
+    authors' images of the superclass; no negative prompt keeps the target out of them.
 
-    A_ij is the importance of entry ij of a matrix, gathered over the raw gradients g since the last exchange.
-    The warm-up ends with the floor(rho N) entries of highest A of each matrix active; vectors (biases, norms)
-    are never masked. After every `interval` iterations `exchanged` acts, while epoch < 0.8 E; an epoch shows
-    as many pictures as there are anchors. Iterations whose gradients overflow in fp16 do not count.
+    The importance A_ij of a matrix entry is accumulated over the raw gradients g since the last exchange. At
+    the end of the warm-up the floor(rho N) entries of highest A in each matrix become active; vectors
+    (biases, norms) are never masked. `exchanged` runs after every `interval` iterations while epoch < 0.8 E;
+    in an epoch as many images are trained as there are anchors. Iterations whose gradients overflow in fp16
+    do not count.
 
-    In the form `update`, the mask acts on gradients and on the actual change, in the `coordinates` that
-    regularizers leave, and the optimizer forgets its moments of what leaves the mask; entries outside it keep
-    their bits. The second moments have no coordinates, and stay where these are limited.
+    In the form `update`, the mask acts on the gradients and on the actual change, in coordinates of the
+    subspace that the regularizers allow. Entries outside the mask keep their bits. When an entry leaves the
+    mask, Adam's moments of the entry are set to zero: stale momentum would move it when it returns. Second
+    moments cannot be expressed in a subspace's coordinates, so they stay where a subspace is limited.
 
     Raises:
         ConceptError: see `ConAbl`.
@@ -186,12 +190,12 @@ class SculpMem(ConAbl):
             self._draw_targets(context)
 
     def _draw_targets(self, context: StepContext) -> None:
-        """Pictures of the targets for one of their prompts each, in the place of those of the anchors."""
+        """Replace the anchor images by images of the targets, each sampled for one of its target prompts."""
         rows, anchor_rows = [], []
         for pairs in (*self._pairs, *self._earlier):
-            for i, (picture, versions) in enumerate(pairs):
+            for i, (image, versions) in enumerate(pairs):
                 rows.append(versions[i % len(versions)])
-                anchor_rows.append(self._anchor_rows[picture])
+                anchor_rows.append(self._anchor_rows[image])
                 pairs[i] = (len(rows) - 1, rows[-1:])
         self._anchor_rows = anchor_rows
         generators = [context.generator("target picture", i) for i in range(len(rows))]
@@ -239,17 +243,16 @@ class SculpMem(ConAbl):
         return LossTerms(loss.total + distilled, {**loss.terms, "distill": distilled.item()})
 
     def _learning(self, student: Predict, generator: torch.Generator) -> LossTerms:
-        """The target's own training loss."""
-        pictures, targets = self._draw(generator)
-        clean = self._pool.latents[pictures]
+        """The diffusion loss of the target's images with the target's prompts."""
+        images, targets = self._draw(generator)
+        clean = self._pool.latents[images]
         noisy, timesteps, noise = self._noised(clean, generator)
         truth = self._process.target(clean, noise, timesteps)
         loss = (student(noisy, timesteps, self._embeddings[targets]) - truth).square().mean()
         return LossTerms(loss, {"learn": loss.item()})
 
     def _draw_held(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Conditioning]:
-        """(z_t, t, embeddings) of anchors with their own prompts, and, if there are any, then with those of
-        earlier targets."""
+        """(z_t, t, conditioning) of anchors with their own prompts, then with earlier targets' if any."""
         (noisy, timesteps, anchors), _ = self._draw_anchors(generator)
         if self._previous is None:
             return noisy, timesteps, anchors
@@ -260,9 +263,9 @@ class SculpMem(ConAbl):
 
     @torch.no_grad()
     def after_backward(self, iteration: int, weights: Weights, optimizer: Optimizer) -> bool:
-        config, done = self.config, self._seen
-        epoch = (done - 1) // self._epoch  # of the update before this one
-        is_due = done > config.warm_up and done % config.interval == 0
+        config, updates = self.config, self._seen
+        epoch = (updates - 1) // self._epoch  # of the update before this one
+        is_due = updates > config.warm_up and updates % config.interval == 0
         if is_due and epoch < _EXCHANGED_UNTIL * self._epochs:
             self._renew(weights, optimizer, turnover_at(config.turnover, epoch, self._epochs))
         part = {"signed": lambda gradient: gradient, "abs": torch.abs, "fisher": torch.square}[
@@ -270,14 +273,13 @@ class SculpMem(ConAbl):
         ]
         for name, scores in self._scores.items():
             scores += part(self._in_coordinates(name, weights[name].grad))
-        self._seen = done + 1
+        self._seen = updates + 1
         if self._seen == config.warm_up:
             self._renew(weights, optimizer)
         return self._seen > config.warm_up or (self._seen < config.warm_up and config.warm_up_form == "train")
 
     def _renew(self, weights: Weights, optimizer: Optimizer, share: float = 0.0) -> None:
-        """Make the first masks of the scores, or exchange a share of the masks' entries, and begin to gather
-        scores anew."""
+        """Make the first masks from the scores, or exchange a share of their entries; reset the scores."""
         for name, scores in self._scores.items():
             before = self._masks.get(name)
             if before is None:
