@@ -31,8 +31,8 @@ class ConAblConfig(Config):
 
     teacher: str = setting(
         "start",
-        "Whose anchor prediction is the goal: the step's start, the pretrained model, or the student itself "
-        "as in the reference.",
+        "Model whose prediction for the anchor prompt is matched: the step's start, the pretrained model, or "
+        "the student itself as in the reference.",
         choices=("start", "pretrained", "student"),
     )
     block_first_token: bool = setting(
@@ -40,30 +40,29 @@ class ConAblConfig(Config):
     )
     preservation: float = setting(
         0.0,
-        "Weight of a second loss, by which the anchor prompts go on drawing their own pictures; 0 turns it "
+        "Weight of a second loss, the diffusion loss of the anchor images with their own prompts; 0 turns it "
         "off. The references double the learning rate with it.",
         minimum=0.0,
         added_later=True,
     )
     border_mask: bool = setting(
         False,
-        "Leave the rim of the pictures out of the loss, one latent pixel of 64 on every side, as in the "
-        "reference. None of a MiniCanvas picture, which has 8.",
+        "Leave the border of the images out of the loss, one latent pixel of 64 on every side, as in the "
+        "reference. MiniCanvas images have 8 latent pixels a side, so nothing is left out of them.",
         added_later=True,
     )
     augmentations: int = setting(
         0,
-        "Versions of every anchor picture that are trained on in its place, smaller or larger and "
-        "elsewhere, with prompts that say so ('A far away'). 0: the picture itself.",
+        "Scaled and shifted copies of every anchor image to train on instead of the image, with prompts that "
+        "say the scale ('A far away'). 0: the image itself.",
         minimum=0,
         maximum=100,
         added_later=True,
     )
-    flip: bool = setting(False, "Mirror half of the anchor pictures.", added_later=True)
+    flip: bool = setting(False, "Mirror half of the anchor images.", added_later=True)
     replay: float = setting(
         0.0,
-        "Share of every batch that goes over targets of earlier steps again, so that they stay what they "
-        "became.",
+        "Share of every batch that trains targets of earlier steps again, so that they stay forgotten.",
         minimum=0.0,
         maximum=0.9,
         added_later=True,

@@ -31,19 +31,19 @@ class ESDConfig(Config):
 
     negative_guidance: float = setting(
         2.0,
-        "How far from the target its own prompt is pushed: 0 changes nothing, 1 makes the prompt say "
-        "nothing, 2 goes as far again to the other side (the paper's 1).",
+        "How far the target's prompt is pushed away from the target: 0 changes nothing, 1 gives the empty "
+        "prompt's prediction, 2 goes as far again to the other side (the paper's 1).",
         minimum=0.0,
     )
     erase_from: str = setting(
         "",
-        "Prompt inside which the target is erased, such as 'A house image'; only what the model makes of it "
-        "changes. Empty: the target's own prompt.",
+        "Prompt inside which the target is erased, such as 'A house image'; only predictions for this prompt "
+        "are trained. Empty: the target's own prompt.",
     )
     teacher: str = setting(
         "start",
-        "Whose predictions the goal is made of: the step's start, as in the reference, or the pretrained "
-        "model.",
+        "Teacher that makes the predictions to train on: the step's start, as in the reference, or the "
+        "pretrained model.",
         choices=("start", "pretrained"),
     )
     block_first_token: bool = setting(
@@ -51,16 +51,14 @@ class ESDConfig(Config):
     )
     trajectories: int = setting(
         8,
-        "Pictures by the teacher, in all their sampling steps, that updates draw from.",
+        "Sampling trajectories of the teacher in the replay buffer, from whose states updates draw.",
         minimum=1,
         maximum=10_000,
     )
-    refresh_every: int = setting(
-        25, "Updates after which the oldest of these pictures is replaced.", minimum=1
-    )
-    trajectory_steps: int = setting(50, "Sampling steps (DDIM) of each.", minimum=1, maximum=1000)
+    refresh_every: int = setting(25, "Updates after which the oldest trajectory is replaced.", minimum=1)
+    trajectory_steps: int = setting(50, "Sampling steps (DDIM) of each trajectory.", minimum=1, maximum=1000)
     guidance_scale: float = setting(
-        3.0, "Classifier-free guidance of these pictures; 1 is none.", minimum=1.0
+        3.0, "Classifier-free guidance of the trajectories; 1 is none.", minimum=1.0
     )
     REFERENCE: ClassVar[dict] = {"block_first_token": False, "trajectories": 1, "refresh_every": 1}
 
@@ -84,8 +82,7 @@ def erasing_goal(null: Tensor, concept: Tensor, wider: Tensor, negative_guidance
     "esd",
     config=ESDConfig,
     display_name="Erased Stable Diffusion",
-    description="Teaches the model to steer away from the target when asked for it; needs no anchor "
-    "pictures.",
+    description="Teaches the model to steer away from the target when asked for it; needs no anchor images.",
     paper="Gandikota et al., Erasing Concepts from Diffusion Models, ICCV 2023, arXiv 2303.07345",
 )
 class ESD(Method):

@@ -39,8 +39,8 @@ class SculpMemConfig(ConAblConfig):
 
     loss: str = setting(
         "conabl",
-        "conabl: Concept Ablation's. sm: the authors' own, taken at pictures of the target, which the "
-        "pretrained model draws before training.",
+        "conabl: Concept Ablation's. sm: the authors' own, taken at images of the target, which the "
+        "pretrained model samples before training.",
         choices=("conabl", "sm"),
     )
     warm_up: int = setting(
@@ -50,12 +50,13 @@ class SculpMemConfig(ConAblConfig):
     )
     warm_up_form: str = setting(
         "freeze",
-        "freeze: no weight changes meanwhile. train: all do, without a mask, except in the last iteration.",
+        "freeze: no weight changes in the warm-up. train: all weights change, without a mask, except in its "
+        "last iteration.",
         choices=("freeze", "train"),
     )
     interval: int = setting(
         100,
-        "Iterations from one exchange of the mask's entries to the next; a tenth of all is usual.",
+        "Iterations between two exchanges of the mask's entries; a tenth of all is usual.",
         minimum=1,
     )
     active_fraction: float = setting(
@@ -63,8 +64,8 @@ class SculpMemConfig(ConAblConfig):
     )
     turnover: float = setting(
         0.2,
-        "Share of these that the first exchanges replace; it falls along a cosine, and exchanges end at 0.8 "
-        "of the training.",
+        "Share of the active entries that the first exchanges replace; it falls along a cosine, and "
+        "exchanges end at 0.8 of the training.",
         minimum=0.0,
         maximum=1.0,
     )
@@ -76,14 +77,14 @@ class SculpMemConfig(ConAblConfig):
     )
     distillation: float = setting(
         0.0,
-        "Weight of staying with the step's start, on anchor pictures, for their own prompts and for those "
-        "of what earlier steps forgot.",
+        "Weight of distillation from the step's start on anchor images, with their own prompts and with "
+        "those of earlier targets.",
         minimum=0.0,
     )
     form: str = setting(
         "update",
-        "update: the change the optimizer made is masked too, in the directions that a projection leaves. "
-        "reference: gradients alone are, weight by weight.",
+        "update: the optimizer's change is masked too, in the subspace that a projection allows. reference: "
+        "only gradients are masked, weight by weight.",
         choices=("update", "reference"),
     )
     REFERENCE: ClassVar[dict] = {**ConAblConfig.REFERENCE, "warm_up_form": "train", "form": "reference"}
@@ -127,8 +128,8 @@ def exchanged(mask: Tensor, scores: Tensor, share: float) -> Tensor:
     "sculpmem",
     config=SculpMemConfig,
     display_name="SculpMem",
-    description="Concept Ablation that changes a part of the weights at a time, chosen anew as training "
-    "goes on.",
+    description="Concept Ablation under a mask: a part of the weights changes at a time, chosen anew during "
+    "training.",
     paper="Sculpting Memory: Multi-Concept Forgetting in Diffusion Models via Dynamic Mask and "
     "Concept-Aware Optimization, ICCV 2025, arXiv 2504.09039",
 )

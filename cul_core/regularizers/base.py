@@ -1,4 +1,4 @@
-"""What a regularizer is: the hooks of a part, and terms beside the method's loss."""
+"""Base class and registry of regularizers: a part's hooks, and terms of the loss."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from ..parts.part import Part, Teachers
 
 
 class Regularizer(Part):
-    """Base of all regularizers. `penalty` joins the method's loss; after its backward pass come `loss_terms`,
-    whose gradients add to it."""
+    """Base of all regularizers.
+
+    `penalty` is added to the method's loss. `loss_terms` has a backward pass of its own afterwards, whose
+    gradients are added.
+    """
 
     def penalty(self, weights: Mapping[str, Tensor]) -> Tensor | None:
-        """Scalar to add to the loss, of the fp32 weights by checkpoint key."""
+        """A scalar to add to the method's loss, or None.
+
+        Args:
+            weights: checkpoint key -> fp32 master weight; gradients flow into it.
+        """
         return None
 
     def loss_terms(self, student: Predict, teachers: Teachers) -> dict[str, Tensor]:
-        """Terms of the loss by name, scalars that need the model's predictions."""
+        """Scalar terms of the loss by name, made of predictions by student and teachers."""
         return {}
 
 

@@ -1,5 +1,4 @@
-"""Distillation without data: on states of pictures that it draws itself, the model keeps predicting what its
-teachers do."""
+"""Data-free distillation: match the teachers on states of images that the teachers sample."""
 
 from __future__ import annotations
 
@@ -27,30 +26,30 @@ from .base import REGULARIZERS, Regularizer
 class DistillationConfig(Config):
     keep_weight: float = setting(
         1.0,
-        "Weight of staying with the pretrained model on what is to be kept (a); 0 turns this off.",
+        "Weight of distillation from the pretrained model on prompts to keep (a); 0 turns it off.",
         minimum=0.0,
     )
     previous_weight: float = setting(
         1.0,
-        "Weight of staying with the step's start on what earlier steps forgot (b); 0 turns this off.",
+        "Weight of distillation from the step's start on earlier targets (b); 0 turns it off.",
         minimum=0.0,
     )
-    batch_size: int = setting(1, "States per update, of each of the two.", minimum=1, maximum=1024)
+    batch_size: int = setting(1, "States per update, for each of the two terms.", minimum=1, maximum=1024)
     trajectories: int = setting(
         8,
-        "Pictures by the teacher, in all their sampling steps, that updates draw from; of each of the two. "
-        "They cost time.",
+        "Sampling trajectories of the teacher in the replay buffer, from whose states updates draw; for each "
+        "of the two terms. Sampling them costs time.",
         minimum=1,
         maximum=10_000,
     )
     refresh_every: int = setting(
         25,
-        "Updates after which the oldest of these pictures is replaced, by one of another prompt.",
+        "Updates after which the oldest trajectory is replaced, by one for another prompt.",
         minimum=1,
     )
-    trajectory_steps: int = setting(50, "Sampling steps (DDIM) of each.", minimum=1, maximum=1000)
+    trajectory_steps: int = setting(50, "Sampling steps (DDIM) of each trajectory.", minimum=1, maximum=1000)
     guidance_scale: float = setting(
-        3.0, "Classifier-free guidance of these pictures; 1 is none.", minimum=1.0
+        3.0, "Classifier-free guidance of the trajectories; 1 is none.", minimum=1.0
     )
     prompts: str = setting(
         "",
@@ -59,23 +58,23 @@ class DistillationConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        check_count("prompts to keep", found := self.own_prompts())
-        for prompt in found:
+        check_count("prompts to keep", prompts := self.own_prompts())
+        for prompt in prompts:
             check_text("prompt to keep", prompt, LONGEST_PROMPT)
 
     def own_prompts(self) -> list[str]:
+        """The user's prompts, without empty ones."""
         return [prompt.strip() for prompt in re.split(r"[;\n]", self.prompts) if prompt.strip()]
 
 
 def held_prompts(
     context: StepContext, config: DistillationConfig, generator: torch.Generator
 ) -> dict[str, list[str]]:
-    """Prompts of what is kept and of what earlier steps forgot (`keep`, `previous`), one for each picture
-    that is ever drawn.
+    """Distillation prompts by term (`keep`, `previous`), one per trajectory of the whole step.
 
-    `keep` takes turns between the kept concepts, the empty prompt with the anchor prompts, and the user's
-    own, as far as there are any. A concept's prompt is an anchor prompt with the concept in it, or the one
-    that names it alone where it fits into none.
+    `keep` alternates between three sources, where they are not empty: concepts to retain; the empty prompt
+    and the anchor prompts; the user's own prompts. `previous` has earlier targets. A concept's prompt is an
+    anchor prompt rewritten for the concept, or its bare prompt if no anchor prompt can be rewritten.
     """
     targets, previous = (
         {concept.name.lower() for concept in concepts} for concepts in (context.concepts, context.previous)
@@ -118,8 +117,7 @@ def held_prompts(
 
 
 class _Held:
-    """Prompts whose pictures stay as a teacher draws them, and states of these pictures; `weight` is that of
-    their term."""
+    """One term of the distillation: its prompts, its weight, and a replay buffer of the teacher's states."""
 
     def __init__(
         self,
@@ -151,7 +149,7 @@ class _Held:
     def draw(
         self, teacher: Predict, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Conditioning, Tensor]:
-        """(latents, timesteps, encoded prompts, what the teacher predicts there) of some states."""
+        """(latents, timesteps, conditioning, the teacher's predictions) of one batch of states."""
         states = self._buffer.draw(teacher, self._count, generator)
         inputs = states.latents, states.times, self._embeddings[list(states.prompts)]
         return *inputs, teacher(*inputs)
@@ -161,23 +159,22 @@ class _Held:
     "distillation",
     config=DistillationConfig,
     display_name="Distillation",
-    description="Has the model go on predicting what the pretrained one does where it draws what is to be "
-    "kept, and what it did before the step where it draws what earlier steps forgot.",
+    description="Keeps the model's predictions those of the pretrained model on images to keep, and those "
+    "from before the step on images of earlier targets.",
     paper="In the spirit of Song et al., Towards Lifelong Few-Shot Customization of Text-to-Image "
     "Diffusion, 2024, arXiv 2411.05544",
 )
 class Distillation(Regularizer):
-    """L = L_unlearn + a L_keep + b L_previous, where the latter two are the mean over states (z, t) of
-    prompts p of
+    """L = L_unlearn + a L_keep + b L_previous, both means over states (z, t) of prompts p:
 
         L_keep      sum_c mean_{y,x} (f_W(z, t, p) - f_{W0}(z, t, p))^2         p in R, z from W0
         L_previous  sum_c mean_{y,x} (f_W(z, t, p) - f_{W_{k-1}}(z, t, p))^2    p in U, z from W_{k-1}
 
-    R and U are `held_prompts`; z is a state of a picture that the teacher named draws for p, with guidance;
-    no pictures are stored. Channels are summed, as in Concept Ablation's loss, so that a = b = 1 weighs a
-    state as much as that does. Gradients flow through the start token too, whatever the method blocks: its
-    keys and values change with the rest, and all prompts share them. The paper tells the two kinds of
-    forgetting apart; it has no code that we know of, and this formulation is ours.
+    R and U are the two lists of `held_prompts`. z is an intermediate latent of an image that the teacher
+    samples for p with guidance; no data set is needed. Channels are summed as in Concept Ablation's loss, so
+    a = b = 1 weighs a state as much as that loss does. Gradients flow through the start token even if the
+    method blocks it: the start token's keys and values change with the rest, and all prompts share them. The
+    paper names both kinds of forgetting; it has no code that we know of, and this formulation is ours.
     """
 
     config: DistillationConfig

@@ -1,5 +1,4 @@
-"""Gradient projection: forbid changes of the key and value matrices that act on the text of what must
-stay."""
+"""Gradient projection: keep the key and value matrices' response to the text of concepts to keep."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ class ProjectionConfig(Config):
 
     form: str = setting(
         "update",
-        "update: the change the optimizer made is projected, so protected text is kept exactly. reference: "
-        "gradients are, and the optimizer undoes part of it.",
+        "update: the optimizer's change is projected, so protected text is kept exactly. reference: only "
+        "gradients are projected, and the optimizer undoes part of it.",
         choices=("update", "reference"),
     )
     rows: str = setting(
@@ -43,30 +42,32 @@ class ProjectionConfig(Config):
         "tokens, or every position.",
         choices=ROWS,
     )
-    protect_previous: bool = setting(True, "Also keep what earlier steps of the chain made of their targets.")
+    protect_previous: bool = setting(True, "Also protect earlier targets, so that they stay forgotten.")
     decoys: int = setting(
         0,
-        "Made-up names, in the sentences that are trained, whose effect is damped too: they stand for "
-        "everything that nobody listed. 0 turns damping off.",
+        "Made-up names that stand for everything nobody listed: changes of the model's response to them, in "
+        "the anchor prompts, are damped. 0 turns damping off.",
         minimum=0,
         maximum=10_000,
     )
     damping: float = setting(
         1e-5,
-        "Share of the kept text's energy at which a direction is damped by half; smaller protects more.",
+        "How strongly unlisted names are protected (the share of the text's energy at which a direction is "
+        "damped by half); smaller protects more and forgets a little less.",
         minimum=1e-12,
     )
     auxiliary: str = setting(
         "none",
         "Names to keep that need no typing: a list of a hundred styles, objects, public figures or scenes, "
-        "or auto, all that suit the target. What would leave too little of it to forget is left out.",
+        "or auto, all lists that suit the target. Names that would leave too little of the target to forget "
+        "are left out.",
         choices=("none", "auto", *LISTS),
         added_later=True,
     )
     auxiliary_names: str = setting(
         "",
-        "Further names to keep, separated by commas or line breaks; one of another kind than the target "
-        "says so, such as object: cat.",
+        "Further names to keep, separated by commas or line breaks; put the kind before a name of another "
+        "kind than the target, such as object: cat.",
         added_later=True,
     )
     REFERENCE: ClassVar[dict] = {"form": "reference", "rows": "last"}
@@ -77,8 +78,10 @@ class ProjectionConfig(Config):
 
 
 def distinct_columns(columns: Tensor, cosine: float = _DUPLICATE_COSINE) -> Tensor:
-    """The rows of (n, d) kept by the reference's greedy filter: in order, if the cosine with every kept one
-    is below `cosine`."""
+    """The rows of (n, d) that the reference's greedy filter keeps: (m, d), in order.
+
+    A row is kept if its cosine with every row kept before is below `cosine`.
+    """
     units, kept = torch.empty_like(columns), []
     for number, row in enumerate(columns):
         unit = row / row.norm().clamp_min(1e-12)
@@ -89,8 +92,10 @@ def distinct_columns(columns: Tensor, cosine: float = _DUPLICATE_COSINE) -> Tens
 
 
 def regularized_projector(rows: Tensor) -> Tensor:
-    """The reference's P = I - C (C^T C + rho I)^-1 C^T, (d, d) in fp32, for columns C = rows^T; only
-    approximately a projector."""
+    """The reference's P = I - C (C^T C + rho I)^-1 C^T, (d, d) in fp32, for columns C = rows^T.
+
+    With rho > 0, P is only approximately a projector.
+    """
     columns = distinct_columns(rows).T.float()
     gram = columns.T @ columns
     rho = max(1e-4, 1e-6 * gram.trace().item() / len(gram))
@@ -102,41 +107,40 @@ def regularized_projector(rows: Tensor) -> Tensor:
     "projection",
     config=ProjectionConfig,
     display_name="Gradient Projection",
-    description="Keeps what the model makes of the concepts to be kept, by forbidding changes that act on "
-    "their text.",
+    description="Keeps the model's response to the text of the concepts to keep, by projecting changes of "
+    "the weights.",
     paper="Continual Unlearning for Text-to-Image Diffusion Models: A Regularization Perspective, ICLR "
     "2026, arXiv 2511.07970",
 )
 class GradientProjection(Regularizer):
-    """W c stays the same for every protected text vector c: the change D of each K/V matrix becomes D (I - Q
-    Q^T).
+    """Projection of the change D of each K/V matrix, D (I - Q Q^T): W c stays the same for protected text c.
 
-    Q is an orthonormal basis of the protected vectors (kept concepts, earlier targets). Directions are
-    compared after taking off the mean vector of made-up names, because all names share most of their vector:
-    kept concepts within a cosine of 0.9 of a target are left out, and the energy left is ||P (c_t - mean)|| /
-    ||c_t - mean||.
+    Q is an orthonormal basis of the protected text vectors (concepts to keep, earlier targets). Cosines and
+    energies are taken after subtracting the mean vector of made-up names, because all names share most of
+    their vector. A concept to keep within a cosine of 0.9 of a target is left out. The energy left of target
+    c_t is ||P (c_t - mean)|| / ||c_t - mean||.
 
-    Auxiliary names are kept too: all that were typed, then those of a list that leave each target 0.4 of its
-    energy, tried in the list's order, so that no list makes a step fail. Left out besides are names that
-    contain a target's, as in the paper's code, and, where the model knows few words, names of a list with
-    others. For damping each stands in an anchor prompt, in the target's place, or, where its kind cannot, in
-    the prompt that names it alone.
+    Auxiliary names are protected too: all typed names, then names of a list, in its order, as long as each
+    target keeps 0.4 of its energy; a list thus never makes a step fail. Also left out are names that contain
+    a target's name, as in the paper's code, and, for a family with a closed vocabulary, listed names with
+    unknown words. For damping, an auxiliary name replaces the target in an anchor prompt; a name whose kind
+    cannot replace it uses its bare prompt.
 
-    With decoys, the matrices are also trained in coordinates where kept text is small: gradient G S^1/2,
-    change D S^1/2, with S = g (I + M / damping)^-1. M is the mean of second moments of token vectors, each of
-    trace 1: of decoys, of kept concepts, of earlier targets, of anchors, and of auxiliary names. g makes the
-    response of the target's own text what it was without damping.
+    With decoys, the matrices are also trained in damped coordinates: gradient G S^1/2, change D S^1/2, with
+    S = g (I + M / damping)^-1. M is the mean of second moments of token vectors, each scaled to trace 1: of
+    decoys, concepts to keep, earlier targets, anchors, and auxiliary names. The gain g restores the response
+    of the target's own text to its size without damping.
 
     With a mask, the change becomes ((D B) * mask) B^T, B an orthonormal basis of the complement of Q
-    (`Subspace.allowed`): exactly orthogonal to the protected vectors and exactly sparse in B. With decoys
-    too, D S^1/2 is masked, so that both of these stay exact while damping does not: what is left is no longer
-    of the form D S^1/2. B then diagonalizes M within the complement, so that a mask never raises the change's
-    mean square response to the damped text, sum_j (B^T M B)_jj |A_j|^2. The form `reference` limits no
-    directions, and leaves masks to the axes.
+    (`Subspace.allowed`): exactly orthogonal to the protected vectors and exactly sparse in B. With decoys as
+    well, the mask acts on D S^1/2. Orthogonality and sparsity stay exact, but the masked change is no longer
+    of the form D S^1/2, so damping is not exact. B then diagonalizes M within the complement, so a mask never
+    raises the change's mean square response to the damped text, sum_j (B^T M B)_jj |A_j|^2. The form
+    `reference` limits no subspace; masks then act on the matrix entries.
 
     Raises:
-        ConceptError: nothing to protect, or less than 0.2 of a target's vector would be left, by this part
-            and all others together.
+        ConceptError: there is nothing to protect, this part and all others together would leave less than
+            0.2 of a target's vector, or the family knows none of the auxiliary names.
     """
 
     config: ProjectionConfig
@@ -210,7 +214,7 @@ class GradientProjection(Regularizer):
     def _auxiliary(
         self, context: StepContext, kept: list[Concept], centre: Tensor, targets: Tensor
     ) -> tuple[list[Concept], dict[str, float]]:
-        """Auxiliary names to keep beside `kept`, and how many were taken, left out, and not even read."""
+        """(auxiliary concepts to protect beside `kept`, counts of protected, excluded and unknown names)."""
         network = context.network
         typed = parse_names(self.config.auxiliary_names, context.concepts[0].kind)
         listed = listed_names(self.config.auxiliary, [concept.kind for concept in context.concepts])
@@ -232,11 +236,11 @@ class GradientProjection(Regularizer):
         basis = orthonormal_basis(
             torch.cat([targets[:0], *(self._rows(network, concept) for concept in kept)])
         )
-        found, seen, excluded = [], {concept.prompt.lower() for concept in kept}, 0
+        protected, prompts, excluded = [], {concept.prompt.lower() for concept in kept}, 0
         for number, concept in enumerate((*typed, *known)):
-            if concept.prompt.lower() in seen:
+            if concept.prompt.lower() in prompts:
                 continue
-            seen.add(concept.prompt.lower())
+            prompts.add(concept.prompt.lower())
             rows = self._rows(network, concept)
             fresh = rows - rows @ basis @ basis.T
             wider = (
@@ -256,9 +260,9 @@ class GradientProjection(Regularizer):
             ):
                 excluded += 1
             else:
-                found, basis = [*found, concept], wider
-        return found, {
-            "auxiliary_protected": len(found),
+                protected, basis = [*protected, concept], wider
+        return protected, {
+            "auxiliary_protected": len(protected),
             "auxiliary_excluded": excluded,
             "auxiliary_unknown": len(listed) - len(known),
         }
@@ -266,7 +270,7 @@ class GradientProjection(Regularizer):
     def _damped(
         self, context: StepContext, kept: list[Concept], auxiliary: list[Concept]
     ) -> tuple[Tensor, Tensor]:
-        """(M, S^1/2), each (d, d) in fp64."""
+        """(M, S^1/2) of the class docstring, each (d, d) in fp64."""
         generator = context.generator("decoys")
         decoys = decoy_concepts(context.network, context.concepts, self.config.decoys, generator)
         anchor = display_name(context.concepts[0].anchor)
@@ -323,8 +327,10 @@ class GradientProjection(Regularizer):
 
 
 def _shares(left: Tensor, targets: Tensor) -> Tensor:
+    """Norm of each row left (n, d) relative to its target (n, d): (n,)."""
     return left.norm(dim=1) / targets.norm(dim=1)
 
 
 def _cosine(vector: Tensor, others: Tensor) -> Tensor:
+    """Cosines (n,) of a vector (d,) with rows (n, d)."""
     return torch.nn.functional.normalize(others, dim=1) @ torch.nn.functional.normalize(vector, dim=0)

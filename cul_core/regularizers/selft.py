@@ -1,4 +1,4 @@
-"""SelFT: train only the weights that matter most for the target, and leave all others exactly as they are."""
+"""SelFT: train only the weights with the highest importance for the target; all others keep their bits."""
 
 from __future__ import annotations
 
@@ -37,32 +37,31 @@ class SelFTConfig(Config):
     )
     states: int = setting(
         50,
-        "States of a picture in the making at which gradients are taken (DDIM steps).",
+        "States of a sampling trajectory at which gradients are taken (DDIM steps).",
         minimum=1,
         maximum=1000,
     )
-    seeds: int = setting(1, "Pictures per target whose states are visited.", minimum=1, maximum=1000)
+    seeds: int = setting(1, "Sampling trajectories per target.", minimum=1, maximum=1000)
     guidance_scale: float = setting(
-        3.0, "Classifier-free guidance of these pictures; 1 is none.", minimum=1.0
+        3.0, "Classifier-free guidance of the trajectories; 1 is none.", minimum=1.0
     )
     trajectories: str = setting(
         "one",
-        "one: the states of one picture. per_state: every state from new noise, as in the reference, which "
-        "takes (states - 1) / 2 times as many sampling steps.",
+        "one: all states of one trajectory. per_state: every state from new noise, as in the reference, "
+        "which takes (states - 1) / 2 times as many sampling steps.",
         choices=("one", "per_state"),
     )
     form: str = setting(
         "update",
-        "update: the change the optimizer made is masked too, in the directions that a projection leaves. "
-        "reference: gradients alone are, weight by weight.",
+        "update: the optimizer's change is masked too, in the subspace that a projection allows. reference: "
+        "only gradients are masked, weight by weight.",
         choices=("update", "reference"),
     )
     REFERENCE: ClassVar[dict] = {"importance": "signed", "trajectories": "per_state", "form": "reference"}
 
 
 def scoring_texts(concept: Concept) -> tuple[str, str]:
-    """(target, anchor) texts of the scoring loss: `{T} Style` and nothing for a style, the bare words for
-    other kinds."""
+    """(target, anchor) prompts of the scoring loss: (`{T} Style`, "") for a style, else the bare names."""
     return (
         (f"{concept.name} Style", "")
         if concept.kind == "style"
@@ -73,13 +72,12 @@ def scoring_texts(concept: Concept) -> tuple[str, str]:
 def importance_scores(
     weights: Mapping[str, Tensor], gradients: Iterable[Sequence[Tensor]], importance: str
 ) -> dict[str, Tensor]:
-    """Score >= 0 of every weight, same shapes: sum_k |w g_k| (`abs`), |w sum_k g_k| (`signed`) or sum_k (w
-    g_k)^2 (`fisher`).
+    """Importance score >= 0 of every weight, by name, in the weights' shapes.
 
     Args:
         weights: name -> w.
-        gradients: for every visited state k, g_k in the order of `weights`; taken one at a time.
-        importance: `abs`, `signed` or `fisher`.
+        gradients: for every visited state k, the gradients g_k in the order of `weights`; read one by one.
+        importance: `abs` is sum_k |w g_k|, `signed` |w sum_k g_k|, `fisher` sum_k (w g_k)^2.
     """
     part = {"abs": torch.abs, "signed": lambda gradient: gradient, "fisher": torch.square}[importance]
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -91,8 +89,9 @@ def importance_scores(
 
 
 def top_masks(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Boolean masks, same shapes, true at exactly the `count` largest of all scores (>= 0) together; of equal
-    ones the first win.
+    """Boolean masks, in the scores' shapes, of exactly the `count` largest of all scores together.
+
+    Scores are >= 0; ties go to the first.
 
     Raises:
         TrainingError: a score is NaN or infinite.
@@ -117,20 +116,19 @@ def top_masks(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     "2026, arXiv 2511.07970",
 )
 class SelFT(Regularizer):
-    """Only the floor(tau N) weights with the highest score change, N the number of trained values of all
-    tensors together.
+    """Mask of the floor(tau N) weights with the highest score; N counts the trained values of all tensors.
 
-    The score of weight w is sum_k |w g_k| (see `importance_scores`), g_k the gradient of Concept Ablation's
-    loss |f_W(z_k, t_k, E(target)) - sg[f_W(z_k, t_k, E(anchor))]|^2 at the states z_k that DDIM visits while
-    it draws the target with guidance. One trajectory per concept and seed, and two calls of the UNet per
-    state: O(T), where the reference's `per_state` draws every state from new noise, O(T^2). Scores are kept
-    by content, so that another tau needs no new scoring.
+    The score of weight w is sum_k |w g_k| (see `importance_scores`). g_k is the gradient of Concept
+    Ablation's loss |f_W(z_k, t_k, E(target)) - sg[f_W(z_k, t_k, E(anchor))]|^2 at state z_k of a DDIM
+    trajectory for the target with guidance. Each concept and seed has one trajectory of T states, with two
+    network calls per state: O(T). The reference's `per_state` samples every state from new noise: O(T^2).
+    Scores are cached by a hash of their inputs, so another tau needs no new scoring.
 
-    In the form `update`, the mask acts on the gradients, which keeps the optimizer's moments clean, and on
-    the actual change, which therefore is zero elsewhere whatever the optimizer or its weight decay did. If
-    another regularizer limits the directions in which a matrix may change (`coordinates` B), then w and g_k
-    are W B and G_k B, and the mask holds there: zeros in D B, none in D. In the form `reference`, only
-    gradients are masked, weight by weight; what follows may fill the zeros in.
+    In the form `update`, the mask acts on the gradients, which keeps Adam's moments clean, and on the actual
+    change, which is therefore zero outside the mask whatever the optimizer or its weight decay does. If
+    another regularizer limits a matrix to a subspace with basis B, w and g_k are W B and G_k B, and the mask
+    acts on the coordinates: zeros in D B, none in D. In the form `reference`, only gradients are masked,
+    weight by weight; a part that acts later may fill the zeros.
 
     Raises:
         ConfigError: the fraction keeps no weight at all.
@@ -169,7 +167,7 @@ class SelFT(Regularizer):
         }
 
     def _key(self, context: StepContext) -> str:
-        """Hash of all that the scores depend on; the kept fraction is not part of it."""
+        """Hash of everything that the scores depend on; the kept fraction is not among it."""
         digest = hashlib.sha256()
         for name, basis in self._bases.items():
             digest.update(name.encode())
@@ -194,7 +192,7 @@ class SelFT(Regularizer):
         return (matrix.to(basis.device) @ basis).to(matrix.device)
 
     def _scores(self, context: StepContext) -> dict[str, Tensor]:
-        """Score of every trained weight, or of every coordinate where bases say so, in fp32 on the CPU."""
+        """Scores by name, fp32 on the CPU: of every trained weight, or of every coordinate W B."""
         everything = context.network.weights("all")
         parameters = {name: weight for name, weight in everything.items() if name in context.start}
         weights = {name: self._in_coordinates(name, context.start[name]) for name in parameters}
@@ -211,7 +209,7 @@ class SelFT(Regularizer):
         }
 
     def _gradients(self, context: StepContext, parameters: list[Tensor]) -> Iterator[Sequence[Tensor]]:
-        """Gradient of the loss at every visited state, in the order of `parameters`."""
+        """For every visited state, the loss's gradients in the order of `parameters`."""
         network, guidance = context.network, self.config.guidance_scale
         solver, device = network.process.trajectory(self.config.states, "leading"), network.device
 
@@ -237,7 +235,7 @@ class SelFT(Regularizer):
                                 )
                             latents = solver.step(predicted, earlier, latents)
                     with torch.no_grad():
-                        # of the empty prompt and of the anchor, which for a style is the same
+                        # the empty prompt and the anchor prompt; for a style these are the same
                         several = latents.expand(len(others), -1, -1, -1)
                         known = network.predict(several, time.to(device), others)
                     predicted = network.predict(latents, time.to(device), target)

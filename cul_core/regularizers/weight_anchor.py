@@ -1,4 +1,4 @@
-"""L1-SP and L2-SP: keep the weights near where they began, or near the pretrained ones, or both."""
+"""L1-SP and L2-SP: penalize the distance of the weights from the step's start, from W0, or from both."""
 
 from __future__ import annotations
 
@@ -15,16 +15,13 @@ from .base import REGULARIZERS, Regularizer
 
 _ANCHORS = ("start", "pretrained", "both")
 _ANCHOR_HELP = (
-    "Weights to stay near: the pretrained ones (bounds the drift of a whole chain), this step's "
+    "Weights to stay near: the pretrained weights (bounds the drift of a whole chain), this step's "
     "start, or both."
 )
-_STRENGTH_HELP = (
-    "Weight of the penalty (lambda); what it does per update is divided by the number of "
-    "trained values. Proximal: "
-)
+_STRENGTH_HELP = "Weight (lambda) of the penalty, a mean over all trained values. Proximal: "
 _FORM_HELP = (
-    "proximal: an exact shrinkage after the optimizer's update. penalty: a term of the loss, as "
-    "in the reference."
+    "proximal: the penalty's proximal step (a shrinkage) after the optimizer's update. penalty: a term of "
+    "the loss, as in the reference."
 )
 
 
@@ -52,7 +49,7 @@ class L2SPConfig(Config):
 
 
 class _WeightAnchor(Regularizer):
-    """Captures its reference weights in `prepare`, never later, so that a resumed run keeps its anchor."""
+    """Base of both; takes its reference weights in `prepare`, so that a resumed run keeps its anchor."""
 
     config: L1SPConfig | L2SPConfig
 
@@ -69,8 +66,10 @@ class _WeightAnchor(Regularizer):
         raise NotImplementedError
 
     def _shrunk(self, weight: Tensor, anchors: Sequence[Tensor], threshold: float) -> Tensor:
-        """argmin_w threshold sum_a R(w - a) + |w - weight|^2 / 2 over one or two anchors a, elementwise; R is
-        the element's penalty."""
+        """argmin_w threshold sum_a R(w - a) + |w - weight|^2 / 2, elementwise, shape of `weight`.
+
+        The sum is over one or two anchors a; R is `_element_penalty`.
+        """
         raise NotImplementedError
 
     def penalty(self, weights: Mapping[str, Tensor]) -> Tensor | None:
@@ -96,15 +95,14 @@ class _WeightAnchor(Regularizer):
     "l1sp",
     config=L1SPConfig,
     display_name="L1-SP",
-    description="Pulls every changed weight back by a constant amount, so that few weights stay changed.",
+    description="Pulls every changed weight back by a constant amount, so that only few weights change.",
     paper="Li et al., ICML 2018, arXiv 1802.01483; Continual Unlearning, ICLR 2026, arXiv 2511.07970",
 )
 class L1SP(_WeightAnchor):
-    """R = (1/N) sum |w - w_ref|; proximal step sign(D) max(|D| - lr lambda / N, 0), N the number of trained
-    elements.
+    """R = (1/N) sum |w - w_ref|, N trained values; proximal step sign(D) max(|D| - lr lambda / N, 0).
 
-    With both anchors, weights between the two stay, and the others move towards the nearer one by up to 2 lr
-    lambda / N.
+    With both anchors, a weight between the two stays, and any other weight moves towards the nearer anchor by
+    up to 2 lr lambda / N.
     """
 
     def _element_penalty(self, difference: Tensor) -> Tensor:
@@ -120,14 +118,13 @@ class L1SP(_WeightAnchor):
     "l2sp",
     config=L2SPConfig,
     display_name="L2-SP",
-    description="Pulls changed weights back in proportion to their change, so that the whole drift stays "
-    "small.",
+    description="Pulls changed weights back in proportion to their change, so that the drift stays small.",
     paper="Li et al., ICML 2018, arXiv 1802.01483; Continual Unlearning, ICLR 2026, arXiv 2511.07970",
 )
 class L2SP(_WeightAnchor):
-    """R = (1/N) sum (w - w_ref)^2; proximal step D / (1 + 2 lr lambda / N), N the number of trained elements.
+    """R = (1/N) sum (w - w_ref)^2, N trained values; proximal step D / (1 + 2 lr lambda / N).
 
-    Both anchors act as one at their mean, twice as strong.
+    With both anchors, the proximal step is that of one anchor at their mean with twice the strength.
     """
 
     def _element_penalty(self, difference: Tensor) -> Tensor:
