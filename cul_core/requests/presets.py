@@ -1,5 +1,4 @@
-"""Named combinations of method, regularizers and training settings, so that two words are enough to forget
-something."""
+"""Presets: named combinations of method, regularizers and training settings."""
 
 from __future__ import annotations
 
@@ -25,19 +24,19 @@ from .request import Request
 
 @dataclass(frozen=True)
 class Preset:
-    """A way to run one step, with a line that says when to use it. Its values are MiniCanvas'; `for_family`
-    gives another family's.
+    """How to run one step. The values are MiniCanvas'; `for_family` gives those of another family.
 
     Args:
-        description: when to use it.
+        description: when to use it. A claim that holds on MiniCanvas only, such as one about batch size,
+            learning rate or time, names MiniCanvas in its sentence.
         method: config of a registered method.
         regularizers: configs of registered regularizers.
         training: how to train.
-        anchor_count: anchor pictures.
-        anchor_sampler: how they are sampled.
-        regularizers_of: family name -> regularizers that take the place of `regularizers` there.
-        training_of: family name -> training that takes the place of the family's own there.
-        method_of: family name -> method that takes the place of `method` there.
+        anchor_count: number of anchor images.
+        anchor_sampler: how anchor images are sampled.
+        regularizers_of: family name -> regularizers that replace `regularizers` on that family.
+        training_of: family name -> training settings that replace the family's recipe.
+        method_of: family name -> method that replaces `method` on that family.
     """
 
     description: str
@@ -51,10 +50,11 @@ class Preset:
     method_of: Mapping[str, Config] = field(default_factory=dict)
 
     def for_family(self, family: Family) -> Preset:
-        """This preset with the family's own values; whoever has other wishes replaces parts of the result.
+        """This preset with the family's own values.
 
-        Those of Stable Diffusion 1.x are the papers'. We have not tuned them, nor measured what a preset does
-        there.
+        The family's recipe replaces iterations, batch size, learning rate and the sampling of anchors; a
+        family without a recipe keeps the preset's. The values of Stable Diffusion 1.x are the papers'. We
+        have not tuned them, nor measured a preset there.
         """
         recipe = family.recipe
         if recipe is None:
@@ -75,7 +75,14 @@ class Preset:
         )
 
     def with_settings(self, values: Mapping[str, Any]) -> Preset:
-        """This preset with some training settings, `anchor_count` or `anchor_steps` replaced."""
+        """This preset with some values replaced, by name.
+
+        Args:
+            values: settings of `TrainingConfig`, and `anchor_count` and `anchor_steps`.
+
+        Raises:
+            ConfigError: an unknown setting, or a value out of range.
+        """
         values = dict(values)
         count, steps = (
             values.pop("anchor_count", self.anchor_count),
@@ -97,6 +104,7 @@ class Preset:
         seed: int,
         anchor_seed: int = 0,
     ) -> Request:
+        """The request to forget `concepts` in this way."""
         return Request(
             concepts=tuple(concepts),
             method=self.method,
@@ -119,15 +127,16 @@ _DAMPED = ProjectionConfig(decoys=300, damping=3e-5)
 
 PRESETS = {
     "plain": Preset(
-        "Concept Ablation as its authors' code does it, with nothing to hold the rest: the baseline that "
-        "collapses.",
+        "Concept Ablation as its authors' code does it, without a regularizer: the baseline, which collapses "
+        "over many requests.",
         ConAblConfig(**ConAblConfig.REFERENCE),
         (),
         TrainingConfig(),
     ),
     "recommended": Preset(
-        "Concept Ablation towards the pretrained model's anchors, with update projection in damped "
-        "coordinates: forgets as much, keeps what was listed and nearly all that was not.",
+        "Concept Ablation towards the pretrained model's anchors, with projection of the update in damped "
+        "coordinates, which keeps what is listed. On MiniCanvas it forgets as much as plain and also keeps "
+        "nearly all that is not listed.",
         ConAblConfig(teacher="pretrained"),
         (_DAMPED,),
         _STEEP,
@@ -155,8 +164,8 @@ PRESETS = {
         ),
     ),
     "esd": Preset(
-        "Erased Stable Diffusion, with nothing to hold the rest: steers away from the target instead of "
-        "towards an anchor, and draws no anchor pictures.",
+        "Erased Stable Diffusion, without a regularizer: steers away from the target instead of towards an "
+        "anchor, and needs no anchor images.",
         ESDConfig(),
         (),
         TrainingConfig(batch_size=4, learning_rate=1.2e-3, schedule="linear"),
@@ -180,7 +189,7 @@ PRESETS = {
         TrainingConfig(),
     ),
     "projection_l1sp": Preset(
-        "The paper's hybrid for objects as its authors' code does it: a far weaker L1-SP beside projection.",
+        "The paper's hybrid for objects as its authors' code does it: projection and a far weaker L1-SP.",
         ConAblConfig(**ConAblConfig.REFERENCE),
         (
             ProjectionConfig(**ProjectionConfig.REFERENCE),
@@ -196,8 +205,8 @@ PRESETS = {
         ),
     ),
     "plain_ours": Preset(
-        "Concept Ablation towards the pretrained model's anchors, with nothing to hold the rest but a slow "
-        "rate: the first requests of a chain forget little.",
+        "Concept Ablation towards the pretrained model's anchors, without a regularizer. On MiniCanvas its "
+        "learning rate is a third of the recommended one, so the first requests of a chain forget little.",
         ConAblConfig(teacher="pretrained"),
         (),
         replace(_STEEP, learning_rate=2e-4),
@@ -217,19 +226,19 @@ PRESETS = {
         _STEEP,
     ),
     "selft_ours": Preset(
-        "SelFT whose mask holds on what the optimizer does, scored along one picture.",
+        "SelFT whose mask acts on the optimizer's update, scored along one sampling trajectory.",
         ConAblConfig(teacher="pretrained"),
         (SelFTConfig(kept_fraction=0.2),),
         _STEEP,
     ),
     "projection_ours": Preset(
-        "Update projection in more strongly damped coordinates than the recommended ones.",
+        "Projection of the update in more strongly damped coordinates than the recommended ones.",
         ConAblConfig(teacher="pretrained"),
         (replace(_DAMPED, damping=3e-6),),
         _STEEP,
     ),
     "projection_selft_ours": Preset(
-        "The recommended projection and SelFT, exactly sparse in the directions that projection leaves.",
+        "The recommended projection and SelFT, exactly sparse in the subspace that projection allows.",
         ConAblConfig(teacher="pretrained"),
         (SelFTConfig(kept_fraction=0.3), _DAMPED),
         replace(_STEEP, learning_rate=4e-4),
@@ -242,8 +251,8 @@ PRESETS = {
         _STEEP,
     ),
     "esd_reference": Preset(
-        "Erased Stable Diffusion as its authors' code does it, a new picture for every update; on Stable "
-        "Diffusion XL as the paper's.",
+        "Erased Stable Diffusion as its authors' code does it, with a new image for every update; on Stable "
+        "Diffusion XL with the paper's settings.",
         ESDConfig(**ESDConfig.REFERENCE),
         (),
         TrainingConfig(batch_size=4, learning_rate=1.2e-3),
@@ -254,37 +263,37 @@ PRESETS = {
         },
     ),
     "distillation": Preset(
-        "Concept Ablation as its authors' code does it, beside distillation: the model draws pictures of "
-        "what is to be kept and learns to go on predicting there what the pretrained one does.",
+        "Concept Ablation as its authors' code does it, with distillation from the pretrained model on "
+        "images it samples of what is to be kept.",
         ConAblConfig(**ConAblConfig.REFERENCE),
         (DistillationConfig(),),
         TrainingConfig(),
     ),
     "distillation_ours": Preset(
-        "Distillation beside Concept Ablation towards the pretrained model's anchors: stronger, from more "
-        "states of pictures that take less time to draw.",
+        "Concept Ablation towards the pretrained model's anchors, with stronger distillation: more states "
+        "from shorter sampling trajectories.",
         ConAblConfig(teacher="pretrained"),
         (DistillationConfig(keep_weight=4.0, batch_size=4, trajectory_steps=20),),
         _STEEP,
     ),
     "sculpmem": Preset(
-        "The paper's SculpMem as its authors' code does it: half of the weights are trained at a time.",
+        "The paper's SculpMem as its authors' code does it: a mask lets half of the weights change.",
         SculpMemConfig(warm_up=3, interval=6, **SculpMemConfig.REFERENCE),
         (),
         TrainingConfig(),
         method_of=dict.fromkeys(_LARGE, SculpMemConfig(**SculpMemConfig.REFERENCE)),
     ),
     "sculpmem_ours": Preset(
-        "SculpMem towards the pretrained model's anchors, with a frozen warm-up, and held by distillation "
-        "to what the step began with.",
+        "SculpMem towards the pretrained model's anchors, with a frozen warm-up and distillation from the "
+        "step's start.",
         SculpMemConfig(teacher="pretrained", warm_up=3, interval=6, distillation=1.5),
         (),
         TrainingConfig(learning_rate=8e-4, schedule="linear"),
         method_of=dict.fromkeys(_LARGE, SculpMemConfig(teacher="pretrained", distillation=1.5)),
     ),
     "thorough": Preset(
-        "The recommended way with twice the pictures per update, and with earlier targets trained again "
-        "instead of protected: cleaner forgetting, in twice the time.",
+        "The recommended preset with earlier targets trained again (replay) instead of protected. On "
+        "MiniCanvas it also trains twice the images per update: cleaner forgetting, in twice the time.",
         ConAblConfig(teacher="pretrained", replay=0.25),
         (replace(_DAMPED, protect_previous=False),),
         TrainingConfig(batch_size=16, learning_rate=7e-4, schedule="linear"),
@@ -296,7 +305,7 @@ def preset(name: str) -> Preset:
     """The preset called `name`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such preset.
     """
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"There is no preset {brief_repr(name)}; choose one of {', '.join(PRESETS)}.")
