@@ -1,5 +1,4 @@
-"""Anchor prompts: captions of pictures that must stay as they are, chosen by what is forgotten and by the
-model's family."""
+"""Prompts of the previews that show a request in training."""
 
 from __future__ import annotations
 
@@ -11,10 +10,9 @@ from .request import Request
 
 
 def preview_prompts(request: Request) -> list[tuple[str, str]]:
-    """(label, prompt) of what to watch while a request trains: its first targets, and what should stay as it
-    is.
+    """(label, prompt) pairs to preview while a request trains: its first targets, and concepts to retain.
 
-    Where nothing is declared as to be kept, anchor prompts show it.
+    Anchor prompts stand in where the request retains no concept.
     """
     first = request.concepts[0]
 

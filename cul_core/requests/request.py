@@ -1,5 +1,4 @@
-"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its
-input."""
+"""The request of one unlearning step, as a frozen value with JSON form and hash."""
 
 from __future__ import annotations
 
@@ -21,18 +20,22 @@ MOST_ANCHORS = 10_000
 
 @dataclass(frozen=True)
 class Request:
-    """One forgetting step: what, how, with which restraint, and how to train.
+    """One unlearning step: targets, method, regularizers, training settings and anchors.
 
     Args:
-        concepts: forgotten together in this step.
+        concepts: targets, forgotten together in this step.
         method: config of a registered method.
         regularizers: configs of registered regularizers; their hooks run in this order.
-        training: iterations, batch, learning rate, parameter group, seed.
-        retain: concepts declared as to be kept.
-        anchor_prompts: prompts whose pictures, made by the pretrained model, serve as anchors.
+        training: iterations, batch size, learning rate, parameter group, seed.
+        retain: concepts to retain.
+        anchor_prompts: prompts whose images, sampled by the pretrained model, serve as anchors.
         anchor_count: number of anchor latents; prompts repeat in turn.
-        anchor_sampler: how they are sampled.
-        anchor_seed: their seed; apart from the training seed, so that runs share them.
+        anchor_sampler: how anchor latents are sampled.
+        anchor_seed: seed of the anchor latents; runs with different training seeds can share it.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range, or there is no target or anchor prompt.
+        ConceptError: a target cannot be forgotten as it is described.
     """
 
     concepts: tuple[Concept, ...]
@@ -75,13 +78,14 @@ class Request:
             check_text("anchor prompt", prompt, LONGEST_PROMPT)
         if not self.anchor_prompts:
             raise ConfigError(
-                "The request has no anchor prompts; give some captions of pictures that must stay."
+                "The request has no anchor prompts; give some captions of images that must stay."
             )
         METHODS.of(self.method)
         for config in self.regularizers:
             REGULARIZERS.of(config)
 
     def to_json(self) -> dict[str, Any]:
+        """JSON values, from which `from_json` makes an equal request."""
         return {
             "concepts": [concept.to_json() for concept in self.concepts],
             "method": self.method.to_json(),
@@ -96,6 +100,7 @@ class Request:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Request:
+        """The request of `to_json`'s values; raises ConfigError or ConceptError if they are not valid."""
         check_object("request", values, [field.name for field in fields(cls)])
         for name in ("concepts", "regularizers", "retain", "anchor_prompts"):
             if not isinstance(values[name], list | tuple):
@@ -114,4 +119,5 @@ class Request:
 
     @property
     def hash(self) -> str:
+        """Stable hash of all settings."""
         return stable_hash(self.to_json())

@@ -1,4 +1,4 @@
-"""The one way to a request: a preset, as a model family has it, with what the caller wants otherwise."""
+"""Resolve a preset, a model family and the caller's overrides to a request."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .request import Request
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a caller wants otherwise than a preset says; None and empty mean as the preset says.
+    """Values that replace a preset's; None or an empty mapping keeps the preset's.
 
     Args:
-        method: takes the place of the preset's.
-        regularizers: take the place of the preset's; an empty tuple means none at all.
+        method: replaces the preset's method.
+        regularizers: replace the preset's; an empty tuple means no regularizer.
         training: settings of `TrainingConfig` by name, and `anchor_count` and `anchor_steps`.
-        parts: registered name -> settings of that method or regularizer by name, where the preset has it.
-        anchor_prompts: captions in the place of the family's own.
-        seed: everything random of the step derives from it.
-        anchor_seed: everything random of its anchor images does.
+        parts: registered name -> settings by name, for a method or regularizer that the preset has.
+        anchor_prompts: replace the family's captions.
+        seed: of everything random in the step but its anchor images.
+        anchor_seed: of the anchor images.
     """
 
     method: Config | None = None
@@ -39,17 +39,17 @@ class Overrides:
 
 
 def adapt(chosen: str | Preset, family: Family, overrides: Overrides) -> Preset:
-    """The preset as the family has it, with everything replaced that is wanted otherwise.
+    """The preset with the family's values, then with the overrides.
 
     Raises:
-        ConfigError: no such preset or setting, or settings of a part that the preset does not have.
+        ConfigError: there is no such preset or setting, or the preset lacks a part that has overrides.
     """
-    found = (preset(chosen) if isinstance(chosen, str) else chosen).for_family(family)
+    adapted = (preset(chosen) if isinstance(chosen, str) else chosen).for_family(family)
     if overrides.method is not None:
-        found = replace(found, method=overrides.method)
+        adapted = replace(adapted, method=overrides.method)
     if overrides.regularizers is not None:
-        found = replace(found, regularizers=overrides.regularizers)
-    names = [part.registry_name for part in (found.method, *found.regularizers)]
+        adapted = replace(adapted, regularizers=overrides.regularizers)
+    names = [part.registry_name for part in (adapted.method, *adapted.regularizers)]
     for name, values in overrides.parts.items():
         if name not in names:
             setting, value = next(iter(values.items()))
@@ -61,8 +61,10 @@ def adapt(chosen: str | Preset, family: Family, overrides: Overrides) -> Preset:
     def changed(part: Config) -> Config:
         return replace(part, **overrides.parts.get(part.registry_name, {}))
 
-    found = replace(found, method=changed(found.method), regularizers=tuple(map(changed, found.regularizers)))
-    return found.with_settings(overrides.training)
+    adapted = replace(
+        adapted, method=changed(adapted.method), regularizers=tuple(map(changed, adapted.regularizers))
+    )
+    return adapted.with_settings(overrides.training)
 
 
 def resolve(
@@ -72,14 +74,14 @@ def resolve(
     keep: Sequence[Concept] = (),
     overrides: Overrides | None = None,
 ) -> Request:
-    """The request that forgets `targets` and declares `keep` as to be kept.
+    """The request that forgets `targets` and retains `keep`.
 
     Args:
-        chosen: name of a preset, or one.
+        chosen: a preset, or the name of one.
         family: of the model.
-        targets: forgotten together.
-        keep: declared as to be kept.
-        overrides: what is wanted otherwise.
+        targets: concepts to forget together.
+        keep: concepts to retain.
+        overrides: values that replace the preset's.
 
     Raises:
         ConceptError: a target cannot be forgotten as it is described.
