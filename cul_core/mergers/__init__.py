@@ -1,4 +1,4 @@
-"""Ways to merge models; importing this package registers all of them."""
+"""Mergers; importing this package registers all of them."""
 
 from . import task_arithmetic as task_arithmetic
 from . import ties as ties

@@ -1,4 +1,4 @@
-"""What a way of merging is: the deltas of several models in, one delta out, tensor by tensor."""
+"""Base class and registry of mergers: deltas of several models in, one merged delta out."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from ..base.errors import ConfigError
 from ..base.registry import Registry
 
 Deltas = Sequence[Mapping[str, Tensor]]
-"""Per model: parameter name -> delta from the pretrained weights, of any shape. A name that a model lacks is
-zero there."""
+"""Per model: checkpoint key -> delta from the pretrained weights, of any shape; a missing key means zero."""
 
 
 class Merger:
-    """Base of all ways of merging."""
+    """Base of all mergers."""
 
     def __init__(self, config: Config):
         self.config = config
 
     def merge(self, deltas: Deltas) -> Iterator[tuple[str, Tensor]]:
-        """(name, merged fp32 delta) for every name that any model has, in sorted order; holds one name's
-        tensors at a time.
+        """(key, merged fp32 delta) for every key that any model has, in sorted order.
 
-        Sums are made in fp64, so that the order of the models does not matter.
+        Only one key's tensors are in memory at a time. Sums are in fp64, so the order of the models does not
+        change the rounded result.
 
         Raises:
-            ConfigError: the weights are not as many as the models.
+            ConfigError: the number of weights differs from the number of models.
         """
         raise NotImplementedError
 
@@ -42,10 +41,10 @@ _MOST_MODELS = 1000
 
 @dataclass(frozen=True)
 class WeightedConfig(Config):
-    """Settings of mergers that weigh their models."""
+    """Settings of mergers that weight their models."""
 
     strength: float = setting(1.0, "Multiplies the merged change (lambda).", minimum=0.0, maximum=100.0)
-    weights: tuple = setting((), "A factor per model, in their order; 1 for each if not given.")
+    weights: tuple = setting((), "A factor per model, in the models' order; 1 for each if not given.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,10 +54,10 @@ class WeightedConfig(Config):
             check_number("a weight", weight, -1e12, 1e12)
 
     def weights_of(self, count: int) -> tuple[float, ...]:
-        """One weight for each of `count` models.
+        """One weight for each of `count` models; all 1 if no weights are set.
 
         Raises:
-            ConfigError: there are weights, but not that many.
+            ConfigError: weights are set, and their number is not `count`.
         """
         if self.weights and len(self.weights) != count:
             raise ConfigError(
@@ -68,12 +67,12 @@ class WeightedConfig(Config):
 
 
 def names_in(deltas: Deltas) -> list[str]:
-    """Every name that any of the models has, sorted."""
+    """Every key that any of the models has, sorted."""
     return sorted({name for delta in deltas for name in delta})
 
 
 def weighted_sum(tensors: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """sum_i w_i tau_i in fp64, of at least one (weight, tensor)."""
+    """sum_i w_i tau_i in fp64, in the tensors' shape, of at least one (weight w_i, delta tau_i)."""
     total = torch.zeros(tensors[0][1].shape, dtype=torch.float64)
     for weight, tensor in tensors:
         total += weight * tensor.double()

@@ -1,4 +1,4 @@
-"""Merging finished models into one: `merge(models, config)`."""
+"""Merge finished models of one source into one: `merge(models, config)`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def merge(
     config: Config,
     on_tensor: Callable[[int, int], None] = lambda done, count: None,
 ) -> UnlearnModel:
-    """One model out of several that were edited from the same source: W0 plus their merged edits; no input is
-    changed.
+    """The merged model: W0 plus the merged edits of `models`, which are not changed.
 
-    Its history holds the records of all models, in their order and each once, then one for the merge.
-    `on_tensor` is called with (tensors merged, their number) and may raise to cancel.
+    Its history holds the records of all models, in their order and each once, then the merge's own record.
 
     Args:
+        models: edited from the same source.
         config: of a registered merger.
+        on_tensor: called with (tensors merged, their number) after each tensor; may raise to cancel.
 
     Raises:
-        ModelError: no models, or models of different sources.
+        ModelError: there are no models, or they have different sources.
         ConfigError: the config belongs to no merger, or does not fit the number of models.
-        TrainingError: an edit, or the merged one, is not finite.
+        TrainingError: an edit, or a merged edit, is not finite.
     """
     begun = time.monotonic()
     merger = MERGERS.of(config).cls(config)

@@ -1,4 +1,4 @@
-"""Task arithmetic: the changes of the models added up."""
+"""Task arithmetic: the weighted sum of the models' deltas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import MERGERS, Deltas, Merger, WeightedConfig, names_in, weighted_su
 
 @dataclass(frozen=True)
 class TaskArithmeticConfig(WeightedConfig):
-    """At strength 1 every model's change is there in full."""
+    """Strength 1 adds every model's delta in full."""
 
 
 @MERGERS.register(
@@ -23,7 +23,7 @@ class TaskArithmeticConfig(WeightedConfig):
     paper="Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023, arXiv 2212.04089",
 )
 class TaskArithmetic(Merger):
-    """W = W0 + strength * sum_i weight_i tau_i, (Ilharco et al., section 2)."""
+    """W = W0 + strength * sum_i weight_i tau_i (Ilharco et al., section 2)."""
 
     config: TaskArithmeticConfig
 

@@ -1,4 +1,4 @@
-"""TIES merging: trim each model's change, elect a sign per weight, and merge what agrees with it."""
+"""TIES merging: trim each delta, elect a sign per weight, merge the entries with the elected sign."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .base import MERGERS, Deltas, Merger, WeightedConfig, names_in, weighted_su
 class TiesConfig(WeightedConfig):
     """`reference` is what the authors of the continual unlearning benchmark ran; the defaults are ours.
 
-    Strength and kept fraction are theirs for the first requests; their strengths grow with the number of
-    requests, since the mean dilutes each: 1.25 for two or three, 1.75 for about five, 2.75 for eleven.
+    Default strength and kept fraction are the authors' for two or three requests. Their strength grows with
+    the number of requests, because the mean dilutes each: 1.75 for about five, 2.75 for eleven.
     """
 
     strength: float = setting(
@@ -43,7 +43,7 @@ class TiesConfig(WeightedConfig):
     )
     function: str = setting(
         "mean",
-        "What becomes of the values that agree in sign: their mean, their sum, or the largest of them.",
+        "How values with the elected sign are merged: their mean, their sum, or the largest (max).",
         choices=("mean", "sum", "max"),
     )
     keep_one_more: bool = setting(False, "Keep one value more than the fraction says, as the reference does.")
@@ -55,17 +55,17 @@ class TiesConfig(WeightedConfig):
     config=TiesConfig,
     display_name="TIES",
     description="Keeps the largest changes of each model, elects a sign per weight, and averages the "
-    "changes that have it.",
+    "changes with that sign.",
     paper="Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708",
 )
 class Ties(Merger):
-    """W = W0 + strength * disjoint_merge(elect(trim(tau_i))), (Yadav et al., algorithm 1).
+    """W = W0 + strength * disjoint_merge(elect(trim(tau_i))) (Yadav et al., algorithm 1).
 
-    Trimming sees the deltas before their weights, which changes nothing: a weight scales all of a model's
-    values alike. Where the kept values cancel, the sign of the majority is elected: of one tensor's signs if
-    trimming is per tensor, of all if it is global. Where that is a tie as well, no sign is elected and
-    nothing is merged, so that negated models merge to the negated result (the reference takes the negative
-    values).
+    Deltas are trimmed before they are weighted; the order does not matter, because a weight scales all values
+    of a model alike. Where the trimmed values cancel, the majority sign is elected: that of the tensor if
+    trimming is per tensor, that of all tensors if it is global. If the majority is a tie too, no sign is
+    elected and the merged value is 0, so negated models merge to the negated result. (The reference takes the
+    negative values.)
     """
 
     config: TiesConfig
@@ -103,10 +103,12 @@ class Ties(Merger):
 
 
 def elect_signs(total: Tensor, majority: int | None = None) -> Tensor:
-    """-1, 0 or 1 per entry of `total`, the sum of the trimmed deltas, same shape; zeros take the sign of
-    `majority`.
+    """The elected sign per entry, -1, 0 or 1 as fp64, in the shape of `total`.
 
-    That is the sum of all signs, of this tensor if it is not given; if it is 0, zeros stay zeros.
+    Args:
+        total: weighted sum of the trimmed deltas.
+        majority: sum of the signs that decides where `total` is 0; this tensor's if it is not given. A
+            majority of 0 leaves these entries 0.
     """
     signs = total.sign()
     majority = int(signs.sum()) if majority is None else majority
@@ -114,12 +116,17 @@ def elect_signs(total: Tensor, majority: int | None = None) -> Tensor:
 
 
 def merge_agreeing(parts: Sequence[tuple[float, Tensor]], signs: Tensor, function: str) -> Tensor:
-    """Mean, sum or largest (`function`) of the weighted entries that have the elected sign, in fp64, same
-    shape; 0 where none has."""
+    """Merged values in fp64, in the shape of `signs`: 0 where no entry has the elected sign.
+
+    Args:
+        parts: (weight, trimmed delta) per model.
+        signs: elected sign per entry.
+        function: `mean`, `sum` or `max` of the weighted entries with the elected sign.
+    """
     result, count = torch.zeros_like(signs), torch.zeros_like(signs)
     for weight, tensor in parts:
         magnitude = (weight * tensor.double() * signs).clamp(min=0)
         result = torch.maximum(result, magnitude) if function == "max" else result + magnitude
         count += magnitude > 0
     merged = signs * (result / count.clamp(min=1) if function == "mean" else result)
-    return merged + 0.0  # -0.0, which has other bytes, becomes 0.0
+    return merged + 0.0  # turns -0.0 into 0.0: the bytes differ, and so would the content hash

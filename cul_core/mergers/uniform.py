@@ -1,4 +1,4 @@
-"""Uniform merging: the mean of the models."""
+"""Uniform merging: the mean of the models' deltas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class UniformConfig(Config):
     paper="Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482",
 )
 class Uniform(Merger):
-    """W = W0 + (1/n) sum_i tau_i, (Wortsman et al., section 2)."""
+    """W = W0 + (1/n) sum_i tau_i (Wortsman et al., section 2)."""
 
     def merge(self, deltas: Deltas) -> Iterator[tuple[str, Tensor]]:
         for name in names_in(deltas):
