@@ -1,5 +1,4 @@
-"""What an audit is: it asks a model for what should be gone and for what should be left, and never trains
-it."""
+"""Base class and registry of audits, which test a model for forgotten and retained concepts."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from ..models.network import Network
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value with its 95 % interval; None where there is none."""
+    """A measured value with its 95 % interval; None if not measured."""
 
     value: float | None
     low: float | None = None
@@ -26,12 +25,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found.
+    """The result of an audit.
 
     Args:
-        figures: name -> value, in the unit that the audit's description gives.
-        verdict: one sentence for people.
-        text: everything, as text.
+        figures: name -> value, in the unit that the audit's description names.
+        verdict: one sentence for the user.
+        text: the full report as text.
         images: label -> image.
     """
 
@@ -43,13 +42,13 @@ class AuditReport:
 
 @dataclass(frozen=True)
 class AuditConfig(Config):
-    """Settings that all audits have: its budget is in those of each."""
+    """Settings of all audits; each audit adds its own, such as its budget."""
 
     seed: int = setting(0, "Everything random of the audit derives from it.", minimum=0, maximum=2**53 - 1)
 
 
 class Audit:
-    """Base of all audits. What one must train, it trains on a copy."""
+    """Base of all audits. An audit never changes the model; if it must train, it trains a copy."""
 
     def __init__(self, config: AuditConfig):
         self.config = config
@@ -61,12 +60,12 @@ class Audit:
         concepts: Sequence[Concept],
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> AuditReport:
-        """Audit a model.
+        """Audit a model: the report.
 
         Args:
-            network: the pretrained model; as it was when this returns.
-            model: its edits, and what it has forgotten.
-            concepts: what should be gone; if there are none, what the model's history says.
+            network: the pretrained model, unchanged when this returns or raises.
+            model: the edits and the history.
+            concepts: concepts that should be forgotten; if empty, the targets in the model's history.
             on_progress: called with (units done, their number); may raise to stop.
 
         Raises:

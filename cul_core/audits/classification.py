@@ -1,4 +1,4 @@
-"""The audit by classification: a family's own classifier says what sampled images show."""
+"""The classification audit: a family's own classifier labels sampled images."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .classifier_scores import Scores, table
 
 
 class Classifier(ABC):
-    """What knows the concepts of one family and sees them in images; `Family.classifier` makes one."""
+    """Recognizes the concepts of one family in images; `Family.classifier` makes one."""
 
     @abstractmethod
     def check(self, names: Sequence[str]) -> None:
-        """Raises ConceptError for a name that it does not know, or for names of several domains."""
+        """Raises ConceptError for a name the classifier does not know, or for names of several domains."""
 
     @abstractmethod
     def count(self, names: Sequence[str], per_cell: int) -> int:
-        """Images that `evaluate` takes."""
+        """Number of images that `evaluate` samples."""
 
     @abstractmethod
     def evaluate(
@@ -40,12 +40,12 @@ class Classifier(ABC):
         per_cell: int = 1,
         on_batch: Callable[[int], None] = lambda done: None,
     ) -> Scores:
-        """Scores of a model that has forgotten those of the names that the classifier knows.
+        """Scores of a model, with the `names` that the classifier knows as targets.
 
         Args:
             network: the pretrained model.
-            model: its edits.
-            names: what was forgotten.
+            model: the edits.
+            names: forgotten concepts.
             seed: of the images.
             per_cell: images per concept and name of the other domain.
             on_batch: called with the number of images done; may raise to stop.
@@ -53,14 +53,14 @@ class Classifier(ABC):
 
     @abstractmethod
     def measure_for(self, request: Request) -> Measure:
-        """How early stopping measures a request; raises ConceptError if it cannot."""
+        """The measure with which early stopping scores a request; raises ConceptError if there is none."""
 
 
 def classifier_of(family: Family) -> Classifier:
     """The family's classifier.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the family has none.
     """
     if family.classifier is None:
         others = supported(other for other in FAMILIES.values() if other.classifier is not None)
@@ -110,6 +110,6 @@ class Classification(Audit):
         )
         values = scores.to_json()
         figures = {name: Figure(values[name], *interval) for name, interval in scores.intervals.items()}
-        said = "nothing was asked of it" if scores.ua is None else f"{scores.ua:.0f} % of it is gone"
-        verdict = f"Of {', '.join(names) or 'no concept'}: {said}."
+        outcome = "nothing was asked of it" if scores.ua is None else f"{scores.ua:.0f} % of it is gone"
+        verdict = f"Of {', '.join(names) or 'no concept'}: {outcome}."
         return AuditReport(figures, verdict, table([(model.family.display_name, values)]))

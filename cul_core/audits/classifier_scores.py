@@ -1,5 +1,4 @@
-"""Scores of forgetting from classified pictures: UA, clean forgetting, leak, IRA declared and hidden, CRA,
-and the summary H."""
+"""Scores from classified images: UA, clean forgetting, leak, IRA, CRA and their summary H."""
 
 from __future__ import annotations
 
@@ -23,14 +22,14 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture of an evaluation.
+    """One image of an evaluation.
 
     Args:
-        prompt: what the model is asked.
-        style: the style the prompt names or describes.
-        object: the object it names.
-        role: `target`, `declared` or `hidden`; for descriptions of a target, `alias`.
-        index: which of several pictures of this prompt.
+        prompt: prompt of the image.
+        style: style that the prompt names or describes.
+        object: object that the prompt names.
+        role: `target`, `declared` or `hidden`; `alias` for a description of a target.
+        index: number of the image among those of this prompt.
     """
 
     prompt: str
@@ -42,7 +41,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the classifier saw; an empty string is its reject class."""
+    """The classifier's labels of one image; an empty string is the reject class."""
 
     style: str
     object: str
@@ -50,22 +49,21 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Scores:
-    """All in percent; None where nothing was measured.
+    """Metrics in percent; None where nothing was measured.
 
     Args:
         ua: unlearning accuracy, 100 minus the share of target prompts that still show the target
             (UnlearnCanvas).
-        clean: share of target prompts that lost the target, still show what else they ask for and are not
-            broken.
-        leak: share of descriptions of the targets that still show them.
-        ira_declared: in-domain retention of the concepts declared as to be kept.
-        ira_hidden: in-domain retention of the concepts nobody declared; the headline.
-        cra: cross-domain retention, accuracy of the other domain over all named prompts, targets included
-            (CUIG).
-        cra_clean: the same over kept prompts only (UnlearnCanvas).
+        clean: share of target prompts whose image lacks the target, shows the rest of the prompt and is
+            recognized at all.
+        leak: share of descriptions of the targets whose image still shows the target.
+        ira_declared: in-domain retain accuracy of the concepts to retain.
+        ira_hidden: in-domain retain accuracy of the concepts that no request names; the headline.
+        cra: cross-domain retain accuracy, over all named prompts, targets included (CUIG).
+        cra_clean: cross-domain retain accuracy without the targets' prompts (UnlearnCanvas).
         h: harmonic mean of clean, ira_hidden and cra_clean.
-        intervals: metric -> 95 % bootstrap interval over pictures.
-        per_concept: name -> {role, style accuracy, object accuracy, pictures}.
+        intervals: metric -> 95 % bootstrap interval over images.
+        per_concept: name -> {role, style accuracy, object accuracy, number of images}.
     """
 
     ua: float | None
@@ -84,7 +82,7 @@ class Scores:
 
 
 def harmonic_mean(values: Sequence[float | np.ndarray | None]) -> float | np.ndarray | None:
-    """0 where any value is 0; None if any is missing. Arrays (of resamples) elementwise."""
+    """Harmonic mean, elementwise for arrays of resamples; 0 where a value is 0, None if one is missing."""
     if any(value is None for value in values):
         return None
     with np.errstate(divide="ignore"):
@@ -92,8 +90,12 @@ def harmonic_mean(values: Sequence[float | np.ndarray | None]) -> float | np.nda
 
 
 def _metrics(cells: dict[tuple[str, str], np.ndarray]) -> dict[str, float | np.ndarray]:
-    """Metrics from (role, concept) -> (..., pictures, 3) flags: own concept seen, other domain right, clean;
-    leading axes are resamples."""
+    """Metrics by name, in percent, in the shape of the leading axes.
+
+    Args:
+        cells: (role, concept) -> flags (..., images, 3): own concept seen, other domain right, clean. Leading
+            axes are bootstrap resamples.
+    """
 
     def mean(roles: tuple[str, ...], column: int):
         shares = [flags[..., column].mean(-1) for (role, _), flags in cells.items() if role in roles]
@@ -119,9 +121,14 @@ def score(
     resamples: int = 500,
     seed: int = 0,
 ) -> Scores:
-    """Scores of classified pictures; every concept weighs the same, however many pictures it has.
+    """Scores of classified images; every concept has the same weight, whatever the number of its images.
 
-    `domain` says what was forgotten, `style` or `object`; the other is the cross domain.
+    Args:
+        shots: the images.
+        verdicts: label of each image.
+        domain: domain of the targets, `style` or `object`; the other one is the cross domain.
+        resamples: bootstrap resamples for the intervals.
+        seed: of the resamples.
     """
     other = {"style": "object", "object": "style"}[domain]
     flags: dict[tuple[str, str], list[tuple[bool, bool, bool]]] = {}
@@ -158,7 +165,7 @@ def score(
 
 
 def table(rows: Sequence[tuple[str, dict]]) -> str:
-    """Aligned text: one line per (label, scores), one column per metric."""
+    """The scores as aligned text: one line per (label, scores), one column per metric."""
     width = max(len(label) for label, _ in rows)
     lines = [" " * width + "".join(f"{LABELS[name]:>11}" for name in METRICS)]
     for label, scores in rows:

@@ -1,9 +1,7 @@
-"""Memorized pictures: which paraphrases of a caption draw one as well, and are forgotten with it, and which
-become its anchors.
+"""Memorized images: sort paraphrases of a caption into targets and anchors by their rate of copies.
 
-After Kumari et al., ICCV 2023, arXiv 2303.13516, and their code. The paraphrases are the caller's, where
-theirs come from a language model, and so is the measure of similarity, where theirs is the copy detector
-SSCD.
+After Kumari et al., ICCV 2023, arXiv 2303.13516, and their code. The caller supplies the paraphrases (theirs
+come from a language model) and the similarity measure (theirs is the copy detector SSCD).
 """
 
 from __future__ import annotations
@@ -29,66 +27,71 @@ from ..requests.resolve import Overrides, adapt, resolve
 from ..training.anchor_images import anchor_generator
 
 Similarity = Callable[[Tensor], Tensor]
-"""Pictures (b, 3, h, w) in [0, 1] -> how similar each is to the memorized one (b,), 1 for equal ones."""
+"""Images (b, 3, h, w) in [0, 1] -> similarity (b,) of each to the memorized image, 1 for equal images."""
 
 MEMORIZATION = Preset(
-    "One memorized picture, by all weights, while its paraphrases go on drawing their own.",
+    "Forgets one memorized image, with all weights, while other paraphrases keep their own images.",
     ConAblConfig(teacher="pretrained", preservation=1.0),
     (),
     TrainingConfig(learning_rate=1e-4, group="full"),
-    # 5e-7 times a batch of 2, twice that with preservation
+    # the authors' rate: 5e-7 per image times a batch of 2, doubled with preservation
     training_of={"sd1": TrainingConfig(iterations=400, batch_size=2, learning_rate=2e-6, group="full")},
 )
 
 
 @dataclass(frozen=True)
 class MemorizationConfig(Config):
-    """When a picture is a copy, and how often a prompt has to draw copies to be a target or an anchor; as in
-    the authors' code."""
+    """Thresholds for copies, targets and anchors; the defaults are the authors'."""
 
     pictures: int = setting(
-        10, "Pictures of every prompt that are compared with the memorized one.", minimum=1, maximum=1000
+        10, "Images per prompt to compare with the memorized one.", minimum=1, maximum=1000
     )
-    copy_similarity: float = setting(0.5, "Similarity above which a picture is a copy.")
+    copy_similarity: float = setting(0.5, "Similarity above which an image is a copy.")
     anchor_rate: float = setting(
-        0.3, "Largest share of copies of a paraphrase that becomes an anchor.", minimum=0.0, maximum=1.0
+        0.3, "Largest share of copies for a paraphrase to be an anchor.", minimum=0.0, maximum=1.0
     )
     target_rate: float = setting(
-        0.6, "Smallest share of copies of one that is forgotten too.", minimum=0.0, maximum=1.0
+        0.6, "Smallest share of copies for a paraphrase to be a target.", minimum=0.0, maximum=1.0
     )
-    most_anchors: int = setting(10, "Anchors at most, those with the fewest copies.", minimum=1)
-    fewest_anchors: int = setting(5, "Anchors at least.", minimum=1)
+    most_anchors: int = setting(
+        10, "Largest number of anchors; those with the fewest copies are taken.", minimum=1
+    )
+    fewest_anchors: int = setting(5, "Smallest number of anchors.", minimum=1)
 
 
 def pixel_correlation(original: Tensor, side_px: int = 32) -> Similarity:
-    """Correlation of the pixels with those of `original` (3, h, w), both reduced to `side_px`.
+    """Pixel correlation with `original` (3, h, w), both scaled to `side_px`.
 
-    It needs no network, and finds copies only where they lie as in the original: for others use
-    `embedding_cosine` with a copy detector.
+    It needs no network, but misses copies that are shifted or mirrored: use `embedding_cosine` with a copy
+    detector for these.
     """
 
-    def centred(pictures: Tensor) -> Tensor:
+    def centred(images: Tensor) -> Tensor:
         small = functional.interpolate(
-            pictures.float(), (side_px, side_px), mode="bilinear", antialias=True
+            images.float(), (side_px, side_px), mode="bilinear", antialias=True
         ).flatten(1)
         return small - small.mean(1, keepdim=True)
 
     reference = centred(original[None])
-    return lambda pictures: functional.cosine_similarity(centred(pictures), reference.to(pictures.device))
+    return lambda images: functional.cosine_similarity(centred(images), reference.to(images.device))
 
 
 def embedding_cosine(original: Tensor, embed: Callable[[Tensor], Tensor]) -> Similarity:
-    """Cosine with `original` (3, h, w) of what `embed` makes of pictures (b, 3, h, w) in [0, 1]: vectors (b,
-    d), such as SSCD's."""
+    """Cosine of image embeddings with that of `original` (3, h, w).
+
+    Args:
+        original: the memorized image in [0, 1].
+        embed: images (b, 3, h, w) in [0, 1] -> vectors (b, d), such as SSCD's.
+    """
     reference = embed(original[None])
-    return lambda pictures: functional.cosine_similarity(embed(pictures), reference)
+    return lambda images: functional.cosine_similarity(embed(images), reference)
 
 
 def read_picture(path: Path) -> Tensor:
-    """A picture file as (3, h, w) in [0, 1].
+    """The image in a file as (3, h, w) in [0, 1].
 
     Raises:
-        ConceptError: it cannot be read.
+        ConceptError: the file cannot be read.
     """
     import numpy
     from PIL import Image
@@ -103,10 +106,10 @@ def read_picture(path: Path) -> Tensor:
 
 
 def read_paraphrases(path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
+    """The non-empty lines of a text file.
 
     Raises:
-        ConceptError: it cannot be read, or they are too many or no captions.
+        ConceptError: the file cannot be read, has too many lines, or a line is no caption.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -114,11 +117,11 @@ def read_paraphrases(path: Path) -> list[str]:
         raise ConceptError(
             f"The paraphrases in {path.name!r} cannot be read ({error}); give a text file with one a line."
         ) from error
-    found = [line.strip() for line in lines if line.strip()]
-    check_count("paraphrases", found)
-    for line in found:
+    paraphrases = [line.strip() for line in lines if line.strip()]
+    check_count("paraphrases", paraphrases)
+    for line in paraphrases:
         check_text("paraphrase", line)
-    return found
+    return paraphrases
 
 
 def memorization_request(
@@ -135,24 +138,24 @@ def memorization_request(
     config: MemorizationConfig | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Request, dict[str, float]]:
-    """(a step that forgets the picture, share of copies of the caption and of every paraphrase).
+    """(request to forget the image, share of copies by caption and paraphrase).
 
     Args:
         network: the pretrained model.
-        caption: what draws the memorized picture.
-        paraphrases: other captions of such a picture; about twenty give both kinds.
-        similarity: to the memorized picture.
+        caption: prompt that gives the memorized image.
+        paraphrases: other captions of such an image; about twenty usually give targets and anchors.
+        similarity: to the memorized image.
         seed: of the training.
-        anchor_seed: of all pictures.
-        retain: concepts declared as to be kept.
-        chosen: how to train and to sample; `MEMORIZATION` if it is not given.
-        overrides: what is wanted otherwise.
+        anchor_seed: of all sampled images.
+        retain: concepts to retain.
+        chosen: preset for training and sampling; `MEMORIZATION` if it is not given.
+        overrides: values that replace the preset's.
         config: thresholds.
-        check: called after each batch of pictures; may raise to stop.
+        check: called after each batch of images; may raise to stop.
 
     Raises:
-        ConceptError: the caption does not draw the picture, or too few paraphrases draw anything else.
-        ModelError: the model's pictures cannot be decoded here.
+        ConceptError: the caption does not give the image, or too few paraphrases give other images.
+        ModelError: the model's latents cannot be decoded here.
     """
     chosen, config, caption = chosen or MEMORIZATION, config or MemorizationConfig(), caption.strip()
     overrides = replace(overrides or Overrides(), seed=seed, anchor_seed=anchor_seed)
@@ -176,27 +179,33 @@ def copy_rates(
     seed: int,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Prompt -> share of its pictures that are copies, for distinct prompts; each depends on its own prompt
-    alone."""
+    """Prompt -> share of copies among its images, for distinct prompts.
+
+    Seeds depend on the prompt alone, so other prompts do not change a prompt's share.
+    """
     prompts = list(dict.fromkeys(prompts))
     generators = [
         generator_for(seed, "copies", prompt, i) for prompt in prompts for i in range(config.pictures)
     ]
     repeated = [prompt for prompt in prompts for _ in range(config.pictures)]
-    found = _are_copies(network, repeated, generators, similarity, config, sampler, check)
-    copies = found.view(-1, config.pictures).sum(1).tolist()
-    # 3 / 10 is 0.3, not a bit more
+    are_copies = _are_copies(network, repeated, generators, similarity, config, sampler, check)
+    copies = are_copies.view(-1, config.pictures).sum(1).tolist()
+    # divided in fp64, so that 3 / 10 equals the threshold 0.3
     return {prompt: number / config.pictures for prompt, number in zip(prompts, copies, strict=True)}
 
 
 def sorted_captions(
     caption: str, rates: Mapping[str, float], config: MemorizationConfig | None = None
 ) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
-    """(the caption and the paraphrases to forget with it, those to be anchors, the least memorized first),
-    from their rates.
+    """(targets, anchors): the caption and paraphrases to forget, and anchor captions by ascending rate.
+
+    Args:
+        caption: prompt that gives the memorized image.
+        rates: share of copies of the caption and of every paraphrase.
+        config: thresholds.
 
     Raises:
-        ConceptError: the caption itself is as good as an anchor, or there are too few of these.
+        ConceptError: the caption's rate is low enough for an anchor, or there are too few anchors.
     """
     config = config or MemorizationConfig()
     if rates[caption] <= config.anchor_rate:
@@ -219,8 +228,7 @@ def sorted_captions(
         raise ConceptError(
             f"Only {len(anchors)} of {len(rates) - 1} paraphrases of {caption!r} can be anchors, where "
             f"{config.fewest_anchors} are needed: they must draw the picture in at most "
-            f"{config.anchor_rate:.0%} of theirs and not contain what is forgotten; add paraphrases that "
-            "say "
+            f"{config.anchor_rate:.0%} of theirs and not contain what is forgotten; add paraphrases that say "
             "it in quite other words."
         )
     return tuple(replace(concept, anchor=anchors[0]) for concept in forgotten), tuple(anchors)
@@ -236,10 +244,12 @@ def captions_without_copies(
     seed: int,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[str, ...]:
-    """One caption per anchor picture of a request, in turn: the next one where the picture would be a copy.
+    """One caption per anchor image of a request, such that no image is a copy.
+
+    Captions are taken in turn; where an image would be a copy, the next caption is tried with its seed.
 
     Raises:
-        ConceptError: for one of the pictures all anchors give a copy.
+        ConceptError: every caption gives a copy for one of the images.
     """
     chosen: dict[int, str] = {}
     for turn in range(len(anchors)):
@@ -247,10 +257,10 @@ def captions_without_copies(
         if not missing:
             break
         generators = [anchor_generator(seed, i) for i in missing]
-        found = _are_copies(network, [*missing.values()], generators, similarity, config, sampler, check)
+        are_copies = _are_copies(network, [*missing.values()], generators, similarity, config, sampler, check)
         chosen |= {
             i: prompt
-            for (i, prompt), is_copy in zip(missing.items(), found.tolist(), strict=True)
+            for (i, prompt), is_copy in zip(missing.items(), are_copies.tolist(), strict=True)
             if not is_copy
         }
     if len(chosen) < count:
@@ -270,7 +280,7 @@ def _are_copies(
     sampler: SamplerConfig,
     check: Callable[[], None],
 ) -> Tensor:
-    """For one new picture of each prompt, whether it is a copy."""
+    """Boolean (n,): whether the image sampled for each prompt is a copy."""
     latents = sample_latents(network, prompts, generators, sampler, lambda done: check())
     with network.with_autoencoder():
         values = [
