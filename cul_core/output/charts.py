@@ -1,4 +1,4 @@
-"""Grids of pictures and line charts, drawn with Pillow."""
+"""Image grids and charts, drawn with Pillow."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def _measure(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> f
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """A (3, h, w) tensor in [0, 1] as a picture."""
+    """The Pillow image of a (3, h, w) tensor in [0, 1]."""
     return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def _fitting(label: str) -> str:
-    """A label that takes bounded room, whoever wrote it."""
+    """The label, cut to at most 20 lines of 200 characters."""
     lines = label.split("\n")
     kept = [line if len(line) <= 200 else f"{line[:200]}..." for line in lines[:20]]
     return "\n".join(kept + ["..."] * (len(lines) > 20))
@@ -52,8 +52,14 @@ def _fitting(label: str) -> str:
 def labelled_grid(
     title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], cell: int = 96
 ) -> Image.Image:
-    """Rows of pictures with a label before each and a label over each column; labels get the room they
-    need."""
+    """A grid of images with a label before each row and above each column, sized to fit the labels.
+
+    Args:
+        title: shown above the grid.
+        columns: a label per column.
+        rows: (label, images) per row.
+        cell: side of an image in pixels.
+    """
     font, head = _font(14), _font(18)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     title, columns = _fitting(" ".join(title.split())), [*map(_fitting, columns)]
@@ -83,8 +89,13 @@ def labelled_grid(
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: `points` are (x, percent), `reported` is what somebody else found at the last x, drawn as an
-    empty diamond."""
+    """One curve of a chart.
+
+    Args:
+        label: text in the legend.
+        points: (x, percent).
+        reported: a published value at the last x, drawn as an empty diamond.
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -94,8 +105,7 @@ class Line:
 def chart(
     title: str, panels: Mapping[str, Sequence[Line]], x_label: str, panel_size: tuple[int, int] = (340, 260)
 ) -> Image.Image:
-    """Panels side by side, percent against `x_label`; every label has one colour, and one legend below serves
-    all."""
+    """Panels side by side, percent against `x_label`, with one colour per label and one legend below."""
     font, head = _font(14), _font(18)
     width, height = panel_size
     labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
@@ -154,10 +164,13 @@ def metric_chart(
     panels: Sequence[tuple[str, str]] = METRIC_PANELS,
     reported: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Image.Image:
-    """Metrics against the number of requests, one curve per run; scores are (request, metric -> percent or
-    None).
+    """Metrics against the number of requests, a panel per metric and a curve per run.
 
-    `reported` has, for some runs, metric -> what others found after the last request.
+    Args:
+        title: shown above the panels.
+        runs: run -> (number of requests, metric -> percent or None) per point.
+        panels: (title, metric) per panel.
+        reported: run -> metric -> published value after the last request.
     """
 
     def line(run: str, metric: str) -> Line:
@@ -168,16 +181,13 @@ def metric_chart(
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures under one another."""
-    canvas = Image.new(
-        "RGB",
-        (max(picture.width for picture in pictures), sum(picture.height for picture in pictures)),
-        _PAPER,
-    )
+    """One image with the images below one another."""
+    size = max(image.width for image in pictures), sum(image.height for image in pictures)
+    canvas = Image.new("RGB", size, _PAPER)
     top = 0
-    for picture in pictures:
-        canvas.paste(picture, (0, top))
-        top += picture.height
+    for image in pictures:
+        canvas.paste(image, (0, top))
+        top += image.height
     return canvas
 
 
@@ -202,9 +212,9 @@ def bars(title: str, rows: Sequence[tuple[str, float]], unit: str = "") -> Image
 
 
 def loss_curve(title: str, losses: Sequence[float], size: tuple[int, int] = (560, 300)) -> Image.Image:
-    """Loss against iteration: the values, and their mean over the last tenth of the run.
+    """The loss against the iteration, with a running mean over a tenth of the run.
 
-    Where the values are more than the pixels, the lowest and the highest of neighbours are drawn.
+    With more values than pixels, only the lowest and highest value of each stretch are drawn.
     """
     font, head = _font(14), _font(18)
     width, height = size
@@ -233,13 +243,13 @@ def loss_curve(title: str, losses: Sequence[float], size: tuple[int, int] = (560
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """For every value the mean of it and those before it, `window` in all where there are as many."""
+    """For every value, the mean of the last `window` values up to it, or of all values if there are fewer."""
     totals = [0.0, *accumulate(values)]
     return [(totals[end] - totals[max(0, end - window)]) / min(end, window) for end in range(1, len(totals))]
 
 
 def _outline(values: Sequence[float], most: int) -> list[int]:
-    """Places of at most `most` values that draw the same curve: the lowest and highest of each stretch."""
+    """Indices of at most `most` values that draw the same curve: the extremes of each stretch."""
     count, stretches = len(values), most // 2
     if count <= most:
         return list(range(count))
@@ -251,9 +261,9 @@ def _outline(values: Sequence[float], most: int) -> list[int]:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG.
+    """Write an image as a PNG file.
 
     Raises:
-        CheckpointError: the folder cannot be written or is full; nothing is left behind then.
+        CheckpointError: the folder cannot be written or is full; no partial file is left behind.
     """
     write_atomically(path, lambda file: picture.save(file, format="PNG"))

@@ -1,5 +1,4 @@
-"""Files we write: edited checkpoints (the source streamed, only edited tensors replaced) and exact fp32
-edits."""
+"""Write and open models: edited checkpoints in the source's layout, and exact fp32 edits."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from ..models.source import FileSource, source_of
 
 _CHUNK, _PAGE = 8 << 20, 4096
 _SHORTER = "The source checkpoint became shorter while it was being copied; leave it in place and save again."
-_VALUES = 1 << 18  # they stay in the processor's cache
+_VALUES = 1 << 18  # added at a time, so that they fit in the CPU cache
 
 
 def save_checkpoint(
@@ -34,14 +33,19 @@ def save_checkpoint(
 ) -> Path:
     """Write the model as a full checkpoint in its source's key layout and dtypes; returns the path written.
 
-    Every byte of tensors that were not edited is the source's. An existing file is not overwritten: the name
-    gets a counter. `on_chunk` runs for every 8 MiB and may raise to cancel; nothing is left behind then.
-    `metadata` joins the header's entries.
+    The source is streamed: unedited tensors are copied byte for byte, edited ones replaced. An existing file
+    is not overwritten: the name gets a counter.
+
+    Args:
+        model: what to write.
+        path: of the new file.
+        on_chunk: called for every 8 MiB; may raise to cancel, and no partial file is left behind.
+        metadata: added to the header's entries.
 
     Raises:
         CheckpointError: the folder cannot be written, or an edited tensor has a dtype that cannot hold the
-        edit.
-        ModelError: the source file is no longer the one the model was opened from.
+            edit.
+        ModelError: the source file has changed since the model was opened.
         TrainingError: an edit is not finite, or too large for the source's dtype.
     """
     path = free_path(Path(path))
@@ -60,7 +64,7 @@ def save_checkpoint(
                 "learning rate."
             )
     entries = {**inherited, **(metadata or {}), **model.metadata()}
-    # data begin as far into a page as in the source, so that whole pages are copied
+    # the data have the same page offset as in the source, so that the kernel can copy whole pages
     beginning = packed_header(path.name, header, entries, alignment=_PAGE, start=start)
 
     def write(out: BinaryIO) -> None:
@@ -101,7 +105,7 @@ def _opened_source(source: FileSource) -> BinaryIO:
 
 
 def _add(source: BinaryIO, out: BinaryIO, begin: int, edit: Tensor, dtype: torch.dtype) -> bool:
-    """Append the stored values plus their edit, added in fp32; false when a sum is not finite in `dtype`."""
+    """Append stored values plus edit, added in fp32; False if a sum is not finite in `dtype`."""
     source.seek(begin)
     data = bytearray(min(edit.numel(), _VALUES) * dtype.itemsize)
     values, sums = torch.frombuffer(data, dtype=dtype), torch.empty(min(edit.numel(), _VALUES))
@@ -117,12 +121,11 @@ def _add(source: BinaryIO, out: BinaryIO, begin: int, edit: Tensor, dtype: torch
 
 
 def _is_finite(values: Tensor) -> bool:
-    return bool(values.sum(dtype=torch.float32).isfinite() or values.isfinite().all())  # the sum is quicker
+    return bool(values.sum(dtype=torch.float32).isfinite() or values.isfinite().all())  # the sum is faster
 
 
 def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Callable[[], None]) -> None:
-    """Append a range of one file to another: inside the kernel where the system can, otherwise through a
-    buffer."""
+    """Append a byte range of one file to another, inside the kernel if possible, else through a buffer."""
     out.flush()
     buffer = None
     while length > 0:
@@ -131,7 +134,7 @@ def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Ca
         if buffer is None:
             try:
                 moved = os.copy_file_range(source.fileno(), out.fileno(), min(_CHUNK, length), begin)
-            # not on this system, or not between these files; a full disk says so again below
+            # not supported here, or not between these files; a full disk fails again below
             except (AttributeError, OSError):
                 pass
         if not moved:
@@ -145,17 +148,17 @@ def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Ca
 
 
 def save_edits(model: UnlearnModel, path: Path | str) -> Path:
-    """Write the exact fp32 edits with their history; `load_edits` gives back the same model, bit for bit."""
+    """Write the exact fp32 edits with their history; `load_edits` restores the same model, bit for bit."""
     path = free_path(Path(path))
     write_tensors(path, model.edits, model.metadata())
     return path
 
 
 def load_edits(path: Path | str, source: FileSource) -> UnlearnModel:
-    """The model whose edits `path` holds, on top of its source file.
+    """The model made of `source` and the edits in the file `path`.
 
     Raises:
-        CheckpointError: the edits belong to another source, or do not fit it.
+        CheckpointError: the edits belong to another source, or an edit fits no weight of it.
     """
     path = Path(path)
     history, made_from = read_history(path)
@@ -181,12 +184,12 @@ def load_edits(path: Path | str, source: FileSource) -> UnlearnModel:
 
 
 def current_names(source: Path, names: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Name of a weight in one of our files -> its checkpoint key; format 1 has diffusers' names.
+    """Name of a weight in an edits file -> its checkpoint key; format 1 has diffusers' names.
 
     Args:
-        source: checkpoint that the file's edits belong to.
-        names: in the file.
-        metadata: of the file.
+        source: checkpoint to which the edits belong.
+        names: weight names in the edits file.
+        metadata: of the edits file.
     """
     if metadata.get("cul_format") != "1":
         return {name: name for name in names}
@@ -195,10 +198,10 @@ def current_names(source: Path, names: Iterable[str], metadata: Mapping[str, str
 
 
 def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
-    """Edits by checkpoint key between two checkpoints of one layout, in fp32; equal tensors are left out.
+    """fp32 edits by checkpoint key between two checkpoints of one layout; equal tensors are left out.
 
     Raises:
-        ModelError: they are not of one layout.
+        ModelError: the layouts differ.
     """
     prefix = detect_family(pretrained).prefix
     shapes = [
@@ -219,15 +222,17 @@ def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
 
 
 def open_model(path: Path | str, pretrained: Path | str | None = None) -> UnlearnModel:
-    """The model in a checkpoint file.
+    """The model in a checkpoint file, with its history if it was edited.
 
-    An edited checkpoint keeps its history. Without `pretrained` its own weights count as the pretrained ones
-    from here on; with `pretrained`, the file it was made from, drift stays measured from there (edits rounded
-    to the file's dtype).
+    Args:
+        path: the checkpoint.
+        pretrained: the file from which an edited checkpoint was made. Drift is then measured from this file;
+            the edits are rounded to the checkpoint's dtype. Without it, the checkpoint's own weights count as
+            the pretrained weights.
 
     Raises:
-        ModelError: unreadable or unsupported file, or `pretrained` is not the file the checkpoint was made
-        from.
+        ModelError: a file is unreadable or unsupported, or `pretrained` is not the file from which the
+            checkpoint was made.
     """
     path = Path(path)
     family = detect_family(path)
@@ -250,11 +255,10 @@ def open_model(path: Path | str, pretrained: Path | str | None = None) -> Unlear
 
 
 def open_continued(path: Path, candidates: Iterable[Path]) -> UnlearnModel:
-    """`open_model`, with drift measured from the file that an edited checkpoint was made from if that is
-    among `candidates`.
+    """`open_model`, with `pretrained` looked up among `candidates`.
 
     Raises:
-        ModelError: unreadable or unsupported file.
+        ModelError: the file is unreadable or unsupported.
     """
     _, made_from = read_history(path)
     if made_from is not None:

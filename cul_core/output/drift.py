@@ -1,4 +1,4 @@
-"""Which layers moved, and how far from the pretrained weights."""
+"""Drift: how far each layer moved from the pretrained weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .charts import bars
 
 @dataclass(frozen=True)
 class Drift:
-    """Frobenius norm of one tensor's edit, and its share of the pretrained tensor's own norm, in percent."""
+    """Frobenius norm of one tensor's edit, and the norm in percent of the pretrained tensor's own norm."""
 
     name: str
     distance: float
@@ -22,25 +22,25 @@ class Drift:
 
 
 def drift_of(model: UnlearnModel) -> list[Drift]:
-    """One entry per edited tensor, in the order of their names, numbers by value."""
+    """One entry per edited tensor, sorted by key, numbers in a key by value."""
 
     def by_number(key: str) -> list[int | str]:
         return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
 
-    found = []
+    drifts = []
     for key, base in model.source.read(sorted(model.edits, key=by_number)):
         distance, size = model.edits[key].norm().item(), base.float().norm().item()
-        found.append(Drift(key, distance, 100 * distance / size if size else float("inf")))
-    return found
+        drifts.append(Drift(key, distance, 100 * distance / size if size else float("inf")))
+    return drifts
 
 
 def total_drift(drifts: Sequence[Drift]) -> float:
-    """Norm of all edits together."""
+    """Frobenius norm of all edits together."""
     return sum(drift.distance**2 for drift in drifts) ** 0.5
 
 
 def drift_map(title: str, drifts: Sequence[Drift]) -> Image.Image:
-    """A bar per tensor: its edit in percent of the pretrained tensor's norm."""
+    """A bar chart of every tensor's drift in percent."""
     return bars(title, [(short_name(drift.name), drift.percent) for drift in drifts], unit="%")
 
 

@@ -1,5 +1,4 @@
-"""Edits as files that hosts' LoRA loaders apply to the source checkpoint: exact differences, or low-rank
-approximations."""
+"""Export edits for LoRA loaders: exact differences, or low-rank approximations."""
 
 from __future__ import annotations
 
@@ -15,22 +14,23 @@ from ..files.safetensors_format import write_tensors
 from ..history.unlearn_model import UnlearnModel
 
 _SMALL = 256
-"""Smaller side of a matrix up to which the whole decomposition is quick enough."""
+"""Smaller side of a matrix up to which a full SVD is fast enough."""
 _OVERSAMPLING, _POWER_ITERATIONS = 8, 16
 
 
 def patch_names(model: UnlearnModel) -> dict[str, str]:
-    """Checkpoint key of every edited tensor -> its name in a host's network: without the leading `model.`."""
+    """Checkpoint key of every edited tensor -> its name in the host, without the leading `model.`."""
     return {key: key.removeprefix("model.") for key in model.edits}
 
 
 def save_difference(model: UnlearnModel, path: Path | str, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write every edit whole, in fp32, as `<module>.diff` and `<module>.diff_b`; returns the path written,
-    never an existing one.
+    """Write every edit in full in fp32, as `<module>.diff` and `<module>.diff_b`; returns the path written.
 
-    Loaded at strength 1 on the source checkpoint, it gives the edited model.
+    At strength 1 on the source checkpoint the file gives the edited model. An existing file is not
+    overwritten.
 
     Raises:
+        ConfigError: the model has no edits.
         CheckpointError: the folder cannot be written or is full.
     """
     return _write(
@@ -48,17 +48,22 @@ def save_lora(
     metadata: Mapping[str, str] | None = None,
     on_tensor: Callable[[int, int], None] = lambda done, count: None,
 ) -> tuple[Path, float]:
-    """Write every edited matrix as an approximation of `rank`: (path written, share of the energy retained).
+    """Write every edited matrix as a rank-`rank` LoRA: (path written, share of the energy retained).
 
-    Energy is the sum of squares. The share is measured on the written matrices. A small matrix gets its best
-    approximation (Eckart-Young), a large one an approximation that retains less by at most 0.1 % of the
-    energy. Biases and norms, which have no rank, are written whole. Alpha is the rank, so that strength 1
-    gives the approximation itself. The same edits make the same file.
+    Energy is the sum of squares, measured on the written matrices. A small matrix gets its best approximation
+    (Eckart-Young), a large one a randomized approximation that loses at most another 0.1 % of the energy.
+    Biases and norms are written in full. Alpha equals the rank, so strength 1 gives the approximation itself.
+    The same edits make the same file.
 
-    `on_tensor(done, count)` runs after each tensor and may raise to cancel; nothing is left behind then.
+    Args:
+        model: whose edits to write.
+        path: of the new file; an existing file is not overwritten.
+        rank: of each approximation, at most the smaller side of its matrix.
+        metadata: added to the file's own.
+        on_tensor: called with (tensors done, their number); may raise to cancel, and no file is left behind.
 
     Raises:
-        ConfigError: the rank is not positive.
+        ConfigError: the rank is not positive, or the model has no edits.
         CheckpointError: the folder cannot be written or is full.
     """
     if rank < 1:
@@ -83,11 +88,11 @@ def save_lora(
 
 
 def _low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """fp32 (m, r) and (r, n) whose product approximates `matrix` (m, n), with r = min(rank, m, n).
+    """fp32 factors (m, r) and (r, n) of an approximation of `matrix` (m, n), with r = min(rank, m, n).
 
-    A large matrix gets a randomized decomposition (Halko, Martinsson and Tropp 2011, arXiv 0909.4061), which
-    always draws the same numbers. On white noise, a hard spectrum, 4 power iterations retained up to 1 % of
-    the energy less than the best approximation, 16 up to 0.06 %.
+    A large matrix gets a randomized SVD (Halko, Martinsson and Tropp 2011, arXiv 0909.4061) with a fixed
+    seed. On white noise, a hard spectrum, 4 power iterations retained up to 1 % less of the energy than the
+    best approximation, 16 up to 0.06 % less.
     """
     smaller, sampled = min(matrix.shape), rank + _OVERSAMPLING
     if smaller <= _SMALL or 2 * sampled > smaller:

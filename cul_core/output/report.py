@@ -1,4 +1,4 @@
-"""What happened to a model, as text for people."""
+"""Reports on steps, merges and models as text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ _LONGEST_LINE = 10_000
 
 
 def printable(text: str) -> str:
-    """One line of text that may come from a foreign file, as it may be shown: what would act on a terminal or
-    turn the line is escaped."""
+    """Text from a possibly foreign file as one safe line: control and unprintable characters are escaped."""
     if len(text) > _LONGEST_LINE:
         text = f"{text[:_LONGEST_LINE]}..."
     return "".join(
@@ -23,14 +22,13 @@ def printable(text: str) -> str:
 
 
 def record_text(record: StepRecord) -> str:
-    """One step in one line: what was forgotten, when, how, from which parent; or which models were merged,
-    when and how."""
+    """One line about a step (targets, time, settings, parent) or about a merge (models, time, settings)."""
     request = record.request
     total = sum(values[0] ** 2 for values in record.drift.values()) ** 0.5
     if record.is_merge:
         config = dict(request["merge"])
         name = config.pop("name")
-        given = ", ".join(
+        settings = ", ".join(
             f"{key.replace('_', ' ')} {value}"
             for key, value in config.items()
             if value is not False and value != []
@@ -39,8 +37,8 @@ def record_text(record: StepRecord) -> str:
             (step or model)[:12] for step, model in zip(request["last_steps"], request["models"], strict=True)
         ]
         return printable(
-            f"merge of {', '.join(merged)}  {record.finished}  {name}{' with ' if given else ''}{given}, "
-            f"drift {total:.3f}, model {record.result[:12]}"
+            f"merge of {', '.join(merged)}  {record.finished}  {name}{' with ' if settings else ''}"
+            f"{settings}, drift {total:.3f}, model {record.result[:12]}"
         )
     regularizers = ", ".join(values["name"] for values in request["regularizers"]) or "no regularizer"
     return printable(
@@ -51,8 +49,13 @@ def record_text(record: StepRecord) -> str:
 
 
 def history_text(name: str, history: Sequence[StepRecord], source: Mapping[str, Any] | None) -> str:
-    """Every step that a file called `name` has behind it; `source` is what `chain.read_history` gives with
-    the history."""
+    """A line for every step in a file's history.
+
+    Args:
+        name: of the file.
+        history: from `step_record.read_history`.
+        source: from `step_record.read_history`; None for a file that is not ours.
+    """
     if source is None:
         return (
             f"{printable(name)} was not written by continual-unlearning: nothing in it says that "
@@ -67,7 +70,7 @@ def history_text(name: str, history: Sequence[StepRecord], source: Mapping[str, 
 
 
 def brief_text(report: StepReport) -> str:
-    """A finished step in a few words, for the node that made it."""
+    """One short line about a finished step, for its node."""
     record = report.record
     losses = f", loss {report.losses[0]:.3g} to {report.losses[-1]:.3g}" if report.losses else ""
     return printable(
@@ -77,7 +80,7 @@ def brief_text(report: StepReport) -> str:
 
 
 def step_text(report: StepReport) -> str:
-    """A finished step: its record, its loss, and the figures of its regularizers."""
+    """A finished step in several lines: record, loss, and the figures of its parts."""
     lines = [f"Forgot {record_text(report.record)}"]
     if report.losses:
         lines.append(
@@ -88,11 +91,11 @@ def step_text(report: StepReport) -> str:
 
 
 def merge_text(model: UnlearnModel) -> str:
-    """A model that has just been merged: what it has forgotten, and the record of its merge."""
+    """A merged model in two lines: the model's, and the record of its merge."""
     return f"{model_text(model)}\n{record_text(model.history[-1])}"
 
 
 def model_text(model: UnlearnModel) -> str:
-    """A model in one line: family, size, and what it has forgotten."""
+    """A model in one line: family, size, forgotten targets."""
     forgotten = ", ".join(dict.fromkeys(concept["target"] for concept in model.forgotten)) or "nothing yet"
     return printable(f"{model.family.display_name}, {model.source.size / 1e6:.1f} MB, forgotten: {forgotten}")
