@@ -1,4 +1,4 @@
-"""Anchor images: what a step trains on, as the pretrained model draws the anchor prompts."""
+"""Anchor images: the pretrained model's samples for the anchor prompts, on which a step trains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..models.source import Source
 
 
 class AnchorSource(Protocol):
-    """Where a step gets its anchor latents from."""
+    """Provides a step's anchor latents."""
 
     def anchor_latents(
         self,
@@ -28,12 +28,25 @@ class AnchorSource(Protocol):
         should_stop: Callable[[], bool],
         on_batch: Callable[[int, int], None],
     ) -> Tensor:
-        """(count, c, h, w) latents on the CPU, by the weights of `source`, which `network` holds; prompts
-        repeat in turn. Raises Cancelled when `should_stop` says so."""
+        """(count, c, h, w) latents on the CPU, one per prompt; prompts repeat in turn.
+
+        Args:
+            source: whose weights sample the latents.
+            network: holds the weights of `source`.
+            prompts: anchor prompts.
+            count: number of latents.
+            sampler: how the latents are sampled.
+            seed: of the latents.
+            should_stop: asked between batches.
+            on_batch: called with (latents sampled, `count`) after every batch.
+
+        Raises:
+            Cancelled: `should_stop` returned true.
+        """
 
 
 def anchor_generator(seed: int, number: int) -> torch.Generator:
-    """Where the noise of a request's anchor image comes from."""
+    """CPU generator of the noise of a request's `number`th anchor image."""
     return generator_for(seed, "anchor", number)
 
 
@@ -46,15 +59,17 @@ def draw_anchors(
     check: Callable[[int], None],
     batches: list[Tensor],
 ) -> None:
-    """Append what is missing of `count` anchor latents to `batches`; `check(done)` runs after each batch and
-    may raise to stop."""
+    """Sample the anchor latents that `batches` lacks up to `count`, and append them to `batches`.
+
+    `check` is called with the number of latents after each batch; it may raise to stop.
+    """
     repeated = [prompts[i % len(prompts)] for i in range(count)]
     generators = [anchor_generator(seed, i) for i in range(count)]
     sample_latents(network, repeated, generators, sampler, check, batches=batches, keeps_text_encoders=False)
 
 
 class DrawnAnchors:
-    """Anchors that are drawn for the one who asks and kept nowhere."""
+    """Samples anchor latents anew for every call and stores none."""
 
     def anchor_latents(
         self,

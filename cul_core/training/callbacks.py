@@ -1,5 +1,4 @@
-"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its
-input."""
+"""Callbacks by which a caller watches and stops a step."""
 
 from __future__ import annotations
 
@@ -16,7 +15,15 @@ _PREVIEW_SAMPLER = SamplerConfig(steps=8)
 
 @dataclass(frozen=True)
 class Progress:
-    """State of a running step, handed to callbacks after every update."""
+    """Progress of a running step, passed to callbacks after every update.
+
+    Args:
+        iteration: updates done.
+        iterations: updates of the whole step.
+        loss: total loss of the last update.
+        parts: value of each named term of the loss.
+        seconds: time the updates have taken, in earlier runs too.
+    """
 
     iteration: int
     iterations: int
@@ -26,6 +33,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float:
+        """Estimated time of the remaining updates, from the mean so far."""
         return self.seconds / self.iteration * (self.iterations - self.iteration)
 
 
@@ -35,16 +43,15 @@ class Callbacks:
 
     Args:
         on_progress: called after every update.
-        should_stop: asked before every update, anchor batch and prediction of the teacher; true ends the
-            step. It may also raise.
-        on_anchors: called with (anchor pictures made, their number).
-        on_preview: called with (iteration, latents (n, c, h, w) of `preview_prompts` as the model draws them
-            now), always from the same noise, before the first update, after every `preview_every` and after
-            the last.
-        preview_prompts: what previews show.
+        should_stop: asked before every update, anchor batch and teacher prediction; true ends the step. It
+            may also raise.
+        on_anchors: called with (anchor images sampled, their number).
+        on_preview: called with (iteration, latents (n, c, h, w) of `preview_prompts` by the current weights,
+            always from the same noise): before the first update, every `preview_every` updates and after the
+            last.
+        preview_prompts: prompts of the preview images.
         preview_every: updates between previews; 0 turns them off.
-        on_message: called with a sentence for the user, such as what the step needs, or what is done about
-            short memory.
+        on_message: called with a sentence for the user, such as the step's estimate, or how it saves memory.
     """
 
     on_progress: Callable[[Progress], None] = lambda progress: None
@@ -56,7 +63,7 @@ class Callbacks:
     on_message: Callable[[str], None] = lambda text: None
 
     def preview(self, network: Network, iteration: int, iterations: int) -> None:
-        """Sample and hand over a preview if it is time for one."""
+        """Sample a preview and pass it to `on_preview`, if one is due."""
         if (
             self.preview_every
             and self.preview_prompts

@@ -1,4 +1,4 @@
-"""How a step is computed, as opposed to what it computes: precision, memory for time, compilation."""
+"""How a step is computed: precision, checkpointing, micro-batches, compilation."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ..base.config import Config, setting
 
 @dataclass(frozen=True)
 class Compute(Config):
-    """No part of a request and of no hash: results differ by rounding alone. `auto` is chosen for the device
-    and its free memory.
+    """Compute settings. They change results by rounding only, so they are in no request and no hash.
 
-    The trained weights, their optimizer and the exact pretrained values are fp32 in any case.
+    `auto` is resolved for the device and its free memory. The master weights, their optimizer state and the
+    exact pretrained weights are always fp32.
     """
 
     dtype: str = setting(
         "auto",
-        "What the network computes in. auto: fp32 on the CPU; on a CUDA GPU bf16, or fp16 if it has no bf16.",
+        "Precision of the network. auto: fp32 on the CPU; on a CUDA GPU bf16, or fp16 if it has no bf16.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     checkpointing: str = setting(
         "auto",
-        "Compute parts of the forward pass again in the backward pass instead of keeping them: much less "
-        "memory, a third more time. auto: when memory is short.",
+        "Gradient checkpointing: recompute activations in the backward pass instead of keeping them, for "
+        "much less memory and a third more time. auto: when memory is short.",
         choices=("auto", "on", "off"),
     )
     compile: bool = setting(
@@ -33,12 +33,13 @@ class Compute(Config):
     )
     largest_micro_batch: int = setting(
         0,
-        "Pictures that go through the network at a time; 0: the whole batch, less when memory is short.",
+        "Largest micro-batch: images in one pass of the network; 0: the whole batch, less when memory is "
+        "short.",
         minimum=0,
     )
 
     def dtype_on(self, device: torch.device | str) -> torch.dtype:
-        """What the network computes in on a device."""
+        """The network's dtype on a device, with `auto` resolved."""
         if self.dtype != "auto":
             return getattr(torch, self.dtype)
         device = torch.device(device)

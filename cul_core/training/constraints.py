@@ -1,5 +1,4 @@
-"""What all parts of a step forbid together: masks and protected subspaces, on the actual change of a
-weight."""
+"""Hard constraints of all parts of a step, masks and protected subspaces, on the actual weight change."""
 
 from __future__ import annotations
 
@@ -14,16 +13,16 @@ from ..parts.subspace import Subspace
 
 
 class Constraints:
-    """Joins the hard constraints of the parts of a step; ready when every `Part.prepare` is done.
+    """Joined hard constraints of the parts of a step; use it once every `Part.prepare` has run.
 
     The order is a contract: every part's `constrain`, the last part's first, so that their product is adjoint
-    to that of `transform_gradient`; then all masks together and the joined subspace. For a matrix whose
-    directions are limited a mask is one of coordinates: the change D becomes ((D B) * mask) B^T, B the basis
-    of what is allowed, which is exactly orthogonal to the protected directions and exactly sparse in B.
+    to that of `transform_gradient`; then the product of all masks and the joined subspace. If a matrix is
+    limited to a subspace with orthonormal basis B, its mask acts on coordinates: the change D becomes
+    ((D B) * mask) B^T, exactly orthogonal to the protected directions and exactly sparse in B.
 
     Args:
         parts: of the step, in their order.
-        device: where changes are.
+        device: of the changes.
     """
 
     def __init__(self, parts: Sequence[Part], device: torch.device | str):
@@ -32,12 +31,12 @@ class Constraints:
         self._placed: dict[tuple[int, str], Tensor] = {}
 
     def _subspace(self, name: str) -> Subspace | None:
-        found = [subspace for part in self._parts if (subspace := part.subspace(name)) is not None]
-        if not found:
+        subspaces = [subspace for part in self._parts if (subspace := part.subspace(name)) is not None]
+        if not subspaces:
             return None
-        key = tuple(map(id, found))
+        key = tuple(map(id, subspaces))
         if key not in self._joined:
-            self._joined[key] = Subspace.join(found)
+            self._joined[key] = Subspace.join(subspaces)
         return self._joined[key]
 
     def _on_device(self, subspace: Subspace, which: str) -> Tensor:
@@ -47,13 +46,12 @@ class Constraints:
         return self._placed[key]
 
     def allowed_subspace(self, name: str) -> Tensor | None:
-        """Basis B (d, m) in fp32 of the directions in which the matrix may change; None if they are not
-        limited."""
+        """Orthonormal basis B (d, m), fp32, of the subspace allowed for a matrix; None if it has no limit."""
         subspace = self._subspace(name)
         return None if subspace is None else self._on_device(subspace, "allowed")
 
     def allowed(self, name: str, change: Tensor) -> Tensor:
-        """The part of a change that all constraints leave."""
+        """The change of weight `name` that satisfies all constraints, in the shape of `change`."""
         for part in reversed(self._parts):
             change = part.constrain(name, change)
         masks = [mask for part in self._parts if (mask := part.mask(name, change)) is not None]

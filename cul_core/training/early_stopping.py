@@ -1,5 +1,4 @@
-"""Early stopping: measure what a model in training has forgotten, keep its best weights, and say when it is
-time to stop."""
+"""Early stopping: measure UA and RA during training, keep the best weights, decide when to stop."""
 
 from __future__ import annotations
 
@@ -15,28 +14,26 @@ from ..models.network import Network
 from ..parts.training_config import TrainingConfig
 
 Measure = Callable[[Network, Callable[[], None]], tuple[float, float] | None]
-"""(the model as it is now, raises Cancelled if the caller wants to stop) -> (UA, RA) in percent: how much of
-what the step forgets is gone, and how much of the rest is left; None if that was not measured, which ends the
-step with an error.
+"""(network with the current weights, check) -> (UA, RA) in percent: unlearning and retain accuracy.
 
-A stored step is found by its request alone, so a measurement must depend on nothing else but the model.
+`check` raises Cancelled if the caller wants to stop. None means not measured, which ends the step with an
+error. A stored step is found by its request alone, so a measurement may depend on nothing but the model.
 """
 
 
 class EarlyStopping:
-    """Measures every `evaluate_every` updates and after the last, and keeps a copy of the best weights (CUIG,
-    simultaneous setting).
+    """Early stopping that keeps a copy of the best weights (CUIG, simultaneous setting).
 
-    The best have the highest UA, where all from `stop_at_ua` on are as good as each other; of equal ones the
-    highest RA; else the first. It is time to stop when UA is `stop_at_ua` or more, or has not been higher
-    than ever for `patience` updates.
+    It measures every `evaluate_every` updates and after the last. Best = highest min(UA, `stop_at_ua`), then
+    highest RA, then earliest. It stops when UA reaches `stop_at_ua`, or when UA has set no new maximum for
+    `patience` updates.
 
     Args:
-        training: its settings; `evaluate_every` 0 turns all of this off.
+        training: settings of the step; `evaluate_every` 0 turns early stopping off.
         measure: how to measure.
 
     Raises:
-        ConfigError: it is on and there is no `measure`.
+        ConfigError: early stopping is on and there is no `measure`.
     """
 
     def __init__(self, training: TrainingConfig, measure: Measure | None):
@@ -51,7 +48,7 @@ class EarlyStopping:
         self.figures: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
-        """What measurements have changed, for `restore`."""
+        """State for `restore`: the best weights and figures so far."""
         return {
             "highest": self._highest,
             "rose_at": self._rose_at,
@@ -74,10 +71,10 @@ class EarlyStopping:
         parameters: Mapping[str, Tensor],
         check: Callable[[], None],
     ) -> bool:
-        """Whether to stop after this update, once it is measured if it is due.
+        """Whether to stop after update `iteration`; measures first if a measurement is due.
 
         Raises:
-            TrainingError: nothing was measured.
+            TrainingError: the measurement gave no two finite percentages.
         """
         training = self._training
         if not training.evaluate_every or (

@@ -29,13 +29,13 @@ from .resume import Loop, StateStore
 
 @dataclass(frozen=True)
 class Trained:
-    """What training made.
+    """The result of training.
 
     Args:
-        weights: new fp32 weights by checkpoint key; the best if they were measured.
-        losses: total of every update.
+        weights: new fp32 weights by checkpoint key; with early stopping, the best ones.
+        losses: total loss of every update.
         terms: last value of each named term of the loss.
-        earlier_seconds: time that earlier runs have spent on the step.
+        earlier_seconds: time that earlier runs of the step have taken.
     """
 
     weights: dict[str, Tensor]
@@ -54,9 +54,19 @@ def train(
     compute: Compute,
     is_offloaded: bool,
 ) -> Trained:
-    """Train the weights of the step's group, or edit them where the method is a closed form.
+    """Train the weights of the step's group, or edit them with a closed-form method.
 
-    Every part is prepared. The network holds W0 again when this returns or raises.
+    The network holds W0 again when this returns or raises.
+
+    Args:
+        context: of the step; `prepare` of every part has run.
+        method: the method.
+        regularizers: in their order.
+        callbacks: progress and cancelling.
+        stopping: early stopping.
+        state_store: keeps the state for resuming; None keeps none.
+        compute: compute settings, as `memory_plan.planned` resolved them.
+        is_offloaded: whether the master weights rest in the CPU's memory.
     """
     parameters = context.network.weights(role_of(context.training.group))
     student = MicroBatchedModel(context.network, compute, callbacks.on_message)
@@ -98,13 +108,14 @@ class _Training:
         self._teachers = Teachers(*teachers)
 
     def prepare_masks(self) -> None:
+        """Run `prepare_mask` of every part, on the step's start."""
         with self._blocked():
             for part in self._parts:
                 part.prepare_mask(self._context, self._constraints.allowed_subspace)
 
     @torch.no_grad()
     def edited(self) -> dict[str, Tensor]:
-        """The closed form's weights, as far as masks and constraints allow their change."""
+        """The closed-form method's weights, with masks and constraints applied to their change."""
         start, new = self._context.start, self._method.edit(self._context)
         return {
             name: weight + self._constraints.allowed(name, new[name].to(weight) - weight)
@@ -112,7 +123,7 @@ class _Training:
         }
 
     def run(self, loop: Loop) -> Trained:
-        """All updates, from where an earlier run was stopped."""
+        """Run all updates, resuming where an earlier run stopped."""
         config, network = self._config, self._context.network
         self._callbacks.preview(network, 0, config.iterations)
         with loop.kept(config.iterations):
@@ -120,7 +131,7 @@ class _Training:
             while not self._is_over(loop.iteration):
                 self._iteration = loop.iteration + 1
                 self._stop_if_asked()
-                network.free_text_encoders()  # all prompts are encoded by now, but for a caller's own
+                network.free_text_encoders()  # all but a caller's own prompts are encoded by now
                 if config.schedule == "linear":
                     share = 1 - (self._iteration - 1) / config.iterations
                     self._masters.optimizer.param_groups[0]["lr"] = config.learning_rate * share
@@ -134,7 +145,7 @@ class _Training:
         return Trained(weights, loop.losses, loop.terms, loop.earlier_seconds)
 
     def _is_over(self, done: int) -> bool:
-        """Measures and shows what the last update made, if it is time to; whether it was the last of all."""
+        """Whether update `done` was the last; measures and previews first if either is due."""
         iterations, network = self._config.iterations, self._context.network
         if not done:
             return not iterations
@@ -160,12 +171,11 @@ class _Training:
             return self._student(*inputs)
 
     def _as_computed(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A teacher's weights in the network's dtype, rounded once in a step, unless memory is too short for
-        that."""
+        """A teacher's weights in the network's dtype, rounded once per step unless memory is short."""
         network = self._context.network
         if network.dtype == torch.float32 or not self._keeps_copies:
             return weights
-        key = tuple(map(id, weights.values()))  # both teachers are one where nothing is edited yet
+        key = tuple(map(id, weights.values()))  # both teachers are the same while nothing is edited
         if key not in self._copies:
             self._copies[key] = {
                 name: weight.to(network.device, network.dtype) for name, weight in weights.items()
@@ -173,9 +183,12 @@ class _Training:
         return self._copies[key]
 
     def _losses(self) -> Iterator[tuple[Tensor, Mapping[str, float]]]:
-        """(what to minimize, its named terms), one after the other: each is made after the backward pass of
-        the one before, so that no teacher is called in between and one graph at a time is in memory."""
-        with self._blocked():  # until the backward pass is done, which may run the network again
+        """(loss, its named terms), one per backward pass.
+
+        Each loss is computed after the backward pass of the one before: no teacher swaps weights in between,
+        and only one graph is in memory at a time.
+        """
+        with self._blocked():  # through the backward pass, which may run the network again
             loss = self._method.loss(self._student, self._teachers, self.generator)
             total = loss.total
             for regularizer in self._regularizers:
@@ -187,7 +200,7 @@ class _Training:
                 yield sum(named.values()), {name: term.item() for name, term in named.items()}
 
     def _gradients(self) -> tuple[float, dict[str, float]]:
-        """(total loss, its named terms), once its gradients are in the masters."""
+        """(total loss, its named terms), after accumulating its gradients in the master weights."""
         total, terms = 0.0, {}
         for loss, named in self._losses():
             total += loss.item()
@@ -229,11 +242,19 @@ def update(
     device: torch.device | str = "cpu",
     on_device: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> None:
-    """One constrained optimizer update. The order is a contract: gradients, clipping, optimizer, proximal,
-    then hard constraints.
+    """One constrained optimizer update of the master weights.
 
-    After clipping the tensors are updated one by one, so that only one is held twice. Each is on `device`
-    within `on_device` of its name.
+    The order is a contract: gradient transforms, clipping, optimizer, proximal steps, hard constraints. After
+    clipping, tensors are updated one by one, so only one copy of a tensor is held at a time.
+
+    Args:
+        parameters: checkpoint key -> fp32 parameter with its gradient.
+        optimizer: over these parameters, in one group.
+        parts: of the step, in their order.
+        constraints: joined hard constraints of the parts.
+        config: clipping norm.
+        device: on which gradients are transformed and tensors updated.
+        on_device: context manager that holds a key's parameter, gradient and moments on `device`.
     """
     for name, parameter in parameters.items():
         gradient = parameter.grad.to(device)
@@ -260,12 +281,12 @@ def update(
 
 @contextmanager
 def _holding_start(context: StepContext, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Within the block the network holds the step's start, in weights that may change; then W0 again."""
+    """Within the block the network holds the step's start in trainable weights; afterwards W0 again."""
     if context.network.dtype == torch.float32:
         with context.network.with_weights({name: weight.clone() for name, weight in context.start.items()}):
             yield
         return
-    try:  # in place: W0 is rounded in the network, and exact elsewhere
+    try:  # in place: the network's W0 is rounded anyway, `context.pretrained` is exact
         for name, parameter in parameters.items():
             parameter.data.copy_(context.start[name])
         yield

@@ -1,5 +1,4 @@
-"""The trained weights in fp32 and their optimizer, beside a network that may compute with rounded copies of
-them."""
+"""fp32 master weights and AdamW state for a network that may compute in lower precision."""
 
 from __future__ import annotations
 
@@ -18,19 +17,21 @@ _FIRST_SCALE, _GROWS_AFTER, _MOST_OVERFLOWS = 2.0**16, 1000, 20
 
 
 class LossScale:
-    """Keeps small gradients from vanishing in fp16: a power of two that multiplies losses, halved when a
-    gradient overflows and doubled after many that did not (Micikevicius et al., arXiv 1710.03740). Always 1
-    unless it `is_needed`."""
+    """Dynamic loss scale for fp16 (Micikevicius et al., arXiv 1710.03740); always 1 unless `is_needed`.
+
+    The scale is a power of two. It is halved when a gradient overflows and doubled after 1000 updates without
+    overflow, which keeps small gradients from underflowing.
+    """
 
     def __init__(self, is_needed: bool):
         self.is_needed, self.value = is_needed, _FIRST_SCALE if is_needed else 1.0
         self._good = self._overflows = 0
 
     def note(self, is_finite: bool) -> None:
-        """Adapts to whether the last update's gradients were finite.
+        """Adapt the scale to whether the last update's gradients were finite.
 
         Raises:
-            TrainingError: they were not for many updates in a row.
+            TrainingError: gradients overflowed in 20 updates in a row.
         """
         if is_finite:
             self._good, self._overflows = self._good + 1, 0
@@ -46,19 +47,17 @@ class LossScale:
 
 
 class MasterWeights:
-    """fp32 masters of a network's trained parameters, with AdamW; owns all that an update needs beside
-    gradients.
+    """fp32 master weights of a network's trained parameters, with their gradients and AdamW state.
 
-    Where the network computes in fp32, they are its very parameters. Otherwise its parameters are rounded
-    copies, renewed after every update. With `is_offloaded` masters, moments and gradients rest in the CPU's
-    memory, and visit the device one tensor at a time.
+    For an fp32 network the master weights are its own parameters. Otherwise the network's parameters are
+    rounded copies, renewed after every update. With `is_offloaded`, master weights, moments and gradients
+    rest in the CPU's memory and move to the device one tensor at a time.
 
     Args:
-        parameters: name -> parameter of the network, which holds the step's start in the dtype it computes
-            in.
-        start: name -> the step's start in fp32.
+        parameters: key -> parameter of the network, which holds the step's start in the network's dtype.
+        start: key -> the step's start in fp32.
         training: settings of the optimizer.
-        is_offloaded: see above; means nothing where the masters are the network's own.
+        is_offloaded: see above; ignored for an fp32 network.
     """
 
     def __init__(
@@ -88,8 +87,7 @@ class MasterWeights:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Within the block the network's parameters take gradients, which `keep` and `gather` see and nothing
-        else."""
+        """Within the block, gradients of the network's parameters are collected for `keep` and `gather`."""
         handles = []
         try:
             for name, copy in self._copies.items():
@@ -107,7 +105,7 @@ class MasterWeights:
         self._arrived[name], copy.grad = copy.grad.to(self._storage_device, torch.float32), None
 
     def keep(self) -> None:
-        """The gradients that arrived since the last `keep` or `forget` count."""
+        """Accumulate the gradients that arrived since the last `keep` or `forget`."""
         for name, gradient in self._arrived.items():
             if name in self._gradients:
                 self._gradients[name] += gradient
@@ -116,14 +114,15 @@ class MasterWeights:
         self._arrived.clear()
 
     def forget(self) -> None:
-        """They do not, because a backward pass broke off."""
+        """Drop the gradients that arrived since then, because their backward pass broke off."""
         self._arrived.clear()
         for copy in self._copies.values():
             copy.grad = None
 
     def gather(self) -> bool:
-        """Gives every master the gradient of the unscaled loss; False, and none, if one overflowed in fp16:
-        this update is left out.
+        """Whether the gradients are finite; gives every master weight the gradient of the unscaled loss.
+
+        If a gradient overflowed in fp16, all gradients are dropped and the caller skips this update.
 
         Raises:
             TrainingError: see `LossScale.note`.
@@ -132,7 +131,7 @@ class MasterWeights:
         for name, weight in self.weights.items():
             gradient = self._gradients.pop(name, None)
             gradient = torch.zeros_like(weight) if gradient is None else gradient
-            # of a penalty, which is a function of the masters
+            # the gradient of a penalty, which is a function of the master weights
             if not self.are_own and weight.grad is not None:
                 gradient += weight.grad
             if self.scale.is_needed:
@@ -147,8 +146,10 @@ class MasterWeights:
 
     @contextmanager
     def on_device(self, name: str) -> Iterator[nn.Parameter]:
-        """Within the block a master, its gradient and its moments are on the device; at its end the network's
-        copy is what it became."""
+        """Within the block a master weight, its gradient and moments are on the device.
+
+        At the end of the block the network's rounded copy is renewed.
+        """
         weight = self.weights[name]
         if self._storage_device != self.device:
             self._move(weight, self.device)
@@ -174,8 +175,7 @@ class MasterWeights:
         )
 
     def state(self) -> dict[str, Any]:
-        """What updates have changed, for `restore`: weights, AdamW's moments, the scale. Tensors are its
-        own."""
+        """State for `restore`: master weights, AdamW's moments, loss scale; tensors are not copied."""
         moments = self.optimizer.state
         return {
             "weights": {name: weight.detach() for name, weight in self.weights.items()},
@@ -187,7 +187,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; raises one of Python's own errors if it is of other weights."""
+        """Restore a state; raises KeyError, RuntimeError or the like if it is of other weights."""
         for name, weight in self.weights.items():
             weight.copy_(state["weights"][name])
             if not self.are_own:
@@ -197,5 +197,5 @@ class MasterWeights:
         vars(self.scale).update(state["scale"])
 
     def values(self) -> dict[str, Tensor]:
-        """Copies of the masters."""
+        """Copies of the master weights by key."""
         return {name: weight.detach().clone() for name, weight in self.weights.items()}

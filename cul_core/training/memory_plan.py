@@ -1,5 +1,4 @@
-"""What a step will need, found before it starts: the network runs on tensors without data, and bytes and
-operations are counted."""
+"""Plan a step's memory and time: bytes and FLOPs counted by a run of the network on the meta device."""
 
 from __future__ import annotations
 
@@ -38,16 +37,15 @@ _SHARE_OF_MATMUL = 0.5
 
 @dataclass(frozen=True)
 class Passes:
-    """What the network itself takes for a number of pictures. Activations are those at the worst moment,
-    without weights.
+    """Peak activation memory and FLOPs of the network for a number of images, without its weights.
 
     Args:
-        training_bytes: activations of a forward pass and its backward pass, with no more than one gradient of
-            a weight.
-        kept_bytes: of these, what the forward pass leaves for the backward pass.
-        teacher_bytes: activations of a forward pass without gradients.
-        forward_flops: floating point operations of a forward pass; a multiplication and an addition are two.
-        backward_flops: those of a backward pass, with all that it computes again.
+        training_bytes: peak activation bytes of forward + backward; weight gradients are freed as they
+            arrive.
+        kept_bytes: activation bytes that the forward pass keeps for the backward pass.
+        teacher_bytes: peak activation bytes of a forward pass without gradients.
+        forward_flops: floating point operations of a forward pass; a multiply-add counts as two.
+        backward_flops: floating point operations of a backward pass, recomputation included.
     """
 
     training_bytes: int
@@ -57,29 +55,28 @@ class Passes:
     backward_flops: int
 
     def of(self, count: int) -> Passes:
-        """That of `count` times as many images."""
+        """The same for `count` times as many images."""
         return Passes(*(count * value for value in astuple(self)))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step needs of its device.
+    """Estimated memory and time of a step on its device.
 
-    All but the last two are counted or follow from numbers of weights. Not counted is what regularizers keep
-    and compute for themselves.
+    All bytes but the margin are counted or follow from numbers of weights. Memory and time that regularizers
+    use beyond their declared `Cost` are not counted.
 
     Args:
-        network_bytes: the UNet in the dtype it computes in.
-        trained_bytes: fp32 masters, moments, gradients and exact values of the trained group, if they rest on
-            the device.
-        passes_bytes: activations at the worst moment; a teacher's copy of the trained group, if that moment
-            is its.
-        anchor_bytes: anchor latents and the encoded prompts that go with them.
-        margin_bytes: what is not derived but guessed: the device's libraries, and gaps between allocations.
-        seconds: of all updates; derived from operations, a short measurement of the device's rate, and the
-            guess that a network reaches half of that. It may well be off by a factor of two. None if the rate
-            was not measured.
-        anchor_seconds: likewise of drawing the anchor pictures, if they are not kept from an earlier step.
+        network_bytes: the network's weights in its dtype.
+        trained_bytes: fp32 master weights, moments, gradients and exact pretrained weights of the trained
+            group, if they rest on the device.
+        passes_bytes: peak activations; with offloaded master weights, a teacher's copy of the trained group
+            is added to the teacher's peak.
+        anchor_bytes: anchor latents and encoded prompts.
+        margin_bytes: a guess for the device's libraries and for gaps between allocations.
+        seconds: time of all updates, from FLOPs, a short measurement of the device's rate, and the guess that
+            a network reaches half the rate. It may be off by a factor of two. None if not measured.
+        anchor_seconds: time to sample the anchor images, if no earlier step's are stored.
     """
 
     network_bytes: int
@@ -101,7 +98,7 @@ class Estimate:
         )
 
     def sentence(self, free_bytes: int | None) -> str:
-        """For users, such as 'Needs about 5.1 GB and 4 min; 7.2 GB are free.'"""
+        """The estimate for users, such as 'Needs about 5.1 GB and 4 min; 7.2 GB are free.'"""
         spent = "" if self.seconds is None else f" and {_minutes(self.seconds)}"
         anchors = (
             f", after up to {_minutes(self.anchor_seconds)} for anchor pictures"
@@ -117,11 +114,10 @@ def _minutes(seconds: float) -> str:
 
 
 class _Count(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are still there (`now`), the most there ever were
-    (`most`), and `flops`.
+    """Counts live bytes of the tensors that operations return (`now`), their peak (`most`), and `flops`.
 
-    PyTorch's own counter of these, whose formulas this uses, holds on to tensors that checkpointing would let
-    go.
+    The FLOP formulas are PyTorch's. PyTorch's own counter is not used, because it keeps tensors alive that
+    checkpointing would free.
     """
 
     def __init__(self, weights: Iterable[Tensor]):
@@ -132,15 +128,15 @@ class _Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += formula(*args, **kwargs, out_val=made)
-        for tensor in tree_leaves(made):
+            self.flops += formula(*args, **kwargs, out_val=result)
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
                 self._known.add(storage)
                 self._change(storage.nbytes())
                 weakref.finalize(storage, self._change, -storage.nbytes())
-        return made
+        return result
 
     def _change(self, count: int) -> None:
         self.now += count
@@ -148,8 +144,7 @@ class _Count(TorchDispatchMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Without a device PyTorch writes attention out with all its scores; devices have kernels that never hold
-    them."""
+    """Counts attention as a fused kernel: unlike real devices, the meta device materializes all scores."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is nn.functional.scaled_dot_product_attention:
@@ -162,7 +157,7 @@ _counted: dict[tuple, Passes] = {}
 
 
 def _blank(network: Network, dtype: torch.dtype) -> Network | None:
-    """The architecture on the meta device, if there is such a thing; kept for the next call."""
+    """The architecture on the meta device, cached; None if the network cannot be built there."""
     key = network.family, dtype
     if key not in _blanks:
         _blanks[key] = network.blank(dtype)
@@ -228,10 +223,10 @@ def _table(family: Family) -> dict[str, dict[str, int]]:
 def passes(
     network: Network, dtype: torch.dtype, group: str, count: int, is_checkpointed: bool = False
 ) -> Passes:
-    """See `Passes`, for `count` images and training of `group`.
+    """`Passes` for `count` images when `group` is trained.
 
-    What one image takes is known for the usual groups, else counted once in a process; all is taken to grow
-    with their number; so a gradient of a weight, which does not, is counted once for each image.
+    One image is tabled for the usual groups, else counted once per process, and scaled by `count`. The one
+    live weight gradient, which does not grow with the images, is thus counted once per image.
     """
     key = network.family, dtype, group, is_checkpointed
     if key not in _counted:
@@ -242,7 +237,7 @@ def passes(
 
 
 def _costs(request: Request, previous: Sequence[Concept]) -> tuple[list[Cost], bool]:
-    """(what each part takes of every update, the method's first; whether one needs anchor images)."""
+    """(cost of each part per update, the method's first; whether any part needs anchor images)."""
     parts = [METHODS.of(request.method).cls(request.method)]
     parts += [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
     captions = len(set(request.anchor_prompts))
@@ -261,20 +256,20 @@ def estimate_step(
     is_offloaded: bool = False,
     with_seconds: bool = True,
 ) -> Estimate:
-    """What a step of `request` needs.
+    """The estimate of a step of `request`.
 
-    The losses of the parts have backward passes of their own, one after the other: the most that one of them
-    takes counts for the memory, their sum for the time.
+    Each part's loss has a backward pass of its own, one after the other, so memory is the maximum over the
+    parts and time their sum.
 
     Args:
         network: the model.
-        request: what is to be done.
-        device: where.
-        compute: how; with checkpointing `auto` there is none.
-        previous: what earlier steps forgot.
-        is_edited: whether the step starts from other weights than the pretrained ones.
-        is_offloaded: whether the trained group's masters rest in the CPU's memory.
-        with_seconds: whether to measure the device's rate, unless that was done before.
+        request: of the step.
+        device: on which the step runs.
+        compute: compute settings; checkpointing `auto` counts as off.
+        previous: targets of earlier steps.
+        is_edited: whether the step starts from edited weights.
+        is_offloaded: whether the master weights rest in the CPU's memory.
+        with_seconds: whether to estimate time, which measures the device's rate once per process.
     """
     device, dtype, training = torch.device(device), compute.dtype_on(device), request.training
     costs, needs_anchors = _costs(request, previous)
@@ -291,9 +286,9 @@ def estimate_step(
     teacher = one.of(largest([cost.teacher_images for cost in costs]))
     weights = sum(weight.numel() * weight.element_size() for weight in blank.weights("all").values())
     trained = sum(weight.numel() for weight in blank.weights(role_of(training.group)).values())
-    # gradient, two moments, and the student's own weights; exact W0 where the network has it rounded; start
+    # gradients, two moments and master weights; exact W0 if the network's is rounded; the step's start
     resting = 0 if is_offloaded else trained * 4 * (4 + (dtype != torch.float32) + is_edited)
-    # rounded weights of the teachers: kept where there is room, else made for a call
+    # rounded weights of the teachers: kept if there is room, else made for each call
     copies = (dtype != torch.float32) * trained * dtype.itemsize
     resting += 0 if is_offloaded else copies * (1 + is_edited)
     worst = max(student.training_bytes, teacher.teacher_bytes + is_offloaded * copies)
@@ -317,7 +312,7 @@ def estimate_step(
 
 @lru_cache(maxsize=8)
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations a second of products of square matrices; takes a fifth of a second."""
+    """Measured FLOP/s of square matrix products; takes a fifth of a second."""
     side = 4096 if device.type == "cuda" else 512
     matrix = torch.zeros(side, side, device=device, dtype=dtype)
 
@@ -335,7 +330,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _ways(compute: Compute, batch: int, can_offload: bool) -> Iterator[tuple[Compute, bool]]:
-    """(compute, whether masters are offloaded), from fast to small."""
+    """(compute, whether master weights are offloaded), from fastest to smallest."""
     checkpointing = ("off", "on") if compute.checkpointing == "auto" else (compute.checkpointing,)
     whole = compute.largest_micro_batch or batch
     for is_offloaded in (False, True)[: 1 + can_offload]:
@@ -356,11 +351,10 @@ def planned(
     previous: Sequence[Concept] = (),
     is_edited: bool = False,
 ) -> tuple[Compute, bool, Estimate | None]:
-    """(compute with nothing left to choose, whether masters are offloaded, what that needs): the fastest that
-    fits into the free memory.
+    """(resolved compute, whether master weights are offloaded, estimate): the fastest way that fits.
 
-    The smallest if none fits, and as it was asked for where nobody knows what is free. No estimate for a
-    family that fits anywhere, nor for a network that cannot be counted (see `Network.blank`).
+    If no way fits into `free_bytes`, the smallest is taken; if `free_bytes` is None, the fastest. There is no
+    estimate for a small family, nor for a network that cannot be counted (see `Network.blank`).
     """
     if network.family.is_small or _blank(network, compute.dtype_on(device)) is None:
         return compute, False, None
@@ -381,7 +375,7 @@ def planned(
     for way, is_offloaded in _ways(compute, request.training.batch_size, can_offload):
         if free_bytes is None or estimate(way, is_offloaded, False).memory_bytes <= free_bytes:
             break
-    # it may still be turned on, should memory run out
+    # checkpointing may still be turned on if memory runs out
     if way.checkpointing == "off" and compute.checkpointing == "auto":
         way = replace(way, checkpointing="auto")
     return way, is_offloaded, estimate(way, is_offloaded, True)

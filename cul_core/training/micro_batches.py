@@ -1,5 +1,4 @@
-"""The network in training as its losses see it: predictions whose gradients are taken later, in parts if
-memory is short."""
+"""Micro-batched predictions with gradient caching, which adapt to the memory of the device."""
 
 from __future__ import annotations
 
@@ -26,8 +25,10 @@ Inputs = tuple[Tensor, Tensor, Conditioning]
 
 @dataclass
 class _Call:
-    """One prediction: what went in; what the loss saw, cut off from the network; the network's own output,
-    unless memory was short."""
+    """One prediction: its inputs, the detached leaf `seen` by the loss, and the network's output with graph.
+
+    `output` is None if memory was short; `backward` then runs the network again.
+    """
 
     inputs: Inputs
     seen: Tensor
@@ -35,23 +36,22 @@ class _Call:
 
 
 class MicroBatchedModel:
-    """Predicts (see `sampling.Predict`), and later takes the gradients of any loss of its predictions.
+    """Predicts (see `sampling.Predict`), and backpropagates any loss of its predictions in micro-batches.
 
-    A loss is a function of tensors that are cut off from the network. `backward` first takes the loss's
-    gradients by these, then those of the network by its weights, one call after the other, the last one
-    first: the chain rule in two steps, which gives the same sums in the same order. So a call may run the
-    network on a few pictures at a time, without a graph, and again with one in `backward` (Gao et al., arXiv
-    2101.06983): the loss is still that of the whole batch, whatever it is, and is made once, so that nothing
-    random is drawn again. That takes one more forward pass. Where inputs need gradients themselves, nothing
-    is cut.
+    Predictions are detached leaves. `backward` first computes dL/dprediction, then backpropagates it through
+    the network call by call, the last call first. This is the chain rule in two steps, with the same sums in
+    the same order. If memory is short, a call runs the network on micro-batches without a graph, and
+    `backward` runs it again with a graph (gradient caching, Gao et al., arXiv 2101.06983). The loss is always
+    that of the whole batch and is computed once, so no random number is drawn twice; the price is one more
+    forward pass. A prediction is not detached if its inputs need gradients.
 
-    When the device runs out of memory, the same call goes on with half the pictures at a time, down to one,
-    then with checkpointing.
+    When the device runs out of memory, the same call continues with micro-batches of half the size, down to
+    one image, then with checkpointing.
 
     Args:
-        network: its UNet holds the weights in training.
-        compute: largest micro batch, whether to use checkpointing, and whether to compile.
-        say: told what is done about short memory or a failed compilation.
+        network: holds the weights in training.
+        compute: largest micro-batch, whether to use checkpointing, and whether to compile.
+        say: called with a sentence when memory is short or compilation failed.
     """
 
     def __init__(self, network: Network, compute: Compute, say: Callable[[str], None]):
@@ -61,7 +61,7 @@ class MicroBatchedModel:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Within the block the network checkpoints and is compiled as it was asked for."""
+        """Within the block the network uses checkpointing and compilation as `compute` says."""
         network = self._network
         try:
             if self._compute.checkpointing == "on":
@@ -71,8 +71,8 @@ class MicroBatchedModel:
                 return
             import torch._dynamo
 
-            # hooks come and go (see `Network.shared_rows_detached`), which compiled code does not look for
-            # otherwise
+            # hooks are added and removed (see `Network.shared_rows_detached`); compiled code checks for them
+            # only with these guards
             with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
                 network.set_compiled(True)
                 yield
@@ -89,7 +89,7 @@ class MicroBatchedModel:
         if self._network.is_compiled:
             try:
                 return self._network.predict(latents, timesteps, embeddings)
-            # what missing or unfit compilers raise
+            # raised where a compiler is missing or unfit
             except (RuntimeError, ImportError, OSError, NotImplementedError) as error:
                 if is_out_of_memory(error):
                     raise
@@ -119,8 +119,12 @@ class MicroBatchedModel:
         return self._calls[-1].seen
 
     def backward(self, loss: Tensor, masters: MasterWeights) -> None:
-        """Adds the gradients of a loss, which is made of predictions since the last call of this and of the
-        masters, to theirs."""
+        """Accumulate the gradients of a loss in the master weights.
+
+        Args:
+            loss: scalar function of the predictions since the last `backward`, and of the master weights.
+            masters: take the gradients.
+        """
         calls, self._calls = self._calls, []
         (loss * masters.scale.value).backward()
         masters.keep()
@@ -129,7 +133,7 @@ class MicroBatchedModel:
 
     def _backward(self, call: _Call, masters: MasterWeights) -> None:
         gradient, done, rows = call.seen.grad, 0, len(call.seen)
-        if gradient is None:  # the loss is no function of it
+        if gradient is None:  # the loss does not depend on this prediction
             return
         while done < rows:
             part = slice(done, rows if self._fits(rows - done) else done + self._rows)
@@ -151,22 +155,22 @@ class MicroBatchedModel:
         return not self._rows or rows <= self._rows
 
     def _in_parts(self, inputs: Inputs) -> Tensor:
-        done, rows, said = 0, len(inputs[0]), []
+        done, rows, outputs = 0, len(inputs[0]), []
         while done < rows:
             part = slice(done, rows if self._fits(rows - done) else done + self._rows)
             output = self._fitting(
                 part.stop - part.start, lambda part=part: self._predict(*_rows(inputs, part))
             )
             if output is not None:
-                said.append(output)
+                outputs.append(output)
                 done = part.stop
-        return torch.cat(said) if len(said) > 1 else said[0]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _fitting(self, rows: int, attempt: Callable[[], T]) -> T | None:
-        """What the attempt gives; None if the device ran out of memory, once the next attempt will need less.
+        """The attempt's result; None if the device ran out of memory, with smaller settings for the next try.
 
         Raises:
-            MemoryShortError: there is nothing left to save.
+            MemoryShortError: no smaller setting is left.
         """
         try:
             return attempt()
@@ -196,7 +200,7 @@ def _rows(inputs: Inputs, part: slice) -> Inputs:
 
 
 def out_of_memory(network: Network, is_checkpointed: bool) -> str:
-    """The sentence that a step ends with when nothing more can be saved."""
+    """The error message of a step for which no smaller setting is left."""
     remedy = (
         "choose a smaller parameter group, or another device"
         if is_checkpointed

@@ -1,5 +1,4 @@
-"""Going on where a step was stopped: all that its next update depends on, as one tree of tensors and JSON
-values."""
+"""Resume a stopped step to the same bits: its state as one tree of tensors and JSON values."""
 
 from __future__ import annotations
 
@@ -18,50 +17,56 @@ from .master_weights import MasterWeights
 
 logger = logging.getLogger(__name__)
 State = dict[str, Any]
-"""Nested dicts (with text as keys), lists and tuples of tensors, text, numbers, truth values and None."""
+"""Nested dicts with string keys, lists and tuples of tensors, strings, numbers, booleans and None."""
 
 
 class StateStore(Protocol):
-    """Where the state of a step stays while it trains. A state that cannot be kept never fails the step."""
+    """Stores the state of a step while it trains. A failed write never fails the step."""
 
     def load(self, origin: Mapping[str, Any]) -> State | None:
-        """The state that an earlier run of this step left, if its `origin` is this one: another would give
-        other bits."""
+        """The state of an earlier run of this step; None if there is none or its `origin` differs.
+
+        `origin` has device, dtype and versions: a state of another origin would give other bits.
+        """
 
     def offer(self, state: Callable[[], State]) -> None:
-        """Keep the state if it is time to."""
+        """Write the state if a write is due."""
 
     def save(self, state: State) -> None:
-        """Keep it now."""
+        """Write the state now."""
 
     def save_if_quick(self, state: State) -> None:
-        """Keep it now unless that takes long: somebody who has cancelled waits for it."""
+        """Write the state now unless that takes long: a user who cancelled is waiting."""
 
 
 class Resumable(Protocol):
-    """A part of a step: a method, a regularizer, early stopping."""
+    """Anything with state that updates change: a method, a regularizer, early stopping."""
 
     def state(self) -> State:
-        """What updates have changed in it; tensors may be its own."""
+        """The state that updates have changed; tensors need not be copied."""
 
     def restore(self, state: State, device: torch.device) -> None:
-        """Go on from a state; it owns the tensors from here on, which are on the CPU. The step trains on
-        `device`."""
+        """Restore a state, whose tensors are on the CPU and pass to this object.
+
+        Args:
+            state: from `state` of an earlier run.
+            device: on which the step trains.
+        """
 
 
 class Loop:
-    """How far a step is, and how it goes on from where it was stopped, to the same bits.
+    """Progress of a step, with its state between updates for resuming to the same bits.
 
-    A step may be stopped within an update, while a teacher draws, or while it is measured after one: weights
-    are whole then, but the parts may have moved on. So these are noted between updates (`mark`), and a step
-    that goes on does the rest once more. From `change` to the next mark nothing is whole; a step that is
-    stopped there keeps what it last wrote.
+    A step may be stopped within an update (while a teacher samples) or during a measurement. The weights are
+    then those after the last update, but the state of generator and parts may have advanced. Their state is
+    therefore noted after every update, and a resumed step repeats the rest. From `change` until the next note
+    the weights themselves are inconsistent; a step stopped there resumes from the last written state.
 
     Args:
-        masters: what is trained, and its optimizer.
-        generator: the one that updates draw from.
-        parts: whatever else updates change.
-        state_store: where the state stays, if anywhere.
+        masters: master weights and optimizer.
+        generator: source of the updates' random numbers.
+        parts: everything else that updates change.
+        state_store: stores the state; None keeps none.
     """
 
     def __init__(
@@ -84,14 +89,15 @@ class Loop:
 
     @property
     def seconds(self) -> float:
-        """Time that its updates have taken, in earlier runs too."""
+        """Time that the updates have taken, in earlier runs too."""
         return self.earlier_seconds + time.monotonic() - self._begun
 
     def change(self) -> None:
+        """Note that an update begins to change the weights."""
         self._marked = None
 
     def advance(self, loss: float, terms: dict[str, float]) -> None:
-        """An update is done."""
+        """Note that an update is done, with its total loss and named terms."""
         self.iteration += 1
         self.losses.append(loss)
         self.terms = terms
@@ -101,10 +107,10 @@ class Loop:
 
     @contextmanager
     def kept(self, iterations: int) -> Iterator[None]:
-        """Begins where an earlier run was stopped, and keeps the state if the block is.
+        """Resume from an earlier run's state on entry; write the state if the block is interrupted.
 
         Raises:
-            TrainingError: the state is not one of this step.
+            TrainingError: the stored state does not fit this step.
         """
         if self._keeper is not None and (state := self._keeper.load(self._origin)) is not None:
             self._restore(state)
@@ -125,7 +131,7 @@ class Loop:
 
     @property
     def _is_whole(self) -> bool:
-        """Whether there is a state to go on from: an update is done, and none is half done."""
+        """Whether there is a consistent state to resume from: some update is done, and none half done."""
         return self._marked is not None and self.iteration > 0
 
     def _mark(self) -> None:
@@ -161,19 +167,19 @@ class Loop:
 
 
 _MARKS = {"tensor", "tuple", "plain"}
-"""Keys that say, alone in an object of JSON, what it stands for.
+"""Keys that mark a JSON object with this one key as an encoded value.
 
-"tensor" has a tensor's name, "tuple" a list, and "plain" a dict that itself has one of these keys alone.
+"tensor" holds a tensor's name, "tuple" a tuple's items, "plain" a dict whose only key is one of these.
 """
 
 
 def split(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """(the tree as JSON, in which tensors are `{"tensor": name}`; the tensors by name).
+    """(the tree as JSON with `{"tensor": name}` for tensors, the tensors by name).
 
-    A name is the way to its tensor, as a JSON pointer (RFC 6901).
+    A name is the tensor's path in the tree as a JSON pointer (RFC 6901).
 
     Raises:
-        CheckpointError: something in the tree would not come back from a file as it is.
+        CheckpointError: the tree holds a value that a file cannot restore.
     """
     if isinstance(tree, Tensor):
         return {"tensor": path}, {path: tree}
@@ -188,7 +194,7 @@ def split(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
         )
     parts = [split(value, f"{path}/{number}") for number, value in enumerate(tree)]
     values = [plain for plain, _ in parts]
-    tensors = {name: tensor for _, found in parts for name, tensor in found.items()}
+    tensors = {name: tensor for _, named in parts for name, tensor in named.items()}
     return ({"tuple": values} if isinstance(tree, tuple) else values), tensors
 
 
@@ -199,13 +205,13 @@ def _split_dict(tree: dict[str, Any], path: str) -> tuple[dict[str, Any], dict[s
             raise CheckpointError(
                 f"The state at {path!r} has the key {brief_repr(key)}; give it text as keys."
             )
-        values[key], found = split(value, f"{path}/{key.replace('~', '~0').replace('/', '~1')}")
-        tensors |= found
+        values[key], named = split(value, f"{path}/{key.replace('~', '~0').replace('/', '~1')}")
+        tensors |= named
     return ({"plain": values} if _mark_of(values) else values), tensors
 
 
 def joined(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The tree that `split` took apart."""
+    """The tree of `split`'s JSON values and tensors."""
     if isinstance(plain, list):
         return [joined(value, tensors) for value in plain]
     if not isinstance(plain, dict):
@@ -220,5 +226,5 @@ def joined(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _mark_of(plain: dict[str, Any]) -> str | None:
-    """The one key of an object, if it is one of `_MARKS`."""
+    """The only key of a JSON object if it is one of `_MARKS`, else None."""
     return next(iter(plain)) if len(plain) == 1 and plain.keys() <= _MARKS else None

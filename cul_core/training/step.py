@@ -1,5 +1,4 @@
-"""The one training loop: `run_step(model, request)` makes a new `UnlearnModel` and never touches its
-input."""
+"""Run one unlearning step: `run_step(model, request)` returns a new `UnlearnModel`."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did: its record, the loss of every update, and the regularizers' figures."""
+    """Report of a step: its record, the total loss of every update, and the parts' figures by name."""
 
     record: StepRecord
     losses: tuple[float, ...]
@@ -62,27 +61,27 @@ def run_step(
     state_store: StateStore | None = None,
     compute: Compute | None = None,
 ) -> tuple[UnlearnModel, StepReport]:
-    """Forget `request.concepts`: (the edited model, a report). Same seed, device and versions give the same
-    bits on a CPU.
+    """Forget `request.concepts`: (edited model, report).
+
+    On a CPU, the same seed and versions give the same bits, also for a step that was stopped and resumed.
 
     Args:
-        model: where the step begins; not changed.
+        model: the step's start, which is not changed.
         request: what to forget and how.
-        device: where to compute.
+        device: on which to compute.
         callbacks: progress and cancelling.
-        store: anchor latents shared between steps; drawn anew if not given.
-        networks: loaded models shared between steps.
-        measure: how early stopping measures, if the request asks for it.
-        state_store: where the state stays of which a step that is stopped goes on, to the same bits as one
-            that is not.
-        compute: precision, and what to do about memory.
+        store: provides anchor latents; without it they are sampled anew.
+        networks: loaded networks shared between steps.
+        measure: how early stopping measures, if the request uses it.
+        state_store: stores the state from which a stopped step resumes.
+        compute: precision and memory settings.
 
     Raises:
         ConceptError: a target cannot be forgotten as described.
-        ConfigError: settings that do not fit this model.
+        ConfigError: the settings do not fit this model.
         TrainingError: a loss or weight became NaN or infinite, or early stopping measured nothing.
-        MemoryShortError: the device's memory is too short; the state that is kept then is a good one.
-        Cancelled: `callbacks.should_stop` said so.
+        MemoryShortError: the device's memory is too short; the stored state is valid, so the step can resume.
+        Cancelled: `callbacks.should_stop` returned true.
     """
     callbacks, store, networks = callbacks or Callbacks(), store or DrawnAnchors(), networks or NetworkCache()
     compute, begun = compute or Compute(), time.monotonic()
@@ -95,7 +94,7 @@ def run_step(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        is_short = True  # what the step held is free only when its frames are, after this block
+        is_short = True  # the traceback keeps the step's tensors alive until this block ends
     else:
         is_short = False
     if is_short:
@@ -133,7 +132,7 @@ class _Step:
     def run(
         self, compute: Compute
     ) -> tuple[Trained, dict[str, Tensor], dict[str, list[float]], dict[str, float]]:
-        """(what training made, edits of the new model, drift by key, figures of the parts)."""
+        """(result of training, edits of the new model, drift by key, figures of the parts)."""
         request, network = self.request, self.network
         keys = list(network.weights(role_of(request.training.group)))
         compute, is_offloaded = self._planned(compute)
@@ -212,12 +211,14 @@ class _Step:
         return tuple(Concept.from_json(values) for values in self.model.forgotten)
 
     def _planned(self, compute: Compute) -> tuple[Compute, bool]:
-        """(how to compute, whether masters rest in the CPU's memory), chosen for the free memory; the user is
-        told what that needs."""
+        """(compute, whether master weights are offloaded), chosen for the free memory.
+
+        The estimate is sent to the user by `on_message`.
+        """
         network, model = self.network, self.model
         free = free_memory(network.device)
         if free is not None:
-            # is there, and counted in the estimate
+            # the network's weights are loaded already, and the estimate counts them too
             free += sum(weight.numel() * weight.element_size() for weight in network.weights("all").values())
         compute, is_offloaded, estimate = planned(
             network, self.request, network.device, compute, free, self._previous, bool(model.edits)
@@ -232,8 +233,7 @@ class _Step:
 
 
 def _check_supported(model: UnlearnModel, request: Request) -> None:
-    """Raises ConfigError for a part that cannot do its work in this step, before anything is loaded or
-    drawn."""
+    """Raises ConfigError for a part that cannot work in this step, before anything is loaded or sampled."""
     method_entry = METHODS.of(request.method)
     entries = [(method_entry, request.method)]
     entries += [(REGULARIZERS.of(config), config) for config in request.regularizers]
