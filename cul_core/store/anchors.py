@@ -1,4 +1,4 @@
-"""Anchor latents: pictures of the anchor prompts as the pretrained model draws them, made once and kept."""
+"""Store of anchor latents, which the pretrained model samples once for the anchor prompts."""
 
 from __future__ import annotations
 
@@ -25,22 +25,20 @@ from ..training.anchor_images import draw_anchors
 
 logger = logging.getLogger(__name__)
 _MEMORY_BYTES = 512 << 20
-"""Bound on anchor latents in memory: ten sets of 200 pictures of Stable Diffusion XL."""
+"""Bound on anchor latents in memory: ten sets of 200 images of Stable Diffusion XL."""
 
 
 class AnchorStore:
-    """Content-addressed anchor latents, in memory and, when a folder is given, on disk. Safe to delete at any
-    time.
+    """Content-addressed anchor latents, in memory and, with a folder, on disk.
 
-    Memory holds the most recently used, of at most `_MEMORY_BYTES`; others are read from the disk again.
-
-    A file holds the pictures made so far: whoever is stopped goes on there.
+    Memory holds the most recently used sets, of at most `_MEMORY_BYTES`; other sets are read from disk again.
+    A file may hold an unfinished set: the next run continues after its last latent. Deleting the folder is
+    always safe.
 
     Args:
-        folder: made when first written to.
-        locks: folder of lock files, by which of several processes that need the same pictures only one draws
-            them.
-        every_seconds: time between writings of unfinished ones.
+        folder: of the files; created on the first write.
+        locks: folder of lock files; of several processes that need the same set, only one samples it.
+        every_seconds: time between writes of an unfinished set.
     """
 
     def __init__(
@@ -65,10 +63,10 @@ class AnchorStore:
         should_stop: Callable[[], bool] = lambda: False,
         on_batch: Callable[[int, int], None] = lambda done, count: None,
     ) -> Tensor:
-        """(count, c, h, w) latents on the CPU, always by the weights of `source`; prompts repeat in turn.
+        """(count, c, h, w) latents on the CPU, sampled with the weights of `source`; see `AnchorSource`.
 
-        `network` must hold those weights. `on_batch(done, count)` runs after each batch that is sampled.
-        Raises Cancelled when `should_stop` says so.
+        Raises:
+            Cancelled: `should_stop` returned true.
         """
         key = stable_hash([source.sha256, list(prompts), count, sampler.to_json(), seed, "anchors-2"])
         latents = self._memory.get(key)
@@ -113,15 +111,14 @@ class AnchorStore:
 
 
 class _AnchorFile:
-    """Pictures made so far, on disk. They can be drawn again: what goes wrong here fails no step."""
+    """The file of one set of anchor latents. A read or write error never fails a step: it samples again."""
 
     def __init__(self, path: Path, every_seconds: float):
         self.path, self._every = path, every_seconds
         self._written, self._due = 0, time.monotonic() + every_seconds
 
     def read(self, count: int) -> list[Tensor]:
-        """The pictures in the file, as one batch; none if it is not there, or damaged (it is removed
-        then)."""
+        """The latents in the file as one batch; no batch if there is no file. A damaged file is removed."""
         with suppress(OSError):
             for path in leftovers(self.path.parent, self.path.stem):
                 path.unlink()
@@ -140,15 +137,17 @@ class _AnchorFile:
         return [latents]
 
     def offer(self, batches: Sequence[Tensor]) -> None:
+        """Write the latents if a write is due."""
         if time.monotonic() >= self._due:
             self.write(batches)
             self._due = time.monotonic() + self._every
 
     def write(self, batches: Sequence[Tensor]) -> None:
-        if (made := sum(map(len, batches))) == self._written:
+        """Write the latents, unless the file has as many."""
+        if (count := sum(map(len, batches))) == self._written:
             return
         try:
             write_sealed(self.path, {"latents": torch.cat(list(batches))}, {})
-            self._written = made
+            self._written = count
         except CheckpointError as error:
             logger.warning("anchor pictures are not kept for later steps: %s", error)

@@ -1,4 +1,4 @@
-"""Eviction: which stored files go when a folder reaches its bound or its disk is nearly full."""
+"""Evict stored files when their folder reaches its bound or its disk is nearly full."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..files.locks import lock_of, try_locked
 logger = logging.getLogger(__name__)
 LEAST_BOUND = 8 << 30
 """A bound that follows the disk is never below this many bytes."""
-_SHARE_OF_DISK = 4  # a quarter of what is stored and free
+_SHARE_OF_DISK = 4  # a quarter of the stored and free bytes
 _MOST_RESERVED, _RESERVED_SHARE = 2 << 30, 20
 
 
 class StoredFile(NamedTuple):
-    """A whole file: the time stamp of its last use in ns, its bytes, its path."""
+    """A complete file: time stamp of its last use in ns, size in bytes, path."""
 
     stamp: int
     size: int
@@ -34,11 +34,11 @@ class StoredFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Links:
-    """How a file stands in a chain.
+    """Links of a file to others in its chain of steps.
 
     Args:
-        makes: name of what the file holds; "" if nothing builds on it.
-        needs: names of all that it builds on, its ancestors' included.
+        makes: content hash of the model that the file holds; "" if nothing builds on it.
+        needs: content hashes of all ancestors of that model.
     """
 
     makes: str = ""
@@ -46,7 +46,7 @@ class Links:
 
 
 class Disk(NamedTuple):
-    """Bytes of a file system: all, those free, and those that stay free."""
+    """Size of a file system in bytes: `total`, `free`, and the `reserve` to leave free."""
 
     total: int
     free: int
@@ -57,7 +57,7 @@ class Disk(NamedTuple):
 
 
 class _Process:
-    """What holds a file until the process ends."""
+    """Holder of files until the process ends."""
 
 
 _THIS_PROCESS = _Process()
@@ -65,30 +65,31 @@ _holders: dict[str, list[weakref.ref]] = {}
 
 
 def hold(path: Path, holder: object = _THIS_PROCESS) -> None:
-    """Keep this process from evicting `path` while `holder` lives; without one, until the process ends."""
+    """Keep this process from evicting `path` while `holder` is alive; by default until the process ends."""
     key = os.path.realpath(path)
     living = [other for ref in _holders.get(key, ()) if (other := ref()) is not None and other is not holder]
     _holders[key] = [weakref.ref(each) for each in (*living, holder)]
 
 
 def is_held(path: Path) -> bool:
+    """Whether a living holder keeps this process from evicting `path`."""
     return any(ref() is not None for ref in _holders.get(os.path.realpath(path), ()))
 
 
 class Evictor:
-    """Bounds the files of some folders. The chain that was used longest ago goes first, its last file first.
+    """Bounds the size of some folders by evicting the least recently used chain, its last file first.
 
-    A chain is cut from its end: no file goes while one that builds on it stays. What this process holds (see
-    `hold`) and what that builds on stay in any case. What any process has used within `recent_seconds` goes
+    A chain is cut from its end: a file stays while another file builds on it. Files held by this process (see
+    `hold`) and their ancestors always stay. Files that any process used within `recent_seconds` are evicted
     only when the disk is nearly full. Last uses are the files' time stamps, so several processes may share
     the folders. A file whose lock is taken stays.
 
     Args:
-        folders: where the files lie; all on one disk.
+        folders: of the files, all on one disk.
         locks: folder of lock files.
         largest_bytes: bound on all files. None: a quarter of the disk's room, at least `LEAST_BOUND`.
-        recent_seconds: how long a file counts as used.
-        links: how a file stands in a chain.
+        recent_seconds: how long a file counts as recently used.
+        links: path -> the file's links in its chain.
     """
 
     def __init__(
@@ -103,14 +104,14 @@ class Evictor:
         self._recent_ns, self._links = int(recent_seconds * 1e9), links
 
     def touch(self, *paths: Path) -> None:
-        """Make these the most recently used. Time stamps only count up, whatever the clock does."""
+        """Mark these files as the most recently used; time stamps grow even if the clock is set back."""
         stamp = max([time.time_ns(), *(file.stamp + 1 for file in stored_files(self._folders)[-1:])])
         for path in paths:
             with suppress(OSError):  # a folder that is read only
                 os.utime(path, ns=(stamp, stamp))
 
     def make_room(self, size: int) -> None:
-        """Evict what may go for `size` more bytes.
+        """Evict files so that `size` more bytes fit.
 
         Raises:
             CheckpointError: the disk would be left with less than its reserve.
@@ -124,9 +125,9 @@ class Evictor:
             )
 
     def evict(self, incoming: int = 0) -> Disk | None:
-        """Remove what is too much with `incoming` bytes more, and what killed processes left half-written.
+        """Evict files until `incoming` more bytes fit the bounds; remove leftovers of killed processes.
 
-        Returns the disk afterwards; None if it is unknown, or while another process evicts.
+        Returns the disk afterwards; None if it is unknown or another process is evicting.
         """
         with try_locked(self._locks / "evict.lock") as is_ours:
             if not is_ours:
@@ -159,35 +160,38 @@ class Evictor:
         return max(LEAST_BOUND, (stored + disk.free) // _SHARE_OF_DISK) if disk is not None else LEAST_BOUND
 
     def remove_leftovers(self, folders: Iterable[Path]) -> None:
-        """Remove what killed processes left half-written."""
+        """Remove half-written files of killed processes."""
         for folder in folders:
             with suppress(OSError):  # the folder vanishes meanwhile
                 for path in leftovers(folder):
                     self.remove_unlocked(path, belongs_to=Path(path.name.split(".")[1]))
 
     def remove_unlocked(self, path: Path, belongs_to: Path | None = None, stamp: int | None = None) -> bool:
-        """Whether the file is gone.
+        """Remove a file that no process works on; whether it is gone.
 
-        It stays while a process works on it or on the file it `belongs_to`, and if it was used after `stamp`.
+        Args:
+            path: of the file.
+            belongs_to: the file whose lock counts, if not `path`.
+            stamp: last use in ns; a file used since then stays.
         """
         with try_locked(lock_of(self._locks, belongs_to or path)) as is_free:
             return is_free and (stamp is None or _last_use(path) in (stamp, None)) and remove(path)
 
 
 def stored_files(folders: Iterable[Path]) -> list[StoredFile]:
-    """Every whole file, the least recently used first."""
-    found = []
+    """Every complete file in the folders, the least recently used first."""
+    files = []
     for folder in folders:
         with suppress(OSError):  # the folder vanishes meanwhile
             for path in folder.glob("*.safetensors"):
                 with suppress(OSError):  # another process removes it
                     status = path.stat()
-                    found.append(StoredFile(status.st_mtime_ns, status.st_size, path))
-    return sorted(found)
+                    files.append(StoredFile(status.st_mtime_ns, status.st_size, path))
+    return sorted(files)
 
 
 def remove(path: Path) -> bool:
-    """Whether the file is gone; it stays where the system refuses, as Windows does while it is open."""
+    """Remove a file; whether it is gone. The system may refuse, as Windows does while the file is open."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -197,7 +201,7 @@ def remove(path: Path) -> bool:
 
 
 def disk_of(folder: Path) -> Disk | None:
-    """The disk of a folder that need not exist yet; None if the system does not tell."""
+    """The disk of a folder, which need not exist yet; None if the system does not tell."""
     for place in (folder, *folder.parents):
         with suppress(OSError):
             usage = shutil.disk_usage(place)
@@ -209,11 +213,10 @@ def _leaves_first(
     files: Iterable[StoredFile],
     links: Callable[[Path], Links],
 ) -> list[tuple[StoredFile, int, set[Path]]]:
-    """(file, last use of it or of what builds on it, paths it builds on), in the order in which they may
-    go."""
+    """(file, last use of it or its descendants in ns, paths of its ancestors), in order of eviction."""
     files = sorted(files)
     linked = {file.path: links(file.path) for file in files}
-    maker = {linked[file.path].makes: file.path for file in files}  # of equal ones the latest used
+    maker = {linked[file.path].makes: file.path for file in files}  # of duplicates the latest used
     maker.pop("", None)
     needs = {path: {maker[name] for name in link.needs & maker.keys()} for path, link in linked.items()}
     last_use = {file.path: file.stamp for file in files}
@@ -225,7 +228,7 @@ def _leaves_first(
 
 
 def _pull_back(files: Iterable[StoredFile]) -> bool:
-    """Give files from the clock's future the present time, in their order; whether there were any."""
+    """Give files stamped in the future the present time, in their order; whether there were any."""
     now = time.time_ns()
     ahead = [file for file in sorted(files) if file.stamp > now]
     for number, file in enumerate(ahead):

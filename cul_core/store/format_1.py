@@ -1,4 +1,4 @@
-"""Stored steps of history format 1, which called weights by diffusers' names."""
+"""Read stored steps of history format 1, which names weights as diffusers does."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _FORMAT = "1"
 
 
 def is_format_1(metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata are of this format."""
+    """Whether a file's metadata name format 1."""
     return metadata.get("cul_format") == _FORMAT
 
 
 def former_hash(model: UnlearnModel) -> str | None:
-    """The content hash that this model had in format 1; None for a source that this format did not know."""
+    """The model's content hash in format 1; None for a source that format 1 does not support."""
     if not model.edits:
         return model.content_hash
     if not isinstance(model.source, FileSource):
@@ -35,15 +35,15 @@ def former_hash(model: UnlearnModel) -> str | None:
 def current(
     model: UnlearnModel, edits: Mapping[str, Tensor], record: StepRecord
 ) -> tuple[dict[str, Tensor], StepRecord]:
-    """(edits by checkpoint key, the record of the step as this version would have written it).
+    """(edits by checkpoint key, record) of a format 1 step, in the current format.
 
     Args:
-        model: where the step began.
-        edits: diffusers' name -> delta, as the file has them.
-        record: as the file has it.
+        model: the step's start.
+        edits: diffusers' name -> delta, from the file.
+        record: from the file.
 
     Raises:
-        CheckpointError: the edits are not those that the record announces, or no weights of the model.
+        CheckpointError: the edits do not have the record's content hash, or one is no weight of the model.
     """
     if _hash(model, edits) != record.result:
         raise CheckpointError("its weights are not those it announces")

@@ -1,5 +1,4 @@
-"""Weights that lie in no file yet, such as a host's model with LoRAs on it, kept as a checkpoint that is
-named by its content."""
+"""Snapshots of a host's model, such as one with LoRAs, as checkpoints named by their content hash."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ from ..files.safetensors_format import DTYPES, EDITABLE, packed_header, tensor_e
 from ..models.source import FileSource, source_of
 from .eviction import Evictor, hold, remove
 
-_KEPT = {*EDITABLE.values(), torch.int64}  # old checkpoints hold positions as whole numbers
+_KEPT = {*EDITABLE.values(), torch.int64}  # old checkpoints store position ids as int64
 _RECENT_SECONDS = 3600.0
-"""How long a file counts as used by another process: short, for writing it again takes less than a step."""
+"""How long a file counts as used by another process; short, because rewriting it is faster than a step."""
 
 
 def snapshot_model(
@@ -29,20 +28,24 @@ def snapshot_model(
     on_tensor: Callable[[int, int], None] = lambda done, count: None,
     largest_bytes: int = 32 << 30,
 ) -> FileSource:
-    """The file `<its SHA-256>.safetensors` of these tensors in `folder`; it is written only if it is not
-    there.
+    """The source `<SHA-256>.safetensors` of these tensors in `folder`; written only if it is not there.
 
-    One tensor at a time is moved to the CPU: once to name the file and once to write it, so it must give the
-    same values twice. `on_tensor(done, count)` runs for each and may raise to cancel, also while another
-    process writes this file.
+    Tensors move to the CPU one at a time, once for the hash and once for the file, so a tensor must give the
+    same values twice.
 
-    Of other such files the least recently used go first when all are larger than `largest_bytes`. A file
-    stays while this process has the `Source` that was returned for it. It also stays for an hour after its
-    last use by any process, unless the disk is nearly full. Deleting the folder is always safe: the same
-    tensors make the same file.
+    Beyond `largest_bytes`, the least recently used snapshots are evicted. A snapshot stays while this process
+    holds its `Source`, and for an hour after its last use by any process unless the disk is nearly full.
+    Deleting the folder is always safe: the same tensors make the same file.
+
+    Args:
+        folder: of the snapshots.
+        tensors: checkpoint key -> tensor on any device.
+        on_tensor: called with (tensors read, twice their number), also while another process writes this
+            file; may raise to cancel.
+        largest_bytes: bound on all snapshots together.
 
     Raises:
-        ModelError: a tensor's dtype cannot hold what a step changes.
+        ModelError: a tensor's dtype cannot hold an edit.
         CheckpointError: the folder cannot be written or is full.
     """
     for name, tensor in tensors.items():
@@ -73,7 +76,7 @@ def snapshot_model(
         digest.update(block)
     path, locks = folder / f"{digest.hexdigest()}.safetensors", folder / "locks"
     evictor = Evictor([folder], locks, largest_bytes, _RECENT_SECONDS)
-    # nobody evicts it meanwhile
+    # the lock keeps other processes from evicting the file
     with locked(lock_of(locks, path), lambda: on_tensor(done, 2 * len(entries))):
         evictor.touch(path)
         source = _whole(path)
@@ -85,7 +88,7 @@ def snapshot_model(
 
 
 def _whole(path: Path) -> FileSource | None:
-    """The file of that content; None if it is not there or damaged."""
+    """The source in a snapshot's file; None if the file is missing or its hash is not its name."""
     if not path.is_file():
         return None
     try:

@@ -1,5 +1,4 @@
-"""The step store: finished and unfinished steps by content, so that no training is repeated or lost when a
-program ends or forgets."""
+"""The file of an unfinished step's state, written at intervals so that a stopped step can resume."""
 
 from __future__ import annotations
 
@@ -19,12 +18,11 @@ from .eviction import remove
 
 logger = logging.getLogger(__name__)
 EVERY_SECONDS = 10.0
-"""Time between writings of a step's state and of its anchor pictures; more where a state is large or takes
-long to write."""
+"""Time between writes of a step's state and its anchor images; longer for a state that is large or slow."""
 _BYTES_PER_INTERVAL, _SHARE_OF_TIME = 40e6, 0.05
 _QUICK_SECONDS, _LONGEST_SECONDS = 1.0, 5.0
 _BYTES_PER_SECOND = 100e6
-"""What a hard disk writes."""
+"""Write speed of a hard disk."""
 _UNREADABLE = (ModelError, CheckpointError, KeyError, TypeError, ValueError)
 
 
@@ -33,13 +31,13 @@ class StepState:
 
     Args:
         path: of the file.
-        request: what is trained, for whoever looks at the store.
-        every_seconds: time between writings.
-        needs: content hashes of the models that the step builds on.
+        request: the step's request, described in the store's listing.
+        every_seconds: time between writes.
+        needs: content hashes of the models on which the step builds.
 
     Attributes:
-        resumed_at: iteration at which this run began.
-        kept_at: iteration of the state in the file, from which the next run goes on; 0 while there is none.
+        resumed_at: iteration at which this run resumed; 0 if it began anew.
+        kept_at: iteration of the state in the file, from which the next run resumes; 0 if there is none.
     """
 
     def __init__(self, path: Path, request: Request, every_seconds: float, needs: Iterable[str] = ()):
@@ -49,7 +47,7 @@ class StepState:
             "iterations": request.training.iterations,
             "needs": sorted(needs),
         }
-        # the first one early: what was prepared took time too
+        # the first write is early, because preparation took time too
         self._due = time.monotonic() + every_seconds / 5
         self.resumed_at = self.kept_at = 0
         self._has_failed = False
@@ -89,7 +87,7 @@ class StepState:
                 )
 
     def save_if_quick(self, state: State) -> None:
-        """Keep it now if that takes less than a second, or less than what would be lost and five seconds."""
+        """Write the state if that takes at most 1 s, or at most 5 s and less than the work it saves."""
         seconds = self._seconds_to_write
         if seconds is None:
             seconds = sum(tensor.nbytes for tensor in split(state)[1].values()) / _BYTES_PER_SECOND

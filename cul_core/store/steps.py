@@ -1,5 +1,4 @@
-"""The step store: finished and unfinished steps by content, so that no training is repeated or lost when a
-program ends or forgets."""
+"""The step store: finished and unfinished steps by content, so that no training is repeated or lost."""
 
 from __future__ import annotations
 
@@ -27,16 +26,18 @@ from .step_state import _UNREADABLE, EVERY_SECONDS, StepState
 
 logger = logging.getLogger(__name__)
 _RESULTS_VERSION = 1
-"""Raise it when every request on the same model starts to give another result; a part has its own
+"""Raise it when a code change alters the result of every request; a part has its own version
 (`Config.results_version`)."""
 PARTS = ("steps", "anchors", "states")
-"""Folders of the store: finished steps, anchor pictures, and the states of unfinished steps."""
+"""Folders of the store: finished steps, anchor images, and states of unfinished steps."""
 _RECENT_SECONDS = 24 * 3600.0
 
 
 def step_key(model: UnlearnModel, request: Request) -> str:
-    """What a step's result depends on, as a SHA-256 in hex: the model, what it forgot before, the request,
-    and this code's version."""
+    """SHA-256 in hex of everything that determines a step's result.
+
+    These are the model's content hash, its forgotten concepts, the request, and the version of results.
+    """
     return _key(model.content_hash, model, request)
 
 
@@ -49,8 +50,13 @@ def _key(content_hash: str, model: UnlearnModel, request: Request) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A step that was trained or found: the edited model, its report, and a note for people on where it comes
-    from (", resumed ...")."""
+    """A step that was trained or found in the store.
+
+    Args:
+        model: the edited model.
+        report: of the step.
+        note: for the user, on how the result came about, such as ", resumed at iteration 40".
+    """
 
     model: UnlearnModel
     report: StepReport
@@ -58,17 +64,17 @@ class Outcome:
 
 
 class StepStore:
-    """Finished steps, states of unfinished ones, and anchor latents in a folder, bounded in size.
+    """Finished steps, states of unfinished steps, and anchor latents in a folder of bounded size.
 
-    Beyond the bound, the chain of steps that was used longest ago goes first, its last step first (see
-    `eviction.Evictor`). What this process has made or read stays, with all the steps it builds on, and so
-    does what any process has used within a day, unless the disk is nearly full. The state of a step that any
-    process is training stays too. Several processes may share the folder. Deleting it is always safe.
+    Beyond the bound, the least recently used chain of steps is evicted, its last step first (see
+    `eviction.Evictor`). Steps that this process made or read stay, with all their ancestors. Files that any
+    process used within a day stay unless the disk is nearly full. The state of a step in training stays, in
+    whichever process. Several processes may share the folder. Deleting it is always safe.
 
     Args:
-        folder: made when first written to.
+        folder: of the store; created on the first write.
         largest_bytes: bound on all files together; None follows the disk's room.
-        every_seconds: takes the place of `EVERY_SECONDS`; 0 is after every update.
+        every_seconds: replaces `EVERY_SECONDS`; 0 writes after every update.
     """
 
     def __init__(
@@ -85,8 +91,10 @@ class StepStore:
         return self._folder / part / f"{key}.safetensors"
 
     def get(self, model: UnlearnModel, request: Request) -> tuple[UnlearnModel, StepReport] | None:
-        """The result of an earlier identical step; None if there is none, or if its file is damaged (it is
-        removed then). A step of format 1 is found too, and written anew."""
+        """(edited model, report) of an identical earlier step; None if there is none.
+
+        A damaged file is removed and counts as none. A step of format 1 is rewritten in the current format.
+        """
         path = self._path("steps", step_key(model, request))
         if not path.is_file() and (path := self._former_path(model, request)) is None:
             return None
@@ -110,7 +118,7 @@ class StepStore:
         return edited, report
 
     def _former_path(self, model: UnlearnModel, request: Request) -> Path | None:
-        """Where format 1 would have put the step, if it is there."""
+        """The step's file under its format 1 key; None if there is none."""
         if not model.edits or not (self._folder / "steps").is_dir():
             return None
         content_hash = former_hash(model)
@@ -120,26 +128,25 @@ class StepStore:
     def _written_anew(
         self, path: Path, model: UnlearnModel, request: Request, edited: UnlearnModel, report: StepReport
     ) -> Path:
-        """The file of a step that was found in format 1, in this one; the old file if it cannot be
-        written."""
-        found = self._path("steps", step_key(model, request))
+        """Rewrite a format 1 step; the path of the new file, or of the old one if writing fails."""
+        rewritten = self._path("steps", step_key(model, request))
         try:
-            self._write(found, edited, report)
+            self._write(rewritten, edited, report)
         except CheckpointError as error:
             logger.warning("a stored step stays as an older version wrote it: %s", error)
             return path
-        if path != found:
+        if path != rewritten:
             remove(path)
-        return found
+        return rewritten
 
     def put(self, model: UnlearnModel, request: Request, edited: UnlearnModel, report: StepReport) -> None:
-        """Keep a finished step.
+        """Store a finished step.
 
         Raises:
             CheckpointError: the folder cannot be written, or its disk has no room.
         """
         key = step_key(model, request)
-        # it takes its state's place
+        # the step replaces its state, whose bytes are freed afterwards
         path, freed = self._path("steps", key), _size_of(self._path("states", key))
         self._evictor.make_room(edited.nbytes() - freed)
         self._write(path, edited, report)
@@ -157,31 +164,35 @@ class StepStore:
         train: Callable[[StepState], tuple[UnlearnModel, StepReport]],
         on_wait: Callable[[], None] = lambda: None,
     ) -> Outcome:
-        """The step's result: found, or trained now, from where an earlier run was stopped, and kept. Of
-        several processes one trains.
+        """The step's result: from the store, or trained now, resumed from an earlier run's state, and stored.
+
+        Of several processes that ask for the same step, one trains and the others wait.
 
         Args:
-            model: where the step begins.
-            request: what it forgets and how.
-            train: trains it, with this `state_store`.
-            on_wait: runs several times a second while another process trains this step; may raise to wait no
-                longer.
+            model: the step's start.
+            request: what to forget and how.
+            train: trains the step with this `state_store`.
+            on_wait: called several times a second while another process trains the step; may raise to stop
+                waiting.
+
+        Raises:
+            MemoryShortError: from `train`; the message names the iteration from which the next run resumes.
         """
         begun, path = time.monotonic(), self._path("states", step_key(model, request))
-        found = self.get(model, request)
-        if found is None:
+        stored = self.get(model, request)
+        if stored is None:
             with locked(lock_of(self._locks, path), on_wait):
-                found = self.get(model, request)  # another process may have made it meanwhile
-                if found is None:
+                stored = self.get(model, request)  # another process may have trained it meanwhile
+                if stored is None:
                     needs = _ancestors(model.content_hash, model.history)
                     return self._trained(model, request, train, StepState(path, request, self._every, needs))
-        remove(path)  # of a process that was killed between keeping the one and removing the other
+        remove(path)  # the state of a process that was killed between storing the step and removing the state
         logger.info(
             "took a finished step from the store in %.1f s: %s",
             time.monotonic() - begun,
-            ", ".join(found[1].record.targets),
+            ", ".join(stored[1].record.targets),
         )
-        return Outcome(*found, ", kept from an earlier run")
+        return Outcome(*stored, ", kept from an earlier run")
 
     def _trained(
         self,
@@ -208,7 +219,7 @@ class StepStore:
         note = f", resumed at iteration {state.resumed_at}" if state.resumed_at else ""
         try:
             self.put(model, request, edited, report)
-        except CheckpointError as error:  # costs the next run its time, not this one its result
+        except CheckpointError as error:  # the result is still returned; the next run trains again
             logger.warning("the finished step is not kept for later runs: %s", error)
             return Outcome(edited, report, f"{note}. Not kept for later runs: {error}")
         state.discard()
@@ -217,11 +228,11 @@ class StepStore:
     # --- what there is, and how much of it may stay
 
     def files(self, *parts: str) -> list[StoredFile]:
-        """Every whole file, the least recently used first."""
+        """Every complete file in these of `PARTS`, the least recently used first."""
         return stored_files(self._folder / part for part in parts)
 
     def _use(self, *paths: Path) -> None:
-        """These are the most recently used from here on, and stay while this process runs."""
+        """Mark these files as the most recently used, and hold them while this process runs."""
         self._evictor.touch(*paths)
         for path in paths:
             hold(path)
@@ -230,8 +241,7 @@ class StepStore:
         self._evictor.evict(incoming)
 
     def clear(self, *parts: str) -> str:
-        """Remove what is in these of `PARTS`, but for files that a process is working on; says what was
-        removed, as a line of text."""
+        """Remove all files in these of `PARTS` that no process works on; a line of text about it."""
         removed = freed = kept = 0
         for _, size, path in self.files(*parts):
             if self._evictor.remove_unlocked(path):
@@ -244,7 +254,7 @@ class StepStore:
         )
 
     def describe(self) -> str:
-        """What is in the store, as text: a line for each kind of file, and one for each step."""
+        """The store's content as text: a line for each kind of file, and one for each step."""
         lines = []
         for part, what in zip(
             PARTS, ("finished steps", "sets of anchor pictures", "unfinished steps"), strict=True
@@ -257,20 +267,19 @@ class StepStore:
 
 
 def _ancestors(parent: str, history: Iterable[StepRecord]) -> frozenset[str]:
-    """Content hashes of the models on the way to `parent`, itself included; behind a merge, those of all
-    merged models."""
+    """Content hashes of `parent` and all its ancestors; a merge has all merged models as parents."""
     made_by = {record.result: record for record in history}
-    found, open_ends = set(), [parent]
+    ancestors, open_ends = set(), [parent]
     while open_ends:
-        if (name := open_ends.pop()) not in found:
-            found.add(name)
+        if (name := open_ends.pop()) not in ancestors:
+            ancestors.add(name)
             if (record := made_by.get(name)) is not None:
                 open_ends += record.request["models"] if record.is_merge else [record.parent]
-    return frozenset(found)
+    return frozenset(ancestors)
 
 
 def _links_of(path: Path) -> Links:
-    """How a file of the store stands in its chain; an anchor's or a damaged one in none."""
+    """Links of a step's or state's file in its chain; none for anchors and damaged files."""
     if path.parent.name not in ("steps", "states"):
         return Links()
     try:
