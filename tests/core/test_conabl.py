@@ -15,6 +15,7 @@ from cul_core.minicanvas.family import MINI
 from cul_core.models.families.sd1 import SD1
 from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.sampling import generator_for
+from cul_core.parts.part import Teachers
 from cul_core.parts.step_context import StepContext
 from cul_core.parts.training_config import TrainingConfig
 from cul_core.training.step import run_step
@@ -60,13 +61,13 @@ def test_loss_is_zero_when_student_equals_teacher_on_equal_prompts_and_four_time
         return noisy
 
     generator = torch.Generator().manual_seed(1)
-    assert method.loss(student, student, generator).total == 0
+    assert method.loss(student, Teachers(student, student), generator).total == 0
     state = generator.get_state()
     seen = []
-    loss = method.loss(lambda z, t, e: seen.append(z) or 3 * z, teacher, generator).total
+    loss = method.loss(lambda z, t, e: seen.append(z) or 3 * z, Teachers(teacher, teacher), generator).total
     assert torch.allclose(loss, 4 * (2 * seen[0]).square().mean())
     generator.set_state(state)
-    assert method.loss(student, teacher, generator).total == loss
+    assert method.loss(student, Teachers(teacher, teacher), generator).total == loss
 
 
 def test_anchor_prompts_that_mention_the_target_or_an_earlier_one_are_dropped(random_network):
@@ -135,7 +136,7 @@ def test_equal_prompts_and_weights_give_no_loss_and_no_gradient(random_network, 
     monkeypatch.setattr(Concept, "target_prompts", lambda self, caption: (caption,))
     method, predict = ConAbl(ConAblConfig()), random_network.predict
     method.prepare(context_for(random_network, Concept("Lava"), ("a star",), torch.randn(1, 4, 8, 8)))
-    loss = method.loss(predict, predict, torch.Generator().manual_seed(1)).total
+    loss = method.loss(predict, Teachers(predict, predict), torch.Generator().manual_seed(1)).total
     loss.backward()
     assert loss == 0 and all(weight.grad.abs().max() == 0 for weight in trainable_kv)
 
@@ -147,6 +148,9 @@ def test_prompts_encoded_once_or_before_every_update_give_the_same_losses(random
     )
     context, predict = context_for(random_network, Concept("Lava"), captions, latents), random_network.predict
 
+    def other(*inputs):
+        return -predict(*inputs)
+
     def losses(encode_again):
         method, generator = ConAbl(ConAblConfig(preservation=0.5)), torch.Generator().manual_seed(1)
         for number in range(3):
@@ -154,7 +158,7 @@ def test_prompts_encoded_once_or_before_every_update_give_the_same_losses(random
                 random_network._prompts.clear()
                 method.prepare(context)
             with torch.no_grad():
-                yield method.loss(predict, lambda *inputs: -predict(*inputs), generator).total.item()
+                yield method.loss(predict, Teachers(other, other), generator).total.item()
 
     assert [*losses(encode_again=False)] == [*losses(encode_again=True)]
 
@@ -191,22 +195,30 @@ def test_the_rim_that_the_reference_leaves_out_is_one_latent_pixel_of_sixty_four
     inside[:, :, margin : side - margin, margin : side - margin] = 1
 
     def loss_of(error):
-        return method.loss(lambda *inputs: error, lambda *inputs: 0 * error, torch.Generator()).total
+        def teacher(*inputs):
+            return 0 * error
+
+        return method.loss(lambda *inputs: error, Teachers(teacher, teacher), torch.Generator()).total
 
     assert loss_of(1 - inside) == 0 and loss_of(inside) == 4
 
 
 def preserving(network, prediction_type):
-    """(what a student's preservation costs by its answer: total and parts of the loss, the answer that it
+    """(what a student's preservation costs by its answer: total and terms of the loss, the answer that it
     should give)."""
     method = ConAbl(ConAblConfig(preservation=0.5))
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     method.prepare(context_for(network, Concept("Lava"), ("a star",), latents, batch_size=1))
     method._process = DiscreteProcess(prediction_type)
     seen = []
+
+    def teacher(noisy, timesteps, embeddings):
+        return noisy
+
+    teachers = Teachers(teacher, teacher)
     method.loss(
         lambda *inputs: seen.append(inputs) or inputs[0],
-        lambda *inputs: inputs[0],
+        teachers,
         torch.Generator().manual_seed(1),
     )
     (noisy, timestep, embeddings), abar = seen[-1], method._process.alphas_cumprod
@@ -218,10 +230,10 @@ def preserving(network, prediction_type):
     def part(answer):
         said = method.loss(
             lambda z, t, e: answer if torch.equal(z, noisy) else z,
-            lambda z, t, e: z,
+            teachers,
             torch.Generator().manual_seed(1),
         )
-        return said.total.item(), said.parts
+        return said.total.item(), said.terms
 
     return part, truth
 
@@ -305,7 +317,10 @@ def test_scaled_pictures_say_so_in_both_prompts_and_padding_does_not_count(rando
         outside.append(100 * (1 - method._pool.masks[pictures])[:, None].expand_as(noisy))
         return outside[0]
 
-    loss = method.loss(student, lambda z, t, e: torch.zeros_like(z), torch.Generator().manual_seed(1)).total
+    def teacher(noisy, timesteps, embeddings):
+        return torch.zeros_like(noisy)
+
+    loss = method.loss(student, Teachers(teacher, teacher), torch.Generator().manual_seed(1)).total
     assert outside[0].max() == 100 and loss == 0
 
 

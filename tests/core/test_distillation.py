@@ -13,6 +13,7 @@ from cul_core.concepts.concept import Concept
 from cul_core.history.unlearn_model import weights_of
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.models.sampling import generator_for
+from cul_core.parts.part import Teachers
 from cul_core.parts.prompt_vectors import target_vector
 from cul_core.parts.step_context import StepContext
 from cul_core.parts.training_config import TrainingConfig
@@ -147,7 +148,7 @@ def prepared(context_for):
 
 def test_both_terms_are_zero_for_a_student_that_is_both_teachers(prepared, random_network):
     predict = predict_with(random_network)
-    terms = prepared(previous=(Concept("Denim"),)).loss_terms(predict, predict, predict)
+    terms = prepared(previous=(Concept("Denim"),)).loss_terms(predict, Teachers(predict, predict))
     # the student sees both terms' states in one call, which may cost the last bits
     assert terms.keys() == {"keep", "previous"} and all(term < 1e-10 for term in terms.values())
 
@@ -158,7 +159,7 @@ def test_terms_by_hand(prepared):
 
     config = replace(QUICK, keep_weight=2.0, previous_weight=3.0, batch_size=4)
     student, pretrained, start = constant(5.0), constant(4.0), constant(3.0)
-    terms = prepared(config, previous=(Concept("Denim"),)).loss_terms(student, pretrained, start)
+    terms = prepared(config, previous=(Concept("Denim"),)).loss_terms(student, Teachers(pretrained, start))
     # 4 channels: 2 x 4 x (5 - 4)^2 and 3 x 4 x (5 - 3)^2
     assert {name: term.item() for name, term in terms.items()} == {"keep": 8.0, "previous": 48.0}
 
@@ -175,7 +176,8 @@ def test_a_term_without_weight_or_prompts_asks_no_teacher(prepared, weights, nam
     def unasked(*inputs):
         raise AssertionError("a teacher was asked")
 
-    terms = prepared(replace(QUICK, **weights)).loss_terms(teacher, teacher if names else unasked, unasked)
+    teachers = Teachers(teacher if names else unasked, unasked)
+    terms = prepared(replace(QUICK, **weights)).loss_terms(teacher, teachers)
     assert terms.keys() == names
 
 
@@ -196,7 +198,7 @@ def test_no_gradient_where_keys_and_values_of_the_prompts_are_unchanged(prepared
         }
         distillation = prepared(captions=("a star",))
         with random_network.with_weights(student), trainable(random_network, pretrained) as parameters:
-            term = distillation.loss_terms(random_network.predict, teacher, teacher)["keep"]
+            term = distillation.loss_terms(random_network.predict, Teachers(teacher, teacher))["keep"]
             sizes.append(sum(gradient.norm().item() for gradient in torch.autograd.grad(term, parameters)))
     assert sizes[1] < 1e-4 * sizes[0]
 
@@ -213,7 +215,7 @@ def test_teachers_are_w0_and_the_start_take_no_gradient_and_leave_the_students_w
     known = {"pretrained": pretrained, "start": weights_of(first, pretrained)}
     original, calls = Distillation.loss_terms, []
 
-    def watched(self, student, pretrained, start):
+    def watched(self, student, teachers):
         def around(name, teacher):
             def call(*inputs):
                 before = {name: weights[name].data.clone() for name in first.edits}
@@ -227,7 +229,8 @@ def test_teachers_are_w0_and_the_start_take_no_gradient_and_leave_the_students_w
 
             return call
 
-        return original(self, student, around("pretrained", pretrained), around("start", start))
+        known_as = [around(name, teachers.called(name)) for name in ("pretrained", "start")]
+        return original(self, student, Teachers(*known_as))
 
     monkeypatch.setattr(Distillation, "loss_terms", watched)
     _, report = step(make_request(regularizers=[QUICK], learning_rate=1e-2, iterations=2), model=first)

@@ -14,9 +14,10 @@ from cul_core.models.sampling import generator_for
 from cul_core.models.text_conditioning import Conditioning
 from cul_core.models.trajectory_buffer import TrajectoryBuffer, run_trajectory
 from cul_core.models.weight_roles import role_of
+from cul_core.parts.part import Teachers
 from cul_core.parts.step_context import StepContext
 from cul_core.parts.training_config import TrainingConfig
-from cul_core.regularizers.projection import ProjectionConfig
+from cul_core.regularizers.projection import GradientProjection, ProjectionConfig
 from cul_core.training.callbacks import Callbacks
 from cul_core.training.step import run_step
 
@@ -89,7 +90,9 @@ def test_no_negative_guidance_leaves_a_loss_of_zero(prepared, predict):
     for erase_from in ("", "a house"):
         method = prepared(negative_guidance=0.0, erase_from=erase_from)
         # the teacher sees more prompts in one call than the student, which may cost the last bits
-        assert method.loss(predict, predict, torch.Generator().manual_seed(0)).total < 1e-10
+        assert (
+            method.loss(predict, Teachers(predict, predict), torch.Generator().manual_seed(0)).total < 1e-10
+        )
 
 
 def test_a_negative_guidance_of_one_makes_the_goal_the_unconditional_prediction(
@@ -103,7 +106,11 @@ def test_a_negative_guidance_of_one_makes_the_goal_the_unconditional_prediction(
         seen.append(predict(latents, timesteps, random_network.encode([""]).expand(len(embeddings))))
         return seen[-1]
 
-    loss = prepared(negative_guidance=1.0).loss(student, predict, torch.Generator().manual_seed(0)).total
+    loss = (
+        prepared(negative_guidance=1.0)
+        .loss(student, Teachers(predict, predict), torch.Generator().manual_seed(0))
+        .total
+    )
     assert seen and loss < 1e-10
 
 
@@ -133,16 +140,16 @@ def test_goal_and_loss_by_hand(prepared, random_network):
         asked.append(embeddings)
         return torch.full_like(latents, 6.0)
 
-    loss = method.loss(student, teacher, torch.Generator().manual_seed(0))
+    loss = method.loss(student, Teachers(teacher, teacher), torch.Generator().manual_seed(0))
     # goal 10 - 3 (3 - 1) = 4, loss (6 - 4)^2
-    assert loss.total == 4 and loss.parts == {"unlearn": 4.0}
+    assert loss.total == 4 and loss.terms == {"unlearn": 4.0}
     assert torch.equal(asked[0].text, random_network.encode(["a house"] * 3).text)
 
 
 def test_several_targets_take_turns(prepared, predict, random_network):
     method = prepared(("Lava", "Denim"), trajectories=4)
     generator = torch.Generator().manual_seed(0)
-    method.loss(predict, predict, generator)
+    method.loss(predict, Teachers(predict, predict), generator)
     assert [kept.prompt for kept in method._buffer.trajectories] == [0, 1, 0, 1]
 
 
@@ -226,7 +233,7 @@ def test_the_oldest_trajectory_is_replaced_every_so_many_draws_and_the_rest_stay
 def test_states_depend_on_the_seed_of_the_step_alone(prepared, predict):
     def kept(seed):
         method = prepared(seed=seed)
-        method.loss(predict, predict, torch.Generator().manual_seed(seed))
+        method.loss(predict, Teachers(predict, predict), torch.Generator().manual_seed(seed))
         return method._buffer.trajectories
 
     one, again, other = kept(1), kept(1), kept(2)
@@ -263,7 +270,8 @@ def test_no_anchor_pictures_are_sampled_also_with_projection(random_model, netwo
 
 
 def test_a_part_that_needs_anchor_pictures_gets_them(random_model, networks, make_request, monkeypatch):
-    monkeypatch.setattr("cul_core.regularizers.projection.GradientProjection.needs_anchor_latents", True)
+    needs = (*GradientProjection.needs, "anchor_latents")
+    monkeypatch.setattr(GradientProjection, "needs", needs)
     request = make_request(method=ESDConfig(**SHORT), regularizers=[ProjectionConfig()], iterations=1)
     with pytest.raises(AssertionError, match="anchor pictures were asked for"):
         run_step(random_model, request, store=NoAnchors(), networks=networks["random"])
@@ -295,6 +303,6 @@ def test_reference_settings_sample_a_new_picture_for_every_update(prepared, pred
     method = prepared(**ESDConfig.REFERENCE, trajectory_steps=2)
     generator, seen = torch.Generator().manual_seed(0), []
     for _ in range(3):
-        method.loss(predict, predict, generator)
+        method.loss(predict, Teachers(predict, predict), generator)
         seen.append(method._buffer.trajectories)
     assert all(len(kept) == 1 for kept in seen) and len({kept[0].states.sum().item() for kept in seen}) == 3

@@ -46,7 +46,7 @@ from cul_core.models.load_diffusers import (
 )
 from cul_core.models.recognize import detect_family, family_of
 from cul_core.models.sampling import SamplerConfig
-from cul_core.models.weight_roles import keys_with_role
+from cul_core.models.weight_roles import ROLES, keys_with_role
 from cul_core.output.checkpoint import difference, open_model, save_checkpoint
 from cul_core.output.drift import drift_of, short_name
 from cul_core.output.lora import save_difference, save_lora
@@ -387,8 +387,10 @@ def test_what_a_user_sets_wins_over_the_family(stub, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("entry", [*METHODS, *REGULARIZERS], ids=lambda entry: entry.name)
-def test_every_entry_names_families_that_exist(entry):
-    assert entry.families and set(entry.families) <= FAMILIES.keys()
+def test_every_part_needs_only_what_families_and_the_loop_have(entry):
+    roles, others = ROLES & set(entry.cls.needs), set(entry.cls.needs) - ROLES
+    assert others <= {"anchor_latents", "autoencoder"}
+    assert all(roles <= family.roles.keys() for family in FAMILIES.values())
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from cul_core.models.recognize import family_of
 from cul_core.models.sampling import SamplerConfig, generator_for, predict_guided, run_solver, sample_latents
 from cul_core.models.text_conditioning import Conditioning
 from cul_core.models.trajectory_buffer import TrajectoryBuffer
+from cul_core.parts.part import Teachers
 from cul_core.parts.step_context import StepContext
 from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers.projection import GradientProjection, ProjectionConfig
@@ -30,6 +31,7 @@ from cul_core.regularizers.selft import SelFT, SelFTConfig
 from cul_core.requests.request import Request
 from cul_core.training.callbacks import Callbacks
 from cul_core.training.compute import Compute
+from cul_core.training.constraints import Constraints
 from cul_core.training.memory_plan import planned
 from cul_core.training.step import run_step
 
@@ -226,7 +228,8 @@ def test_methods_train_it(toy, context, method, nothing):
         method.prepare(context)
         teacher = torch.no_grad()(toy.predict)
         with trained(toy) as readers:
-            total = method.loss(toy.predict, teacher, torch.Generator().manual_seed(0)).total
+            teachers = Teachers(teacher, teacher)
+            total = method.loss(toy.predict, teachers, torch.Generator().manual_seed(0)).total
             return total.item(), torch.autograd.grad(total, readers)
 
     total, found = loss_of(method)
@@ -244,12 +247,13 @@ def test_anchors_are_preserved_by_the_flow(toy, context):
         asked.append((latents, times))
         return torch.zeros_like(latents)
 
-    parts = method.loss(student, student, torch.Generator().manual_seed(0)).parts
+    teachers = Teachers(student, student)
+    terms = method.loss(student, teachers, torch.Generator().manual_seed(0)).terms
     (latents, times) = asked[-1]
     # the noised anchor tells which of the two it is, and the slope of its line
     slopes = [(latents - anchor) / times.view(-1, 1, 1, 1) for anchor in context.anchor_latents]
     answers = [torch.stack(choice).square().mean().item() for choice in _choices(slopes)]
-    assert any(parts["preserve"] == pytest.approx(answer, rel=1e-3) for answer in answers)
+    assert any(terms["preserve"] == pytest.approx(answer, rel=1e-3) for answer in answers)
 
 
 def _choices(slopes):
@@ -262,11 +266,12 @@ def test_projection_keeps_what_it_makes_of_protected_text(toy, context):
     projection.prepare(context)
     kept = toy.encode([Concept("denim").prompt]).text[0, toy.content(Concept("denim").prompt)][-1]
     change = noise(8, 2, TOY.signature[1])
+    constraints = Constraints([projection], "cpu")
     for name in toy.weights("text_readers"):
-        allowed = projection.constrain(name, change, None)
+        allowed = constraints.allowed(name, change)
         assert (allowed @ kept).norm() < 1e-5 * (change @ kept).norm()
         assert allowed.norm() > 0.5 * change.norm()
-    assert projection.constrain("toy.mix.weight", change, None) is None
+    assert constraints.allowed("toy.mix.weight", change) is change
     assert projection.report()["protected_rank"] == 1
 
 

@@ -12,7 +12,6 @@ from cul_core.methods import METHODS
 from cul_core.methods.base import Method
 from cul_core.methods.sculpmem import SculpMem, SculpMemConfig
 from cul_core.models.load_diffusers import NetworkCache
-from cul_core.models.weight_roles import group_names
 from cul_core.parts.prompt_vectors import target_vector
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.base import Regularizer
@@ -33,9 +32,9 @@ class Overflow(Regularizer):
     handles: list = []
     skipped: list = []
 
-    def prepare_mask(self, context, coordinates):
+    def prepare_mask(self, context, allowed_subspace):
         self.update = 0
-        weight = context.network.unet.get_parameter(min(context.start))
+        weight = context.network.weights("all")[min(context.start)]
         self.handles.append(weight.register_hook(lambda g: g * math.inf if self.update == self.at else g))
 
     def penalty(self, weights):
@@ -54,7 +53,7 @@ def low_networks():
 def step(random_model, low_networks, anchors, make_request, monkeypatch):
     """Runs a step in fp16 whose update `at` overflows; (edited model, report, updates left out)."""
     config = type("OverflowConfig", (L1SPConfig,), {"registry_name": "overflow"})
-    entry = Entry("overflow", Overflow, config, "d", "d", "p", ("mini",), ("kv",))
+    entry = Entry("overflow", Overflow, config, "d", "d", "p")
     monkeypatch.setitem(REGULARIZERS._entries, "overflow", entry)
 
     def run(at, regularizers=(), **settings):
@@ -123,9 +122,9 @@ def test_a_projection_protects_what_it_protects_after_an_overflow(at, step, low_
 def test_an_overflow_in_sculpmems_warm_up_costs_no_mask(at, step, random_model, low_networks):
     method = SculpMemConfig(warm_up=2, interval=100, active_fraction=0.1)
     edited, *_ = step(at, method=method, iterations=5)
-    unet = low_networks.get(random_model.source, "cpu", torch.float16).unet
-    for name in group_names(unet, "kv"):
-        active = math.floor(0.1 * unet.get_parameter(name).numel())
+    network = low_networks.get(random_model.source, "cpu", torch.float16)
+    for name, weight in network.weights("text_readers").items():
+        active = math.floor(0.1 * weight.numel())
         assert 0.9 * active < changed(edited, name) <= active
 
 

@@ -13,19 +13,18 @@ from cul_core.concepts.concept import Concept
 from cul_core.mergers.merge import merge
 from cul_core.mergers.ties import TiesConfig
 from cul_core.mergers.uniform import UniformConfig
-from cul_core.methods.base import Method
 from cul_core.minicanvas.family import MINI
 from cul_core.models.sampling import SamplerConfig
 from cul_core.parts.prompt_vectors import prompt_rows, target_vector
+from cul_core.parts.subspace import complement_basis, orthonormal_basis
 from cul_core.regularizers.projection import (
     GradientProjection,
     ProjectionConfig,
-    complement_basis,
     distinct_columns,
-    orthonormal_basis,
     regularized_projector,
 )
-from cul_core.training.loop import _update
+from cul_core.training.constraints import Constraints
+from cul_core.training.loop import update
 from cul_core.training.step import run_step
 
 
@@ -180,12 +179,48 @@ def test_a_hundred_updates_with_weight_decay_leave_what_becomes_of_protected_tex
     name, generator = min(random_network.weights("text_readers")), torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(64, 192, generator=generator))
     before, optimizer = weight.detach().clone(), torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1)
+    training, constraints = SimpleNamespace(max_grad_norm=0.0), Constraints([projection], "cpu")
     for _ in range(100):
         weight.grad = torch.randn(64, 192, generator=generator)
-        _update({name: weight}, optimizer, Method(None), [projection], SimpleNamespace(max_grad_norm=0.0))
+        update({name: weight}, optimizer, [projection], constraints, training)
     change, columns = (weight - before).detach().double(), protected(random_network).T
     assert (change @ columns).norm() < 1e-5 * (before.double() @ columns).norm()
     assert change.norm() > 0.1 * before.norm()
+
+
+def test_what_two_projections_protect_is_protected_exactly_where_one_after_the_other_is_not(
+    prepared, random_model, random_network, networks, anchors, make_request
+):
+    """The union of their directions; each projector alone undoes part of the other."""
+    configs = [ProjectionConfig(), ProjectionConfig(rows="last", auxiliary_names="Tartan, object: moon")]
+    both = [prepared(config)[0] for config in configs]
+    name, generator = min(random_network.weights("text_readers")), torch.Generator().manual_seed(0)
+    change = torch.randn(64, 192, generator=generator)
+    lasting = ["Navy_Stripes", "Lava", "Tartan"]
+    prompts = [*(Concept(kept).prompt for kept in lasting), Concept("moon", "object").prompt]
+    lists = [protected(random_network), prompt_rows(random_network, prompts, "last")]
+    assert [projection.report()["protected_rank"] for projection in both] == [2, 4]
+
+    def responses(allowed, weight=change):
+        return [
+            ((allowed.double() @ rows.T).norm() / (weight.double() @ rows.T).norm()).item() for rows in lists
+        ]
+
+    def chained(parts):
+        allowed = change
+        for part in parts:
+            allowed = Constraints([part], "cpu").allowed(name, allowed)
+        return responses(allowed)
+
+    assert max(chained(both)) > 1e-2 < max(chained(both[::-1]))
+    joined = [Constraints(parts, "cpu").allowed(name, change) for parts in (both, both[::-1])]
+    assert max(responses(joined[0]) + responses(joined[1])) < 1e-6
+    assert joined[0].norm() > 0.9 * change.norm()
+    request = make_request(regularizers=configs, iterations=4, learning_rate=1e-3, weight_decay=0.01)
+    edited, _ = run_step(random_model, request, store=anchors, networks=networks["random"])
+    readers = random_network.weights("text_readers")
+    assert len(edited.edits) == 14
+    assert max(max(responses(delta, readers[name])) for name, delta in edited.edits.items()) < 1e-6
 
 
 def test_what_is_orthogonal_to_protected_text_and_every_other_matrix_is_left_alone(prepared, random_network):
@@ -198,11 +233,12 @@ def test_what_is_orthogonal_to_protected_text_and_every_other_matrix_is_left_alo
     exact, _ = prepared(ProjectionConfig())
     reference, _ = prepared(ProjectionConfig(**ProjectionConfig.REFERENCE))
     value = next(name for name in random_network.weights("text_readers") if name.endswith("to_v.weight"))
-    torch.testing.assert_close(exact.constrain(value, change, None), change, atol=1e-5, rtol=0)
+    constraints = Constraints([exact], "cpu")
+    torch.testing.assert_close(constraints.allowed(value, change), change, atol=1e-5, rtol=0)
     torch.testing.assert_close(reference.transform_gradient(value, change), change, atol=1e-4, rtol=0)
     for end in ("attn2.to_q.weight", "attn1.to_k.weight"):
         name = next(name for name in random_network.weights("attention") if name.endswith(end))
-        assert exact.constrain(name, change, None) is None
+        assert constraints.allowed(name, change) is change
         assert reference.transform_gradient(name, change) is change
 
 

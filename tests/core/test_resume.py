@@ -15,8 +15,8 @@ from short import SHORT
 from cul_core.base.errors import Cancelled, CheckpointError, MemoryShortError, TrainingError
 from cul_core.files.safetensors_format import write_sealed
 from cul_core.methods import METHODS
-from cul_core.methods.base import LossParts
 from cul_core.methods.conabl import ConAbl
+from cul_core.parts.part import LossTerms
 from cul_core.regularizers import REGULARIZERS
 from cul_core.requests.presets import PRESETS
 from cul_core.store import steps as stores
@@ -466,8 +466,8 @@ def test_a_loss_that_became_nan_leaves_no_state(get_or_train, make_request, tmp_
 
     def loss(self, *arguments):
         calls.append(len(store.files("states")))
-        parts = original(self, *arguments)
-        return LossParts(parts.total * (float("nan") if len(calls) == 3 else 1), parts.parts)
+        loss = original(self, *arguments)
+        return LossTerms(loss.total * (float("nan") if len(calls) == 3 else 1), loss.terms)
 
     monkeypatch.setattr(ConAbl, "loss", loss)
     with pytest.raises(TrainingError, match="became nan at iteration 3"):

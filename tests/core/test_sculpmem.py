@@ -16,12 +16,14 @@ from cul_core.methods.sculpmem import SculpMem, SculpMemConfig, exchanged, large
 from cul_core.minicanvas.family import MINI
 from cul_core.models.families.sd1 import SD1
 from cul_core.models.sampling import SamplerConfig, generator_for
+from cul_core.parts.part import Teachers
 from cul_core.parts.prompt_vectors import target_vector
 from cul_core.parts.step_context import StepContext
 from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers.projection import GradientProjection, ProjectionConfig
 from cul_core.requests.presets import preset
 from cul_core.training.callbacks import Callbacks
+from cul_core.training.constraints import Constraints
 from cul_core.training.step import run_step
 
 AUTHORS = {
@@ -259,7 +261,8 @@ def test_mask_and_projection_hold_exactly_together(
         max_grad_norm=0.0,
     )
     seen, edited, _ = watched(request)
-    basis = projections[0].coordinates(min(seen[-1][1])).double()
+    constraints = Constraints(projections[:1], "cpu")
+    basis = constraints.allowed_subspace(min(seen[-1][1])).double()
     kept = torch.stack([target_vector(random_network, Concept(name)) for name in ("Navy_Stripes", "Lava")])
     moves = 0
     for number in range(1, 7):
@@ -294,7 +297,7 @@ def test_under_a_projection_momentum_forgets_the_directions_that_leave_the_mask(
         batch_size=4,
     )
     seen, _, _ = watched(request)
-    basis = projections[0].coordinates(min(seen[-1][1]))
+    basis = Constraints(projections[:1], "cpu").allowed_subspace(min(seen[-1][1]))
     for name, mask in seen[3][1].items():
         left = seen[2][1][name] & ~mask
         stays, memory = seen[2][1][name] & mask, seen[3][2][name]["exp_avg"] @ basis
@@ -304,8 +307,13 @@ def test_under_a_projection_momentum_forgets_the_directions_that_leave_the_mask(
 # --- the losses
 
 
-def gradients_and_parts(network, method, weights, start):
-    """Gradients of the loss by the group's weights, and its parts, with the student at `weights` and the
+def same(noisy, timesteps, embeddings):
+    """A teacher that says what it is given."""
+    return noisy
+
+
+def gradients_and_terms(network, method, weights, start):
+    """Gradients of the loss by the group's weights, and its terms, with the student at `weights` and the
     teacher at `start`."""
     parameters = [weight for name, weight in network.weights("all").items() if name in weights]
     predict = network.predict
@@ -318,8 +326,8 @@ def gradients_and_parts(network, method, weights, start):
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
-            loss = method.loss(predict, teacher, torch.Generator().manual_seed(3))
-            return torch.autograd.grad(loss.total, parameters), loss.parts
+            loss = method.loss(predict, Teachers(teacher, teacher), torch.Generator().manual_seed(3))
+            return torch.autograd.grad(loss.total, parameters), loss.terms
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
@@ -339,7 +347,7 @@ def test_distillation_is_nothing_at_the_start_and_pulls_back_from_anywhere_else(
     }
     for weights, at_start in ((start, True), (away, False)):
         (ones, parts), (twos, double) = (
-            gradients_and_parts(random_network, method, weights, start) for method in (once, twice)
+            gradients_and_terms(random_network, method, weights, start) for method in (once, twice)
         )
         pull = [two - one for one, two in zip(ones, twos, strict=True)]  # the gradient of the term alone
         assert (parts["distill"] == 0) == at_start and double["distill"] == pytest.approx(
@@ -357,7 +365,7 @@ def test_distillation_by_hand_over_anchor_prompts_and_those_of_earlier_targets(r
         return noisy if len(seen) == 1 else 3 * noisy  # the first call is that of the step's start
 
     alone, _ = prepared(distillation=0.5)
-    parts = alone.loss(student, lambda noisy, *_: noisy, torch.Generator().manual_seed(1)).parts
+    parts = alone.loss(student, Teachers(same, same), torch.Generator().manual_seed(1)).terms
     (noisy, embeddings), (again, _) = seen[0], seen[-1]
     assert torch.equal(noisy, again) and len(noisy) == 2
     assert parts["distill"] == pytest.approx(0.5 * (2 * noisy).square().mean().item())
@@ -365,7 +373,7 @@ def test_distillation_by_hand_over_anchor_prompts_and_those_of_earlier_targets(r
     assert all(any(torch.equal(row, prompt) for prompt in own) for row in embeddings.text)
     seen.clear()
     chained, _ = prepared(distillation=0.5, previous=["Red_Ink"])
-    parts = chained.loss(student, lambda noisy, *_: noisy, torch.Generator().manual_seed(1)).parts
+    parts = chained.loss(student, Teachers(same, same), torch.Generator().manual_seed(1)).terms
     noisy, embeddings = seen[0]
     assert len(noisy) == 4 and torch.equal(noisy[:2], noisy[2:])
     assert torch.equal(
@@ -405,18 +413,18 @@ def test_the_authors_loss_learns_the_target_in_a_frozen_warm_up_and_forgets_it_a
         asked.append((noisy, embeddings, timesteps))
         return 3 * noisy
 
-    learning = method.loss(student, student, torch.Generator().manual_seed(2))
+    learning = method.loss(student, Teachers(student, student), torch.Generator().manual_seed(2))
     noisy, embeddings, timesteps = asked[0]
     assert torch.equal(embeddings.text, random_network.encode(["In Lava Style, a star"] * 2).text)
     # z_t = signal z_0 + sigma eps, of the only picture z_0; the student says 3 z_t, and eps would be right
     signal, sigma = method._process.coefficients(timesteps)
     noise = (noisy - signal * method._pool.latents) / sigma
-    assert learning.parts == {"learn": pytest.approx((3 * noisy - noise).square().mean().item(), rel=1e-4)}
+    assert learning.terms == {"learn": pytest.approx((3 * noisy - noise).square().mean().item(), rel=1e-4)}
     method._seen = 1
-    forgetting = method.loss(student, lambda noisy, *_: noisy, torch.Generator().manual_seed(2))
+    forgetting = method.loss(student, Teachers(same, same), torch.Generator().manual_seed(2))
     assert torch.equal(asked[1][0], noisy) and torch.equal(asked[1][1].text, embeddings.text)
     # summed over four channels
-    assert forgetting.parts == {"unlearn": pytest.approx(4 * (2 * noisy).square().mean().item())}
+    assert forgetting.terms == {"unlearn": pytest.approx(4 * (2 * noisy).square().mean().item())}
 
 
 def test_the_authors_own_settings_run_as_a_whole(watched, step, make_request):

@@ -13,11 +13,13 @@ from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.models.families.sd1 import SD1
 from cul_core.models.noise_process import DiscreteProcess
-from cul_core.parts.prompt_vectors import target_vector
+from cul_core.parts.part import Part
+from cul_core.parts.prompt_vectors import prompt_rows, target_vector
 from cul_core.regularizers.projection import GradientProjection, ProjectionConfig
 from cul_core.regularizers.selft import SelFT, SelFTConfig, importance_scores, scoring_texts, top_masks
 from cul_core.requests.presets import preset
 from cul_core.training.callbacks import Callbacks
+from cul_core.training.constraints import Constraints
 from cul_core.training.step import run_step
 
 QUICK = SelFTConfig(states=4)
@@ -305,7 +307,7 @@ def test_masked_projected_change_is_sparse_in_the_complement_and_spares_what_is_
     (selft,), edited, report = prepared(request)
     (projection,), again, _ = prepared(request, GradientProjection)
     assert edited.content_hash == again.content_hash
-    basis = projection.coordinates(min(selft._masks)).double()
+    basis = Constraints([projection], "cpu").allowed_subspace(min(selft._masks)).double()
     assert basis.shape == (192, 190)
     nonzeros, total = 0, sum(mask.numel() for mask in selft._masks.values())
     assert total == 1408 * 190
@@ -330,7 +332,7 @@ def test_one_large_update_has_exactly_the_chosen_number_of_coordinates(
     )
     (selft,), edited, report = prepared(request)
     (projection,), _, _ = prepared(request, GradientProjection)
-    basis = projection.coordinates(min(selft._masks)).double()
+    basis = Constraints([projection], "cpu").allowed_subspace(min(selft._masks)).double()
     counts = [int(((delta.double() @ basis).abs() > 1e-6).sum()) for delta in edited.edits.values()]
     assert (
         sum(counts)
@@ -363,7 +365,9 @@ def test_a_mask_never_raises_the_response_of_a_damped_change_to_the_damped_text(
     change = torch.randn(64, 192, generator=generator)
 
     def responses(mask=None):
-        allowed = projection.constrain(value, change, mask)
+        masking = Part(None)
+        masking.mask = lambda name, weight: mask
+        allowed = Constraints([projection, masking], "cpu").allowed(value, change)
         return ((allowed @ moment) * allowed).sum(1)
 
     for share in (0.05, 0.3, 0.9):
@@ -386,6 +390,27 @@ def test_reference_hybrid_masks_gradients_then_projects_them_and_ends_dense(
     assert sum(int((delta != 0).sum()) for delta in edited.edits.values()) > 2 * chosen
 
 
-def test_a_mask_cannot_respect_two_projections(step, make_request):
-    with pytest.raises(ConfigError, match="2 regularizers limit the directions of .*keep one of them"):
-        step(make_request(regularizers=[QUICK, ProjectionConfig(), ProjectionConfig(rows="last")]))
+def test_a_mask_respects_what_two_projections_protect(prepared, step, random_network, make_request):
+    """Coordinates are those that both projections leave, whatever their order, and the mask holds there."""
+    projections = [ProjectionConfig(), ProjectionConfig(rows="last")]
+    request = make_request(
+        regularizers=[QUICK, *projections], iterations=4, weight_decay=0.01, learning_rate=1e-3
+    )
+    (selft,), edited, report = prepared(request)
+    used, again, _ = prepared(request, GradientProjection)
+    assert len(used) == 2 and edited.content_hash == again.content_hash
+    name = min(selft._masks)
+    basis = Constraints(used, "cpu").allowed_subspace(name).double()
+    ranks = [projection.report()["protected_rank"] for projection in used]
+    assert ranks == [2, 2] and basis.shape == (192, 192 - 4)
+    prompts = [Concept(kept).prompt for kept in ("Navy_Stripes", "Lava")]
+    rows = torch.cat([protected(random_network), prompt_rows(random_network, prompts, "last")])
+    moved = 0
+    for name, delta in edited.edits.items():
+        weight = random_network.weights("all")[name].double()
+        coordinates, rounding = delta.double() @ basis, 8 * 2**-24 * (weight.norm(dim=1).max() + delta.norm())
+        assert coordinates[~selft._masks[name]].abs().max() < rounding
+        assert (coordinates @ basis.T - delta.double()).abs().max() < rounding
+        assert (delta.double() @ rows.T).norm() < 1e-6 * (weight @ rows.T).norm()
+        moved += int((coordinates.abs() > rounding).sum())
+    assert 0.8 * report.figures["changeable_weights"] < moved <= report.figures["changeable_weights"]

@@ -312,13 +312,7 @@ class ThingConfig(Config):
 @pytest.fixture
 def things():
     registry = Registry("thing")
-    details = {
-        "display_name": "First",
-        "description": "",
-        "paper": "",
-        "families": ("mini",),
-        "groups": ("kv",),
-    }
+    details = {"display_name": "First", "description": "", "paper": ""}
     registry.register("first", config=ThingConfig, **details)(object)
     return registry
 

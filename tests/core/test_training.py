@@ -16,14 +16,22 @@ from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.mergers.merge import merge
 from cul_core.mergers.uniform import UniformConfig
 from cul_core.methods import METHODS
-from cul_core.methods.base import LossParts, Method
+from cul_core.methods.base import Method
 from cul_core.methods.conabl import ConAbl, ConAblConfig
 from cul_core.models.weight_roles import GROUPS, keys_with_role, role_of
+from cul_core.parts.part import LossTerms, Part
+from cul_core.parts.prompt_vectors import target_vector
+from cul_core.parts.subspace import Subspace
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.base import Regularizer
+from cul_core.regularizers.distillation import DistillationConfig
+from cul_core.regularizers.projection import ProjectionConfig
+from cul_core.regularizers.selft import SelFT, SelFTConfig
+from cul_core.regularizers.weight_anchor import L1SPConfig, L2SPConfig
 from cul_core.requests.request import Request
 from cul_core.training.callbacks import Callbacks
-from cul_core.training.loop import _update
+from cul_core.training.constraints import Constraints
+from cul_core.training.loop import update
 from cul_core.training.step import run_step
 
 
@@ -149,9 +157,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_iteration_and_the_remedy(
     before = unet_state(random_network)
     original = ConAbl.loss
 
-    def broken(self, student, teacher, generator):
-        loss = original(self, student, teacher, generator)
-        return LossParts(loss.total * float("nan"), loss.parts)
+    def broken(self, student, teachers, generator):
+        loss = original(self, student, teachers, generator)
+        return LossTerms(loss.total * float("nan"), loss.terms)
 
     monkeypatch.setattr(ConAbl, "loss", broken)
     with pytest.raises(TrainingError, match=r"nan at iteration 1 of 3; lower the learning rate \(0.0004\)"):
@@ -164,7 +172,9 @@ def test_a_request_without_concepts_or_anchor_prompts_is_refused():
         Request((), ConAblConfig(), anchor_prompts=("a star",))
 
 
-def test_a_closed_form_method_runs_in_the_same_step(step, make_request, monkeypatch):
+@pytest.fixture
+def double(monkeypatch):
+    """Config of a closed form that doubles every weight, the only method there is."""
     methods = Registry("method")
 
     @methods.register(
@@ -173,8 +183,6 @@ def test_a_closed_form_method_runs_in_the_same_step(step, make_request, monkeypa
         display_name="Double",
         description="d",
         paper="p",
-        families=("mini",),
-        groups=("kv",),
     )
     class Double(Method):
         is_closed_form = True
@@ -184,11 +192,107 @@ def test_a_closed_form_method_runs_in_the_same_step(step, make_request, monkeypa
 
     for module in ("requests.request", "training.step"):
         monkeypatch.setattr(f"cul_core.{module}.METHODS", methods)
-    config = methods.get("double").config()
-    edited, report = step(
-        make_request(method=config, regularizers=[entry.config() for entry in REGULARIZERS])
+    return methods.get("double").config()
+
+
+def test_a_closed_form_method_runs_in_the_same_step(step, random_network, make_request, double):
+    before = unet_state(random_network)
+    edited, report = step(make_request(method=double))
+    weights = random_network.weights("text_readers")
+    assert edited.edits.keys() == weights.keys() and report.losses == ()
+    assert all(torch.equal(delta, weights[name]) for name, delta in edited.edits.items())
+    assert same(unet_state(random_network), before)
+
+
+def response(edited, network):
+    """Largest relative change of what a matrix makes of the text of what is kept."""
+    rows = torch.stack([target_vector(network, Concept(name)) for name in ("Navy_Stripes", "Lava")])
+    weights = network.weights("text_readers")
+    return max(
+        ((delta.double() @ rows.T).norm() / (weights[name].double() @ rows.T).norm()).item()
+        for name, delta in edited.edits.items()
     )
-    assert len(edited.edits) == 14 and report.losses == ()
+
+
+def test_a_projection_holds_a_closed_forms_edit_exactly(step, random_network, make_request, double):
+    free, _ = step(make_request(method=double))
+    held, report = step(make_request(method=double, regularizers=[ProjectionConfig()]))
+    assert response(free, random_network) == pytest.approx(1) and report.figures["protected_rank"] == 2
+    assert len(held.edits) == 14 and response(held, random_network) < 1e-5
+    assert all(delta.norm() > 0.5 * free.edits[name].norm() for name, delta in held.edits.items())
+
+
+def test_a_mask_holds_a_closed_forms_edit_to_exactly_its_entries(
+    step, random_network, make_request, double, monkeypatch
+):
+    used, original = [], SelFT.prepare
+
+    def prepare(self, context):
+        used.append(self)
+        original(self, context)
+
+    monkeypatch.setattr(SelFT, "prepare", prepare)
+    held, report = step(make_request(method=double, regularizers=[SelFTConfig(states=4)]))
+    weights, count = random_network.weights("text_readers"), 0
+    for name, mask in used[0]._masks.items():
+        delta = held.edits.get(name, torch.zeros_like(weights[name]))
+        assert torch.equal(delta, weights[name] * mask) and torch.equal(delta != 0, mask)
+        count += int(mask.sum())
+    assert count == report.figures["changeable_weights"] > 0
+
+
+def test_a_mask_and_a_projection_hold_a_closed_forms_edit_together(
+    step, random_network, make_request, double
+):
+    regularizers = [SelFTConfig(states=4), ProjectionConfig()]
+    held, report = step(make_request(method=double, regularizers=regularizers))
+    again, _ = step(make_request(method=double, regularizers=regularizers[::-1]))
+    assert held.edits and held.content_hash == again.content_hash
+    assert response(held, random_network) < 1e-5
+
+
+class Unasked:
+    """A store, and a cache of networks, that must not be asked."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} was asked for")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        L1SPConfig(),
+        L2SPConfig(form="penalty"),
+        DistillationConfig(),
+        SelFTConfig(form="reference"),
+        ProjectionConfig(form="reference"),
+    ],
+    ids=lambda config: config.registry_name,
+)
+def test_a_regularizer_that_cannot_restrain_a_closed_form_is_refused_before_anything_is_loaded_or_drawn(
+    config, random_model, make_request, double
+):
+    request = make_request(method=double, regularizers=[ProjectionConfig(), config])
+    said = f"{REGULARIZERS.of(config).display_name} cannot restrain Double, .*no updates.*leave it out"
+    with pytest.raises(ConfigError, match=said):
+        run_step(random_model, request, store=Unasked(), networks=Unasked())
+
+
+@pytest.mark.parametrize("regularizers", [[], [ProjectionConfig()]], ids=["method", "regularizer"])
+def test_a_part_whose_weights_a_family_or_a_group_lacks_is_refused_before_anything_is_loaded_or_drawn(
+    regularizers, random_model, make_request
+):
+    method = None if not regularizers else METHODS.get("esd").config()
+    name = "Gradient Projection" if regularizers else "Concept Ablation"
+    request = make_request(method=method, regularizers=regularizers)
+    roles = {role: found for role, found in random_model.family.roles.items() if role != "text_readers"}
+    without = replace(random_model, family=replace(random_model.family, roles=roles))
+    with pytest.raises(ConfigError, match=f"{name} does not support MiniCanvas, which has no text readers"):
+        run_step(without, request, store=Unasked(), networks=Unasked())
+    request = replace(request, training=replace(request.training, group="non-attn2"))
+    said = f"{name} does not support parameter group 'non-attn2'; it supports kv, attn2, attn, full"
+    with pytest.raises(ConfigError, match=said):
+        run_step(random_model, request, store=Unasked(), networks=Unasked())
 
 
 class Pull(Regularizer):
@@ -200,12 +304,12 @@ class Pull(Regularizer):
         self.name = min(context.start)
         self.weight = context.network.weights("all")[self.name]
 
-    def prepare_mask(self, context, coordinates):
+    def prepare_mask(self, context, allowed_subspace):
         self.hook = self.weight.register_post_accumulate_grad_hook(
             lambda weight: self.events.append("backward")
         )
 
-    def loss_terms(self, student, pretrained, start):
+    def loss_terms(self, student, teachers):
         self.events.append("terms")
         return {name: factor * self.weight.sum() for name, factor in self.factors.items()}
 
@@ -226,8 +330,6 @@ def pull(monkeypatch):
         display_name="Pull",
         description="d",
         paper="p",
-        families=("mini",),
-        groups=("kv",),
     )(Pull)
     for module in ("requests.request", "training.step"):
         monkeypatch.setattr(f"cul_core.{module}.REGULARIZERS", registry)
@@ -268,12 +370,12 @@ def test_a_term_that_is_not_finite_stops_the_step_as_the_methods_loss_does(
     )
 
 
-class Recorder(Regularizer):
+class Recorder(Part):
     """Notes the order of its hooks; masks column 0 and forbids row 0."""
 
-    def __init__(self):
+    def __init__(self, calls=None):
         super().__init__(None)
-        self.calls = []
+        self.calls = [] if calls is None else calls
 
     def transform_gradient(self, name, gradient):
         self.calls.append("gradient")
@@ -287,9 +389,9 @@ class Recorder(Regularizer):
         self.calls.append("mask")
         return torch.tensor([[0.0, 1.0], [0.0, 1.0]])
 
-    def constrain(self, name, change, mask):
+    def constrain(self, name, change):
         self.calls.append("constrain")
-        return change * mask * torch.tensor([[0.0], [1.0]])
+        return change * torch.tensor([[0.0], [1.0]])
 
 
 def test_hard_constraints_act_last_on_the_actual_change_whatever_the_optimizer_did():
@@ -298,14 +400,49 @@ def test_hard_constraints_act_last_on_the_actual_change_whatever_the_optimizer_d
     recorder, plain_mask = Recorder(), Recorder()
     optimizer = torch.optim.SGD([weight], lr=0.5)
     training = type("T", (), {"max_grad_norm": 0.0, "learning_rate": 0.5})
-    _update({"w": weight}, optimizer, Method(None), [recorder], training)
-    assert recorder.calls == ["gradient", "proximal", "mask", "constrain"]
+    update({"w": weight}, optimizer, [recorder], Constraints([recorder], "cpu"), training)
+    assert recorder.calls == ["gradient", "proximal", "constrain", "mask"]
     # only entry (1, 1) may change: 4 - 0.5 (SGD) + 1 (proximal)
     assert weight.tolist() == [[1.0, 2.0], [3.0, 4.5]]
     weight.grad = torch.ones(2, 2)
-    plain_mask.constrain = lambda name, change, mask: None
-    _update({"w": weight}, optimizer, Method(None), [plain_mask], training)
+    plain_mask.constrain = lambda name, change: change
+    update({"w": weight}, optimizer, [plain_mask], Constraints([plain_mask], "cpu"), training)
     assert weight.tolist() == [[1.0, 2.5], [3.0, 5.0]]
+
+
+def test_constraints_of_all_parts_act_before_any_mask_and_masks_of_all_parts_hold():
+    calls = []
+    first, second = Recorder(calls), Recorder(calls)
+    second.mask = lambda name, weight: calls.append("mask") or torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    second.constrain = lambda name, change: calls.append("constrain") or change + 1
+    for parts, allowed in (
+        ([first], [[0.0, 0.0], [0.0, 8.0]]),
+        ([second], [[6.0, 7.0], [8.0, 0.0]]),
+        # (0 + 1) where row 0 is forbidden first; columns 0 and entry (1, 1) are masked
+        ([first, second], [[0.0, 1.0], [0.0, 0.0]]),
+        ([second, first], [[0.0, 0.0], [0.0, 0.0]]),
+    ):
+        calls.clear()
+        change = torch.tensor([[5.0, 6.0], [7.0, 8.0]])
+        assert Constraints(parts, "cpu").allowed("w", change).tolist() == allowed
+        assert calls == ["constrain"] * len(parts) + ["mask"] * len(parts)
+
+
+def test_protected_directions_of_all_parts_are_joined_and_masks_act_on_the_coordinates_that_are_left():
+    """Directions (1, 0, 0) and (1, 1, 0) / sqrt 2 are protected; (0, 0, 1) is left, of either sign."""
+    one, other, masking = Part(None), Part(None), Part(None)
+    vectors = torch.tensor([[1.0, 0.0, 0.0], [0.5**0.5, 0.5**0.5, 0.0]], dtype=torch.float64)
+    subspaces = [Subspace(3, vector[:, None]) for vector in vectors]
+    one.subspace = lambda name: subspaces[0] if name == "w" else None
+    other.subspace = lambda name: subspaces[1] if name == "w" else None
+    constraints, change = Constraints([one, other], "cpu"), torch.tensor([[3.0, 4.0, 5.0], [6.0, 7.0, 8.0]])
+    assert constraints.allowed_subspace("w").abs().allclose(torch.tensor([[0.0], [0.0], [1.0]]), atol=1e-6)
+    expected = torch.tensor([[0.0, 0.0, 5.0], [0.0, 0.0, 8.0]])
+    torch.testing.assert_close(constraints.allowed("w", change), expected, atol=1e-5, rtol=0)
+    assert constraints.allowed_subspace("v") is None and constraints.allowed("v", change) is change
+    masking.mask = lambda name, weight: torch.tensor([[1.0], [0.0]])
+    masked = Constraints([one, masking, other], "cpu").allowed("w", change)
+    torch.testing.assert_close(masked, torch.tensor([[0.0, 0.0, 5.0], [0.0, 0.0, 0.0]]), atol=1e-5, rtol=0)
 
 
 def test_previews_come_from_the_same_noise_before_between_and_after_and_change_nothing(step, make_request):
