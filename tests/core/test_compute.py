@@ -353,13 +353,17 @@ def test_masters_take_updates_that_bf16_would_lose_and_w0_is_never_rounded(
     assert rounded and moved > 0.9 and lost > 0.8
 
 
-@pytest.mark.parametrize("compute", [BF16, FP16], ids=["bf16", "fp16"])
-def test_gradients_in_low_precision_are_about_the_exact_ones(compute, gradients):
+@pytest.mark.parametrize(("compute", "error"), [(BF16, 0.3), (FP16, 0.3 / 8)], ids=["bf16", "fp16"])
+def test_gradients_in_low_precision_are_about_the_exact_ones(compute, error, gradients):
+    """Rounding is eight times as fine in fp16, and so are the gradients' errors; the scale of losses is gone
+    again."""
     exact, low = gradients(ConAblConfig()), gradients(ConAblConfig(), compute)
     for name, gradient in exact[0].items():
         assert torch.cosine_similarity(gradient.flatten(), low[0][name].flatten(), 0) > 0.97
-        # the scale is gone again
-        assert low[0][name].norm() == pytest.approx(gradient.norm().item(), rel=0.05)
+        # a norm is off by no more than this, which no rounding bounds at 0.05 where the error is 0.2
+        assert (low[0][name] - gradient).norm() < error * gradient.norm()
+    wholes = [torch.cat([gradient.flatten() for gradient in found[0].values()]) for found in (exact, low)]
+    assert wholes[1].norm() == pytest.approx(wholes[0].norm().item(), rel=error / 6)
 
 
 def test_everything_at_once_trains_in_low_precision_and_offloaded_masters_give_the_same_bits(
