@@ -17,7 +17,7 @@ from ..cul_core.models.load_diffusers import NetworkCache, require_diffusers
 from ..cul_core.output.charts import labelled_grid, loss_curve
 from ..cul_core.output.report import brief_text, step_text
 from ..cul_core.requests.presets import PRESETS
-from ..cul_core.requests.previews import preview_prompts
+from ..cul_core.requests.previews import preview_interval, preview_prompts
 from ..cul_core.requests.request import Request
 from ..cul_core.requests.resolve import Overrides, resolve
 from ..cul_core.store.steps import StepStore
@@ -52,8 +52,8 @@ def _how_to_train() -> list[io.Input]:
             default=20,
             min=0,
             max=100_000,
-            tooltip="Iterations between live previews, always of the same prompts and noise. 0 turns them "
-            "off.",
+            tooltip="Iterations between live previews, always of the same prompts and noise; more where "
+            "previews would take over a twentieth of the training. 0 turns them off.",
         ),
         Method.Input("method", optional=True, tooltip="Takes the place of the preset's method."),
         Regularizers.Input(
@@ -145,7 +145,7 @@ class _Watch:
             on_anchors,
             on_preview,
             tuple(prompt for _, prompt in shown),
-            self._every,
+            preview_interval(request, self._every, len(shown)),
             on_message,
         )
 

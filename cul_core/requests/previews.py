@@ -1,12 +1,21 @@
-"""Prompts of the previews that show a request in training."""
+"""Previews of a step in training: their prompts, their sampler, and the interval between them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from ..concepts.concept import Concept
+from ..methods import METHODS
+from ..models.sampling import SamplerConfig
+from ..regularizers import REGULARIZERS
 from .request import Request
+
+PREVIEW_SAMPLER = SamplerConfig(steps=8)
+_LARGEST_SHARE = 1 / 20
+_TRAINED = 3
+"""Predictions that one with gradients takes as long as: the backward pass is twice the forward one."""
 
 
 def preview_prompts(request: Request) -> list[tuple[str, str]]:
@@ -32,6 +41,19 @@ def preview_prompts(request: Request) -> list[tuple[str, str]]:
     return [pair for concept in targets for pair in shown("forget", concept, 3 - len(targets))] + (
         kept or [("anchor", prompt) for prompt in _spread(request.anchor_prompts, 2)]
     )
+
+
+def preview_interval(request: Request, wanted: int, count: int) -> int:
+    """Updates between previews of `count` prompts: as many as wanted, or more, so that a preview takes at
+    most a twentieth of the predictions that the updates since the last one took; 0 stays 0, none at all."""
+    parts = [METHODS.of(request.method).cls(request.method)]
+    parts += [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
+    captions = len(set(request.anchor_prompts))
+    costs = [part.cost(request.training, request.concepts, (), captions) for part in parts]
+    update = sum(_TRAINED * cost.student_images + cost.teacher_images for cost in costs)
+    guided = 1 if PREVIEW_SAMPLER.guidance_scale == 1 else 2
+    preview = count * PREVIEW_SAMPLER.steps * guided
+    return max(wanted, math.ceil(preview / (_LARGEST_SHARE * max(update, 1)))) if wanted else 0
 
 
 def _spread(items: Sequence[str], count: int) -> Sequence[str]:

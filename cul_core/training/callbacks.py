@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..models.network import Network
-from ..models.sampling import SamplerConfig, generator_for, sample_latents
-
-_PREVIEW_SAMPLER = SamplerConfig(steps=8)
+from ..models.sampling import generator_for, sample_latents
+from ..requests.previews import PREVIEW_SAMPLER
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,6 @@ class Callbacks:
             generators = [generator_for(0, "preview", i) for i in range(len(self.preview_prompts))]
             batch_size = min(len(generators), network.family.sampling_batch)
             latents = sample_latents(
-                network, self.preview_prompts, generators, _PREVIEW_SAMPLER, batch_size=batch_size
+                network, self.preview_prompts, generators, PREVIEW_SAMPLER, batch_size=batch_size
             )
             self.on_preview(iteration, latents)

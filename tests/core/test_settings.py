@@ -27,7 +27,7 @@ from cul_core.parts.training_config import TrainingConfig
 from cul_core.regularizers import REGULARIZERS
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.requests.presets import PRESETS, preset
-from cul_core.requests.previews import preview_prompts
+from cul_core.requests.previews import PREVIEW_SAMPLER, preview_interval, preview_prompts
 from cul_core.requests.request import Request
 
 # --- concepts
@@ -114,6 +114,21 @@ def test_anchor_prompts_follow_the_kind_and_previews_show_target_and_kept():
     assert "cat" in shown[0][1] and "dog" in shown[2][1] and "tree" not in shown[2][1]
     alone = preview_prompts(replace(request, retain=()))
     assert [label for label, _ in alone[2:]] == ["anchor", "anchor"]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "wanted", "interval"),
+    [(4, 20, 80), (4, 100, 100), (16, 20, 20), (1, 20, 320), (4, 1, 80), (4, 0, 0)],
+)
+def test_previews_take_at_most_a_twentieth_of_the_training(batch_size, wanted, interval):
+    """An update predicts a batch with gradients, as long as three without, and once by the teacher; a preview
+    of four prompts in eight guided steps predicts 64 times."""
+    assert PREVIEW_SAMPLER.steps == 8 and PREVIEW_SAMPLER.guidance_scale > 1
+    request = preset("recommended").request(
+        [Concept("Lava")], retain=(), anchor_prompts=anchor_prompts(MINI, [Concept("Lava")]), seed=0
+    )
+    request = replace(request, training=replace(request.training, batch_size=batch_size))
+    assert preview_interval(request, wanted, 4) == interval
 
 
 @pytest.mark.parametrize("family", [MINI, SD1], ids=lambda family: family.name)

@@ -52,14 +52,14 @@ with torch.no_grad():
     pictures = vae.decode(model.model.process_latent_out(latents)).movedim(-1, 1)
     ids = [[int(token[0]) for token in clip.tokenize(prompt)["l"][0]] for prompt in prompts]
 
-hosted, training, types, chain, concepts = (
+hosted, training, types, chain, parsing = (
     importlib.import_module(f"continual-unlearning.{name}")
     for name in (
         "nodes._host",
         "nodes.unlearn",
         "nodes._types",
         "cul_core.output.checkpoint",
-        "cul_core.concepts.concept",
+        "cul_core.concepts.parsing",
     )
 )
 
@@ -93,7 +93,7 @@ vae.decode = lambda latent: (batches.append(len(latent)), decoded(latent))[1]
 whole = hosted.preview(loaded, latents)
 left = len(comfy.model_management.current_loaded_models)
 tiled = hosted.preview(dataclasses.replace(loaded, vae=FullDevice(vae.decode_tiled)), latents)
-targets = concepts.ConceptList(concepts.parse_requests("Candy Stripes", "style", "")[0])
+targets = parsing.ConceptList(parsing.parse_requests("Candy Stripes", "style", "")[0])
 watches = []
 for broken in (FullDevice(), None):
     recorder, watched = Recorder(), dataclasses.replace(loaded, vae=broken)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cul_core.audits import AUDITS
 from cul_core.methods import METHODS
 from cul_core.regularizers import REGULARIZERS
 
@@ -44,9 +45,9 @@ def test_every_node_of_the_pack_is_there_and_only_once(ours):
         "History",
         "Store",
     }
-    registered = {f"Method_{entry.name}" for entry in METHODS} | {
-        f"Regularizer_{entry.name}" for entry in REGULARIZERS
-    }
+    registries = {"Method": METHODS, "Regularizer": REGULARIZERS, "Audit": AUDITS}
+    registered = {f"{kind}_{entry.name}" for kind, registry in registries.items() for entry in registry}
+    registered.remove("Audit_classification")  # its node is Evaluate Forgetting
     assert {name.removeprefix("CUL_") for name in ours} == plain | registered
     assert len({node["display_name"] for node in ours.values()}) == len(ours)
 
