@@ -218,8 +218,8 @@ def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
             of_request(
                 "anchor pictures, s",
                 "anchors",
-                f"{job['anchors']} images, {job['anchor_steps']} guided steps each; the reference also loads a "
-                "pipeline, decodes and writes JPEG",
+                f"{job['anchors']} images, {job['anchor_steps']} guided steps each; the reference also loads "
+                "a pipeline, decodes and writes JPEG",
             ),
             of_request("anchor pictures, cpu s", "anchors_cpu"),
             of_request(
