@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.config import Config
-from .common import ProgressLine, add_command, say, write_json
+from .common import JSON_HELP, ProgressLine, add_command, say, write_json
 
 
 def add(commands: Any) -> None:
@@ -37,6 +37,8 @@ def add(commands: Any) -> None:
             default=[],
             help="forgotten concepts; those in the file's history if not given",
         )
+        # also behind the audit's name; without a default, which would undo one before it
+        audit.add_argument("--json", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=JSON_HELP)
         _add_settings(audit, entry.config())
 
 

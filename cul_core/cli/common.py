@@ -14,6 +14,8 @@ from ..base.errors import ConfigError, brief_repr
 if TYPE_CHECKING:
     import torch
 
+JSON_HELP = "also write the figures to this file"
+
 
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str
@@ -22,7 +24,7 @@ def add_command(
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = commands.add_parser(name, help=help, description=help, formatter_class=formatter)
     parser.set_defaults(run=run)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP)
     return parser
 
 
