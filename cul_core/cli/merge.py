@@ -13,8 +13,10 @@ from .common import add_command, check_can_write, say, write_json
 
 def add(commands: Any) -> None:
     """Add the command to argparse's group."""
+    from ..mergers import MERGERS
     from ..minicanvas.models import CHECKPOINT_PATH
 
+    methods = ", ".join(entry.name for entry in MERGERS)
     parser = add_command(
         commands,
         "merge",
@@ -28,7 +30,7 @@ def add(commands: Any) -> None:
         default=CHECKPOINT_PATH,
         help="the checkpoint that all of them were made from",
     )
-    parser.add_argument("--how", default="ties", help="way of merging: uniform, task_arithmetic or ties")
+    parser.add_argument("--how", default="ties", help=f"merging method: one of {methods}")
     parser.add_argument(
         "--strength", type=float, help="factor of the merged change; for ties and task_arithmetic"
     )
