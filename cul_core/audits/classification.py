@@ -98,6 +98,7 @@ class Classification(Audit):
     ) -> AuditReport:
         classifier, pictures = classifier_of(model.family), self.config.pictures
         names = [concept.target for concept in concepts]
+        classifier.check(names)
         names = names or [values["target"] for values in model.forgotten]
         total = classifier.count(names, pictures)
         scores = classifier.evaluate(

@@ -3,11 +3,13 @@ nothing behind."""
 
 import errno
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from cul_core import __version__
+from cul_core.audits import AUDITS
+from cul_core.audits.classifier_scores import Shot, Verdict, score
 from cul_core.cli import main
 from cul_core.history.step_record import read_history
 from cul_core.requests.presets import Preset
@@ -200,7 +202,9 @@ def test_request_that_cannot_work_is_one_line_and_writes_nothing(unlearn, capsys
 
 
 @pytest.mark.parametrize(
-    "command", [["inspect"], ["evaluate"], ["unlearn", "Lava", "--model"]], ids=lambda command: command[0]
+    "command",
+    [["inspect"], ["evaluate"], ["audit", "classification"], ["unlearn", "Lava", "--model"]],
+    ids=lambda command: command[0],
 )
 @pytest.mark.parametrize("name", ["cut_short.safetensors", "missing.safetensors", "pickle.ckpt"])
 def test_unusable_file_is_one_line_that_names_it(random_checkpoint, tmp_path, capsys, command, name):
@@ -225,6 +229,61 @@ def test_evaluate_of_an_unknown_style_is_refused(random_checkpoint, capsys):
     assert "no style 'Rococo'" in refused(
         capsys, main(["evaluate", str(random_checkpoint), "--target", "Rococo"])
     )
+
+
+def test_audit_of_an_unknown_style_is_refused(random_checkpoint, capsys):
+    assert "no style 'Rococo'" in refused(
+        capsys, main(["audit", "classification", str(random_checkpoint), "--target", "Rococo"])
+    )
+
+
+class Classifier:
+    """Sees the target gone in three of four pictures, and keeps what it was asked."""
+
+    asked: dict = {}
+
+    def check(self, names):
+        self.asked["checked"] = list(names)
+
+    def count(self, names, per_cell):
+        return 2 * per_cell
+
+    def evaluate(self, network, model, names, *, seed, per_cell, on_batch):
+        self.asked |= {"names": list(names), "seed": seed, "per_cell": per_cell, "model": model}
+        on_batch(2 * per_cell)
+        shots = [Shot("a cat", "Lava", "cat", "target", i) for i in range(4)]
+        return score(shots, [Verdict("Lava" if i == 0 else "Frost", "cat") for i in range(4)])
+
+
+def test_audit_asks_for_what_the_history_says_and_prints_verdict_figures_and_intervals(
+    unlearn, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("cul_core.audits.classification.classifier_of", lambda family: Classifier())
+    monkeypatch.setattr(Classifier, "asked", {})
+    assert unlearn("Lava", "--iterations", "1") == 0
+    capsys.readouterr()
+    path, json_path = tmp_path / "out.safetensors", tmp_path / "figures.json"
+    given = ["audit", "classification", str(path), "--pictures", "3", "--seed", "7", "--json", str(json_path)]
+    assert main(given) == 0
+    out, asked = capsys.readouterr().out, Classifier.asked
+    assert out.splitlines()[0] == "Of Lava: 75 % of it is gone." and "UA" in out and "75.0" in out
+    assert (asked["checked"], asked["names"], asked["seed"], asked["per_cell"]) == ([], ["Lava"], 7, 3)
+    assert [record.targets for record in asked["model"].history] == [("Lava",)]
+    values = json.loads(json_path.read_text())
+    assert values["verdict"] == out.splitlines()[0]
+    ua = values["figures"]["ua"]
+    assert ua["value"] == 75.0 and 0 <= ua["low"] < 75 < ua["high"] <= 100
+    assert main([*given, "--target", "Frost", "Denim"]) == 0
+    assert Classifier.asked["checked"] == Classifier.asked["names"] == ["Frost", "Denim"]
+
+
+def test_every_audit_has_a_command_with_its_settings(capsys):
+    for entry in AUDITS:
+        with pytest.raises(SystemExit):
+            main(["audit", entry.name, "--help"])
+        out = capsys.readouterr().out
+        for field in fields(entry.config):
+            assert f"--{field.name.replace('_', '-')}" in out
 
 
 def test_output_folder_that_is_a_file_is_noticed_before_training(unlearn, tmp_path, capsys):
@@ -264,7 +323,20 @@ def test_interrupted_step_is_one_line_and_writes_nothing(unlearn, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["unlearn"], ["merge"], ["evaluate"], ["inspect"]], ids=str
+    "command",
+    [
+        [],
+        ["demo"],
+        ["unlearn"],
+        ["merge"],
+        ["evaluate"],
+        ["audit"],
+        ["audit", "classification"],
+        ["benchmark"],
+        ["store"],
+        ["inspect"],
+    ],
+    ids=str,
 )
 def test_help_is_printed(command, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -358,23 +358,32 @@ def test_distillation_is_nothing_at_the_start_and_pulls_back_from_anywhere_else(
 
 
 def test_distillation_by_hand_over_anchor_prompts_and_those_of_earlier_targets(random_network, prepared):
-    seen = []
+    seen, started = [], []
 
     def student(noisy, timesteps, embeddings):
         seen.append((noisy, embeddings))
-        return noisy if len(seen) == 1 else 3 * noisy  # the first call is that of the step's start
+        return 3 * noisy
+
+    def start(noisy, timesteps, embeddings):
+        started.append((noisy, embeddings))
+        return noisy
+
+    def pretrained(noisy, timesteps, embeddings):
+        raise AssertionError("the pretrained model was asked")
+
+    teachers = Teachers(pretrained, start)
 
     alone, _ = prepared(distillation=0.5)
-    parts = alone.loss(student, Teachers(same, same), torch.Generator().manual_seed(1)).terms
-    (noisy, embeddings), (again, _) = seen[0], seen[-1]
-    assert torch.equal(noisy, again) and len(noisy) == 2
+    parts = alone.loss(student, teachers, torch.Generator().manual_seed(1)).terms
+    (noisy, embeddings), (again, asked) = started[0], seen[-1]
+    assert torch.equal(noisy, again) and torch.equal(embeddings.text, asked.text) and len(noisy) == 2
     assert parts["distill"] == pytest.approx(0.5 * (2 * noisy).square().mean().item())
     own = random_network.encode(["a star", "a house"]).text
     assert all(any(torch.equal(row, prompt) for prompt in own) for row in embeddings.text)
-    seen.clear()
+    started.clear()
     chained, _ = prepared(distillation=0.5, previous=["Red_Ink"])
-    parts = chained.loss(student, Teachers(same, same), torch.Generator().manual_seed(1)).terms
-    noisy, embeddings = seen[0]
+    parts = chained.loss(student, teachers, torch.Generator().manual_seed(1)).terms
+    noisy, embeddings = started[0]
     assert len(noisy) == 4 and torch.equal(noisy[:2], noisy[2:])
     assert torch.equal(
         embeddings.text[2:], random_network.encode(["An image in the style of Red Ink"] * 2).text
