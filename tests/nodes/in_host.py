@@ -97,7 +97,7 @@ targets = parsing.ConceptList(parsing.parse_requests("Candy Stripes", "style", "
 watches = []
 for broken in (FullDevice(), None):
     recorder, watched = Recorder(), dataclasses.replace(loaded, vae=broken)
-    request = training._preset_request(watched, targets, "plain", 0, None, None, None)
+    request = training._request(watched, targets, "plain", 0, None, None, None)
     watch = training._Watch(watched, [request], 4)
     watch._progress = recorder
     on_preview = watch.callbacks(request).on_preview
