@@ -231,8 +231,9 @@ def passes(
     key = network.family, dtype, group, is_checkpointed
     if key not in _counted:
         known = _table(network.family).get(table_key(dtype, group, is_checkpointed))
-        blank = _blank(network, dtype)
-        _counted[key] = Passes(**known) if known else count_passes(blank, group, 1, is_checkpointed)
+        _counted[key] = (
+            Passes(**known) if known else count_passes(_blank(network, dtype), group, 1, is_checkpointed)
+        )
     return _counted[key].of(count)
 
 

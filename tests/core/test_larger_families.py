@@ -1,8 +1,9 @@
 """Small models with the layout of Stable Diffusion 2.x and XL: what their networks are told, how they train,
 and what is written."""
 
+import json
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,8 @@ from cul_core.files.safetensors_format import read_header
 from cul_core.methods import METHODS
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.esd import ESDConfig
+from cul_core.models.build_diffusers import build_unet
+from cul_core.models.diffusers_network import DiffusersNetwork
 from cul_core.models.families.sdxl import SDXL
 from cul_core.models.family import FAMILIES
 from cul_core.models.load_diffusers import load_network
@@ -33,6 +36,7 @@ from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.regularizers.selft import SelFTConfig
 from cul_core.store.anchors import AnchorStore
 from cul_core.training.callbacks import Callbacks
+from cul_core.training.memory_plan import count_passes, network_hash, table_key, table_path
 from cul_core.training.step import run_step
 
 ESD = ESDConfig(trajectories=2, trajectory_steps=4)
@@ -305,3 +309,33 @@ def test_sampling_finds_the_picture_of_a_network_that_knows_it(predicted, noisy)
     # deterministic DDIM keeps picture and noise as they are in the first state
     first = (noise - signal[0] * picture) / sigma[0]
     torch.testing.assert_close(kept.states.float(), signal * picture + sigma * first, atol=3e-3, rtol=0)
+
+
+# --- what a step takes
+
+
+COUNTED = [family for family in FAMILIES.values() if not family.is_small and table_path(family).is_file()]
+
+
+def by_name(family):
+    return family.name
+
+
+@pytest.mark.parametrize("family", COUNTED, ids=by_name)
+def test_counts_kept_beside_a_family_are_of_its_network_as_it_is(family):
+    values = json.loads(table_path(family).read_text(encoding="utf-8"))
+    assert values["network"] == network_hash(family), "run benchmarks/count_passes.py"
+    assert values["passes"].keys() >= {
+        table_key(dtype, "kv", is_checkpointed)
+        for dtype in (torch.bfloat16, torch.float32)
+        for is_checkpointed in (False, True)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", COUNTED, ids=by_name)
+def test_counts_kept_beside_a_family_are_what_its_network_takes(family):
+    kept = json.loads(table_path(family).read_text(encoding="utf-8"))["passes"]
+    network = DiffusersNetwork(family, build_unet(family), (), None, None).blank(torch.bfloat16)
+    counted = count_passes(network, "kv", 1, False)
+    assert asdict(counted) == kept[table_key(torch.bfloat16, "kv", False)]
