@@ -23,12 +23,14 @@ def is_format_1(metadata: Mapping[str, str]) -> bool:
 
 
 def former_hash(model: UnlearnModel) -> str | None:
-    """The model's content hash in format 1; None for a source that format 1 does not support."""
+    """The model's content hash in format 1; None if format 1 has no name for its source or for an edit."""
     if not model.edits:
         return model.content_hash
     if not isinstance(model.source, FileSource):
         return None
     names = {key: name for name, key in checkpoint_key_map(model.source.path).items()}
+    if not model.edits.keys() <= names.keys():
+        return None
     return _hash(model, {names[key]: delta for key, delta in model.edits.items()})
 
 

@@ -600,7 +600,9 @@ def test_a_bad_command_line_ends_with_one_line(tmp_path, monkeypatch, capsys, co
 def test_default_names_of_files_have_room_on_any_disk(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr("cul_core.cli._can_write", lambda *files: seen.extend(files) or sys.exit(0))
+    monkeypatch.setattr(
+        "cul_core.cli.unlearn.check_can_write", lambda *files: seen.extend(files) or sys.exit(0)
+    )
     for target in ("\u5317" * 500, "../../x", "a/b\\c:d", "CON", "...", "\u00e9" * 300):
         with pytest.raises(SystemExit):
             main(["unlearn", target])
