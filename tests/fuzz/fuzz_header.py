@@ -24,7 +24,8 @@ from cul_core.base.errors import ModelError
 PATH = Path(tempfile.mkdtemp()) / "fuzzed.safetensors"
 SEEDS = [
     b'\x00\x04\x00{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-    b'\x00\x0c\x00{"__metadata__":{"k":"v"},"a":{"dtype":"F16","shape":[2,2],"data_offsets":[0,8]},"b":{"dtype":"U8","shape":[4],'
+    b'\x00\x0c\x00{"__metadata__":{"k":"v"},"a":{"dtype":"F16","shape":[2,2],"data_offsets":[0,8]},'
+    b'"b":{"dtype":"U8","shape":[4],'
     b'"data_offsets":[8,12]}}',
     b"\x00\x00\x00{}",
     b"\x01\x02\x00\x00\x00\x00\x00\x00\x00{}",

@@ -46,7 +46,8 @@ def write_pages(schemas: dict) -> None:
         by_hand = (
             by_hand
             or "# "
-            f"{node['display_name']}\n\n![{node['display_name']}](pictures/{name}.jpg)\n\n{node['description']}\n"
+            f"{node['display_name']}\n\n![{node['display_name']}](pictures/{name}.jpg)\n\n"
+            f"{node['description']}\n"
         )
         path.write_text(by_hand.rstrip() + "\n" + tables(node), encoding="utf-8")
 
@@ -133,8 +134,11 @@ def picture_of_nodes(page: Page, schemas: dict, host: Host) -> None:
     page.tab.evaluate("""() => {
         let y = 0;
         for (const node of app.graph._nodes) {
-            const tall = {CUL_UnlearnStep: 560, CUL_UnlearnSequence: 800, CUL_Compare: 720, CUL_Evaluate: 520, CUL_DriftMap: 460,
-                          CUL_LoadModel: 190, CUL_FromModel: 190, CUL_Merge: 380, CUL_SaveCheckpoint: 130, CUL_SaveLora: 210, CUL_History: 200, CUL_Store: 220}[node.type] || node.computeSize()[1];
+            const tall = {
+                CUL_UnlearnStep: 560, CUL_UnlearnSequence: 800, CUL_Compare: 720, CUL_Evaluate: 520,
+                CUL_DriftMap: 460, CUL_LoadModel: 190, CUL_FromModel: 190, CUL_Merge: 380,
+                CUL_SaveCheckpoint: 130, CUL_SaveLora: 210, CUL_History: 200, CUL_Store: 220,
+            }[node.type] || node.computeSize()[1];
             node.setSize([node.type === "CUL_Evaluate" ? 620 : 380, tall]);
             node.pos = [0, y];
             y += tall + 120;
