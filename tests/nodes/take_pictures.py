@@ -143,7 +143,7 @@ def picture_of_nodes(page: Page, schemas: dict, host: Host) -> None:
             node.pos = [0, y];
             y += tall + 120;
         }
-    }""")  # noqa: E501
+    }""")
     entry = page.queue(600)
     if entry["status"]["status_str"] != "success":
         raise SystemExit(str(host.error_of(entry)))
