@@ -175,7 +175,8 @@ class _Training:
         network = self._context.network
         if network.dtype == torch.float32 or not self._keeps_copies:
             return weights
-        key = tuple(map(id, weights.values()))  # both teachers are the same while nothing is edited
+        # both teachers are the same memory while nothing is edited
+        key = tuple(weight.data_ptr() for weight in weights.values())
         if key not in self._copies:
             self._copies[key] = {
                 name: weight.to(network.device, network.dtype) for name, weight in weights.items()
