@@ -13,6 +13,7 @@ from cul_core.audits.classifier_scores import Shot, Verdict, score
 from cul_core.cli import main
 from cul_core.history.step_record import read_history
 from cul_core.requests.presets import Preset
+from cul_core.store.anchors import AnchorStore
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,9 @@ def few_anchors(monkeypatch, anchors):
     monkeypatch.setattr(
         Preset, "request", lambda self, *args, **kwargs: replace(full(self, *args, **kwargs), anchor_count=8)
     )
-    monkeypatch.setattr("cul_core.store.anchors.AnchorStore", lambda: anchors)
+    monkeypatch.setattr(
+        "cul_core.store.anchors.AnchorStore", lambda *where: AnchorStore(*where) if where else anchors
+    )
 
 
 @pytest.fixture
@@ -143,7 +146,7 @@ def test_unlearn_goes_on_from_an_edited_checkpoint(unlearn, random_checkpoint, t
 
 def test_unlearn_stops_early_where_minicanvas_is_measured(unlearn, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "cul_core.minicanvas.judge.measure_for", lambda request: lambda network, check: (99.0, 12.5)
+        "cul_core.minicanvas.judge.measure_for", lambda request, judge: lambda network, check: (99.0, 12.5)
     )
     assert unlearn("Lava", "--evaluate-every", "1", "--json", tmp_path / "figures.json") == 0
     assert "best ra: 12.5" in capsys.readouterr().out
@@ -184,7 +187,10 @@ def test_inspect_of_a_file_without_history_says_so(random_checkpoint, capsys):
         (["dog", "--kind", "object", "--anchor", "Dog"], "both 'dog'"),
         (["dog", "--kind", "object"], "no anchor"),
         (["Lava", "--preset", "best"], "no preset 'best'"),
-        (["Lava", "--auxiliary", "auto"], "--auxiliary is 'auto', which preset 'plain' does not use"),
+        (
+            ["Lava", "--auxiliary", "auto"],
+            "auxiliary is 'auto', which needs 'projection', and the preset has only conabl",
+        ),
         (
             ["Lava", "--preset", "projection", "--auxiliary", "people"],
             "auxiliary is 'people'; choose one of none, auto, styles",
