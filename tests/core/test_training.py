@@ -418,9 +418,10 @@ def test_constraints_of_all_parts_act_before_any_mask_and_masks_of_all_parts_hol
     for parts, allowed in (
         ([first], [[0.0, 0.0], [0.0, 8.0]]),
         ([second], [[6.0, 7.0], [8.0, 0.0]]),
+        # the last part's constraint acts first, so that their product is adjoint to that of the gradients
+        ([first, second], [[0.0, 0.0], [0.0, 0.0]]),
         # (0 + 1) where row 0 is forbidden first; columns 0 and entry (1, 1) are masked
-        ([first, second], [[0.0, 1.0], [0.0, 0.0]]),
-        ([second, first], [[0.0, 0.0], [0.0, 0.0]]),
+        ([second, first], [[0.0, 1.0], [0.0, 0.0]]),
     ):
         calls.clear()
         change = torch.tensor([[5.0, 6.0], [7.0, 8.0]])
