@@ -8,6 +8,7 @@ import torch
 from fake_device import DEVICE, OnDevice, on_device
 from short import SHORT
 
+from cul_core.base.last_result import LastResult
 from cul_core.methods import METHODS
 from cul_core.models.load_diffusers import NetworkCache
 from cul_core.models.sampling import SamplerConfig
@@ -23,7 +24,7 @@ class Placed:
     """A cache of one network."""
 
     def __init__(self, network):
-        self.network = network
+        self.network, self.last_result = network, LastResult()
 
     def get(self, *asked):
         return self.network

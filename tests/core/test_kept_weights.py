@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from cul_core.base.errors import Cancelled, ModelError
 from cul_core.files.locks import lock_of, try_locked
 from cul_core.files.safetensors_format import read_header
-from cul_core.models.source import Source
+from cul_core.models.source import FileSource
 from cul_core.store.eviction import hold
 from cul_core.store.model_snapshots import snapshot_model
 
@@ -134,7 +134,7 @@ def test_what_a_graph_uses_stays_and_goes_when_it_is_used_no_longer(tmp_path, si
         sources.append(snapshot_model(tmp_path, weights(number), largest_bytes=4 * size))
         age(tmp_path)
     assert all(source.path.is_file() for source in sources)
-    equal = [Source(source.path, source.size, source.sha256) for source in sources[:2]]
+    equal = [FileSource(source.path, source.size, source.sha256) for source in sources[:2]]
     for source in equal:
         hold(source.path, source)
     del source, sources[:4]
