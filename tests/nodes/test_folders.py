@@ -106,6 +106,6 @@ def test_what_is_in_no_list_is_refused_whatever_lies_in_the_folder(name, folders
     (lists.folders["checkpoints"] / "pickle.ckpt").write_bytes(b"")
     (lists.folders["checkpoints"] / "lost.safetensors").symlink_to("nowhere")
     (lists.folders["loras"] / "a.safetensors").write_bytes(b"")
-    error = sys.modules["pack_of_test.cul_core.errors"].ModelError
+    error = sys.modules["pack_of_test.cul_core.base.errors"].ModelError
     with pytest.raises(error, match="There is no file .* in ComfyUI's checkpoints; press R"):
         folders.model_path(name, "checkpoints")
