@@ -19,7 +19,7 @@ from cul_core.methods.conabl import ConAbl
 from cul_core.parts.part import LossTerms
 from cul_core.regularizers import REGULARIZERS
 from cul_core.requests.presets import PRESETS
-from cul_core.store import steps as stores
+from cul_core.store import step_state as step_states
 from cul_core.store.step_state import StepState
 from cul_core.store.steps import StepStore
 from cul_core.training.callbacks import Callbacks
@@ -500,8 +500,8 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch):
     disk = Disk()
-    monkeypatch.setattr(stores, "write_sealed", disk.write)
-    monkeypatch.setattr(stores, "time", disk)
+    monkeypatch.setattr(step_states, "write_sealed", disk.write)
+    monkeypatch.setattr(step_states, "time", disk)
     return disk
 
 
@@ -543,12 +543,12 @@ def test_who_cancels_waits_briefly(seconds, lost, written, disk, get_or_train, r
 
 @pytest.mark.parametrize(("speed", "written"), [(1e9, [3]), (1e3, [])], ids=["small", "large"])
 def test_the_first_is_judged_by_size(speed, written, disk, get_or_train, make_request, store, monkeypatch):
-    monkeypatch.setattr(stores, "_BYTES_PER_SECOND", speed)
+    monkeypatch.setattr(step_states, "_BYTES_PER_SECOND", speed)
     assert stopped_after(3, disk, store, make_request(iterations=5), get_or_train) == written
 
 
 def test_short_memory_keeps_any_state(disk, get_or_train, random_network, make_request, store, monkeypatch):
-    monkeypatch.setattr(stores, "_BYTES_PER_SECOND", 1e3)
+    monkeypatch.setattr(step_states, "_BYTES_PER_SECOND", 1e3)
     runs_out_after(2, random_network, store, make_request(), get_or_train)
     assert disk.written == [2]
 
