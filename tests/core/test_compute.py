@@ -564,9 +564,11 @@ def test_more_pictures_take_more_and_checkpointing_and_half_precision_take_less(
 
 
 def test_one_image_is_counted_once_in_a_process_and_all_grows_with_their_number(monkeypatch):
-    counted, original = [], memory_plan._count
+    counted, original = [], memory_plan.count_passes
     monkeypatch.setattr(memory_plan, "_counted", {})
-    monkeypatch.setattr(memory_plan, "_count", lambda *asked: counted.append(asked[1:]) or original(*asked))
+    monkeypatch.setattr(
+        memory_plan, "count_passes", lambda *asked: counted.append(asked[1:]) or original(*asked)
+    )
     one, *others = (passes(BLANK, torch.float32, "kv", rows) for rows in (1, 2, 5))
     assert counted == [("kv", 1, False)]
     for rows, found in zip((2, 5), others, strict=True):
