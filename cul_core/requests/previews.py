@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..concepts.concept import Concept
-from ..methods import METHODS
 from ..models.sampling import SamplerConfig
-from ..regularizers import REGULARIZERS
 from .request import Request
 
 PREVIEW_SAMPLER = SamplerConfig(steps=8)
@@ -46,11 +44,7 @@ def preview_prompts(request: Request) -> list[tuple[str, str]]:
 def preview_interval(request: Request, wanted: int, count: int) -> int:
     """Updates between previews of `count` prompts: as many as wanted, or more, so that a preview takes at
     most a twentieth of the predictions that the updates since the last one took; 0 stays 0, none at all."""
-    parts = [METHODS.of(request.method).cls(request.method)]
-    parts += [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
-    captions = len(set(request.anchor_prompts))
-    costs = [part.cost(request.training, request.concepts, (), captions) for part in parts]
-    update = sum(_TRAINED * cost.student_images + cost.teacher_images for cost in costs)
+    update = sum(_TRAINED * cost.student_images + cost.teacher_images for cost in request.costs())
     guided = 1 if PREVIEW_SAMPLER.guidance_scale == 1 else 2
     preview = count * PREVIEW_SAMPLER.steps * guided
     return max(wanted, math.ceil(preview / (_LARGEST_SHARE * max(update, 1)))) if wanted else 0

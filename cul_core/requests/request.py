@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..base.errors import ConfigError, brief_repr
 from ..concepts.concept import LONGEST_PROMPT, Concept, check_count, check_text
 from ..methods import METHODS
 from ..models.sampling import SamplerConfig
+from ..parts.part import Cost, Part
 from ..parts.training_config import TrainingConfig
 from ..regularizers import REGULARIZERS
 
@@ -83,6 +84,16 @@ class Request:
         METHODS.of(self.method)
         for config in self.regularizers:
             REGULARIZERS.of(config)
+
+    def parts(self) -> tuple[Part, ...]:
+        """New parts of a step, the method's first, then the regularizers' in their order."""
+        regularizers = (REGULARIZERS.of(config).cls(config) for config in self.regularizers)
+        return (METHODS.of(self.method).cls(self.method), *regularizers)
+
+    def costs(self, previous: Sequence[Concept] = ()) -> list[Cost]:
+        """Cost of each of `parts` in one update, after steps that forgot `previous`."""
+        captions = len(set(self.anchor_prompts))
+        return [part.cost(self.training, self.concepts, previous, captions) for part in self.parts()]
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, from which `from_json` makes an equal request."""

@@ -77,14 +77,10 @@ class AnchorStore:
                 else None
             )
 
-            def check(done: int) -> None:
+            def on_drawn(done: int, count: int) -> None:
                 on_batch(done, count)
                 if file is not None:
                     file.offer(batches)
-                if should_stop():
-                    raise Cancelled(
-                        f"Cancelled after {done} of {count} anchor pictures; the input model is unchanged."
-                    )
 
             def wait() -> None:
                 if should_stop():
@@ -97,7 +93,7 @@ class AnchorStore:
                 batches = file.read(count) if file is not None else []
                 if sum(map(len, batches)) < count:
                     try:
-                        draw_anchors(network, prompts, count, sampler, seed, check, batches)
+                        draw_anchors(network, prompts, count, sampler, seed, should_stop, on_drawn, batches)
                     finally:
                         if file is not None:
                             file.write(batches)

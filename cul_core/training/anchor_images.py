@@ -56,13 +56,25 @@ def draw_anchors(
     count: int,
     sampler: SamplerConfig,
     seed: int,
-    check: Callable[[int], None],
+    should_stop: Callable[[], bool],
+    on_batch: Callable[[int, int], None],
     batches: list[Tensor],
 ) -> None:
     """Sample the anchor latents that `batches` lacks up to `count`, and append them to `batches`.
 
-    `check` is called with the number of latents after each batch; it may raise to stop.
+    The other arguments are those of `AnchorSource.anchor_latents`.
+
+    Raises:
+        Cancelled: `should_stop` returned true.
     """
+
+    def check(done: int) -> None:
+        on_batch(done, count)
+        if should_stop():
+            raise Cancelled(
+                f"Cancelled after {done} of {count} anchor pictures; the input model is unchanged."
+            )
+
     repeated = [prompts[i % len(prompts)] for i in range(count)]
     generators = [anchor_generator(seed, i) for i in range(count)]
     sample_latents(network, repeated, generators, sampler, check, batches=batches, keeps_text_encoders=False)
@@ -83,14 +95,6 @@ class DrawnAnchors:
         on_batch: Callable[[int, int], None] = lambda done, count: None,
     ) -> Tensor:
         """See `AnchorSource`."""
-
-        def check(done: int) -> None:
-            on_batch(done, count)
-            if should_stop():
-                raise Cancelled(
-                    f"Cancelled after {done} of {count} anchor pictures; the input model is unchanged."
-                )
-
         batches: list[Tensor] = []
-        draw_anchors(network, prompts, count, sampler, seed, check, batches)
+        draw_anchors(network, prompts, count, sampler, seed, should_stop, on_batch, batches)
         return torch.cat(batches)

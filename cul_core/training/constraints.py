@@ -27,20 +27,20 @@ class Constraints:
 
     def __init__(self, parts: Sequence[Part], device: torch.device | str):
         self._parts, self._device = parts, device
-        self._joined: dict[tuple[int, ...], Subspace] = {}
-        self._placed: dict[tuple[int, str], Tensor] = {}
+        self._joined: dict[tuple[Subspace, ...], Subspace] = {}
+        self._placed: dict[tuple[Subspace, str], Tensor] = {}
 
     def _subspace(self, name: str) -> Subspace | None:
-        subspaces = [subspace for part in self._parts if (subspace := part.subspace(name)) is not None]
+        found = (part.subspace(name) for part in self._parts)
+        subspaces = tuple(subspace for subspace in found if subspace is not None)
         if not subspaces:
             return None
-        key = tuple(map(id, subspaces))
-        if key not in self._joined:
-            self._joined[key] = Subspace.join(subspaces)
-        return self._joined[key]
+        if subspaces not in self._joined:
+            self._joined[subspaces] = Subspace.join(subspaces)
+        return self._joined[subspaces]
 
     def _on_device(self, subspace: Subspace, which: str) -> Tensor:
-        key = id(subspace), which
+        key = subspace, which
         if key not in self._placed:
             self._placed[key] = getattr(subspace, which).float().to(self._device)
         return self._placed[key]

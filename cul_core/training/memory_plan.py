@@ -21,13 +21,10 @@ from torch.utils.flop_counter import flop_registry
 
 from ..base.config import stable_hash
 from ..concepts.concept import Concept
-from ..methods import METHODS
 from ..models.family import Family
 from ..models.frozen_layers import product
 from ..models.network import Network
 from ..models.weight_roles import role_of
-from ..parts.part import Cost
-from ..regularizers import REGULARIZERS
 from ..requests.request import Request
 from .compute import Compute
 
@@ -237,15 +234,6 @@ def passes(
     return _counted[key].of(count)
 
 
-def _costs(request: Request, previous: Sequence[Concept]) -> tuple[list[Cost], bool]:
-    """(cost of each part per update, the method's first; whether any part needs anchor images)."""
-    parts = [METHODS.of(request.method).cls(request.method)]
-    parts += [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
-    captions = len(set(request.anchor_prompts))
-    costs = [part.cost(request.training, request.concepts, previous, captions) for part in parts]
-    return costs, any("anchor_latents" in part.needs for part in parts)
-
-
 def estimate_step(
     network: Network,
     request: Request,
@@ -273,7 +261,8 @@ def estimate_step(
         with_seconds: whether to estimate time, which measures the device's rate once per process.
     """
     device, dtype, training = torch.device(device), compute.dtype_on(device), request.training
-    costs, needs_anchors = _costs(request, previous)
+    costs = request.costs(previous)
+    needs_anchors = any("anchor_latents" in part.needs for part in request.parts())
     blank, micro = _blank(network, dtype), compute.largest_micro_batch
     one = passes(network, dtype, training.group, 1, compute.checkpointing == "on")
 

@@ -140,9 +140,8 @@ class _Step:
         pretrained = {key: weight.to(storage_device) for key, weight in network.exact(keys).items()}
         start = weights_of(self.model, pretrained)
         outside = {key: delta for key, delta in self.model.edits.items() if key not in pretrained}
-        method = METHODS.of(request.method).cls(request.method)
-        regularizers = [REGULARIZERS.of(config).cls(config) for config in request.regularizers]
-        parts = (method, *regularizers)
+        parts = request.parts()
+        method, *regularizers = parts
         context = self._context(parts, pretrained, start)
         held = network.exact(list(outside)).items()
         with network.with_weights({key: weight + outside[key].to(weight.device) for key, weight in held}):

@@ -607,7 +607,7 @@ def test_what_parts_declare_to_take_is_what_updates_take(
         watch = Callbacks(on_progress=lambda progress: at.append(len(seen)))
         step(request, model=first, callbacks=watch)
     taken = [sum(rows for rows, graph, _ in seen[slice(*at)] if graph is which) for which in (True, False)]
-    costs, _ = memory_plan._costs(request, (Concept("Lava"),) * is_chained)
+    costs = request.costs((Concept("Lava"),) * is_chained)
     assert tuple(taken) == images_of(costs) and taken[0] >= 2
 
 
