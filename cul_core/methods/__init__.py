@@ -2,5 +2,6 @@
 
 from . import conabl as conabl
 from . import esd as esd
+from . import exact as exact
 from . import sculpmem as sculpmem
 from .base import METHODS as METHODS

@@ -193,8 +193,10 @@ class DiffusersNetwork(Network):
         return self.tokenizer(list(prompts), **padded, return_tensors="pt").input_ids
 
     def content(self, prompt: str) -> slice:
-        ids = self.tokenizer(prompt, max_length=self._length, truncation=True).input_ids
-        return slice(1, len(ids) - 1)
+        return slice(1, len(self.tokens(prompt)) + 1)
+
+    def tokens(self, prompt: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(prompt, max_length=self._length, truncation=True).input_ids[1:-1])
 
     def words(self, least_letters: int = 3) -> list[str]:
         whole = re.compile(rf"[a-z]{{{least_letters},}}{_WORD_END}")

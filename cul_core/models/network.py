@@ -80,13 +80,16 @@ class Network(ABC):
         """Slice of the text rows that are the prompt's own tokens; the next row is that of EOS."""
 
     @abstractmethod
+    def tokens(self, prompt: str) -> tuple[int, ...]:
+        """Token ids of the prompt's own tokens, those at `content`."""
+
+    @abstractmethod
     def words(self, least_letters: int = 3) -> list[str]:
         """Lower-case words that are a single token, in the vocabulary's order."""
 
     def token_count(self, prompt: str) -> int:
         """Number of the prompt's own tokens."""
-        content = self.content(prompt)
-        return content.stop - content.start
+        return len(self.tokens(prompt))
 
     def free_text_encoders(self) -> None:
         """Free the text encoders' memory if they can be reloaded."""

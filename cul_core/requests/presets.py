@@ -9,8 +9,10 @@ from typing import Any
 from ..base.config import Config
 from ..base.errors import ConfigError, brief_repr
 from ..concepts.concept import Concept
+from ..methods import METHODS
 from ..methods.conabl import ConAblConfig
 from ..methods.esd import ESDConfig
+from ..methods.exact import ExactConfig
 from ..methods.sculpmem import SculpMemConfig
 from ..models.family import Family
 from ..models.sampling import SamplerConfig
@@ -53,11 +55,12 @@ class Preset:
         """This preset with the family's own values.
 
         The family's recipe replaces iterations, batch size, learning rate and the sampling of anchors; a
-        family without a recipe keeps the preset's. The values of Stable Diffusion 1.x are the papers'. We
-        have not tuned them, nor measured a preset there.
+        family without a recipe keeps the preset's, and so does a closed-form method, which trains nothing.
+        The values of Stable Diffusion 1.x are the papers'. We have not tuned them, nor measured a preset
+        there.
         """
         recipe = family.recipe
-        if recipe is None:
+        if recipe is None or METHODS.of(self.method).cls.is_closed_form:
             return self
         usual = replace(
             self.training,
@@ -127,8 +130,8 @@ _DAMPED = ProjectionConfig(decoys=300, damping=3e-5)
 
 PRESETS = {
     "plain": Preset(
-        "Concept Ablation as its authors' code does it, without a regularizer: the baseline, which collapses "
-        "over many requests.",
+        "Concept Ablation as its authors' code does it, without a regularizer: the baseline, which "
+        "collapses over many requests.",
         ConAblConfig(**ConAblConfig.REFERENCE),
         (),
         TrainingConfig(),
@@ -298,7 +301,16 @@ PRESETS = {
         (replace(_DAMPED, protect_previous=False),),
         TrainingConfig(batch_size=16, learning_rate=7e-4, schedule="linear"),
     ),
+    "exact": Preset(
+        "One closed-form solve over all requests so far, without training: the order does not matter, and "
+        "each request can be taken back. On MiniCanvas it forgets styles and loses nothing else that was "
+        "measured.",
+        ExactConfig(),
+        (),
+        TrainingConfig(iterations=0),
+    ),
 }
+PRESETS["trained"] = PRESETS["recommended"]
 
 
 def preset(name: str) -> Preset:

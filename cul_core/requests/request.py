@@ -11,6 +11,7 @@ from ..base.errors import ConfigError, brief_repr
 from ..concepts.concept import LONGEST_PROMPT, Concept, check_count, check_text
 from ..methods import METHODS
 from ..models.sampling import SamplerConfig
+from ..models.weight_roles import role_of
 from ..parts.part import Cost, Part
 from ..parts.training_config import TrainingConfig
 from ..regularizers import REGULARIZERS
@@ -84,6 +85,11 @@ class Request:
         METHODS.of(self.method)
         for config in self.regularizers:
             REGULARIZERS.of(config)
+
+    @property
+    def role(self) -> str:
+        """Role of the weights that the step changes."""
+        return METHODS.of(self.method).cls.role or role_of(self.training.group)
 
     def parts(self) -> tuple[Part, ...]:
         """New parts of a step, the method's first, then the regularizers' in their order."""

@@ -25,6 +25,7 @@ from .early_stopping import EarlyStopping
 from .master_weights import MasterWeights
 from .micro_batches import MicroBatchedModel
 from .resume import Loop, StateStore
+from .solved_chain import others, with_others
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Trained:
         losses: total loss of every update.
         terms: last value of each named term of the loss.
         earlier_seconds: time that earlier runs of the step have taken.
+        edits: changes of the pretrained weights in fp32, where a closed-form method gives them exactly.
     """
 
     weights: dict[str, Tensor]
     losses: Sequence[float] = ()
     terms: Mapping[str, float] | None = None
     earlier_seconds: float = 0.0
+    edits: Mapping[str, Tensor] | None = None
 
 
 def train(
@@ -68,13 +71,15 @@ def train(
         compute: compute settings, as `memory_plan.planned` resolved them.
         is_offloaded: whether the master weights rest in the CPU's memory.
     """
-    parameters = context.network.weights(role_of(context.training.group))
+    parameters = context.network.weights(method.role or role_of(context.training.group))
     student = MicroBatchedModel(context.network, compute, callbacks.on_message)
     with _holding_start(context, parameters):
         masters = MasterWeights(parameters, context.start, context.training, is_offloaded)
         training = _Training(context, method, regularizers, callbacks, stopping, masters, student)
         with masters.collecting(), student.ready():
             training.prepare_masks()
+            if method.solves_chain:
+                return training.solved()
             if method.is_closed_form:
                 return Trained(training.edited())
             return training.run(Loop(masters, training.generator, training.resumable, state_store))
@@ -121,6 +126,26 @@ class _Training:
             name: weight + self._constraints.allowed(name, new[name].to(weight) - weight)
             for name, weight in start.items()
         }
+
+    @torch.no_grad()
+    def solved(self) -> Trained:
+        """The edits of all requests of the chain solved together, on top of what its other steps changed."""
+        context, pretrained = self._context, self._context.pretrained
+        earlier, own = context.solved.earlier, context.solved.own
+        edits = with_others(self._method.solve(context, (*earlier, own)), others(self._method, context))
+        if self._regularizers:
+            edits = {key: self._allowed(key, edit) for key, edit in edits.items()}
+        weights = {
+            key: weight + edits[key].to(weight.device) if key in edits else weight
+            for key, weight in pretrained.items()
+        }
+        return Trained(weights, edits=edits)
+
+    def _allowed(self, key: str, edit: Tensor) -> Tensor:
+        """The edit whose change since the step's start the constraints allow."""
+        before = self._context.start[key] - self._context.pretrained[key]
+        change = edit.to(before.device) - before
+        return (before + self._constraints.allowed(key, change)).cpu()
 
     def run(self, loop: Loop) -> Trained:
         """Run all updates, resuming where an earlier run stopped."""

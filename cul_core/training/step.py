@@ -23,9 +23,9 @@ from ..models.free_memory import free_memory, is_out_of_memory, release_memory
 from ..models.load_diffusers import NetworkCache
 from ..models.network import Network
 from ..models.sampling import generator_for
-from ..models.weight_roles import READING_TEXT, ROLES, role_of
+from ..models.weight_roles import READING_TEXT, ROLES
 from ..parts.part import Part
-from ..parts.step_context import StepContext
+from ..parts.step_context import SolvedSet, StepContext
 from ..regularizers import REGULARIZERS
 from ..requests.request import Request
 from .anchor_images import AnchorSource, DrawnAnchors
@@ -36,6 +36,7 @@ from .loop import Trained, train
 from .memory_plan import planned
 from .micro_batches import out_of_memory
 from .resume import StateStore
+from .solved_chain import solved_set
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +87,12 @@ def run_step(
     callbacks, store, networks = callbacks or Callbacks(), store or DrawnAnchors(), networks or NetworkCache()
     compute, begun = compute or Compute(), time.monotonic()
     _check_supported(model, request)
+    solves_chain = METHODS.of(request.method).cls.solves_chain
+    solved = solved_set(model, request) if solves_chain else SolvedSet()
     stopping = EarlyStopping(request.training, measure)
     network = networks.get(model.source, device, compute.dtype_on(device))
-    step = _Step(model, request, network, callbacks, store, stopping, state_store, networks.last_result)
+    last_result = networks.last_result
+    step = _Step(model, request, network, callbacks, store, stopping, state_store, last_result, solved)
     try:
         trained, edits, drift, figures = step.run(compute)
     except RuntimeError as error:
@@ -128,13 +132,14 @@ class _Step:
     stopping: EarlyStopping
     state_store: StateStore | None
     last_result: LastResult
+    solved: SolvedSet
 
     def run(
         self, compute: Compute
     ) -> tuple[Trained, dict[str, Tensor], dict[str, list[float]], dict[str, float]]:
         """(result of training, edits of the new model, drift by key, figures of the parts)."""
         request, network = self.request, self.network
-        keys = list(network.weights(role_of(request.training.group)))
+        keys = list(network.weights(request.role))
         compute, is_offloaded = self._planned(compute)
         storage_device = torch.device("cpu") if is_offloaded else network.device
         pretrained = {key: weight.to(storage_device) for key, weight in network.exact(keys).items()}
@@ -160,14 +165,16 @@ class _Step:
         edits, drift = dict(outside), {}
         for key in keys:
             weight = trained.weights[key].to(storage_device)
-            delta = (weight - pretrained[key]).cpu().contiguous()
+            delta = (weight - pretrained[key]).cpu() if trained.edits is None else trained.edits.get(key)
+            if delta is None:
+                continue
             if not torch.isfinite(delta).all():
                 raise TrainingError(
                     f"Weight {key!r} is not finite after the step; lower the learning rate "
                     f"({request.training.learning_rate:g})."
                 )
             if delta.any():
-                edits[key] = delta
+                edits[key] = delta.contiguous()
                 drift[key] = [delta.norm().item(), (weight - start[key]).norm().item()]
         figures = {name: value for part in parts for name, value in part.report().items()}
         return trained, edits, drift, figures | self.stopping.figures
@@ -203,6 +210,8 @@ class _Step:
             check=self._check_going_on,
             anchor_sampler=request.anchor_sampler,
             last_result=self.last_result,
+            source=self.model.source.sha256,
+            solved=self.solved,
         )
 
     @property

@@ -11,6 +11,8 @@ VAE_PREFIX = "first_stage_model."
 
 ROLES = {
     "text_readers": r"\.attn2\.to_[kv]\.weight$",  # ESD: esd-x-strict; CUIG: kv-xattn
+    "text_inputs": r"\.attn2\.to_[kv]\.weight$|\.label_emb\.0\.0\.weight$",
+    "pooled_readers": r"\.label_emb\.0\.0\.weight$",  # reads the pooled vector before the image's sizes
     "cross_attention": r"\.attn2\.",
     "attention": r"\.attn[12]\.to_(q|k|v|out)\b",  # CUIG calls this xattn
     "no_cross_attention": r"^(?!.*\.attn2\.)",

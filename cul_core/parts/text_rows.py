@@ -1,0 +1,292 @@
+"""Text rows as closed-form methods read them: rows of a target beside their goals, and second moments."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..concepts.captions import anchor_prompts
+from ..concepts.concept import Concept, display_name
+from ..models.network import Network
+from ..models.text_conditioning import Conditioning
+
+TEXT, POOLED = "text", "pooled"
+INPUTS = (TEXT, POOLED)
+"""What layers read of a prompt: its text rows, or its pooled vector."""
+
+_COMPONENTS = 64
+"""Largest number of rows that are kept of a concept's differences, as their principal components."""
+_BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Rows of target prompts beside the rows that they should become, in fp64 on the CPU.
+
+    Args:
+        differences: (m, d) principal components of targets - goals, in which every caption weighs the same;
+            m is at most 64.
+        targets: (r, d) rows of the target's own tokens, EOS and padding, for a few captions; one row stands
+            for all padding, times the square root of their number.
+        goals: (r, d) rows that `targets` should become.
+    """
+
+    differences: Tensor
+    targets: Tensor
+    goals: Tensor
+
+
+def rows_of(conditioning: Conditioning, shared: int, source: str = TEXT) -> Tensor:
+    """All rows (n, d) that count, in fp64 on the CPU: text rows after the shared ones, or pooled vectors."""
+    if source == POOLED:
+        return conditioning.pooled.cpu().double()
+    text = conditioning.text.cpu().double()[:, shared:]
+    if conditioning.mask is None:
+        return text.flatten(0, 1)
+    return text[conditioning.mask.cpu()[:, shared:].bool()]
+
+
+def second_moment(network: Network, prompts: Sequence[str], source: str = TEXT) -> Tensor:
+    """Mean of x x^T (d, d) over all rows x of the prompts, scaled to trace 1, in fp64 on the CPU."""
+    total = sum_of_squares(network, prompts, source)
+    return total / total.trace()
+
+
+def sum_of_squares(
+    network: Network, prompts: Sequence[str], source: str, check: Callable[[], None] = lambda: None
+) -> Tensor:
+    """Sum of x x^T (d, d) over all rows x of the prompts, in fp64 on the CPU.
+
+    `check` is called before each batch; it may raise to stop.
+    """
+    total: Tensor | float = 0.0
+    for start in range(0, len(prompts), _BATCH):
+        check()
+        rows = rows_of(network.encode(prompts[start : start + _BATCH]), network.shared_rows, source)
+        total = total + rows.T @ rows
+    return total
+
+
+def _name_at(name: Sequence[int], tokens: Sequence[int]) -> range:
+    """Positions of a name's tokens in a prompt's; empty if it does not contain them."""
+    for start in range(len(tokens) - len(name) + 1 if name else 0):
+        if list(tokens[start : start + len(name)]) == list(name):
+            return range(start, start + len(name))
+    return range(0)
+
+
+def aligned(target: Sequence[int], goal: Sequence[int], name: Sequence[int]) -> tuple[dict[int, int], list]:
+    """(position in `target` -> position in `goal` of the same word, positions of the target's own words).
+
+    Args:
+        target: token ids of a prompt with the target.
+        goal: token ids of the prompt that it should become.
+        name: token ids of the target's name.
+    """
+    blocks = SequenceMatcher(None, list(goal), list(target), autojunk=False).get_matching_blocks()
+    same = {block.b + i: block.a + i for block in blocks for i in range(block.size)}
+    own = [i for i in _name_at(name, target) if i not in same]
+    return same, own or [i for i in range(len(target)) if i not in same]
+
+
+class TextRows:
+    """Encoded text of one network that closed-form methods share; what it encodes is kept.
+
+    Everything is a function of names and prompts alone, so a set of requests gives the same rows in any
+    order. The object holds statistics of about 0.3 MB for each concept, and one (d, d) matrix for each kind.
+
+    Args:
+        network: the model, whose text encoders and tokenizer are used.
+        check: raises Cancelled if the caller wants to stop.
+    """
+
+    def __init__(self, network: Network, check: Callable[[], None] = lambda: None):
+        self.network, self.check = network, check
+        self._pairs: dict[tuple, Pairs] = {}
+        self._vocabulary = network.words() or ["thing"]
+        self._made_up = cache(self._made_up)
+
+    # --- what is kept
+
+    def moment(
+        self,
+        source: str,
+        targets: Sequence[Concept],
+        retain: Sequence[Concept],
+        captions: Sequence[str],
+        made_up: int,
+    ) -> Tensor:
+        """Mean second moment (d, d) of four groups of kept text, each of trace 1, in fp64 on the CPU.
+
+        The groups are made-up names in sentences, which stand for all that nobody lists; the concepts to
+        retain in sentences; captions of anchor images; and the empty prompt.
+
+        Args:
+            source: `text` or `pooled`.
+            targets: no made-up name holds a word of theirs.
+            retain: concepts to retain.
+            captions: anchor prompts of the requests.
+            made_up: number of made-up names of each kind; 0 leaves them out.
+        """
+        names = {concept.name.lower() for concept in targets}
+        kept = sorted({concept for concept in retain if concept.name.lower() not in names}, key=repr)
+        declared = [prompt for concept in kept for prompt in self._sentences(concept, captions, len(kept))]
+        groups = [declared, sorted(set(captions)), [""]]
+        moments = [second_moment(self.network, prompts, source) for prompts in groups if prompts]
+        if made_up:
+            moments += [self._of_made_up(source, targets, made_up)]
+        return sum(moments) / len(moments)
+
+    def _of_made_up(self, source: str, targets: Sequence[Concept], count: int) -> Tensor:
+        taken, total = {word for concept in targets for word in _words(concept.name)}, 0.0
+        for is_style in sorted({_is_style(concept) for concept in targets}):
+            prompts, squares = self._made_up(is_style, count, source)
+            dropped = [prompt for prompt, words in prompts.items() if words & taken]
+            total = total + squares
+            if dropped:
+                total = total - sum_of_squares(self.network, dropped, source, self.check)
+        return total / total.trace()
+
+    def _made_up(self, is_style: bool, count: int, source: str) -> tuple[dict[str, set[str]], Tensor]:
+        """(sentence -> words of the made-up names in it, sum of x x^T over all rows x of the sentences).
+
+        A made-up style stands in a caption of an image without style, any other made-up name in the place of
+        an anchor, two of three also in a made-up style.
+        """
+        rng, prompts = random.Random(f"made-up names {is_style}"), {}
+        plain = anchor_prompts(self.network.family, [Concept("thing", "style")]) if is_style else ()
+        for number in range(count):
+            name = self._made_up_name(rng)
+            if is_style:
+                caption = rng.choice(plain)
+            else:
+                caption = rng.choice(anchor_prompts(self.network.family, [Concept("thing", "object", name)]))
+            style = name if is_style else self._made_up_name(rng) if number % 3 else ""
+            prompt = rng.choice(Concept(style).target_prompts(caption)) if style else caption
+            prompts[prompt] = set(f"{name} {style}".split())
+        return prompts, sum_of_squares(self.network, list(prompts), source, self.check)
+
+    def _made_up_name(self, rng: random.Random) -> str:
+        return " ".join(rng.choices(self._vocabulary, k=rng.randint(1, 3)))
+
+    def _sentences(self, concept: Concept, captions: Sequence[str], among: int) -> list[str]:
+        """Sentences with a concept to retain: eight, or fewer if there are many concepts."""
+        rng, count = random.Random(f"sentences {concept!r}"), max(1, min(8, 1200 // among))
+        if concept.kind == "style":
+            plain = anchor_prompts(self.network.family, [Concept("thing", "style")])
+            prompts = [rng.choice(concept.target_prompts(rng.choice(plain))) for _ in range(count)]
+        elif concept.kind == "memorized":
+            prompts = [concept.name]
+        else:
+            filled = anchor_prompts(self.network.family, [Concept("thing", "object", concept.name)])
+            prompts = rng.sample(filled, min(count, len(filled)))
+        return [concept.prompt, *prompts]
+
+    # --- what is forgotten
+
+    def pairs(self, source: str, concept: Concept, captions: Sequence[str], count: int) -> Pairs:
+        """Rows of a concept's target prompts beside their goals, from `count` of the captions.
+
+        Same words pair with same words. The name's own tokens pair with the mean of the anchor's tokens, or
+        of the padding where there is no anchor word. EOS pairs with EOS, padding with padding.
+        """
+        key = (source, concept, tuple(captions), count)
+        if key not in self._pairs:
+            self.check()
+            self._pairs[key] = self._paired(source, concept, captions, count)
+        return self._pairs[key]
+
+    def _paired(self, source: str, concept: Concept, captions: Sequence[str], count: int) -> Pairs:
+        network = self.network
+        chosen = self._chosen(concept, captions, count)
+        versions = [concept.target_prompts(caption) for caption in chosen]
+        prompts = [choices[i % len(choices)] for i, choices in enumerate(versions)]
+        encoded = network.encode([*prompts, *chosen])
+        both = encoded[: len(prompts)], encoded[len(prompts) :]
+        if source == POOLED:
+            targets, goals = (rows_of(side, 0, POOLED) for side in both)
+            return Pairs(_components(targets - goals), targets, goals)
+        rows = [
+            self._caption_rows(concept, target, goal, *(side[i] for side in both))
+            for i, (target, goal) in enumerate(zip(prompts, chosen, strict=True))
+        ]
+        differences = torch.cat([_of_unit_norm(target - goal) for target, goal, _ in rows])
+        shown = rows[: max(1, len(rows) // 3)]
+        weights = torch.tensor([weight for _, _, own in shown for weight in own.values()]).double()[:, None]
+        targets = weights * torch.cat([target[[*own]] for target, _, own in shown])
+        goals = weights * torch.cat([goal[[*own]] for _, goal, own in shown])
+        return Pairs(_components(differences), targets, goals)
+
+    def _chosen(self, concept: Concept, captions: Sequence[str], count: int) -> list[str]:
+        """`count` of the captions that can name the concept; two of three in a made-up style, unless it is
+        one.
+
+        The rows of an object in a styled sentence may differ from those in a plain one in other directions.
+        """
+        usable = [caption for caption in captions if concept.target_prompts(caption)]
+        if _is_style(concept):
+            return [usable[i * len(usable) // count] for i in range(min(count, len(usable)))]
+        rng, chosen = random.Random(f"contexts {concept!r}"), []
+        for i in range(count if usable else 0):
+            caption = usable[i * len(usable) // count]
+            style = Concept(self._made_up_name(rng))
+            chosen.append(rng.choice(style.target_prompts(caption)) if i % 3 else caption)
+        return list(dict.fromkeys(caption for caption in chosen if concept.target_prompts(caption)))
+
+    def _caption_rows(
+        self, concept: Concept, target: str, goal: str, ours: Conditioning, theirs: Conditioning
+    ) -> tuple[Tensor, Tensor, dict[int, float]]:
+        """(rows of a target prompt, their goals, weights of those by which residues are measured)."""
+        network = self.network
+        text, goal_text = ours.text[0].cpu().double(), theirs.text[0].cpu().double()
+        at, goal_at = network.content(target), network.content(goal)
+        ids, goal_ids = network.tokens(target), network.tokens(goal)
+        same, own = aligned(ids, goal_ids, network.tokens(concept.name))
+        anchor = _name_at(network.tokens(display_name(concept.anchor)), goal_ids)
+        padding = self._padding(goal_text, goal_at, theirs.mask)
+        of_name = goal_text[[goal_at.start + i for i in anchor]].mean(0) if anchor else padding.mean(0)
+        pairs = [(at.start + i, goal_text[goal_at.start + j]) for i, j in same.items()]
+        pairs += [(at.start + i, of_name) for i in own]
+        few = dict.fromkeys(range(len(same), len(pairs)), 1.0)
+        if at.stop < len(text) and goal_at.stop < len(text):
+            few[len(pairs)] = 1.0
+            pairs.append((at.stop, goal_text[goal_at.stop]))
+        after = max(at.stop, goal_at.stop) + 1
+        if ours.mask is None and after < len(text):
+            few[len(pairs)] = (len(text) - after) ** 0.5
+            pairs += [(i, goal_text[i]) for i in range(after, len(text))]
+        positions, goals = zip(*pairs, strict=True)
+        return text[list(positions)], torch.stack(goals), few
+
+    def _padding(self, rows: Tensor, at: slice, mask: Tensor | None) -> Tensor:
+        """Rows after the prompt's own tokens that count; its EOS row, or its last, if there are none."""
+        rows = rows if mask is None else rows[mask[0].cpu().bool()]
+        return rows[min(at.stop + 1, len(rows) - 1) :]
+
+
+def _components(rows: Tensor) -> Tensor:
+    """Principal components C (m, d) of rows (n, d), largest first: C^T C is rows^T rows / n, up to the
+    rest."""
+    values, vectors = torch.linalg.eigh(rows.T @ rows / max(len(rows), 1))
+    kept = min(_COMPONENTS, len(values))
+    return (vectors[:, -kept:] * values[-kept:].clamp_min(0).sqrt()).T.flip(0).contiguous()
+
+
+def _of_unit_norm(rows: Tensor) -> Tensor:
+    """Rows (n, d) over their Frobenius norm, so that every caption weighs the same."""
+    return rows / rows.norm().clamp_min(1e-12)
+
+
+def _is_style(concept: Concept) -> bool:
+    """Whether target prompts keep the whole caption, instead of a word of it."""
+    return concept.kind in ("style", "memorized")
+
+
+def _words(name: str) -> Iterable[str]:
+    return (word for word in "".join(c if c.isalnum() else " " for c in name.lower()).split())
