@@ -381,7 +381,7 @@ def test_noise_schedule_is_diffusers_scaled_linear_one():
         beta_schedule="scaled_linear",
         rescale_betas_zero_snr=True,
     )
-    noisy = DiscreteProcess(ends_in_noise=True).alphas_cumprod
+    noisy = DiscreteProcess("v_prediction", ends_in_noise=True).alphas_cumprod
     torch.testing.assert_close(noisy, with_noise.alphas_cumprod, atol=1e-6, rtol=0)
     assert noisy[-1] == 0 and noisy[0] == pytest.approx(1 - 0.00085, abs=1e-6)
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
