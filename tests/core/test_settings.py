@@ -280,6 +280,17 @@ def full_request(make_request):
     return replace(parts, concepts=concepts, anchor_sampler=SamplerConfig(steps=5), anchor_seed=3)
 
 
+def test_a_request_is_made_into_json_once(full_request, monkeypatch):
+    request, expected = replace(full_request), full_request.hash
+    made, to_json = [], Concept.to_json
+    monkeypatch.setattr(Concept, "to_json", lambda concept: made.append(concept) or to_json(concept))
+    values = [request.to_json() for _ in range(3)]
+    assert request.hash == stable_hash(values[0]) == expected
+    assert made == [*request.concepts, *request.retain]
+    values[0]["concepts"][0]["target"] = "changed by the caller"
+    assert values[1] == request.to_json() != values[0]
+
+
 def test_request_comes_back_from_json_with_the_same_hash(full_request):
     back = Request.from_json(json.loads(json.dumps(full_request.to_json())))
     assert back == full_request and back.hash == full_request.hash
