@@ -231,7 +231,7 @@ def test_when_memory_runs_out_the_same_update_goes_on_in_parts_and_then_with_che
     assert_close(plain, saved)
     assert torch.equal(with_graph(seen), with_graph(seen_again))  # nothing was drawn anew
     assert [text.partition(";")[0] for text in told] == ["Memory ran out"] * 2 + [
-        "Memory ran out with one picture at a time"
+        "Memory ran out with one image at a time"
     ]
     assert "2 of 4 pictures" in told[0] and "1 of 2 pictures" in told[1] and "checkpointing" in told[2]
 
@@ -269,7 +269,7 @@ def test_memory_that_is_short_for_one_picture_is_an_error_that_leaves_everything
     compute, remedy, step, make_request, random_network, random_model
 ):
     before = unet_state(random_network)
-    said = f"even one picture at a time {remedy}"
+    said = f"even one image at a time {remedy}"
     with calls(random_network, lambda rows, graph: graph), pytest.raises(MemoryShortError, match=said):
         step(make_request(), compute)
     assert_untouched(random_network, before)
@@ -305,8 +305,8 @@ def test_memory_that_runs_out_on_apple_gpus_is_met_as_on_others(short_apple_gpu,
     told = []
     with short_apple_gpu(1):
         edited, _ = step(make_request(batch_size=2), callbacks=Callbacks(on_message=told.append))
-    assert edited.edits and told == ["Memory ran out; the step goes on with 1 of 2 pictures at a time."]
-    with short_apple_gpu(0), pytest.raises(MemoryShortError, match="even one picture at a time"):
+    assert edited.edits and told == ["Memory ran out; the step goes on with 1 of 2 images at a time."]
+    with short_apple_gpu(0), pytest.raises(MemoryShortError, match="even one image at a time"):
         step(make_request())
     with short_apple_gpu(0), pytest.raises(MemoryShortError, match="memory of cpu is too short"):
         step(make_request(regularizers=[SelFTConfig(states=2, guidance_scale=2.5)]))
