@@ -26,9 +26,9 @@ class UnlearningStore(UnlearningNode):
                     "clear",
                     options=list(_CLEARED),
                     default="nothing",
-                    tooltip="Files to remove first. unfinished: states of stopped steps, which then begin anew. "
-                    "anchors: anchor images, sampled again when needed. everything: finished steps too, "
-                    "trained again when needed.",
+                    tooltip="Files to remove first. unfinished: states of stopped steps, which then begin "
+                    "anew. anchors: anchor images, sampled again when needed. everything: finished steps "
+                    "too, trained again when needed.",
                 ),
             ],
             outputs=[

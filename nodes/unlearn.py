@@ -47,16 +47,16 @@ def _how_to_train() -> list[io.Input]:
             default=0,
             min=0,
             max=2**53 - 1,
-            tooltip="Seed of everything random in the step. Another seed trains anew; the same seed takes the "
-            "finished step from the store.",
+            tooltip="Seed of everything random in the step. Another seed trains anew; the same seed takes "
+            "the finished step from the store.",
         ),
         io.Int.Input(
             "preview_every",
             default=20,
             min=0,
             max=100_000,
-            tooltip="Iterations between previews of the same prompts and noise; more where previews would take "
-            "over a twentieth of the training. 0: no previews.",
+            tooltip="Iterations between previews of the same prompts and noise; more where previews would "
+            "take over a twentieth of the training. 0: no previews.",
         ),
         Method.Input("method", optional=True, tooltip="Method in place of the preset's."),
         Regularizers.Input("regularizers", optional=True, tooltip="Regularizers in place of the preset's."),
