@@ -669,6 +669,5 @@ def test_a_written_checkpoint_is_opened_with_one_look_into_it(edited, tmp_path, 
 
 
 def test_the_family_of_a_checkpoint_is_known_after_one_look(tmp_path, headers_read):
-    shapes = sd2_shapes()
-    path = write_hollow(tmp_path / "sd2.safetensors", shapes)
+    path = write_hollow(tmp_path / "sd2.safetensors", sd2_shapes())
     assert detect_family(path).name == "sd2" and len(headers_read) == 1
