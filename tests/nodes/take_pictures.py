@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from browser import Page, open_page
@@ -79,10 +79,10 @@ def gallery(schemas: dict, saved: str) -> Graph:
     )
     first = graph.add("CUL_Evaluate", model=(loaded, CUL), pictures=1, sampling_seed=0)
     graph.add("CUL_Evaluate", model=(sequence, CUL), pictures=1, sampling_seed=0, earlier=(first, 2))
-    graph.add("CUL_DriftMap", model=(sequence, CUL))
+    graph.add("CUL_DriftMap", model=(step, CUL))
     for name, values in defaults.items():
         if name.startswith("CUL_Audit_"):
-            graph.add(name, model=(sequence, CUL), **values)
+            graph.add(name, model=(step, CUL), **values)
     graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/forgot-candy-stripes")
     graph.add(
         "CUL_SaveLora",
@@ -96,18 +96,34 @@ def gallery(schemas: dict, saved: str) -> Graph:
     return graph
 
 
-def picture_of_nodes(page: Page, schemas: dict, host: Host, names: Iterable[str]) -> None:
-    """Run one graph with every node, and take a picture of each named node."""
-    earlier = Graph()
-    earlier.add(
-        "CUL_SaveCheckpoint", model=(earlier.step(earlier.load()), CUL), filename_prefix="checkpoints/earlier"
-    )
-    host.run(earlier)
-    page.tab.reload()
-    page = Page(page.tab, host)
-    page.tab.evaluate(
-        "(graph) => app.loadApiJson(graph, 'gallery')", gallery(schemas, "earlier_00001_.safetensors")
-    )
+def needed(graph: Graph, names: Collection[str]) -> Graph:
+    """The part of a graph that the last node of each of these types needs, and the Drift Maps behind them."""
+    last = {values["class_type"]: node for node, values in graph.items()}
+    origins = {
+        node: {value[0] for value in values["inputs"].values() if isinstance(value, list)}
+        for node, values in graph.items()
+    }
+    found, named = set(), {last[name] for name in names}
+    maps = [node for node, values in graph.items() if values["class_type"] == "CUL_DriftMap"]
+    open_ends = [*named, *(node for node in maps if origins[node] & named)]
+    while open_ends:
+        if (node := open_ends.pop()) not in found:
+            found.add(node)
+            open_ends += origins[node]
+    return Graph({node: values for node, values in graph.items() if node in found})
+
+
+def picture_of_nodes(page: Page, schemas: dict, host: Host, names: Collection[str]) -> None:
+    """Run a graph of the named nodes and of what they need, and take a picture of each."""
+    if "CUL_History" in names:
+        earlier = Graph()
+        step = earlier.step(earlier.load())
+        earlier.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/earlier")
+        host.run(earlier)
+        page.tab.reload()
+        page = Page(page.tab, host)
+    graph = needed(gallery(schemas, "earlier_00001_.safetensors"), names)
+    page.tab.evaluate("(graph) => app.loadApiJson(graph, 'gallery')", graph)
     page.tab.wait_for_timeout(1500)
     page.tab.evaluate("""() => {
         let y = 0;
