@@ -211,7 +211,9 @@ def network_hash(family: Family) -> str:
 @lru_cache(maxsize=8)
 def _table(family: Family) -> dict[str, dict[str, int]]:
     path = table_path(family)
-    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"network": None}
+    if not path.is_file():
+        return {}
+    table = json.loads(path.read_text(encoding="utf-8"))
     return table["passes"] if table["network"] == network_hash(family) else {}
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ from cul_core.training import step as training
 from cul_core.training.callbacks import Callbacks
 from cul_core.training.compute import Compute
 from cul_core.training.master_weights import LossScale
-from cul_core.training.memory_plan import Estimate, estimate_step, passes, planned
+from cul_core.training.memory_plan import Estimate, Passes, estimate_step, passes, planned
 from cul_core.training.micro_batches import MicroBatchedModel
 from cul_core.training.step import run_step
 
@@ -574,6 +575,13 @@ def test_one_image_is_counted_once_in_a_process_and_all_grows_with_their_number(
     for rows, found in zip((2, 5), others, strict=True):
         assert astuple(found) == tuple(rows * value for value in astuple(one))
     assert all(astuple(one))
+
+
+def test_a_family_without_files_is_counted_too(tmp_path, monkeypatch):
+    family, found = replace(MINI, name="fileless", folder=tmp_path), Passes(1, 2, 3, 4, 5)
+    monkeypatch.setattr(memory_plan, "count_passes", lambda *asked: found)
+    network = SimpleNamespace(family=family, blank=lambda dtype: None)
+    assert passes(network, torch.float32, "kv", 2) == found.of(2)
 
 
 def images_of(parts):
