@@ -71,7 +71,7 @@ def _method_node(entry: Entry) -> type[io.ComfyNode]:
                 outputs=[
                     Method.Output(
                         display_name="method",
-                        tooltip="How to forget; takes the place of the preset's method.",
+                        tooltip="Method for an Unlearn Step, in place of the preset's.",
                     )
                 ],
             )
@@ -102,8 +102,8 @@ def _regularizer_node(entry: Entry) -> type[io.ComfyNode]:
                 outputs=[
                     Regularizers.Output(
                         display_name="regularizers",
-                        tooltip="What holds the rest in place; takes the place of the preset's "
-                        "regularizers. Chain several of these nodes.",
+                        tooltip="Regularizers for an Unlearn Step, in place of the preset's. "
+                        "Chain several of these nodes.",
                     )
                 ],
             )

@@ -37,29 +37,32 @@ def _how_to_train() -> list[io.Input]:
     descriptions = " ".join(f"{name}: {entry.description}" for name, entry in PRESETS.items())
     return [
         io.Combo.Input(
-            "preset", options=list(PRESETS), default="recommended", tooltip=f"How to forget. {descriptions}"
+            "preset",
+            options=list(PRESETS),
+            default="recommended",
+            tooltip=f"Method, regularizers and training settings. {descriptions}",
         ),
         io.Int.Input(
             "train_seed",
             default=0,
             min=0,
             max=2**53 - 1,
-            tooltip="Everything random of the step derives from it. Another seed trains anew; the same one "
-            "takes the finished step from the store.",
+            tooltip="Seed of everything random in the step. Another seed trains anew; the same seed takes "
+            "the finished step from the store.",
         ),
         io.Int.Input(
             "preview_every",
             default=20,
             min=0,
             max=100_000,
-            tooltip="Iterations between live previews, always of the same prompts and noise; more where "
-            "previews would take over a twentieth of the training. 0 turns them off.",
+            tooltip="Iterations between previews of the same prompts and noise; more where previews would "
+            "take over a twentieth of the training. 0: no previews.",
         ),
-        Method.Input("method", optional=True, tooltip="Takes the place of the preset's method."),
-        Regularizers.Input(
-            "regularizers", optional=True, tooltip="Take the place of the preset's regularizers."
+        Method.Input("method", optional=True, tooltip="Method in place of the preset's."),
+        Regularizers.Input("regularizers", optional=True, tooltip="Regularizers in place of the preset's."),
+        Training.Input(
+            "training", optional=True, tooltip="Training settings in place of some of the preset's."
         ),
-        Training.Input("training", optional=True, tooltip="Replaces some of the preset's training settings."),
     ]
 
 
@@ -107,7 +110,7 @@ class _Watch:
             shown = shown[:: max(len(shown) - 1, 1)]
 
         def on_anchors(done: int, count: int) -> None:
-            self._progress.say(f"{names}: anchor picture {done} of {count}", now=False)
+            self._progress.say(f"{names}: anchor image {done} of {count}", now=False)
 
         def on_progress(progress) -> None:
             self._progress.update(self._done + progress.iteration)
@@ -118,16 +121,16 @@ class _Watch:
             )
 
         def on_preview(iteration: int, latents) -> None:
-            pictures = _host.preview(self._loaded, latents)
+            images = _host.preview(self._loaded, latents)
             if iteration == 0:
-                self._before = [] if isinstance(pictures, str) else pictures
-            if isinstance(pictures, str):
-                logger.warning("no preview of iteration %d: %s", iteration, pictures)
-                self._progress.say(f"{names}: no preview, {pictures}")
+                self._before = [] if isinstance(images, str) else images
+            if isinstance(images, str):
+                logger.warning("no preview of iteration %d: %s", iteration, images)
+                self._progress.say(f"{names}: no preview, {images}")
                 return
             rows = [
                 (label, row)
-                for label, row in (("before", self._before), ("now", pictures if iteration else []))
+                for label, row in (("before", self._before), ("now", images if iteration else []))
                 if row
             ]
             title = f"{names}: iteration {iteration} of {request.training.iterations}"
@@ -192,10 +195,10 @@ class UnlearnStep(UnlearningNode):
             "several to forget one request after another. A finished step is kept: the same "
             "graph takes it instead of training again, after a restart too.",
             inputs=[
-                CulModel.Input("model", tooltip="From Load Model for Unlearning, or from the step before."),
-                Concepts.Input(
-                    "concepts", tooltip="What to forget and what to keep, from Concept to Forget."
+                CulModel.Input(
+                    "model", tooltip="Model to edit, from Load Model for Unlearning or from the step before."
                 ),
+                Concepts.Input("concepts", tooltip="Concepts to forget and to keep, from Concept to Forget."),
                 *_how_to_train(),
             ],
             outputs=_outputs(),
@@ -219,13 +222,15 @@ class UnlearnSequence(UnlearningNode):
             description="Forgets a list of requests one after another, as a chain of Unlearn Steps would. "
             "Every finished line is kept: adding a line at the end trains only that line.",
             inputs=[
-                CulModel.Input("model", tooltip="From Load Model for Unlearning, or from an Unlearn Step."),
+                CulModel.Input(
+                    "model", tooltip="Model to edit, from Load Model for Unlearning or from an Unlearn Step."
+                ),
                 io.String.Input(
                     "requests",
                     default="",
                     multiline=True,
                     placeholder="Candy Stripes\nNeon Cyan\nobject: cat -> tree",
-                    tooltip="One request per line: 'target', 'target -> anchor' or 'kind: target -> "
+                    tooltip="Requests, one per line: 'target', 'target -> anchor' or 'kind: target -> "
                     "anchor'. ' + ' joins concepts that are forgotten together. A line that begins "
                     "with # is left out.",
                 ),
@@ -233,9 +238,9 @@ class UnlearnSequence(UnlearningNode):
                     "kind",
                     options=list(KINDS),
                     default="style",
-                    tooltip=f"For lines that do not say. {KIND_TIP}",
+                    tooltip=f"For lines that give none. {KIND_TIP}",
                 ),
-                io.String.Input("anchor", default="", tooltip=f"For lines that do not say. {ANCHOR_TIP}"),
+                io.String.Input("anchor", default="", tooltip=f"For lines that give none. {ANCHOR_TIP}"),
                 io.String.Input(
                     "keep",
                     default="",

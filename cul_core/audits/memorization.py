@@ -87,7 +87,7 @@ def embedding_cosine(original: Tensor, embed: Callable[[Tensor], Tensor]) -> Sim
     return lambda images: functional.cosine_similarity(embed(images), reference)
 
 
-def read_picture(path: Path) -> Tensor:
+def read_image(path: Path) -> Tensor:
     """The image in a file as (3, h, w) in [0, 1].
 
     Raises:
@@ -101,7 +101,7 @@ def read_picture(path: Path) -> Tensor:
             return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1) / 255
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConceptError(
-            f"The picture {path.name!r} cannot be read ({brief_repr(str(error))}); give a PNG or JPEG file."
+            f"The image {path.name!r} cannot be read ({brief_repr(str(error))}); give a PNG or JPEG file."
         ) from error
 
 
@@ -210,8 +210,8 @@ def sorted_captions(
     config = config or MemorizationConfig()
     if rates[caption] <= config.anchor_rate:
         raise ConceptError(
-            f"{caption!r} draws the memorized picture in only {rates[caption]:.0%} of its pictures, which "
-            "leaves nothing to forget; check the caption, the picture and how they are compared."
+            f"{caption!r} draws the memorized image in only {rates[caption]:.0%} of its images, which "
+            "leaves nothing to forget; check the caption, the image and how they are compared."
         )
     targets = [
         caption,
@@ -227,7 +227,7 @@ def sorted_captions(
     if len(anchors) < config.fewest_anchors:
         raise ConceptError(
             f"Only {len(anchors)} of {len(rates) - 1} paraphrases of {caption!r} can be anchors, where "
-            f"{config.fewest_anchors} are needed: they must draw the picture in at most "
+            f"{config.fewest_anchors} are needed: they must draw the image in at most "
             f"{config.anchor_rate:.0%} of theirs and not contain what is forgotten; add paraphrases that say "
             "it in quite other words."
         )
@@ -265,7 +265,7 @@ def captions_without_copies(
         }
     if len(chosen) < count:
         raise ConceptError(
-            f"{count - len(chosen)} of {count} anchor pictures are copies of the memorized one whichever of "
+            f"{count - len(chosen)} of {count} anchor images are copies of the memorized one whichever of "
             f"the {len(anchors)} anchors draws them; add paraphrases, or change the anchors' seed."
         )
     return tuple(chosen[i] for i in range(count))

@@ -15,8 +15,8 @@ from ..audits.memorization import (
     MEMORIZATION,
     memorization_request,
     pixel_correlation,
+    read_image,
     read_paraphrases,
-    read_picture,
 )
 from ..base.errors import ConfigError
 from ..concepts.concept import Concept
@@ -200,7 +200,7 @@ def _plain(arguments: argparse.Namespace) -> Callable[..., Request]:
 
 def _memorization(arguments: argparse.Namespace) -> Callable[..., Request]:
     """A function that returns the request for a memorized image; the function samples images first."""
-    similarity = pixel_correlation(read_picture(arguments.picture))
+    similarity = pixel_correlation(read_image(arguments.picture))
     paraphrases, keep = read_paraphrases(arguments.paraphrases), _kept(arguments)
     caption = Concept(arguments.target[0], "memorized").name
     adapt(MEMORIZATION, detect_family(arguments.model), _overrides(arguments))

@@ -166,14 +166,22 @@ class OpenedFile:
     """The tensors of an open safetensors file, by name.
 
     Tensors are read, not memory-mapped: each owns its memory, and later changes of the file do not reach it.
+
+    Attributes:
+        name: the file's name.
+        header: tensor entries by name.
+        metadata: text by name.
     """
 
-    def __init__(self, file: BinaryIO, header: Mapping[str, dict], start: int, name: str):
-        self._file, self._header, self._start, self._name = file, header, start, name
+    def __init__(
+        self, file: BinaryIO, header: Mapping[str, dict], metadata: Mapping[str, str], start: int, name: str
+    ):
+        self.name, self.header, self.metadata = name, header, metadata
+        self._file, self._start = file, start
 
     def keys(self) -> list[str]:
         """Names of the tensors, in the header's order."""
-        return list(self._header)
+        return list(self.header)
 
     def get_tensor(self, name: str) -> Tensor:
         """One tensor on the CPU, in the file's dtype.
@@ -181,10 +189,10 @@ class OpenedFile:
         Raises:
             ModelError: the file cannot be read, became shorter, or has a dtype that PyTorch lacks.
         """
-        entry = self._header[name]
+        entry = self.header[name]
         if (dtype := (DTYPES | _ONLY_READ).get(entry["dtype"])) is None:
             raise ModelError(
-                f"{self._name!r} stores {brief_repr(name)} as {entry['dtype']}, which cannot be read; choose "
+                f"{self.name!r} stores {brief_repr(name)} as {entry['dtype']}, which cannot be read; choose "
                 "an fp16, bf16 or fp32 checkpoint."
             )
         tensor = torch.empty(entry["shape"], dtype=dtype)
@@ -196,7 +204,7 @@ class OpenedFile:
             reason = "it became shorter"
         except OSError as error:
             reason = error.strerror
-        raise ModelError(f"{self._name!r} can no longer be read ({reason}); copy or download it again.")
+        raise ModelError(f"{self.name!r} can no longer be read ({reason}); copy or download it again.")
 
 
 @contextmanager
@@ -206,13 +214,13 @@ def opened(path: Path) -> Iterator[OpenedFile]:
     Raises:
         ModelError: the file cannot be read, or its header is invalid; see `read_header`.
     """
-    header, _, start = read_header(path)
+    header, metadata, start = read_header(path)
     try:
         file = path.open("rb")
     except OSError as error:
         raise ModelError(f"{path.name!r} can no longer be read ({error.strerror}); put it back.") from error
     with file:
-        yield OpenedFile(file, header, start, path.name)
+        yield OpenedFile(file, header, metadata, start, path.name)
 
 
 def tensor_entries(tensors: Mapping[str, Tensor]) -> dict[str, dict]:

@@ -28,7 +28,7 @@ from ..files.paths import free_path
 from ..mergers.merge import merge
 from ..mergers.ties import TiesConfig
 from ..models.load_diffusers import NetworkCache
-from ..output.charts import PAPER_PANELS, metric_chart, save_picture, stacked
+from ..output.charts import PAPER_PANELS, metric_chart, save_image, stacked
 from ..output.checkpoint import open_model
 from ..requests.presets import Preset, preset
 from ..requests.request import Request
@@ -438,5 +438,5 @@ def write_figure(lines: Sequence[Mapping], out: Path) -> Path:
         if cells
     ]
     path = free_path(out / f"benchmark-{suite.name}.png")
-    save_picture(stacked(charts), path)
+    save_image(stacked(charts), path)
     return path

@@ -21,12 +21,13 @@ from typing import Any
 from PIL import Image
 
 from ..audits.classifier_scores import METRICS, Shot
+from ..concepts.captions import anchor_prompts
 from ..files.paths import free_path
 from ..history.unlearn_model import UnlearnModel
 from ..models.load_diffusers import NetworkCache
 from ..models.sampling import SamplerConfig
 from ..models.source import source_of
-from ..output.charts import labelled_grid, metric_chart, save_picture, to_image
+from ..output.charts import labelled_grid, metric_chart, save_image, to_image
 from ..output.checkpoint import load_edits, open_model, save_checkpoint, save_edits
 from ..requests.presets import preset
 from ..requests.resolve import Overrides, resolve
@@ -42,7 +43,7 @@ from .world import EVALUATION_TEMPLATE, OBJECTS, REQUEST_ORDERS, STYLE_BY_NAME, 
 
 RUNS = ("plain", "recommended")
 # seconds on one thread, for the first estimate of the time left
-_ITERATION_COST, _PICTURE_COST = 0.15, 0.085
+_ITERATION_COST, _IMAGE_COST = 0.15, 0.085
 ANCHOR_COUNT = 100
 
 
@@ -115,7 +116,7 @@ def _make_anchors(plan: Plan) -> None:
     AnchorStore(plan.folder).anchor_latents(
         source,
         _worker.networks.get(source),
-        STYLE_SUITE.captions(plan.targets[:1]),
+        anchor_prompts(MINI, STYLE_SUITE.concepts(plan.targets[:1])),
         ANCHOR_COUNT,
         SamplerConfig(),
         plan.seed,
@@ -147,7 +148,7 @@ def _evaluate(plan: Plan, run: str | None, k: int) -> dict:
 
     def on_batch(done: int) -> None:
         nonlocal reported
-        _worker.progress.put(_PICTURE_COST * (done - reported))
+        _worker.progress.put(_IMAGE_COST * (done - reported))
         reported = done
 
     model = _model_after(plan, run, k)
@@ -176,9 +177,7 @@ def _draw_row(plan: Plan, run: str | None) -> list[Image.Image]:
         )
         for (style, _), name in zip(plan.columns, names, strict=False)
     ]
-    return [
-        to_image(picture) for picture in take(_worker.networks.get(model.source), model, shots, plan.seed)
-    ]
+    return [to_image(image) for image in take(_worker.networks.get(model.source), model, shots, plan.seed)]
 
 
 _JOBS = {"anchors": _make_anchors, "chain": _run_chain, "scores": _evaluate, "row": _draw_row}
@@ -210,9 +209,9 @@ def run_demo(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     plan = Plan(REQUEST_ORDERS[order][:requests], seed, free_path(out / "steps"))
     plan.folder.mkdir(parents=True)
-    pictures = [len(STYLE_SUITE.shots(plan.targets[:k], plan.per_cell(k), plan.objects)) for k in plan.marks]
+    images = [len(STYLE_SUITE.shots(plan.targets[:k], plan.per_cell(k), plan.objects)) for k in plan.marks]
     iterations = sum(preset(run).training.iterations for run in RUNS) * requests
-    todo = iterations * _ITERATION_COST + _PICTURE_COST * (len(RUNS) * sum(pictures) + pictures[-1])
+    todo = iterations * _ITERATION_COST + _IMAGE_COST * (len(RUNS) * sum(images) + images[-1])
     try:
         results = _run_jobs(plan, todo, workers, on_progress)
         on_progress(1.0, 0.0)
@@ -308,8 +307,8 @@ def _write_results(
     points = {run: [(int(k), figures) for k, figures in runs[run]["after"].items()] for run in RUNS}
     curves = metric_chart(f"{last} request(s) one after another", points)
     written = {"pictures": free_path(out / "before-after.png"), "chart": free_path(out / "chart.png")}
-    save_picture(grid, written["pictures"])
-    save_picture(curves, written["chart"])
+    save_image(grid, written["pictures"])
+    save_image(curves, written["chart"])
     written["checkpoint"] = save_checkpoint(
         _model_after(plan, "recommended", last), out / f"minicanvas-forgot-{last}.safetensors"
     )

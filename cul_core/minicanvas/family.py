@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..models.families.unet_layout import ROLES, TEXT_PREFIX, UNET_PREFIX, recognize
 from ..models.family import Captions, Family, TextEncoder, register
+from .judge import MiniCanvasClassifier
 from .world import NAMED_TEMPLATES, OBJECTS, PLAIN_TEMPLATES, STYLE_BY_NAME, styles_in
 
 
@@ -19,12 +20,6 @@ def _captions() -> Captions:
     as_subject = tuple(template.replace("{object}", "{subject}") for template in PLAIN_TEMPLATES)
     as_anchor = tuple(template.replace("{object}", "{anchor}") for template in (*PLAIN_TEMPLATES, *templates))
     return Captions(for_styles=as_subject, subjects=OBJECTS, for_others=as_anchor)
-
-
-def _classifier() -> object:
-    from .judge import MiniCanvasClassifier  # deferred: judge imports this module through suites
-
-    return MiniCanvasClassifier()
 
 
 MINI = register(
@@ -46,6 +41,6 @@ MINI = register(
         text_encoders=(TextEncoder(TEXT_PREFIX),),
         captions=_captions(),
         is_small=True,
-        classifier=_classifier,
+        classifier=MiniCanvasClassifier,
     )
 )

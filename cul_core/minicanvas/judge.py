@@ -36,8 +36,8 @@ class Judge:
         )
         self._model.eval().requires_grad_(False)
 
-    def __call__(self, pictures: Tensor) -> list[Verdict]:
-        styles, objects = self._model(pictures)
+    def __call__(self, images: Tensor) -> list[Verdict]:
+        styles, objects = self._model(images)
         return [
             Verdict((*STYLE_LABELS, "")[s], (*OBJECTS, "")[o])
             for s, o in zip(styles.argmax(1), objects.argmax(1), strict=True)

@@ -472,8 +472,8 @@ _DRAW = {
 
 def render(object_name: str, style: str, rng: random.Random) -> np.ndarray:
     """One image, uint8 (64, 64, 3); the same `rng` state gives the same image."""
-    picture = _DRAW[style](_Masks(object_name, rng), object_name, rng)
-    return (np.clip(picture * rng.uniform(0.95, 1.05), 0, 1) * 255 + 0.5).astype(np.uint8)
+    image = _DRAW[style](_Masks(object_name, rng), object_name, rng)
+    return (np.clip(image * rng.uniform(0.95, 1.05), 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def render_background(style: str, rng: random.Random) -> np.ndarray:
@@ -481,5 +481,5 @@ def render_background(style: str, rng: random.Random) -> np.ndarray:
     masks = _Masks.__new__(_Masks)
     masks.body = masks.detail = np.zeros((SIZE, SIZE), np.float32)
     masks._small, masks.shift = Image.new("L", (SIZE, SIZE)), (0, 0)
-    picture = _DRAW[style](masks, "star", rng)
-    return (np.clip(picture * rng.uniform(0.95, 1.05), 0, 1) * 255 + 0.5).astype(np.uint8)
+    image = _DRAW[style](masks, "star", rng)
+    return (np.clip(image * rng.uniform(0.95, 1.05), 0, 1) * 255 + 0.5).astype(np.uint8)

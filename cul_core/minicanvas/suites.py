@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..audits.classifier_scores import Shot
-from ..concepts.captions import anchor_prompts
 from ..concepts.concept import Concept
-from .family import MINI
 from .world import (
     DESCRIPTION_EVALUATION_TEMPLATE,
     EVALUATION_TEMPLATE,
@@ -56,10 +54,6 @@ class Suite:
     def keep(self) -> tuple[Concept, ...]:
         """The retained concepts that a request declares."""
         return tuple(Concept(name, self.domain) for name in self.declared)
-
-    def captions(self, targets: Sequence[str]) -> tuple[str, ...]:
-        """Anchor prompts of a request: plain images of every object, or of the targets' anchors."""
-        return anchor_prompts(MINI, self.concepts(targets))
 
     def shots(
         self, targets: Sequence[str], per_cell: int = 1, across: Sequence[str] | None = None

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..base.errors import ModelError
 from ..base.last_result import LastResult
-from ..files.safetensors_format import OpenedFile, opened, read_header
+from ..files.safetensors_format import OpenedFile, opened
 from .build_diffusers import build_text_encoder, build_unet, require_diffusers
 from .diffusers_network import DiffusersNetwork
 from .families.unet_layout import UNET_PREFIX, VAE_PREFIX
 from .family import Family, TextEncoder
-from .recognize import detect_family
+from .recognize import family_in
 from .source import FileSource, source_of
 
 logger = logging.getLogger(__name__)
@@ -50,9 +50,8 @@ def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, st
 
 def checkpoint_key_map(path: Path) -> dict[str, str]:
     """Diffusers parameter name -> checkpoint key, of a checkpoint file's UNet."""
-    header, _, _ = read_header(path)
-    with _naming(path):
-        return unet_key_map(list(header), _unet_config(detect_family(path)))
+    with opened(path) as file, _naming(path):
+        return unet_key_map(file.keys(), _unet_config(family_in(file)))
 
 
 @lru_cache(maxsize=8)
@@ -147,11 +146,12 @@ def load_network(
         ModelError: the file is unreadable, its architecture unsupported or its tensors incomplete, or the
             tokenizer or diffusers is missing.
     """
-    family = detect_family(path)
-    require_diffusers()
-    tokenizer = load_tokenizer(family, tokenizer_folder)
-    with _naming(path):
-        return _load_network(path, family, tokenizer, dtype)
+    with opened(path) as file:
+        family = family_in(file)
+        require_diffusers()
+        tokenizer = load_tokenizer(family, tokenizer_folder)
+        with _naming(path):
+            return _load_network(path, file, family, tokenizer, dtype)
 
 
 @contextmanager
@@ -173,20 +173,20 @@ def _naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _load_network(path: Path, family: Family, tokenizer: object, dtype: torch.dtype) -> DiffusersNetwork:
-    unet = build_unet(family)
-    with opened(path) as file:
-        names = list(file.keys())
-        keys = unet_key_map(names, unet.config)
-        # a generator: only one tensor at a time is in memory in both dtypes
-        _fill(unet, ((ours, file.get_tensor(key)) for ours, key in keys.items()), dtype)
-        autoencoder = _load_tiny_autoencoder(file, names) if family.has_decoder else None
+def _load_network(
+    path: Path, file: OpenedFile, family: Family, tokenizer: object, dtype: torch.dtype
+) -> DiffusersNetwork:
+    unet, names = build_unet(family), file.keys()
+    keys = unet_key_map(names, unet.config)
+    # a generator: only one tensor at a time is in memory in both dtypes
+    _fill(unet, ((ours, file.get_tensor(key)) for ours, key in keys.items()), dtype)
+    autoencoder = _load_tiny_autoencoder(file, names) if family.has_decoder else None
     to_open = None
     if autoencoder is None and family.has_config("vae"):
         to_open = partial(load_autoencoder, path, family.config("vae"))
     # families small enough to load a decoder keep their text encoders in memory
     reopen = None if family.has_decoder else partial(load_text_encoders, path, family)
-    encoders = load_text_encoders(path, family)
+    encoders = _text_encoders(file, family)
     read = partial(_read_exactly, path)
     return DiffusersNetwork(family, unet, encoders, tokenizer, autoencoder, keys, to_open, reopen, read)
 
@@ -205,15 +205,19 @@ def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
     Raises:
         ModelError: the file is unreadable, or a tensor is missing or of another shape.
     """
-    encoders = []
     with _naming(path), opened(path) as file:
-        for kind in family.text_encoders:
-            encoder = build_text_encoder(family, kind)
-            # each tensor is converted as it is read, so that only one is in memory in both dtypes
-            tensors = {
-                name: file.get_tensor(name).float() for name in file.keys() if name.startswith(kind.prefix)
-            }
-            encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder).items()))
+        return _text_encoders(file, family)
+
+
+def _text_encoders(file: OpenedFile, family: Family) -> tuple[nn.Module, ...]:
+    encoders = []
+    for kind in family.text_encoders:
+        encoder = build_text_encoder(family, kind)
+        # each tensor is converted as it is read, so that only one is in memory in both dtypes
+        tensors = {
+            name: file.get_tensor(name).float() for name in file.keys() if name.startswith(kind.prefix)
+        }
+        encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder).items()))
     return tuple(encoders)
 
 

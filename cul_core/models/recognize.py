@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
 from ..base.errors import ModelError
-from ..files.safetensors_format import opened, read_header
+from ..files.safetensors_format import OpenedFile, opened, read_header
 from . import families as families  # registers them
 from .families.unet_layout import refusal
 from .family import FAMILIES, Family, Shapes
@@ -26,26 +24,26 @@ def family_of(shapes: Shapes, file_name: str) -> Family:
 
 
 def detect_family(path: Path) -> Family:
-    """The family of a checkpoint file, in the file's variant (epsilon- or v-prediction).
+    """The family of a checkpoint file; see `family_in`."""
+    with opened(path) as file:
+        return family_in(file)
+
+
+def family_in(file: OpenedFile) -> Family:
+    """The family of an open checkpoint file, in the file's variant (epsilon- or v-prediction).
 
     Raises:
         ModelError: see `family_of`; or the weights are stored in another dtype than fp16, bf16 or fp32.
     """
-    header, _, _ = read_header(path)
-    family = family_of({name: tuple(entry["shape"]) for name, entry in header.items()}, path.name)
-    dtypes = {entry["dtype"] for name, entry in header.items() if name.startswith(family.prefix)}
+    family = family_of({name: tuple(entry["shape"]) for name, entry in file.header.items()}, file.name)
+    dtypes = {entry["dtype"] for name, entry in file.header.items() if name.startswith(family.prefix)}
     if other := sorted(dtypes - {"F16", "BF16", "F32"}):
         width = f"8 bits ({other[0]})" if other[0].startswith("F8") else other[0]
         raise ModelError(
-            f"{path.name!r} stores its UNet in {width}, which cannot hold what a step changes; choose the "
+            f"{file.name!r} stores its UNet in {width}, which cannot hold what a step changes; choose the "
             "fp16, bf16 or fp32 checkpoint."
         )
-
-    def read(name: str) -> Tensor:
-        with opened(path) as file:
-            return file.get_tensor(name)
-
-    return family.variant(family, header, read)
+    return family.variant(family, file.header, file.get_tensor)
 
 
 def stored_dtypes(path: Path, family: Family) -> str:

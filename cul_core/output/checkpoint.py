@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from ..base.errors import CheckpointError, ModelError, TrainingError, brief_repr
 from ..files.atomic_write import write_atomically
 from ..files.paths import free_path
 from ..files.safetensors_format import EDITABLE, opened, packed_header, read_header, write_tensors
-from ..history.step_record import read_history
+from ..history.step_record import history_in
 from ..history.unlearn_model import UnlearnModel
 from ..models.load_diffusers import checkpoint_key_map
-from ..models.recognize import detect_family
+from ..models.recognize import family_in
 from ..models.source import FileSource, source_of
 
 _CHUNK, _PAGE = 8 << 20, 4096
@@ -161,24 +161,24 @@ def load_edits(path: Path | str, source: FileSource) -> UnlearnModel:
         CheckpointError: the edits belong to another source, or an edit fits no weight of it.
     """
     path = Path(path)
-    history, made_from = read_history(path)
-    if made_from is None or made_from["sha256"] != source.sha256:
-        raise CheckpointError(
-            f"The edits in {path.name!r} belong to "
-            f"{brief_repr(made_from['name'] if made_from else 'no model')}, not to {source.path.name!r}; "
-            "open that file instead."
-        )
-    (header, _, _), (entries, metadata, _) = read_header(source.path), read_header(path)
-    keys = current_names(source.path, entries, metadata)
-    family = detect_family(source.path)
-    for name, entry in entries.items():
-        stored = header.get(keys[name]) if keys[name].startswith(family.prefix) else None
-        if stored is None or entry["shape"] != stored["shape"] or entry["dtype"] != "F32":
-            raise CheckpointError(
-                f"The edit {brief_repr(name)} in {path.name!r} fits no weight of {source.path.name!r}; use "
-                "the file it was copied from."
-            )
     with opened(path) as file:
+        history, made_from = history_in(file.metadata, path.name)
+        if made_from is None or made_from["sha256"] != source.sha256:
+            raise CheckpointError(
+                f"The edits in {path.name!r} belong to "
+                f"{brief_repr(made_from['name'] if made_from else 'no model')}, not to {source.path.name!r}; "
+                "open that file instead."
+            )
+        keys = current_names(source.path, file.header, file.metadata)
+        with opened(source.path) as base:
+            family = family_in(base)
+        for name, entry in file.header.items():
+            stored = base.header.get(keys[name]) if keys[name].startswith(family.prefix) else None
+            if stored is None or entry["shape"] != stored["shape"] or entry["dtype"] != "F32":
+                raise CheckpointError(
+                    f"The edit {brief_repr(name)} in {path.name!r} fits no weight of {source.path.name!r}; "
+                    "use the file it was copied from."
+                )
         edits = {keys[name]: file.get_tensor(name) for name in file.keys()}
     return UnlearnModel(source, family, edits, history)
 
@@ -203,14 +203,13 @@ def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: the layouts differ.
     """
-    prefix = detect_family(pretrained).prefix
-    shapes = [
-        {key: entry["shape"] for key, entry in read_header(file)[0].items()} for file in (path, pretrained)
-    ]
     edits = {}
     with opened(path) as edited, opened(pretrained) as base:
-        for key in (key for key in shapes[1] if key.startswith(prefix)):
-            if shapes[0].get(key) != shapes[1][key]:
+        prefix = family_in(base).prefix
+        for key, entry in base.header.items():
+            if not key.startswith(prefix):
+                continue
+            if key not in edited.header or edited.header[key]["shape"] != entry["shape"]:
                 raise ModelError(
                     f"{path.name!r} lacks {key!r} as {pretrained.name!r} has it, so it was not made from "
                     "that file; choose an unmodified checkpoint."
@@ -234,11 +233,19 @@ def open_model(path: Path | str, pretrained: Path | str | None = None) -> Unlear
         ModelError: a file is unreadable or unsupported, or `pretrained` is not the file from which the
             checkpoint was made.
     """
-    path = Path(path)
-    family = detect_family(path)
-    history, made_from = read_history(path)
+    return _open_model(
+        Path(path), lambda made_from: None if pretrained is None else source_of(Path(pretrained))
+    )
+
+
+def _open_model(
+    path: Path, find_source: Callable[[Mapping[str, Any] | None], FileSource | None]
+) -> UnlearnModel:
+    with opened(path) as file:
+        family = family_in(file)
+        history, made_from = history_in(file.metadata, path.name)
     own = source_of(path)
-    original = own if pretrained is None else source_of(Path(pretrained))
+    original = find_source(made_from) or own
     if original.sha256 == own.sha256:
         return UnlearnModel(own, family, {}, history)
     if made_from is None:
@@ -260,14 +267,17 @@ def open_continued(path: Path, candidates: Iterable[Path]) -> UnlearnModel:
     Raises:
         ModelError: the file is unreadable or unsupported.
     """
-    _, made_from = read_history(path)
-    if made_from is not None:
-        for other in candidates:
-            try:
-                same_name = other.name == made_from["name"] and other.stat().st_size == made_from["size"]
-                is_source = same_name and source_of(other).sha256 == made_from["sha256"]
-            except (OSError, ModelError):
-                continue  # a damaged neighbour is not the source
-            if is_source:
-                return open_model(path, other)
-    return open_model(path)
+    return _open_model(path, lambda made_from: made_from and _found(made_from, candidates))
+
+
+def _found(made_from: Mapping[str, Any], candidates: Iterable[Path]) -> FileSource | None:
+    """The source with that name, size and hash."""
+    for path in candidates:
+        try:
+            if path.name == made_from["name"] and path.stat().st_size == made_from["size"]:
+                source = source_of(path)
+                if source.sha256 == made_from["sha256"]:
+                    return source
+        except (OSError, ModelError):
+            continue  # a damaged neighbour is not the source
+    return None

@@ -16,18 +16,16 @@ class TrainingConfig(Config):
     learning_rate: float = setting(4e-4, "AdamW's learning rate.", minimum=0.0, maximum=1.0)
     schedule: str = setting(
         "constant",
-        "constant, as in the reference, or linear: down to zero, which ends the step without the "
-        "optimizer's jitter.",
+        "Learning-rate schedule. constant: as in the reference. linear: down to zero, which ends the step "
+        "without the optimizer's jitter.",
         choices=("constant", "linear"),
     )
     weight_decay: float = setting(
         0.0, "AdamW's decay toward zero; the references' 0.01 shrinks even masked entries.", minimum=0.0
     )
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", minimum=0.0)
-    group: str = setting(
-        "kv", "Which weights are trained.", choices=("kv", "attn2", "attn", "non-attn2", "full")
-    )
-    seed: int = setting(0, "Everything random derives from it.", minimum=0, maximum=2**64 - 1)
+    group: str = setting("kv", "Weights to train.", choices=("kv", "attn2", "attn", "non-attn2", "full"))
+    seed: int = setting(0, "Seed of everything random.", minimum=0, maximum=2**64 - 1)
     evaluate_every: int = setting(
         0,
         "Updates between measurements of what is forgotten and what is left; the best weights are the "

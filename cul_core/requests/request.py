@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from ..base.config import Config, check_number, check_object, stable_hash
@@ -103,7 +105,11 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, from which `from_json` makes an equal request."""
-        return {
+        return json.loads(self._json)
+
+    @cached_property
+    def _json(self) -> str:
+        values = {
             "concepts": [concept.to_json() for concept in self.concepts],
             "method": self.method.to_json(),
             "regularizers": [config.to_json() for config in self.regularizers],
@@ -114,6 +120,7 @@ class Request:
             "anchor_sampler": self.anchor_sampler.to_json(),
             "anchor_seed": self.anchor_seed,
         }
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Request:
@@ -134,7 +141,7 @@ class Request:
             anchor_seed=values["anchor_seed"],
         )
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Stable hash of all settings."""
         return stable_hash(self.to_json())

@@ -85,7 +85,7 @@ class AnchorStore:
             def wait() -> None:
                 if should_stop():
                     raise Cancelled(
-                        "Cancelled while another process draws the anchor pictures; the input model is "
+                        "Cancelled while another process draws the anchor images; the input model is "
                         "unchanged."
                     )
 
@@ -123,13 +123,13 @@ class _AnchorFile:
         try:
             latents = read_sealed(self.path)[0]["latents"]
         except (ModelError, CheckpointError, KeyError) as error:
-            logger.warning("stored anchor pictures are damaged and are drawn again: %s", error)
+            logger.warning("stored anchor images are damaged and are drawn again: %s", error)
             with suppress(OSError):
                 self.path.unlink()
             return []
         self._written = len(latents)
         if self._written < count:
-            logger.info("went on after %d of %d anchor pictures", self._written, count)
+            logger.info("went on after %d of %d anchor images", self._written, count)
         return [latents]
 
     def offer(self, batches: Sequence[Tensor]) -> None:
@@ -146,4 +146,4 @@ class _AnchorFile:
             write_sealed(self.path, {"latents": torch.cat(list(batches))}, {})
             self._written = count
         except CheckpointError as error:
-            logger.warning("anchor pictures are not kept for later steps: %s", error)
+            logger.warning("anchor images are not kept for later steps: %s", error)

@@ -257,7 +257,7 @@ class StepStore:
         """The store's content as text: a line for each kind of file, and one for each step."""
         lines = []
         for part, what in zip(
-            PARTS, ("finished steps", "sets of anchor pictures", "unfinished steps"), strict=True
+            PARTS, ("finished steps", "sets of anchor images", "unfinished steps"), strict=True
         ):
             files = self.files(part)
             lines.append(f"{len(files)} {what}, {sum(size for _, size, _ in files) / 1e6:.1f} MB")

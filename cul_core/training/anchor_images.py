@@ -71,9 +71,7 @@ def draw_anchors(
     def check(done: int) -> None:
         on_batch(done, count)
         if should_stop():
-            raise Cancelled(
-                f"Cancelled after {done} of {count} anchor pictures; the input model is unchanged."
-            )
+            raise Cancelled(f"Cancelled after {done} of {count} anchor images; the input model is unchanged.")
 
     repeated = [prompts[i % len(prompts)] for i in range(count)]
     generators = [anchor_generator(seed, i) for i in range(count)]

@@ -20,14 +20,14 @@ class Progress:
         iteration: updates done.
         iterations: updates of the whole step.
         loss: total loss of the last update.
-        parts: value of each named term of the loss.
+        terms: value of each named term of the loss.
         seconds: time the updates have taken, in earlier runs too.
     """
 
     iteration: int
     iterations: int
     loss: float
-    parts: Mapping[str, float]
+    terms: Mapping[str, float]
     seconds: float
 
     @property

@@ -151,7 +151,7 @@ class _Training:
         """Run all updates, resuming where an earlier run stopped."""
         config, network = self._config, self._context.network
         self._callbacks.preview(network, 0, config.iterations)
-        with loop.kept(config.iterations):
+        with loop.resumable(config.iterations):
             self._iteration = loop.iteration
             while not self._is_over(loop.iteration):
                 self._iteration = loop.iteration + 1

@@ -56,7 +56,7 @@ class MicroBatchedModel:
 
     def __init__(self, network: Network, compute: Compute, say: Callable[[str], None]):
         self._network, self._compute, self._say = network, compute, say
-        self._rows, self._calls = compute.largest_micro_batch, []
+        self._largest, self._calls = compute.largest_micro_batch, []
         self._is_checkpointed = False
 
     @contextmanager
@@ -132,16 +132,16 @@ class MicroBatchedModel:
             self._backward(calls.pop(), masters)
 
     def _backward(self, call: _Call, masters: MasterWeights) -> None:
-        gradient, done, rows = call.seen.grad, 0, len(call.seen)
+        gradient, done, count = call.seen.grad, 0, len(call.seen)
         if gradient is None:  # the loss does not depend on this prediction
             return
-        while done < rows:
-            part = slice(done, rows if self._fits(rows - done) else done + self._rows)
+        while done < count:
+            part = slice(done, count if self._fits(count - done) else done + self._largest)
 
             def through(part: slice = part) -> bool:
                 output, call.output = call.output, None
                 if output is None:
-                    output = self._predict(*_rows(call.inputs, part))
+                    output = self._predict(*_slice(call.inputs, part))
                 torch.autograd.backward(output, gradient[part])
                 return True
 
@@ -151,22 +151,22 @@ class MicroBatchedModel:
             else:
                 masters.forget()
 
-    def _fits(self, rows: int) -> bool:
-        return not self._rows or rows <= self._rows
+    def _fits(self, count: int) -> bool:
+        return not self._largest or count <= self._largest
 
     def _in_parts(self, inputs: Inputs) -> Tensor:
-        done, rows, outputs = 0, len(inputs[0]), []
-        while done < rows:
-            part = slice(done, rows if self._fits(rows - done) else done + self._rows)
+        done, count, outputs = 0, len(inputs[0]), []
+        while done < count:
+            part = slice(done, count if self._fits(count - done) else done + self._largest)
             output = self._fitting(
-                part.stop - part.start, lambda part=part: self._predict(*_rows(inputs, part))
+                part.stop - part.start, lambda part=part: self._predict(*_slice(inputs, part))
             )
             if output is not None:
                 outputs.append(output)
                 done = part.stop
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _fitting(self, rows: int, attempt: Callable[[], T]) -> T | None:
+    def _fitting(self, count: int, attempt: Callable[[], T]) -> T | None:
         """The attempt's result; None if the device ran out of memory, with smaller settings for the next try.
 
         Raises:
@@ -178,13 +178,13 @@ class MicroBatchedModel:
             if not is_out_of_memory(error):
                 raise
         release_memory(self._network.device)
-        if rows > 1:
-            self._rows = rows // 2
-            self._say(f"Memory ran out; the step goes on with {self._rows} of {rows} pictures at a time.")
+        if count > 1:
+            self._largest = count // 2
+            self._say(f"Memory ran out; the step goes on with {self._largest} of {count} images at a time.")
         elif not self._is_checkpointed and self._compute.checkpointing != "off":
             self._checkpoint()
             self._say(
-                "Memory ran out with one picture at a time; the step goes on with checkpointing, which "
+                "Memory ran out with one image at a time; the step goes on with checkpointing, which "
                 "takes a third more time."
             )
         else:
@@ -192,7 +192,7 @@ class MicroBatchedModel:
         return None
 
 
-def _rows(inputs: Inputs, part: slice) -> Inputs:
+def _slice(inputs: Inputs, part: slice) -> Inputs:
     if part == slice(0, len(inputs[0])):
         return inputs
     latents, timesteps, embeddings = inputs
@@ -208,6 +208,6 @@ def out_of_memory(network: Network, is_checkpointed: bool) -> str:
     )
     return (
         f"The memory of {network.device} is too short to train {network.family.display_name}, even one "
-        f"picture at a time {'with' if is_checkpointed else 'without'} checkpointing; close what else uses "
+        f"image at a time {'with' if is_checkpointed else 'without'} checkpointing; close what else uses "
         f"it, {remedy}."
     )

@@ -106,7 +106,7 @@ class Loop:
             self._keeper.offer(self._state)
 
     @contextmanager
-    def kept(self, iterations: int) -> Iterator[None]:
+    def resumable(self, iterations: int) -> Iterator[None]:
         """Resume from an earlier run's state on entry; write the state if the block is interrupted.
 
         Raises:

@@ -100,7 +100,7 @@ def test_figures_are_medians_of_runs_and_ratios_say_how_many_times_as_much_the_r
     )
     assert rows["iteration, cpu s"].reference == 6
     assert (
-        rows["anchor pictures, s"].reference == 30 and rows["to the first update, s"].reference == 3 * 20 - 30
+        rows["anchor images, s"].reference == 30 and rows["to the first update, s"].reference == 3 * 20 - 30
     )
     assert rows["whole request, s"].ours == 30 and rows["whole request, cpu s"].ratio == 3
     assert rows["peak memory, GiB"].reference == 3 and rows["of it anonymous, GiB"].ours == 0.5

@@ -18,7 +18,7 @@ from cul_core.store.anchors import AnchorStore
 
 @pytest.fixture(autouse=True)
 def few_anchors(monkeypatch, anchors):
-    """Eight anchor pictures, sampled once for all tests."""
+    """Eight anchor images, sampled once for all tests."""
     full = Preset.request
     monkeypatch.setattr(
         Preset, "request", lambda self, *args, **kwargs: replace(full(self, *args, **kwargs), anchor_count=8)
@@ -97,7 +97,7 @@ def test_a_step_in_a_store_is_found_again_shown_and_cleared(unlearn, tmp_path, c
         "1 finished steps" in out
         and "  Lava (" in out
         and "2 iterations" in out
-        and "1 sets of anchor pictures" in out
+        and "1 sets of anchor images" in out
     )
     assert {
         part: len(files) for part, files in json.loads((tmp_path / "store.json").read_text()).items()

@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ from cul_core.training import step as training
 from cul_core.training.callbacks import Callbacks
 from cul_core.training.compute import Compute
 from cul_core.training.master_weights import LossScale
-from cul_core.training.memory_plan import Estimate, estimate_step, passes, planned
+from cul_core.training.memory_plan import Estimate, Passes, estimate_step, passes, planned
 from cul_core.training.micro_batches import MicroBatchedModel
 from cul_core.training.step import run_step
 
@@ -231,7 +232,7 @@ def test_when_memory_runs_out_the_same_update_goes_on_in_parts_and_then_with_che
     assert_close(plain, saved)
     assert torch.equal(with_graph(seen), with_graph(seen_again))  # nothing was drawn anew
     assert [text.partition(";")[0] for text in told] == ["Memory ran out"] * 2 + [
-        "Memory ran out with one picture at a time"
+        "Memory ran out with one image at a time"
     ]
     assert "2 of 4 pictures" in told[0] and "1 of 2 pictures" in told[1] and "checkpointing" in told[2]
 
@@ -269,7 +270,7 @@ def test_memory_that_is_short_for_one_picture_is_an_error_that_leaves_everything
     compute, remedy, step, make_request, random_network, random_model
 ):
     before = unet_state(random_network)
-    said = f"even one picture at a time {remedy}"
+    said = f"even one image at a time {remedy}"
     with calls(random_network, lambda rows, graph: graph), pytest.raises(MemoryShortError, match=said):
         step(make_request(), compute)
     assert_untouched(random_network, before)
@@ -305,8 +306,8 @@ def test_memory_that_runs_out_on_apple_gpus_is_met_as_on_others(short_apple_gpu,
     told = []
     with short_apple_gpu(1):
         edited, _ = step(make_request(batch_size=2), callbacks=Callbacks(on_message=told.append))
-    assert edited.edits and told == ["Memory ran out; the step goes on with 1 of 2 pictures at a time."]
-    with short_apple_gpu(0), pytest.raises(MemoryShortError, match="even one picture at a time"):
+    assert edited.edits and told == ["Memory ran out; the step goes on with 1 of 2 images at a time."]
+    with short_apple_gpu(0), pytest.raises(MemoryShortError, match="even one image at a time"):
         step(make_request())
     with short_apple_gpu(0), pytest.raises(MemoryShortError, match="memory of cpu is too short"):
         step(make_request(regularizers=[SelFTConfig(states=2, guidance_scale=2.5)]))
@@ -574,6 +575,13 @@ def test_one_image_is_counted_once_in_a_process_and_all_grows_with_their_number(
     for rows, found in zip((2, 5), others, strict=True):
         assert astuple(found) == tuple(rows * value for value in astuple(one))
     assert all(astuple(one))
+
+
+def test_a_family_without_files_is_counted_too(tmp_path, monkeypatch):
+    family, found = replace(MINI, name="fileless", folder=tmp_path), Passes(1, 2, 3, 4, 5)
+    monkeypatch.setattr(memory_plan, "count_passes", lambda *asked: found)
+    network = SimpleNamespace(family=family, blank=lambda dtype: None)
+    assert passes(network, torch.float32, "kv", 2) == found.of(2)
 
 
 def images_of(parts):

@@ -2,8 +2,10 @@
 and what is written."""
 
 import json
+import tomllib
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sd_layout import UNET, sd2_shapes, write_hollow, xl_shapes
 from short import SHORT
 
+import cul_core
 from cul_core.base.errors import ModelError
 from cul_core.files.safetensors_format import read_header
 from cul_core.methods import METHODS
@@ -314,7 +317,7 @@ def test_sampling_finds_the_picture_of_a_network_that_knows_it(predicted, noisy)
 # --- what a step takes
 
 
-COUNTED = [family for family in FAMILIES.values() if not family.is_small and table_path(family).is_file()]
+COUNTED = [family for family in FAMILIES.values() if not family.is_small]
 
 
 def by_name(family):
@@ -330,6 +333,14 @@ def test_counts_kept_beside_a_family_are_of_its_network_as_it_is(family):
         for dtype in (torch.bfloat16, torch.float32)
         for is_checkpointed in (False, True)
     }
+
+
+def test_counts_are_among_the_files_of_the_package():
+    package = Path(cul_core.__file__).parent
+    project = tomllib.loads((package.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["cul_core"]
+    packed = {path for pattern in patterns for path in package.glob(pattern)}
+    assert len(COUNTED) > 2 and {table_path(family) for family in COUNTED} <= packed
 
 
 @pytest.mark.slow

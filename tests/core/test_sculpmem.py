@@ -454,7 +454,7 @@ def test_the_authors_own_settings_run_as_a_whole(watched, step, make_request):
 def test_pictures_of_the_target_are_taken_as_they_are():
     with pytest.raises(
         ConfigError,
-        match="Loss 'sm' takes pictures of the target as they are; set augmentations to 0 and flip to False",
+        match="Loss 'sm' takes images of the target as they are; set augmentations to 0 and flip to False",
     ):
         SculpMemConfig(loss="sm", flip=True)
 

@@ -280,6 +280,17 @@ def full_request(make_request):
     return replace(parts, concepts=concepts, anchor_sampler=SamplerConfig(steps=5), anchor_seed=3)
 
 
+def test_a_request_is_made_into_json_once(full_request, monkeypatch):
+    request, expected = replace(full_request), full_request.hash
+    made, to_json = [], Concept.to_json
+    monkeypatch.setattr(Concept, "to_json", lambda concept: made.append(concept) or to_json(concept))
+    values = [request.to_json() for _ in range(3)]
+    assert request.hash == stable_hash(values[0]) == expected
+    assert made == [*request.concepts, *request.retain]
+    values[0]["concepts"][0]["target"] = "changed by the caller"
+    assert values[1] == request.to_json() != values[0]
+
+
 def test_request_comes_back_from_json_with_the_same_hash(full_request):
     back = Request.from_json(json.loads(json.dumps(full_request.to_json())))
     assert back == full_request and back.hash == full_request.hash
@@ -381,7 +392,7 @@ def test_noise_schedule_is_diffusers_scaled_linear_one():
         beta_schedule="scaled_linear",
         rescale_betas_zero_snr=True,
     )
-    noisy = DiscreteProcess(ends_in_noise=True).alphas_cumprod
+    noisy = DiscreteProcess("v_prediction", ends_in_noise=True).alphas_cumprod
     torch.testing.assert_close(noisy, with_noise.alphas_cumprod, atol=1e-6, rtol=0)
     assert noisy[-1] == 0 and noisy[0] == pytest.approx(1 - 0.00085, abs=1e-6)
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
