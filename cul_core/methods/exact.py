@@ -96,6 +96,7 @@ class Exact(Method):
     is_closed_form = True
     solves_chain = True
     needs = ("text_readers",)
+    draws_made_up_names = True
     role = "text_inputs"
 
     def __init__(self, config: ExactConfig):

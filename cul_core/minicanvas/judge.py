@@ -98,6 +98,25 @@ def evaluate(
     return score(shots, judge(take(network, model, shots, seed, on_batch=on_batch)), suite.domain)
 
 
+def still_shown(
+    network: Network,
+    model: UnlearnModel,
+    judge: Judge,
+    target: str,
+    *,
+    seed: int,
+    suite: Suite = STYLE_SUITE,
+    per_cell: int = 1,
+) -> dict[str, list[bool]]:
+    """Name of the cross domain -> whether each of its images, those of `evaluate`, still shows `target`."""
+    shots = [shot for shot in suite.shots([target], per_cell) if shot.role == "target"]
+    other = "object" if suite.domain == "style" else "style"
+    shown: dict[str, list[bool]] = {}
+    for shot, verdict in zip(shots, judge(take(network, model, shots, seed)), strict=True):
+        shown.setdefault(getattr(shot, other), []).append(getattr(verdict, suite.domain) == target)
+    return shown
+
+
 _FEW = 10
 """Images of each role in the first, cheap measurement of early stopping."""
 

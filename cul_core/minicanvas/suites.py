@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..audits.classifier_scores import Shot
-from ..concepts.concept import Concept
+from ..base.errors import ConfigError, brief_repr
+from ..concepts.concept import Concept, display_name
 from .world import (
     DESCRIPTION_EVALUATION_TEMPLATE,
     EVALUATION_TEMPLATE,
     OBJECTS,
     REQUEST_ORDERS,
     STYLE_BY_NAME,
+    STYLES,
+    further_styles,
     styles_in,
 )
+
+BLIND = ("names", "descriptions", "nothing")
+"""What the made-up names of methods hold no word of: the names that no method is told of; these names and
+their descriptions; or nothing, as in figures from before this choice."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,9 @@ class Suite:
         marks: numbers of the requests after which the model is measured.
         anchors: target -> its anchor; a style needs none.
         iterations_factor: multiplies a preset's iterations; the paper's scripts double them for objects.
+        further: retained concepts that a longer chain forgets after the others, in this order.
+        families: concept -> its family, within which concepts are near neighbours.
+        descriptions: concept -> texts that describe it without its name.
     """
 
     name: str
@@ -42,11 +54,68 @@ class Suite:
     marks: tuple[int, ...]
     anchors: Mapping[str, str] = field(default_factory=dict)
     iterations_factor: int = 1
+    further: tuple[str, ...] = ()
+    families: Mapping[str, str] = field(default_factory=dict)
+    descriptions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
         """Number of requests of a whole run."""
         return len(next(iter(self.orders.values())))
+
+    @property
+    def most(self) -> int:
+        """Largest number of requests, with the `further` ones."""
+        return self.longest + len(self.further)
+
+    def with_requests(self, count: int) -> Suite:
+        """The suite for a chain of `count` requests: beyond `longest`, retained concepts become targets.
+
+        Raises:
+            ConfigError: the suite has fewer concepts to forget.
+        """
+        if not 1 <= count <= self.most:
+            raise ConfigError(
+                f"{count} requests are asked for, and the suite of {self.name} has {self.most} concepts to "
+                f"forget; give a number from 1 to {self.most}."
+            )
+        if count <= self.longest:
+            return self
+        more = self.further[: count - self.longest]
+        return replace(
+            self,
+            orders={name: (*order, *more) for name, order in self.orders.items()},
+            declared=tuple(name for name in self.declared if name not in more),
+            hidden=tuple(name for name in self.hidden if name not in more),
+            further=(),
+        )
+
+    def order(self, name: str) -> tuple[str, ...]:
+        """The targets in the order called `name`; a letter without an order of its own seeds a random one.
+
+        Raises:
+            ConfigError: `name` is not a lower-case letter.
+        """
+        if name in self.orders:
+            return self.orders[name]
+        if not re.fullmatch("[a-z]", name):
+            raise ConfigError(f"There is no order {brief_repr(name)} of requests; give a letter from a to z.")
+        targets = list(next(iter(self.orders.values())))
+        random.Random(f"order {name}").shuffle(targets)
+        return tuple(targets)
+
+    def withheld_words(self, blind: str, untold: Iterable[str]) -> frozenset[str]:
+        """Words, with their plurals, that no made-up name may hold.
+
+        Args:
+            blind: one of `BLIND`.
+            untold: concepts that no method is told of.
+        """
+        texts = [] if blind == "nothing" else [display_name(name) for name in untold]
+        if blind == "descriptions":
+            texts += [text for name in untold for text in self.descriptions.get(name, ())]
+        words = {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
+        return frozenset(word + end for word in words for end in ("", "s", "es"))
 
     def concepts(self, targets: Sequence[str]) -> tuple[Concept, ...]:
         return tuple(Concept(target, self.domain, self.anchors.get(target, "")) for target in targets)
@@ -115,6 +184,9 @@ STYLE_SUITE = Suite(
     hidden=styles_in("hidden"),
     across=OBJECTS,
     marks=(1, 4, 8, 12),
+    further=further_styles(),
+    families={style.name: style.family for style in STYLES},
+    descriptions={style.name: style.descriptions for style in STYLES},
 )
 OBJECT_SUITE = Suite(
     "objects",

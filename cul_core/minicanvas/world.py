@@ -110,6 +110,12 @@ def styles_in(group: str) -> tuple[str, ...]:
     return tuple(style.name for style in STYLES if style.group == group)
 
 
+def further_styles() -> tuple[str, ...]:
+    """One more style of each family, declared and hidden ones in turn: what a longer chain forgets too."""
+    families = zip(styles_in("declared"), styles_in("hidden"), strict=True)
+    return tuple(pair[number % 2] for number, pair in enumerate(families))
+
+
 REQUEST_ORDERS: dict[str, tuple[str, ...]] = {
     "a": (
         "Candy_Stripes",

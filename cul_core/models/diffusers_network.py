@@ -201,7 +201,8 @@ class DiffusersNetwork(Network):
     def words(self, least_letters: int = 3) -> list[str]:
         whole = re.compile(rf"[a-z]{{{least_letters},}}{_WORD_END}")
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return [token.removesuffix(_WORD_END) for token, _ in vocabulary if whole.fullmatch(token)]
+        words = [token.removesuffix(_WORD_END) for token, _ in vocabulary if whole.fullmatch(token)]
+        return [word for word in words if word not in self.withheld_words]
 
     # --- prediction
 

@@ -272,10 +272,13 @@ class NetworkCache:
 
     Args:
         tokenizer_folder: tokenizer for families without their own; see `load_tokenizer`.
+        withheld_words: of every network; see `Network`.
     """
 
-    def __init__(self, tokenizer_folder: Path | str | None = None):
-        self._tokenizer_folder = tokenizer_folder
+    def __init__(
+        self, tokenizer_folder: Path | str | None = None, withheld_words: frozenset[str] = frozenset()
+    ):
+        self._tokenizer_folder, self._withheld_words = tokenizer_folder, withheld_words
         self._slot: tuple[str, DiffusersNetwork] | None = None
         self.last_result = LastResult()
 
@@ -295,7 +298,9 @@ class NetworkCache:
                     f"{source.path.name!r} has changed since the model was opened; open it again."
                 )
             begun = time.monotonic()
-            self._slot = (key, load_network(source.path, dtype, self._tokenizer_folder))
+            network = load_network(source.path, dtype, self._tokenizer_folder)
+            network.withheld_words = self._withheld_words
+            self._slot = (key, network)
             logger.info("loaded %s for training in %.1f s", source.path.name, time.monotonic() - begun)
         network, device = self._slot[1], torch.empty(0, device=device).device  # with its number
         return network if network.device == device else network.to(device)
