@@ -224,6 +224,8 @@ class _Step:
         The estimate is sent to the user by `on_message`.
         """
         network, model = self.network, self.model
+        if METHODS.of(self.request.method).cls.is_closed_form:  # it works on the CPU, a matrix at a time
+            return compute, compute.dtype_on(network.device) != torch.float32
         free = free_memory(network.device)
         if free is not None:
             # the network's weights are loaded already, and the estimate counts them too

@@ -304,7 +304,14 @@ def test_latents_of_a_family_without_a_decoder_are_not_decoded():
 # --- presets, registry, command line
 
 
-@pytest.mark.parametrize("name", [name for name, entry in PRESETS.items() if not entry.training_of])
+TRAINED = [name for name, entry in PRESETS.items() if not METHODS.of(entry.method).cls.is_closed_form]
+
+
+def test_a_closed_form_takes_no_training_settings_of_a_family():
+    assert preset("exact").for_family(SD1) is preset("exact")
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if not PRESETS[name].training_of])
 def test_preset_takes_the_values_of_its_family(name):
     chosen = preset(name)
     assert chosen.for_family(MINI) is chosen

@@ -154,7 +154,8 @@ def test_methods_and_regularizers_train_it_and_change_only_their_group(
     method, regularizers, step, tiny_network, make_request
 ):
     edited, report = step(make_request(method=method, regularizers=regularizers, iterations=2))
-    assert edited.edits and set(edited.edits) <= set(tiny_network.weights("text_readers"))
+    group = tiny_network.weights(METHODS.of(method).cls.role or "text_readers")
+    assert edited.edits and set(edited.edits) <= set(group)
     assert all(torch.isfinite(torch.tensor(report.losses)))
 
 
