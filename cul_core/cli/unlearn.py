@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -18,7 +19,7 @@ from ..audits.memorization import (
     read_paraphrases,
     read_picture,
 )
-from ..base.errors import ConfigError
+from ..base.errors import CheckpointError, ConfigError, ModelError
 from ..concepts.concept import Concept
 from ..concepts.parsing import parse_concept
 from ..history.unlearn_model import UnlearnModel
@@ -26,7 +27,11 @@ from ..models.network import Network
 from ..models.recognize import detect_family
 from ..requests.request import Request
 from ..requests.resolve import Overrides, adapt, resolve
+from ..store.steps import Outcome, StepStore
 from .common import ProgressLine, add_command, check_can_write, say, usable_device, write_json
+
+_RESCUE = "kept-steps"
+"""Folder for a finished step whose checkpoint could not be written."""
 
 
 def add(commands: Any) -> None:
@@ -124,7 +129,6 @@ def run(arguments: argparse.Namespace) -> None:
     from ..models.load_diffusers import NetworkCache
     from ..output.checkpoint import open_model, save_checkpoint
     from ..store.anchors import AnchorStore
-    from ..store.steps import StepStore
     from ..training.callbacks import Callbacks
     from ..training.compute import Compute
     from ..training.step import run_step
@@ -143,6 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
     compute = Compute(arguments.dtype, arguments.checkpointing, arguments.compile)
     device = usable_device(arguments.device)
     model, networks = open_model(arguments.model, arguments.pretrained), NetworkCache(arguments.tokenizer)
+    check_can_write(out, size=model.source.size)
     request = resolved(model, lambda: networks.get(model.source, device, compute.dtype_on(device)))
     measure = None
     if request.training.evaluate_every:
@@ -160,22 +165,47 @@ def run(arguments: argparse.Namespace) -> None:
         measure=measure,
         compute=compute,
     )
-    note = ""
     if arguments.store is None:
-        edited, report = train(store=AnchorStore())
+        outcome = Outcome(*train(store=AnchorStore()), is_kept=False)
     else:
         store = StepStore(arguments.store)
         outcome = store.get_or_train(
             model, request, lambda state_store: train(store=store.anchors, state_store=state_store)
         )
-        edited, report, note = outcome.model, outcome.report, outcome.note
-    path = save_checkpoint(edited, out)
-    say(f"forgot {', '.join(c.name for c in request.concepts)} in {report.record.seconds:.1f} s{note}")
+    edited, report = outcome.model, outcome.report
+    try:
+        path = save_checkpoint(edited, out)
+    except (CheckpointError, ModelError) as error:
+        folder = arguments.store if outcome.is_kept else _rescued(model, request, outcome)
+        raise CheckpointError(f"{error} {_how_to_retry(folder)}") from error
+    say(
+        f"forgot {', '.join(c.name for c in request.concepts)} in {report.record.seconds:.1f} s{outcome.note}"
+    )
     for name, value in report.figures.items():
         say(f"{name.replace('_', ' ')}: {value:.3g}")
     say(f"checkpoint: {path.resolve()}")
     figures = {"seconds": report.record.seconds, "losses": report.losses, **report.figures}
     write_json(arguments.json, {"checkpoint": str(path.resolve()), **figures})
+
+
+def _rescued(model: UnlearnModel, request: Request, outcome: Outcome) -> Path | None:
+    """The first of some folders whose drive keeps the finished step; None if none does."""
+    for folder in (Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
+        try:
+            StepStore(folder / _RESCUE).put(model, request, outcome.model, outcome.report)
+            return folder / _RESCUE
+        except CheckpointError:
+            continue
+    return None
+
+
+def _how_to_retry(folder: Path | None) -> str:
+    if folder is None:
+        return "The finished step could be kept nowhere."
+    return (
+        f"The finished step is kept in {str(folder)!r}: the same command with --store {str(folder)!r} and "
+        "another --out writes it without training."
+    )
 
 
 def _overrides(arguments: argparse.Namespace) -> Overrides:

@@ -56,11 +56,13 @@ class Outcome:
         model: the edited model.
         report: of the step.
         note: for the user, on how the result came about, such as ", resumed at iteration 40".
+        is_kept: whether the step is in the store.
     """
 
     model: UnlearnModel
     report: StepReport
     note: str = ""
+    is_kept: bool = True
 
 
 class StepStore:
@@ -221,7 +223,7 @@ class StepStore:
             self.put(model, request, edited, report)
         except CheckpointError as error:  # the result is still returned; the next run trains again
             logger.warning("the finished step is not kept for later runs: %s", error)
-            return Outcome(edited, report, f"{note}. Not kept for later runs: {error}")
+            return Outcome(edited, report, f"{note}. Not kept for later runs: {error}", is_kept=False)
         state.discard()
         return Outcome(edited, report, note)
 
