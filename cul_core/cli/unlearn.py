@@ -125,6 +125,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from ..audits.classification import classifier_of
+    from ..files.locks import Waiting
     from ..files.paths import check_writable
     from ..models.load_diffusers import NetworkCache
     from ..output.checkpoint import open_model, save_checkpoint
@@ -170,7 +171,10 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         store = StepStore(arguments.store)
         outcome = store.get_or_train(
-            model, request, lambda state_store: train(store=store.anchors, state_store=state_store)
+            model,
+            request,
+            lambda state_store: train(store=store.anchors, state_store=state_store),
+            Waiting(f"Another process trains this step in {str(arguments.store)!r}", show.tell),
         )
     edited, report = outcome.model, outcome.report
     try:

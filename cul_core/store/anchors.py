@@ -15,7 +15,7 @@ from ..base.bounded_cache import BoundedCache
 from ..base.config import stable_hash
 from ..base.errors import Cancelled, CheckpointError, ModelError
 from ..files.atomic_write import leftovers
-from ..files.locks import lock_of, locked
+from ..files.locks import Waiting, lock_of, locked
 from ..files.safetensors_format import read_sealed, write_sealed
 from ..models.free_memory import release_memory
 from ..models.network import Network
@@ -62,6 +62,7 @@ class AnchorStore:
         seed: int,
         should_stop: Callable[[], bool] = lambda: False,
         on_batch: Callable[[int, int], None] = lambda done, count: None,
+        on_message: Callable[[str], None] = lambda text: None,
     ) -> Tensor:
         """(count, c, h, w) latents on the CPU, sampled with the weights of `source`; see `AnchorSource`.
 
@@ -82,7 +83,10 @@ class AnchorStore:
                 if file is not None:
                     file.offer(batches)
 
+            waiting = Waiting("Another process draws the anchor pictures", on_message)
+
             def wait() -> None:
+                waiting()
                 if should_stop():
                     raise Cancelled(
                         "Cancelled while another process draws the anchor pictures; the input model is "

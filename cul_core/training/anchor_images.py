@@ -27,6 +27,7 @@ class AnchorSource(Protocol):
         seed: int,
         should_stop: Callable[[], bool],
         on_batch: Callable[[int, int], None],
+        on_message: Callable[[str], None],
     ) -> Tensor:
         """(count, c, h, w) latents on the CPU, one per prompt; prompts repeat in turn.
 
@@ -39,6 +40,7 @@ class AnchorSource(Protocol):
             seed: of the latents.
             should_stop: asked between batches.
             on_batch: called with (latents sampled, `count`) after every batch.
+            on_message: called with a sentence for the user, such as what is waited for.
 
         Raises:
             Cancelled: `should_stop` returned true.
@@ -93,6 +95,7 @@ class DrawnAnchors:
         seed: int,
         should_stop: Callable[[], bool] = lambda: False,
         on_batch: Callable[[int, int], None] = lambda done, count: None,
+        on_message: Callable[[str], None] = lambda text: None,
     ) -> Tensor:
         """See `AnchorSource`."""
         batches: list[Tensor] = []

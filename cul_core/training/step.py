@@ -187,6 +187,7 @@ class _Step:
                 request.anchor_seed,
                 should_stop=self.callbacks.should_stop,
                 on_batch=self.callbacks.on_anchors,
+                on_message=self.callbacks.on_message,
             )
         return StepContext(
             network=network,

@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,11 @@ from cul_core.base.errors import CheckpointError
 from cul_core.cli import main
 from cul_core.concepts.concept import Concept
 from cul_core.files.atomic_write import LEFTOVER, leftovers, rehearse, write_atomically
+from cul_core.files.locks import Waiting, locked, try_locked
 from cul_core.files.safetensors_format import read_header
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
+from cul_core.models.sampling import SamplerConfig
 from cul_core.output.checkpoint import open_model, save_checkpoint, save_edits
 from cul_core.output.lora import save_difference
 from cul_core.requests.presets import Preset
@@ -261,3 +264,145 @@ def test_a_store_on_a_drive_without_a_call_keeps_steps_states_and_anchors(call, 
     assert outcome.is_kept and states and len(list(tmp_path.glob("anchors/*.safetensors"))) == 1
     assert StepStore(tmp_path).get(model, request)[0].content_hash == outcome.model.content_hash
     count("drive without a call")
+
+
+# --- locks
+
+
+NO_LOCKS = ("ENOLCK", "EOPNOTSUPP", "ENOSYS", "EIO", "EINVAL", "EPERM", "EACCES", "ESTALE", "EBADF", "ENOTTY")
+
+
+@pytest.fixture
+def flock(monkeypatch):
+    """`flock(name of an error)`: from now on no file can be locked."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def install(code):
+        def broken(*_):
+            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+        monkeypatch.setattr(fcntl, "flock", broken)
+
+    return install
+
+
+@pytest.mark.parametrize("code", NO_LOCKS)
+def test_a_drive_without_locks_is_used_without_them_and_this_is_said_once(
+    code, flock, tmp_path, caplog, count
+):
+    flock(code)
+
+    def on_wait():
+        pytest.fail("it waits for nobody")
+
+    for _ in range(3):
+        with locked(tmp_path / "locks/0e8.lock", on_wait), try_locked(tmp_path / "locks/0e8.lock") as is_ours:
+            assert is_ours
+    assert caplog.text.count("there are no locks in") == 1
+    assert [path.name for path in (tmp_path / "locks").iterdir()] == ["0e8.lock"]
+    count("drive without locks")
+
+
+def test_a_lock_that_somebody_has_is_waited_for(tmp_path, count):
+    path = tmp_path / "a.lock"
+    with try_locked(path) as is_ours, try_locked(path) as is_theirs:
+        assert is_ours and not is_theirs
+    with try_locked(path) as is_ours:
+        assert is_ours
+    count("lock that somebody has")
+
+
+def test_a_network_drive_that_denies_a_taken_lock_is_waited_for(tmp_path, monkeypatch, count):
+    """CIFS has answered EACCES for a lock that another machine has."""
+    fcntl = pytest.importorskip("fcntl")
+    real = fcntl.flock
+
+    def denied(handle, how):
+        try:
+            real(handle, how)
+        except BlockingIOError as error:
+            raise PermissionError(errno.EACCES, "Permission denied") from error
+
+    monkeypatch.setattr(fcntl, "flock", denied)
+    with try_locked(tmp_path / "a.lock") as is_ours, try_locked(tmp_path / "a.lock") as is_theirs:
+        assert is_ours and not is_theirs
+    assert [path.name for path in tmp_path.iterdir()] == ["a.lock"]
+    count("lock that somebody has")
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from cul_core.files.locks import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path, count):
+    path = tmp_path / "a.lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert holder.stdout.readline().strip() == b"held"
+    with try_locked(path) as is_ours:
+        assert not is_ours
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    with try_locked(path) as is_ours:
+        assert is_ours
+    count("lock of a killed process")
+
+
+def test_waiting_is_said_at_once_and_then_at_intervals(monkeypatch):
+    now, said = [100.0], []
+    monkeypatch.setattr("cul_core.files.locks.time.monotonic", lambda: now[0])
+    waiting = Waiting("Another process trains this step", said.append)
+    for seconds in (0, 1, 59, 60, 61, 130):
+        now[0] = 100.0 + seconds
+        waiting()
+    assert [text.partition(", waiting since ")[0] for text in said] == [
+        "Another process trains this step"
+    ] * 3
+    assert [text.rpartition("(")[2] for text in said] == ["0 s).", "60 s).", "130 s)."]
+
+
+@pytest.mark.usefixtures("few_anchors")
+def test_the_command_line_says_what_it_waits_for(tmp_path, monkeypatch, capsys, count):
+    class Enough(Exception):
+        pass
+
+    def wait(seconds):
+        raise Enough
+
+    monkeypatch.setattr("cul_core.files.locks.time.sleep", wait)
+    monkeypatch.setattr("cul_core.store.steps.lock_of", lambda folder, path: tmp_path / "a.lock")
+    command = ["unlearn", "Lava", "--preset", "plain", "--out", str(tmp_path / "a.safetensors"), "--store"]
+    with try_locked(tmp_path / "a.lock"), pytest.raises(Enough):
+        main([*command, str(tmp_path / "store")])
+    assert f"trains this step in {str(tmp_path / 'store')!r}, waiting since" in capsys.readouterr().err
+    count("lock that somebody has")
+
+
+def test_who_waits_for_anchor_pictures_is_told(tmp_path, monkeypatch, count):
+    said = []
+
+    def wait(seconds):
+        raise TimeoutError
+
+    monkeypatch.setattr("cul_core.files.locks.time.sleep", wait)
+    monkeypatch.setattr("cul_core.store.anchors.lock_of", lambda folder, path: tmp_path / "a.lock")
+    with try_locked(tmp_path / "a.lock"), pytest.raises(TimeoutError):
+        StepStore(tmp_path).anchors.anchor_latents(
+            open_model(CHECKPOINT_PATH).source,
+            None,
+            ["a house"],
+            2,
+            SamplerConfig(),
+            0,
+            on_message=said.append,
+        )
+    assert len(said) == 1 and said[0].startswith("Another process draws the anchor pictures, waiting since")
+    count("lock that somebody has")
