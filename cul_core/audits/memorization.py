@@ -157,6 +157,7 @@ def memorization_request(
         ConceptError: the caption does not give the image, or too few paraphrases give other images.
         ModelError: the model's latents cannot be decoded here.
     """
+    network.check_autoencoder()
     chosen, config, caption = chosen or MEMORIZATION, config or MemorizationConfig(), caption.strip()
     overrides = replace(overrides or Overrides(), seed=seed, anchor_seed=anchor_seed)
     adapted = adapt(chosen, network.family, overrides)

@@ -112,6 +112,8 @@ class ConAbl(Method):
     def __init__(self, config: ConAblConfig):
         super().__init__(config)
         self.blocks_first_token = config.block_first_token
+        if config.augmentations or config.flip:
+            self.needs = (*self.needs, "autoencoder")
 
     def cost(
         self,

@@ -48,6 +48,7 @@ class TextEncoder:
             one with it.
         pads_with_zero: pad with token 0 after EOS instead of with EOS.
         is_pooled: whether the network also reads its pooled, projected vector of the prompt.
+        other_prefixes: key prefixes that its tensors have in other files.
     """
 
     prefix: str
@@ -56,6 +57,7 @@ class TextEncoder:
     skips_last: bool = False
     pads_with_zero: bool = False
     is_pooled: bool = False
+    other_prefixes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..base.errors import CheckpointError, ModelError, TrainingError, brief_repr
 from ..files.atomic_write import write_atomically
 from ..files.paths import free_path
-from ..files.safetensors_format import EDITABLE, opened, packed_header, read_header, write_tensors
+from ..files.safetensors_format import EDITABLE, is_finite, opened, packed_header, read_header, write_tensors
 from ..history.step_record import read_history
 from ..history.unlearn_model import UnlearnModel
 from ..models.load_diffusers import checkpoint_key_map
@@ -22,6 +23,8 @@ from ..models.source import FileSource, source_of
 
 _CHUNK, _PAGE = 8 << 20, 4096
 _SHORTER = "The source checkpoint became shorter while it was being copied; leave it in place and save again."
+_COMPARED = 64
+"""Tensors by which a renamed source is looked for."""
 _VALUES = 1 << 18  # added at a time, so that they fit in the CPU cache
 
 
@@ -58,7 +61,7 @@ def save_checkpoint(
                 f"{name!r} is stored as {header[name]['dtype']}, which cannot hold an edit; start from an "
                 "fp16, bf16 or fp32 checkpoint."
             )
-        if not _is_finite(model.edits[name]):
+        if not is_finite(model.edits[name]):
             raise TrainingError(
                 f"The edit of {name!r} holds values that are not finite; repeat the step with a lower "
                 "learning rate."
@@ -114,14 +117,10 @@ def _add(source: BinaryIO, out: BinaryIO, begin: int, edit: Tensor, dtype: torch
         if source.readinto(memoryview(data)[: count * dtype.itemsize]) < count * dtype.itemsize:
             raise ModelError(_SHORTER)
         values[:count] = torch.add(values[:count], delta, out=sums[:count])
-        if not _is_finite(values[:count]):
+        if not is_finite(values[:count]):
             return False
         out.write(memoryview(data)[: count * dtype.itemsize])
     return True
-
-
-def _is_finite(values: Tensor) -> bool:
-    return bool(values.sum(dtype=torch.float32).isfinite() or values.isfinite().all())  # the sum is faster
 
 
 def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Callable[[], None]) -> None:
@@ -255,19 +254,38 @@ def open_model(path: Path | str, pretrained: Path | str | None = None) -> Unlear
 
 
 def open_continued(path: Path, candidates: Iterable[Path]) -> UnlearnModel:
-    """`open_model`, with `pretrained` looked up among `candidates`.
+    """`open_model`, with `pretrained` looked up among `candidates`, whatever its name is now.
 
     Raises:
         ModelError: the file is unreadable or unsupported.
     """
     _, made_from = read_history(path)
     if made_from is not None:
-        for other in candidates:
+        # the file of that name first: each that is hashed takes seconds
+        for other in sorted(candidates, key=lambda other: other.name != made_from["name"]):
             try:
-                same_name = other.name == made_from["name"] and other.stat().st_size == made_from["size"]
-                is_source = same_name and source_of(other).sha256 == made_from["sha256"]
+                may_be = other.stat().st_size == made_from["size"] and (
+                    other.name == made_from["name"] or _may_be_source(path, other)
+                )
+                is_source = may_be and source_of(other).sha256 == made_from["sha256"]
             except (OSError, ModelError):
                 continue  # a damaged neighbour is not the source
             if is_source:
                 return open_model(path, other)
     return open_model(path)
+
+
+def _may_be_source(path: Path, other: Path) -> bool:
+    """Whether an edited checkpoint agrees with another file in most of its smallest tensors.
+
+    A step edits matrices; other fine-tunes of the same size differ in norms and biases too.
+    """
+    header, theirs = read_header(path)[0], read_header(other)[0]
+    if {name: entry["shape"] for name, entry in header.items()} != {
+        name: entry["shape"] for name, entry in theirs.items()
+    }:
+        return False
+    names = sorted(header, key=lambda name: (math.prod(header[name]["shape"]), name))[:_COMPARED]
+    with opened(path) as edited, opened(other) as source:
+        equal = [torch.equal(edited.get_tensor(name), source.get_tensor(name)) for name in names]
+    return 2 * sum(equal) >= len(equal)

@@ -16,7 +16,7 @@ from ..base.config import stable_hash
 from ..base.errors import Cancelled, CheckpointError, ModelError
 from ..files.atomic_write import leftovers
 from ..files.locks import Waiting, lock_of, locked
-from ..files.safetensors_format import read_sealed, write_sealed
+from ..files.safetensors_format import is_finite, read_sealed, write_sealed
 from ..models.free_memory import release_memory
 from ..models.network import Network
 from ..models.sampling import SamplerConfig
@@ -126,6 +126,8 @@ class _AnchorFile:
             return []
         try:
             latents = read_sealed(self.path)[0]["latents"]
+            if not is_finite(latents):
+                raise CheckpointError(f"{self.path.name!r} holds values that are not finite; remove it.")
         except (ModelError, CheckpointError, KeyError) as error:
             logger.warning("stored anchor pictures are damaged and are drawn again: %s", error)
             with suppress(OSError):
@@ -144,7 +146,7 @@ class _AnchorFile:
 
     def write(self, batches: Sequence[Tensor]) -> None:
         """Write the latents, unless the file has as many."""
-        if (count := sum(map(len, batches))) == self._written:
+        if (count := sum(map(len, batches))) in (0, self._written):
             return
         try:
             write_sealed(self.path, {"latents": torch.cat(list(batches))}, {})

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..base.errors import Cancelled
+from ..base.errors import Cancelled, TrainingError
+from ..files.safetensors_format import is_finite
 from ..models.network import Network
 from ..models.sampling import SamplerConfig, generator_for, sample_latents
 from ..models.source import Source
@@ -68,9 +69,17 @@ def draw_anchors(
 
     Raises:
         Cancelled: `should_stop` returned true.
+        TrainingError: an image became NaN or infinite.
     """
 
     def check(done: int) -> None:
+        if not is_finite(batches[-1]):
+            dtype = str(network.dtype).removeprefix("torch.")
+            del batches[-1]
+            raise TrainingError(
+                f"Anchor picture {done} of {count} became NaN or infinite in {dtype}; choose another "
+                "precision, such as bfloat16 or float32."
+            )
         on_batch(done, count)
         if should_stop():
             raise Cancelled(

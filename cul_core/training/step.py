@@ -176,6 +176,8 @@ class _Step:
         self, parts: Sequence[Part], pretrained: dict[str, Tensor], start: dict[str, Tensor]
     ) -> StepContext:
         request, network, prompts = self.request, self.network, self.request.anchor_prompts
+        if any("autoencoder" in part.needs for part in parts):
+            network.check_autoencoder()
         latents = torch.empty(0, *network.family.latent_shape)
         if any("anchor_latents" in part.needs for part in parts):
             latents = self.store.anchor_latents(

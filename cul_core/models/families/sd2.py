@@ -47,6 +47,13 @@ SD2 = register(
         recognize=recognize,
         variant=_variant,
         recipe=SD1.recipe,  # no other values are published
-        text_encoders=(TextEncoder("cond_stage_model.model.", is_open_clip=True, pads_with_zero=True),),
+        text_encoders=(
+            TextEncoder(
+                "cond_stage_model.model.",
+                is_open_clip=True,
+                pads_with_zero=True,
+                other_prefixes=("conditioner.embedders.0.model.",),
+            ),
+        ),
     )
 )
