@@ -25,6 +25,7 @@ from ..concepts.parsing import parse_concept
 from ..history.unlearn_model import UnlearnModel
 from ..models.network import Network
 from ..models.recognize import detect_family
+from ..models.source import PREDICTIONS
 from ..requests.request import Request
 from ..requests.resolve import Overrides, adapt, resolve
 from ..store.steps import Outcome, StepStore
@@ -114,6 +115,12 @@ def add(commands: Any) -> None:
         help="measure every N updates, stop when the target is forgotten, and keep the best weights; "
         "MiniCanvas only",
     )
+    parser.add_argument(
+        "--prediction",
+        choices=PREDICTIONS,
+        default="auto",
+        help="what the model predicts; auto: as its file says",
+    )
     parser.add_argument("--out", type=Path, help="file to write; an existing file is never overwritten")
     parser.add_argument(
         "--store",
@@ -147,7 +154,10 @@ def run(arguments: argparse.Namespace) -> None:
         check_writable(arguments.store)
     compute = Compute(arguments.dtype, arguments.checkpointing, arguments.compile)
     device = usable_device(arguments.device)
-    model, networks = open_model(arguments.model, arguments.pretrained), NetworkCache(arguments.tokenizer)
+    model, networks = (
+        open_model(arguments.model, arguments.pretrained, arguments.prediction),
+        NetworkCache(arguments.tokenizer),
+    )
     check_can_write(out, size=model.source.size)
     request = resolved(model, lambda: networks.get(model.source, device, compute.dtype_on(device)))
     measure = None
@@ -182,9 +192,9 @@ def run(arguments: argparse.Namespace) -> None:
     except (CheckpointError, ModelError) as error:
         folder = arguments.store if outcome.is_kept else _rescued(model, request, outcome)
         raise CheckpointError(f"{error} {_how_to_retry(folder)}") from error
-    say(
-        f"forgot {', '.join(c.name for c in request.concepts)} in {report.record.seconds:.1f} s{outcome.note}"
-    )
+    done = "forgot" if report.record.has_changed else "nothing changed for"
+    names = ", ".join(concept.name for concept in request.concepts)
+    say(f"{done} {names} in {report.record.seconds:.1f} s{outcome.note}")
     for name, value in report.figures.items():
         say(f"{name.replace('_', ' ')}: {value:.3g}")
     say(f"checkpoint: {path.resolve()}")
@@ -227,7 +237,7 @@ def _kept(arguments: argparse.Namespace) -> list[Concept]:
 def _plain(arguments: argparse.Namespace) -> Callable[..., Request]:
     """A function that returns the request of a preset; wrong options are refused before it is called."""
     targets = [parse_concept(target, arguments.kind, arguments.anchor) for target in arguments.target]
-    family = detect_family(arguments.model)
+    family = detect_family(arguments.model, arguments.prediction)
     request = resolve(arguments.preset, family, targets, _kept(arguments), _overrides(arguments))
     return lambda model, network: request
 
@@ -237,7 +247,7 @@ def _memorization(arguments: argparse.Namespace) -> Callable[..., Request]:
     similarity = pixel_correlation(read_picture(arguments.picture))
     paraphrases, keep = read_paraphrases(arguments.paraphrases), _kept(arguments)
     caption = Concept(arguments.target[0], "memorized").name
-    adapt(MEMORIZATION, detect_family(arguments.model), _overrides(arguments))
+    adapt(MEMORIZATION, detect_family(arguments.model, arguments.prediction), _overrides(arguments))
 
     def make(model: UnlearnModel, network: Callable[[], Network]) -> Request:
         request, rates = memorization_request(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,15 @@ class Captions:
     for_others: tuple[str, ...]
 
 
+def predicting_velocity(family: Family, ends_in_noise: bool) -> Family:
+    """The family's variant that predicts the velocity, with the same images."""
+    return replace(
+        family,
+        display_name=f"{family.display_name} (v-prediction)",
+        process=DiscreteProcess("v_prediction", ends_in_noise),
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """One model architecture.
@@ -93,6 +102,7 @@ class Family:
         recognize: whether a checkpoint with these shapes, of this file name, is of the family; raises
             ModelError for one of the family that cannot be edited.
         variant: the family's variant in a checkpoint, from its header and a function that reads a tensor.
+        velocity: the family's variant that predicts the velocity; its schedule has zero terminal SNR or not.
         folder: folder of constructor arguments, maybe with the tokenizer; None for this package's own.
         ships_tokenizer: whether the folder holds the tokenizer; otherwise the caller gives a tokenizer.
         has_decoder: whether a tiny autoencoder is loaded with the network; otherwise callers decode latents.
@@ -116,6 +126,7 @@ class Family:
     recognize: Callable[[Family, Shapes, str], bool]
     process: NoiseProcess = DiscreteProcess()
     variant: Callable[[Family, Mapping[str, dict], Callable[[str], Any]], Family] = lambda family, *_: family
+    velocity: Callable[[Family, bool], Family] = predicting_velocity
     folder: Path | None = None
     ships_tokenizer: bool = False
     has_decoder: bool = False

@@ -150,7 +150,10 @@ def load_tokenizer(family: Family, folder: Path | str | None = None) -> object:
 
 
 def load_network(
-    path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder: Path | str | None = None
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    tokenizer_folder: Path | str | None = None,
+    prediction: str = "auto",
 ) -> DiffusersNetwork:
     """The network of a checkpoint file: UNet, text encoders, tokenizer and, for small families, autoencoder.
 
@@ -160,12 +163,13 @@ def load_network(
         path: checkpoint of a supported family.
         dtype: the UNet's dtype in memory, whatever the file's is; the rest is fp32.
         tokenizer_folder: see `load_tokenizer`; ignored for families with their own tokenizer.
+        prediction: see `detect_family`.
 
     Raises:
         ModelError: the file is unreadable, its architecture unsupported or its tensors incomplete, or the
             tokenizer or diffusers is missing.
     """
-    family = detect_family(path)
+    family = detect_family(path, prediction)
     require_diffusers()
     tokenizer = load_tokenizer(family, tokenizer_folder)
     with _naming(path):
@@ -349,7 +353,7 @@ class NetworkCache:
         Raises:
             ModelError: the file has changed since it was opened; or see `load_network`.
         """
-        key = f"{source.sha256} {dtype}"
+        key = f"{source.identity} {dtype}"
         if self._slot is None or self._slot[0] != key:
             self.free()
             if source_of(source.path).sha256 != source.sha256:
@@ -357,7 +361,7 @@ class NetworkCache:
                     f"{source.path.name!r} has changed since the model was opened; open it again."
                 )
             begun = time.monotonic()
-            self._slot = (key, load_network(source.path, dtype, self._tokenizer_folder))
+            self._slot = (key, load_network(source.path, dtype, self._tokenizer_folder, source.prediction))
             logger.info("loaded %s for training in %.1f s", source.path.name, time.monotonic() - begun)
         network, device = self._slot[1], torch.empty(0, device=device).device  # with its number
         return network if network.device == device else network.to(device)

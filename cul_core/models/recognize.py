@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from ..base.errors import ModelError
+from ..base.errors import ConfigError, ModelError, brief_repr
 from ..files.safetensors_format import opened, read_header
 from . import families as families  # registers them
 from .families.unet_layout import VAE_PREFIX, refusal
 from .family import FAMILIES, Family, Shapes
+from .source import PREDICTIONS, ZERO_SNR
 from .text_layout import check_text_encoders
 
 
@@ -26,14 +28,23 @@ def family_of(shapes: Shapes, file_name: str) -> Family:
     raise refusal(shapes, file_name)
 
 
-def detect_family(path: Path) -> Family:
+def detect_family(path: Path, prediction: str = "auto") -> Family:
     """The family of a checkpoint file, in the file's variant (epsilon- or v-prediction).
 
+    Args:
+        path: of the file.
+        prediction: what the network predicts, one of `PREDICTIONS`; `auto` goes by the file's marks.
+
     Raises:
+        ConfigError: the prediction is unknown.
         ModelError: see `family_of` and `check_text_encoders`; or the weights are stored in another dtype than
             fp16, bf16 or fp32.
     """
-    header, _, _ = read_header(path)
+    if prediction not in PREDICTIONS:
+        raise ConfigError(
+            f"The prediction is {brief_repr(prediction)}; choose one of {', '.join(PREDICTIONS)}."
+        )
+    header, metadata, _ = read_header(path)
     shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
     family = family_of(shapes, path.name)
     check_text_encoders(family, shapes, path.name)
@@ -55,7 +66,28 @@ def detect_family(path: Path) -> Family:
         with opened(path) as file:
             return file.get_tensor(name)
 
-    return family.variant(family, header, read)
+    if prediction == "auto":
+        prediction = chosen_prediction(metadata)
+    if prediction == "noise":
+        return family
+    if prediction.startswith("velocity"):
+        return family.velocity(family, prediction == ZERO_SNR)
+    variant = family.variant(family, header, read)
+    if variant is family and _is_marked(header, metadata):
+        return family.velocity(family, "ztsnr" in header or metadata.get("ss_zero_terminal_snr") == "True")
+    return variant
+
+
+def chosen_prediction(metadata: Mapping[str, str]) -> str:
+    """The prediction that the user chose for the model in a file of ours; `auto` for other files."""
+    chosen = metadata.get("cul_prediction", "auto")
+    return chosen if chosen in PREDICTIONS else "auto"
+
+
+def _is_marked(header: Mapping[str, dict], metadata: Mapping[str, str]) -> bool:
+    """Whether ComfyUI's tensor `v_pred` or the metadata, as kohya's scripts write it, say velocity."""
+    said = metadata.get("modelspec.prediction_type", "").strip().lower().replace("-", "_")
+    return "v_pred" in header or said in ("v", "v_pred", "v_prediction", "velocity")
 
 
 def stored_dtypes(path: Path, family: Family) -> str:

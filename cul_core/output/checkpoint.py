@@ -18,7 +18,7 @@ from ..files.safetensors_format import EDITABLE, is_finite, opened, packed_heade
 from ..history.step_record import read_history
 from ..history.unlearn_model import UnlearnModel
 from ..models.load_diffusers import checkpoint_key_map
-from ..models.recognize import detect_family
+from ..models.recognize import chosen_prediction, detect_family
 from ..models.source import FileSource, source_of
 
 _CHUNK, _PAGE = 8 << 20, 4096
@@ -169,7 +169,7 @@ def load_edits(path: Path | str, source: FileSource) -> UnlearnModel:
         )
     (header, _, _), (entries, metadata, _) = read_header(source.path), read_header(path)
     keys = current_names(source.path, entries, metadata)
-    family = detect_family(source.path)
+    family = detect_family(source.path, source.prediction)
     for name, entry in entries.items():
         stored = header.get(keys[name]) if keys[name].startswith(family.prefix) else None
         if stored is None or entry["shape"] != stored["shape"] or entry["dtype"] != "F32":
@@ -220,7 +220,9 @@ def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
     return edits
 
 
-def open_model(path: Path | str, pretrained: Path | str | None = None) -> UnlearnModel:
+def open_model(
+    path: Path | str, pretrained: Path | str | None = None, prediction: str = "auto"
+) -> UnlearnModel:
     """The model in a checkpoint file, with its history if it was edited.
 
     Args:
@@ -228,16 +230,19 @@ def open_model(path: Path | str, pretrained: Path | str | None = None) -> Unlear
         pretrained: the file from which an edited checkpoint was made. Drift is then measured from this file;
             the edits are rounded to the checkpoint's dtype. Without it, the checkpoint's own weights count as
             the pretrained weights.
+        prediction: what the network predicts; see `detect_family`; an edited file says what was chosen.
 
     Raises:
         ModelError: a file is unreadable or unsupported, or `pretrained` is not the file from which the
             checkpoint was made.
     """
     path = Path(path)
-    family = detect_family(path)
+    family = detect_family(path, prediction)
     history, made_from = read_history(path)
-    own = source_of(path)
-    original = own if pretrained is None else source_of(Path(pretrained))
+    if prediction == "auto":
+        prediction = chosen_prediction(read_header(path)[1])
+    own = source_of(path, prediction)
+    original = own if pretrained is None else source_of(Path(pretrained), prediction)
     if original.sha256 == own.sha256:
         return UnlearnModel(own, family, {}, history)
     if made_from is None:
@@ -253,7 +258,7 @@ def open_model(path: Path | str, pretrained: Path | str | None = None) -> Unlear
     return UnlearnModel(original, family, difference(path, original.path), history)
 
 
-def open_continued(path: Path, candidates: Iterable[Path]) -> UnlearnModel:
+def open_continued(path: Path, candidates: Iterable[Path], prediction: str = "auto") -> UnlearnModel:
     """`open_model`, with `pretrained` looked up among `candidates`, whatever its name is now.
 
     Raises:
@@ -271,8 +276,8 @@ def open_continued(path: Path, candidates: Iterable[Path]) -> UnlearnModel:
             except (OSError, ModelError):
                 continue  # a damaged neighbour is not the source
             if is_source:
-                return open_model(path, other)
-    return open_model(path)
+                return open_model(path, other, prediction)
+    return open_model(path, prediction=prediction)
 
 
 def _may_be_source(path: Path, other: Path) -> bool:

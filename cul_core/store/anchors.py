@@ -69,7 +69,7 @@ class AnchorStore:
         Raises:
             Cancelled: `should_stop` returned true.
         """
-        key = stable_hash([source.sha256, list(prompts), count, sampler.to_json(), seed, "anchors-2"])
+        key = stable_hash([source.identity, list(prompts), count, sampler.to_json(), seed, "anchors-2"])
         latents = self._memory.get(key)
         if latents is None:
             file = (

@@ -36,6 +36,7 @@ from .loop import Trained, train
 from .memory_plan import planned
 from .micro_batches import out_of_memory
 from .resume import StateStore
+from .seen_tokens import SeenTokens, check_anchors, without_targets
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,8 @@ def run_step(
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=library_versions(),
     )
-    logger.info("forgot %d concept(s) in %.1f s", len(request.concepts), record.seconds)
+    did = "forgot" if record.has_changed else "changed nothing for"
+    logger.info("%s %d concept(s) in %.1f s", did, len(request.concepts), record.seconds)
     report = StepReport(record, tuple(trained.losses), figures)
     return result.with_history((*model.history, record)), report
 
@@ -178,6 +180,11 @@ class _Step:
         request, network, prompts = self.request, self.network, self.request.anchor_prompts
         if any("autoencoder" in part.needs for part in parts):
             network.check_autoencoder()
+        seen = SeenTokens(network)
+        retain = without_targets(seen, request.retain, request.concepts)
+        if "anchor_latents" in parts[0].needs:
+            for sentence in check_anchors(seen, request.concepts, prompts):
+                self.callbacks.on_message(sentence)
         latents = torch.empty(0, *network.family.latent_shape)
         if any("anchor_latents" in part.needs for part in parts):
             latents = self.store.anchor_latents(
@@ -194,7 +201,7 @@ class _Step:
         return StepContext(
             network=network,
             concepts=request.concepts,
-            retain=request.retain,
+            retain=retain,
             previous=self._previous,
             anchor_prompts=tuple(prompts[i % len(prompts)] for i in range(request.anchor_count)),
             anchor_latents=latents.to(network.device),

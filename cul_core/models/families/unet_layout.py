@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from ...base.errors import ModelError, brief_repr
 from ..family import Family, Shapes, supported
@@ -140,15 +138,6 @@ def _blocks(shapes: Shapes) -> tuple[int, int, int, int]:
             counts[match[1]] += 1
     residual = sum(bool(re.search(r"\.input_blocks\.\d+\.0\.in_layers\.0\.weight$", name)) for name in shapes)
     return (residual, *counts.values())
-
-
-def predicts_velocity(header: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
-    """Whether a checkpoint's marks say that it predicts the velocity.
-
-    Marks are ComfyUI's tensor `v_pred` and `modelspec.prediction_type` in the header.
-    """
-    said = metadata.get("modelspec.prediction_type", "").strip().lower()
-    return "v_pred" in header or said in ("v", "v_prediction", "v-prediction", "v_pred", "velocity")
 
 
 def refusal(shapes: Shapes, file_name: str) -> ModelError:
