@@ -42,6 +42,11 @@ class SaveCheckpoint(UnlearningNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix):
+        """Refuses what cannot be written before anything of the graph runs."""
+        return _folders.check_output(filename_prefix)
+
+    @classmethod
     def execute(cls, model, filename_prefix):
         with _host.normal_tensors():
             path = save_checkpoint(
@@ -83,6 +88,11 @@ class SaveLora(UnlearningNode):
             hidden=list(_HIDDEN),
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix):
+        """Refuses what cannot be written before anything of the graph runs."""
+        return _folders.check_output(filename_prefix)
 
     @classmethod
     def execute(cls, model, filename_prefix, format, rank):
