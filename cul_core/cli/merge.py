@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
             )
     check_can_write(arguments.out, size=original.size)
     merged = merge([open_model(file, original.path) for file in arguments.file], config)
-    path = save_checkpoint(merged, arguments.out)
+    path = save_checkpoint(merged, arguments.out, on_message=say)
     record = merged.history[-1]
     say(merge_text(merged))
     say(f"checkpoint: {path.resolve()}")

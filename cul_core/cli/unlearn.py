@@ -38,6 +38,7 @@ _RESCUE = "kept-steps"
 def add(commands: Any) -> None:
     """Add the command to argparse's group."""
     from ..minicanvas.models import CHECKPOINT_PATH
+    from ..output.checkpoint import ROUNDINGS
     from ..training.compute import Compute
 
     parser = add_command(
@@ -121,6 +122,20 @@ def add(commands: Any) -> None:
         default="auto",
         help="what the model predicts; auto: as its file says",
     )
+    parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default="auto",
+        help="rounding of edited weights to the file's precision",
+    )
+    parser.add_argument(
+        "--anchor-steps", type=int, help="sampling steps of an anchor image; the preset's if not given"
+    )
+    parser.add_argument(
+        "--anchor-guidance",
+        type=float,
+        help="guidance scale of the anchor images; 1 is none, as distilled models need it",
+    )
     parser.add_argument("--out", type=Path, help="file to write; an existing file is never overwritten")
     parser.add_argument(
         "--store",
@@ -152,6 +167,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_can_write(out, arguments.json)
     if arguments.store is not None:
         check_writable(arguments.store)
+    show = ProgressLine()
     compute = Compute(arguments.dtype, arguments.checkpointing, arguments.compile)
     device = usable_device(arguments.device)
     model, networks = (
@@ -159,11 +175,15 @@ def run(arguments: argparse.Namespace) -> None:
         NetworkCache(arguments.tokenizer),
     )
     check_can_write(out, size=model.source.size)
+    if model.family.is_distilled:
+        show.tell(
+            f"{model.source.name!r} looks like a distilled model: its anchor pictures are drawn in "
+            "few steps without guidance; --anchor-steps and --anchor-guidance change that."
+        )
     request = resolved(model, lambda: networks.get(model.source, device, compute.dtype_on(device)))
     measure = None
     if request.training.evaluate_every:
         measure = classifier_of(model.family).measure_for(request)
-    show = ProgressLine()
     train = partial(
         run_step,
         model,
@@ -186,9 +206,9 @@ def run(arguments: argparse.Namespace) -> None:
             lambda state_store: train(store=store.anchors, state_store=state_store),
             Waiting(f"Another process trains this step in {str(arguments.store)!r}", show.tell),
         )
-    edited, report = outcome.model, outcome.report
+    edited, report, rounding = outcome.model, outcome.report, []
     try:
-        path = save_checkpoint(edited, out)
+        path = save_checkpoint(edited, out, rounding=arguments.rounding, on_message=rounding.append)
     except (CheckpointError, ModelError) as error:
         folder = arguments.store if outcome.is_kept else _rescued(model, request, outcome)
         raise CheckpointError(f"{error} {_how_to_retry(folder)}") from error
@@ -197,6 +217,8 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"{done} {names} in {report.record.seconds:.1f} s{outcome.note}")
     for name, value in report.figures.items():
         say(f"{name.replace('_', ' ')}: {value:.3g}")
+    for sentence in rounding:
+        say(sentence)
     say(f"checkpoint: {path.resolve()}")
     figures = {"seconds": report.record.seconds, "losses": report.losses, **report.figures}
     write_json(arguments.json, {"checkpoint": str(path.resolve()), **figures})
@@ -223,7 +245,8 @@ def _how_to_retry(folder: Path | None) -> str:
 
 
 def _overrides(arguments: argparse.Namespace) -> Overrides:
-    options = {name: getattr(arguments, name) for name in ("iterations", "learning_rate", "evaluate_every")}
+    names = ("iterations", "learning_rate", "evaluate_every", "anchor_steps", "anchor_guidance")
+    options = {name: getattr(arguments, name) for name in names}
     training = {name: value for name, value in options.items() if value is not None}
     parts = {} if arguments.auxiliary is None else {"projection": {"auxiliary": arguments.auxiliary}}
     return Overrides(training=training, parts=parts, seed=arguments.seed)

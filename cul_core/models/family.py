@@ -10,6 +10,8 @@ from typing import Any
 
 from .noise_process import DiscreteProcess, NoiseProcess
 
+_DISTILLED_STEPS = 8
+"""Sampling steps that suit models distilled to 1, 2, 4 or 8."""
 _CONFIGS = Path(__file__).parent / "configs"
 Shapes = Mapping[str, tuple[int, ...]]
 """Checkpoint key -> shape."""
@@ -84,6 +86,14 @@ def predicting_velocity(family: Family, ends_in_noise: bool) -> Family:
     )
 
 
+def distilled(family: Family) -> Family:
+    """The family's variant that is distilled to few steps without guidance, as Turbo and Lightning are."""
+    recipe = family.recipe and replace(family.recipe, anchor_steps=_DISTILLED_STEPS, anchor_guidance=1.0)
+    return replace(
+        family, display_name=f"{family.display_name} (distilled)", recipe=recipe, is_distilled=True
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """One model architecture.
@@ -112,6 +122,7 @@ class Family:
         captions: caption templates for anchor prompts; None for the common ones.
         classifier: makes the classifier of its images (`audits.classification.Classifier`); None without one.
         is_small: whether the network fits any memory and is too small to gain by `frozen_layers`.
+        is_distilled: whether the checkpoint is distilled to few sampling steps without guidance.
     """
 
     name: str
@@ -136,6 +147,7 @@ class Family:
     captions: Captions | None = None
     is_small: bool = False
     classifier: Callable[[], Any] | None = None
+    is_distilled: bool = False
 
     def config(self, part: str) -> dict[str, Any]:
         """Constructor arguments of `unet`, of a text encoder or of `vae`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,9 +12,16 @@ from ..base.errors import ConfigError, ModelError, brief_repr
 from ..files.safetensors_format import opened, read_header
 from . import families as families  # registers them
 from .families.unet_layout import VAE_PREFIX, refusal
-from .family import FAMILIES, Family, Shapes
+from .family import FAMILIES, Family, Shapes, distilled
 from .source import PREDICTIONS, ZERO_SNR
 from .text_layout import check_text_encoders
+
+_DISTILLED = re.compile(
+    r"turbo|lightning|hyper[-_ ]?(sd|\d+[-_ ]?step)|(?<![a-z])(lcm|dmd2?|pcm|tcd|flash[-_ ]?sd)(?![a-z])",
+    re.IGNORECASE,
+)
+"""Words for models that are distilled to few steps without guidance."""
+_TELLING = ("modelspec.title", "modelspec.architecture", "modelspec.implementation", "cul_source")
 
 
 def family_of(shapes: Shapes, file_name: str) -> Family:
@@ -68,14 +76,22 @@ def detect_family(path: Path, prediction: str = "auto") -> Family:
 
     if prediction == "auto":
         prediction = chosen_prediction(metadata)
-    if prediction == "noise":
-        return family
     if prediction.startswith("velocity"):
-        return family.velocity(family, prediction == ZERO_SNR)
-    variant = family.variant(family, header, read)
-    if variant is family and _is_marked(header, metadata):
-        return family.velocity(family, "ztsnr" in header or metadata.get("ss_zero_terminal_snr") == "True")
-    return variant
+        family = family.velocity(family, prediction == ZERO_SNR)
+    elif prediction == "auto":
+        variant = family.variant(family, header, read)
+        if variant is family and _is_marked(header, metadata):
+            variant = family.velocity(
+                family, "ztsnr" in header or metadata.get("ss_zero_terminal_snr") == "True"
+            )
+        family = variant
+    return distilled(family) if _is_distilled(path.name, metadata) else family
+
+
+def _is_distilled(file_name: str, metadata: Mapping[str, str]) -> bool:
+    """Whether the name of the file, or its title, architecture or source, says that it is distilled."""
+    told = [file_name, *(metadata.get(key, "") for key in _TELLING)]
+    return any(_DISTILLED.search(text) for text in told)
 
 
 def chosen_prediction(metadata: Mapping[str, str]) -> str:
