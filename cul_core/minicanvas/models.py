@@ -6,6 +6,7 @@ UNet and text encoder are plain diffusers and transformers classes, configured i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -81,13 +82,21 @@ class NarrowAutoencoder(nn.Module):
         wide = AutoencoderTiny()
         for parameter in wide.parameters():
             parameter.data.zero_()
-        _embed(self.encoder, wide.encoder.layers)
-        _embed(self.decoder, wide.decoder.layers)
+        for value, part in _shared_values(self, wide):
+            part.copy_(value)
         return wide.eval()
 
+    @classmethod
+    def narrowed(cls, wide: nn.Module) -> NarrowAutoencoder:
+        """The narrow autoencoder that `widened` made this `diffusers.AutoencoderTiny` of."""
+        narrow = cls()
+        for value, part in _shared_values(narrow, wide):
+            value.copy_(part)
+        return narrow
 
-def _embed(narrow: nn.Sequential, wide: nn.Sequential) -> None:
-    """Copy weights layer by layer.
+
+def _paired(narrow: nn.Sequential, wide: nn.Sequential) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(layer, its counterpart in AutoencoderTiny) for every trained layer.
 
     Blocks, and the ReLU that replaces one, pair up within a level; plain layers pair up one to one.
     """
@@ -98,12 +107,17 @@ def _embed(narrow: nn.Sequential, wide: nn.Sequential) -> None:
             is_block and not isinstance(waiting[0], ResidualBlock | nn.ReLU)
         ):
             continue
-        source = waiting.pop(0)
-        for name, value in source.state_dict().items():
-            target = layer.get_parameter(name).data
-            target[tuple(slice(size) for size in value.shape)] = value
+        yield waiting.pop(0), layer
     if waiting:
         raise AssertionError(f"{len(waiting)} trained layers have no counterpart in AutoencoderTiny")
+
+
+def _shared_values(narrow: NarrowAutoencoder, wide: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """(narrow value, the part of AutoencoderTiny's value that equals it) for every weight."""
+    for part in ("encoder", "decoder"):
+        for source, target in _paired(getattr(narrow, part), getattr(wide, part).layers):
+            for name, value in source.state_dict().items():
+                yield value, target.get_parameter(name).data[tuple(slice(size) for size in value.shape)]
 
 
 def load_autoencoder(path: Path) -> NarrowAutoencoder:
