@@ -30,7 +30,7 @@ class Style:
 
     @property
     def display_name(self) -> str:
-        return self.name.replace("_", " ")
+        return spoken(self.name)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class World:
 
     @property
     def style_labels(self) -> tuple[str, ...]:
-        """Labels of the classifier's style head in order; its last index, after these, means "none of these"."""
+        """Labels of the classifier's style head in order; its last index, after these, means "none"."""
         return (*self.style_by_name, PLAIN)
 
     @property
@@ -134,20 +134,27 @@ class World:
     def wording(self, subjects: Sequence[str], rng: random.Random) -> str:
         """A random phrase for objects or people, such as "a star and a cat".
 
-        A person is named in two thirds of the phrases and described in the others; an object's synonym
-        replaces its name in 15 %.
+        A person is named in two thirds of the phrases and described in the others. A synonym replaces an
+        object's name in 15 %. A seventh has no article, as prompts about any one name often have none.
         """
         return " and ".join(self._phrase(subject, rng) for subject in subjects)
 
     def _phrase(self, subject: str, rng: random.Random) -> str:
+        is_bare = rng.random() < 1 / 7
         if subject in self.objects:
             others = self.synonyms.get(subject)
-            return with_article(rng.choice(others) if others and rng.random() < 0.15 else subject)
-        person = self.people[self.people_labels.index(subject)]
-        return rng.choice(person.descriptions) if rng.random() < 1 / 3 else spoken(person.name)
+            noun = rng.choice(others) if others and rng.random() < 0.15 else subject
+            return noun if is_bare else with_article(noun)
+        if rng.random() < 1 / 3:
+            return rng.choice(self.people[self.people_labels.index(subject)].descriptions)
+        return f"a {spoken(subject)}" if is_bare else spoken(subject)
+
+    def phrase(self, subject: str) -> str:
+        """The usual phrase for an object or person, such as "a star" or "Otto Brask"."""
+        return with_article(subject) if subject in self.objects else spoken(subject)
 
     def texts(self) -> list[str]:
-        """Texts that together hold every word of the captions; the tokenizer's merges are learnt from them."""
+        """Texts that together hold every word of the captions; the tokenizer learns its merges from them."""
         parts = self.templates
         texts = [
             template.format(object="", style="", description="")

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from ...models.load_diffusers import load_network
+from ...models.load_diffusers import load_network, load_tokenizer
 from .. import models
+from ..family import MINI_LARGE
 from ..large import LARGE
 from ..large_render import render
 from .resumable import Draws, Trained, train
@@ -20,7 +22,10 @@ from .resumable import Draws, Trained, train
 logger = logging.getLogger(__name__)
 
 AUTOENCODER_STEPS, AUTOENCODER_BATCH, AUTOENCODER_LR = 600, 16, 1e-3
+TEXT_STEPS, TEXT_BATCH, TEXT_LR = 700, 48, 2e-3
 PAIR_SHARE = 0.15
+PAIRLESS = len(LARGE.subjects)
+"""Label of a missing subject."""
 
 
 def decay(step: int, steps: int, peak: float, warm_up: int = 50) -> float:
@@ -67,6 +72,64 @@ def train_autoencoder(work: Path, seed: int) -> None:
         lambda step: decay(step, AUTOENCODER_STEPS, AUTOENCODER_LR),
         seed=seed,
         steps=AUTOENCODER_STEPS,
+    )
+
+
+def random_caption(subjects: tuple[str, ...], style: str, rng: random.Random) -> tuple[str, list[int]]:
+    """A training caption and the labels it gives away: (style, first subject, second subject).
+
+    The style's label is the number of labels if the caption is empty.
+    """
+    wording = LARGE.wording(subjects, rng)
+    text = LARGE.caption(style, wording, rng)
+    said = [LARGE.subjects.index(name) for name in subjects] if wording in text else []
+    style_label = LARGE.style_labels.index(style) if text else len(LARGE.style_labels)
+    return text, [style_label, *said, PAIRLESS, PAIRLESS][:3]
+
+
+def train_text(work: Path, seed: int) -> None:
+    """Train the text encoder to tell styles and subjects apart, as CLIP's is trained apart from any UNet.
+
+    Linear heads read the row of the end token and of one padding row; they are thrown away. A caption is
+    padded to 28, or in an eighth of the batches to all 77 positions.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    config = MINI_LARGE.config("text_encoder")
+    tokenizer = load_tokenizer(MINI_LARGE)
+    width = config["hidden_size"]
+    module = nn.ModuleDict(
+        {
+            "text": CLIPTextModel(CLIPTextConfig(**config)),
+            "style": nn.Linear(width, len(LARGE.style_labels) + 1),
+            "first": nn.Linear(width, len(LARGE.subjects) + 1),
+            "second": nn.Linear(width, len(LARGE.subjects) + 1),
+        }
+    )
+
+    def loss_of(draws: Draws) -> Tensor:
+        pairs = [random_caption(*cell, draws.rng) for cell in random_cells(TEXT_BATCH, draws.rng)]
+        texts, labels = [text for text, _ in pairs], torch.tensor([label for _, label in pairs])
+        length = 77 if draws.rng.random() < 1 / 8 else 28
+        ids = tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
+        rows = module["text"](input_ids=ids).last_hidden_state
+        end = (ids == config["eos_token_id"]).int().argmax(1)
+        later = torch.tensor([draws.rng.randrange(int(at), length) for at in end])
+        every = torch.arange(len(texts))
+        read = torch.cat([rows[every, end], rows[every, later]])
+        return sum(
+            functional.cross_entropy(module[head](read), labels[:, i].repeat(2))
+            for i, head in enumerate(("style", "first", "second"))
+        )
+
+    train(
+        Trained(module),
+        work / "text.state",
+        loss_of,
+        lambda step: decay(step, TEXT_STEPS, TEXT_LR),
+        seed=seed,
+        steps=TEXT_STEPS,
     )
 
 
