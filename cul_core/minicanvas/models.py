@@ -14,8 +14,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHECKPOINT_PATH = Path(__file__).parent / "checkpoints" / "minicanvas.safetensors"
-CLASSIFIER_PATH = Path(__file__).parent / "weights" / "classifier.safetensors"
+_HERE = Path(__file__).parent
+
+
+def checkpoint_path(world: str) -> Path:
+    """The shipped checkpoint of the `small` or the `large` world."""
+    return _HERE / "checkpoints" / f"minicanvas{_SUFFIXES[world]}.safetensors"
+
+
+def classifier_path(world: str) -> Path:
+    """The shipped classifier of the `small` or the `large` world."""
+    return _HERE / "weights" / f"classifier{_SUFFIXES[world]}.safetensors"
+
+
+_SUFFIXES = {"small": "", "large": "_large"}
+CHECKPOINT_PATH, CLASSIFIER_PATH = checkpoint_path("small"), classifier_path("small")
 
 AUTOENCODER_WIDTHS = (24, 32, 64, 64)
 """Trained channels per level, 64x64 pixels first; TAESD's shape has 64, the others are zero."""
@@ -131,9 +144,14 @@ class Classifier(nn.Module):
     """(style logits (b, styles + 1), object logits (b, objects + 1)) of images (b, 3, 64, 64) in [0, 1].
 
     The last class of each head means "none of these".
+
+    Args:
+        styles: number of styles.
+        objects: number of objects, with the people.
+        tells_pairs: whether there is a third head, for the right one of two objects.
     """
 
-    def __init__(self, styles: int, objects: int):
+    def __init__(self, styles: int, objects: int, tells_pairs: bool = False):
         super().__init__()
         layers: list[nn.Module] = []
         for before, after in ((3, 24), (24, 48), (48, 96), (96, 128)):
@@ -148,8 +166,10 @@ class Classifier(nn.Module):
         self.features = nn.Sequential(*layers)
         self.style = nn.Linear(128 * 2, styles + 1)
         self.object = nn.Linear(128 * 16, objects + 1)
+        self.second = nn.Linear(128 * 16, objects + 1) if tells_pairs else None
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         features = self.features(images * 2 - 1)
         pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1)
-        return self.style(pooled), self.object(features.flatten(1))
+        heads = [head for head in (self.object, self.second) if head is not None]
+        return self.style(pooled), *(head(features.flatten(1)) for head in heads)

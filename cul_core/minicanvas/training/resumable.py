@@ -121,7 +121,7 @@ def train(
     if path.exists():
         trained.load(path)
     module, optimizer, name = trained.module, trained.optimizer, path.name.partition(".")[0]
-    begun = saved = time.monotonic()
+    begun = saved = logged = time.monotonic()
     cpu_begun, cpu_before, losses = time.process_time(), trained.cpu_seconds, []
     while trained.step < steps and time.monotonic() - begun < seconds:
         optimizer.param_groups[0]["lr"] = rate_of(trained.step)
@@ -136,8 +136,10 @@ def train(
         trained.cpu_seconds = cpu_before + time.process_time() - cpu_begun
         if trained.step % 50 == 0:
             trained.loss_curve.append((trained.step, sum(losses) / len(losses)))
-            rate = (time.monotonic() - begun) / len(losses)
-            logger.info("%s %d/%d loss %.4f, %.2f s each", name, *trained.loss_curve[-1], rate)
+            rate, logged = (time.monotonic() - logged) / len(losses), time.monotonic()
+            logger.info(
+                "%s %d/%d loss %.4f, %.2f s each", name, trained.step, steps, trained.loss_curve[-1][1], rate
+            )
             losses.clear()
         if time.monotonic() - saved > SAVE_EVERY_SECONDS:
             trained.save(path)

@@ -5,24 +5,32 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...files.atomic_write import write_atomically
 from ...models.load_diffusers import load_network, load_tokenizer
 from .. import models
 from ..family import MINI_LARGE
 from ..large import LARGE
 from ..large_render import render
+from ..world import PLAIN
 from .resumable import Draws, Trained, train
+from .train import decoded, noise_loss, ruined_latents, worthless_pictures
 
 logger = logging.getLogger(__name__)
 
 AUTOENCODER_STEPS, AUTOENCODER_BATCH, AUTOENCODER_LR = 600, 16, 1e-3
 TEXT_STEPS, TEXT_BATCH, TEXT_LR = 700, 48, 2e-3
+UNET_BATCH, UNET_LR = 32, 1e-3
+POOL_PER_CELL, POOL_UPDATES, CAPTIONS_PER_PICTURE = 4, 6000, 2
+CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_LR, CLASSIFIER_SEEN = 700, 64, 2e-3, 3000
 PAIR_SHARE = 0.15
 PAIRLESS = len(LARGE.subjects)
 """Label of a missing subject."""
@@ -133,16 +141,189 @@ def train_text(work: Path, seed: int) -> None:
     )
 
 
+# --- latents of renderings
+
+
+def _result(work: Path, stage: str, part: str = "") -> dict[str, Tensor]:
+    """The averaged weights of a finished stage."""
+    prefix = f"average.{part}"
+    tensors = load_file(work / f"{stage}.state")
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def trained_autoencoder(work: Path) -> models.NarrowAutoencoder:
+    model = models.NarrowAutoencoder()
+    model.load_state_dict(_result(work, "autoencoder"))
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def pool_of(work: Path, seed: int, number: int) -> tuple[Tensor, list[tuple[tuple[str, ...], str]]]:
+    """Latents (n, 4, 8, 8) and cells of the renderings that update `number` x `POOL_UPDATES` on trains with.
+
+    Each style is drawn with each subject equally often, and with pairs of objects.
+    """
+    rng = random.Random(f"{seed}/pool/{number}")
+    cells = [
+        ((subject,), style)
+        for style in LARGE.style_labels
+        for subject in LARGE.subjects
+        for _ in range(POOL_PER_CELL * (3 if style == PLAIN else 1))
+    ]
+    pairs = int(len(cells) * PAIR_SHARE / (1 - PAIR_SHARE))
+    cells += [
+        (tuple(rng.sample(LARGE.objects, 2)), LARGE.style_labels[i % len(LARGE.style_labels)])
+        for i in range(pairs)
+    ]
+    rng.shuffle(cells)
+    path = work / f"latents-{number}.safetensors"
+    if not path.exists():
+        model, parts = trained_autoencoder(work), []
+        for start in range(0, len(cells), 64):
+            images = pictures(cells[start : start + 64], rng).contiguous(memory_format=torch.channels_last)
+            with torch.no_grad():
+                parts.append(model.encode(images).contiguous())
+        data = save({"latents": torch.cat(parts)})
+        write_atomically(path, lambda file: file.write(data))
+    return load_file(path)["latents"], cells
+
+
+# --- UNet
+
+
+class CaptionRows:
+    """Rows (77, width) of the frozen text encoder for `CAPTIONS_PER_PICTURE` captions of each picture."""
+
+    def __init__(self, work: Path, seed: int, number: int, cells: list[tuple[tuple[str, ...], str]]):
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        self._encoder = CLIPTextModel(CLIPTextConfig(**MINI_LARGE.config("text_encoder"))).eval()
+        self._encoder.load_state_dict(_result(work, "text", "text."))
+        self._tokenizer = load_tokenizer(MINI_LARGE)
+        self._seed, self._cells, self._rows = f"{seed}/captions/{number}", cells, {}
+
+    def of(self, picks: list[tuple[int, int]]) -> Tensor:
+        """Rows (b, 77, width) of (picture, which of its captions)."""
+        texts = [self._text(*pick) for pick in picks]
+        if missing := sorted(set(texts) - self._rows.keys()):
+            ids = self._tokenizer(missing, padding="max_length", max_length=77, return_tensors="pt").input_ids
+            with torch.no_grad():
+                rows = self._encoder(input_ids=ids).last_hidden_state.half()
+            self._rows.update(zip(missing, rows, strict=True))
+        return torch.stack([self._rows[text] for text in texts]).float()
+
+    def _text(self, picture: int, which: int) -> str:
+        return random_caption(*self._cells[picture], random.Random(f"{self._seed}/{picture}/{which}"))[0]
+
+
+def train_unet(work: Path, seed: int, seconds: float = float("inf"), steps: int = 10**9) -> None:
+    """Go on from the small world's UNet but for what reads the text; see `train_text` for its encoder.
+
+    The learning rate rises for 200 updates and falls with the inverse square root of their number after
+    2,000, so that there is no last update.
+    """
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(**MINI_LARGE.config("unet"))
+    small = load_network(models.CHECKPOINT_PATH).unet.state_dict()
+    unet.load_state_dict(
+        {k: small[k] if small[k].shape == v.shape else v for k, v in unet.state_dict().items()}
+    )
+    trained, path = Trained(unet), work / "unet.state"
+    if path.exists():
+        trained.load(path)
+    begun = time.monotonic()
+    while trained.step < steps and time.monotonic() - begun < seconds:
+        number = trained.step // POOL_UPDATES
+        latents, cells = pool_of(work, seed, number)
+        captions = CaptionRows(work, seed, number, cells)
+
+        def loss_of(draws: Draws, latents=latents, captions=captions) -> Tensor:
+            picks = [draws.rng.randrange(len(latents)) for _ in range(UNET_BATCH)]
+            context = captions.of([(pick, draws.rng.randrange(CAPTIONS_PER_PICTURE)) for pick in picks])
+            return noise_loss(unet, latents[picks], context, draws.generator)
+
+        train(
+            trained,
+            path,
+            loss_of,
+            lambda step: UNET_LR * min((step + 1) / 200, 1.0, (2000 / (step + 1)) ** 0.5),
+            seed=seed,
+            steps=min(steps, (number + 1) * POOL_UPDATES),
+            seconds=seconds - (time.monotonic() - begun),
+        )
+
+
+# --- classifier
+
+
+def labels_of(cells: list[tuple[tuple[str, ...], str]]) -> Tensor:
+    """(n, 3) labels of cells: style, first subject, second subject."""
+    return torch.tensor(
+        [
+            [LARGE.style_labels.index(style), *map(LARGE.subjects.index, subjects), PAIRLESS, PAIRLESS][:3]
+            for subjects, style in cells
+        ]
+    )
+
+
+def train_classifier(work: Path, seed: int) -> None:
+    """Train on what the small world's classifier is trained on (see `train.train_classifier`), from it on."""
+    torch.manual_seed(seed)
+    model = models.Classifier(len(LARGE.style_labels), len(LARGE.subjects), tells_pairs=True)
+    small = load_file(models.CLASSIFIER_PATH)
+    model.load_state_dict(
+        {k: small[k].to(v.dtype) if "features" in k else v for k, v in model.state_dict().items()}
+    )
+    model.to(memory_format=torch.channels_last)
+    latents, cells = pool_of(work, seed, 0)
+    latents, autoencoder = latents[:CLASSIFIER_SEEN], trained_autoencoder(work)
+    generator = torch.Generator().manual_seed(seed)
+    noise = 0.35 * torch.rand(len(latents), 1, 1, 1, generator=generator)
+    seen = decoded(autoencoder, latents + noise * torch.randn(latents.shape, generator=generator))
+    seen_labels = labels_of(cells[: len(seen)])
+    ruined = decoded(autoencoder, ruined_latents(latents[: len(latents) // 2], generator))
+    nothing = torch.tensor([len(LARGE.style_labels), PAIRLESS, PAIRLESS])
+
+    def loss_of(draws: Draws) -> Tensor:
+        half, few, generator = CLASSIFIER_BATCH * 3 // 8, CLASSIFIER_BATCH // 16, draws.generator
+        fresh = random_cells(half, draws.rng)
+        bare = [((), draws.rng.choice(LARGE.style_labels)) for _ in range(few)]
+        images = pictures(fresh + bare, draws.rng)
+        pick = torch.randint(len(seen), (half,), generator=generator)
+        broken = ruined[torch.randint(len(ruined), (2 * few,), generator=generator)].float() / 255
+        worthless = worthless_pictures(few, images, generator)
+        batch = torch.cat([images, seen[pick].float() / 255, broken, worthless])
+        blur = 0.06 * torch.rand(len(batch), 1, 1, 1, generator=generator)
+        batch = batch + blur * torch.randn(batch.shape, generator=generator)
+        rejected = nothing.expand(len(broken) + len(worthless), 3)
+        labels = torch.cat([labels_of(fresh + bare), seen_labels[pick], rejected])
+        heads = model(batch.contiguous(memory_format=torch.channels_last))
+        return sum(functional.cross_entropy(head, labels[:, i]) for i, head in enumerate(heads))
+
+    train(
+        Trained(model),
+        work / "classifier.state",
+        loss_of,
+        lambda step: decay(step, CLASSIFIER_STEPS, CLASSIFIER_LR),
+        seed=seed,
+        steps=CLASSIFIER_STEPS,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/minicanvas_large"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hours", type=float)
     parser.add_argument("stage")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    globals()[f"train_{arguments.stage}"](arguments.work, arguments.seed)
+    globals()[f"train_{arguments.stage}"](
+        arguments.work, arguments.seed, **({"seconds": arguments.hours * 3600} if arguments.hours else {})
+    )
 
 
 if __name__ == "__main__":
