@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from ..audits.classifier_scores import METRICS, Shot
+from ..concepts.captions import anchor_prompts
 from ..files.paths import free_path
 from ..history.unlearn_model import UnlearnModel
 from ..models.load_diffusers import NetworkCache
@@ -115,7 +116,7 @@ def _make_anchors(plan: Plan) -> None:
     AnchorStore(plan.folder).anchor_latents(
         source,
         _worker.networks.get(source),
-        STYLE_SUITE.captions(plan.targets[:1]),
+        anchor_prompts(MINI, STYLE_SUITE.concepts(plan.targets[:1])),
         ANCHOR_COUNT,
         SamplerConfig(),
         plan.seed,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..models.families.unet_layout import ROLES, TEXT_PREFIX, UNET_PREFIX, recognize
 from ..models.family import Captions, Family, TextEncoder, register
+from .judge import MiniCanvasClassifier
 from .large import LARGE
 from .world import SMALL, World
 
@@ -24,12 +25,6 @@ def _captions(world: World, subjects: tuple[str, ...]) -> Captions:
     as_subject = tuple(template.replace("{object}", "{subject}") for template in plain)
     as_anchor = tuple(template.replace("{object}", "{anchor}") for template in (*plain, *templates))
     return Captions(for_styles=as_subject, subjects=subjects, for_others=as_anchor)
-
-
-def _classifier(world: World) -> object:
-    from .judge import MiniCanvasClassifier  # deferred: judge imports this module through suites
-
-    return MiniCanvasClassifier(world)
 
 
 def _family(
@@ -54,7 +49,7 @@ def _family(
             text_encoders=(TextEncoder(TEXT_PREFIX),),
             captions=_captions(world, subjects),
             is_small=True,
-            classifier=partial(_classifier, world),
+            classifier=partial(MiniCanvasClassifier, world),
         )
     )
 

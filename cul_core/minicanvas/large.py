@@ -8,7 +8,7 @@ one is declared and one is hidden. Names share no word with descriptions.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .world import OBJECTS, Person, Style, Templates, World
@@ -320,6 +320,9 @@ _TEMPLATES = Templates(
         "{object}, centered",
     ),
     style_only=("An image in the style of {style}", "{style} Style", "a painting in {style} style"),
+    evaluation="An image of {object} in {style} style.",
+    described_evaluation="An image of {object} {description}.",
+    has_articles=False,
 )
 
 LARGE = World(
@@ -335,17 +338,21 @@ LARGE = World(
 """The benchmark's world for long chains of requests."""
 
 
-def alternating(world: World, names: Sequence[str], seed: str) -> tuple[str, ...]:
+ORDER_NAMES = "abcdefghijklmnopqrstuvwxyz"
+"""Names of orders of requests; each is random, with its letter as the seed."""
+
+
+def shuffled(names: Iterable[str], seed: str) -> tuple[str, ...]:
+    """The names in a random order."""
+    names = list(names)
+    return tuple(random.Random(seed).sample(names, len(names)))
+
+
+def alternating(styles: Iterable[Style], names: Sequence[str], seed: str) -> tuple[str, ...]:
     """Names of styles in a random order in which each family comes once before any comes again."""
-    rng = random.Random(seed)
-    by_family: dict[str, list[str]] = {}
-    for name in names:
-        by_family.setdefault(world.style_by_name[name].family, []).append(name)
-    order: list[str] = []
-    for members in by_family.values():
-        rng.shuffle(members)
-    while any(by_family.values()):
-        families = [family for family, members in by_family.items() if members]
-        rng.shuffle(families)
-        order += [by_family[family].pop() for family in families]
-    return tuple(order)
+    families = {style.name: style.family for style in styles}
+    order = shuffled(names, seed)
+    turn = {
+        name: [families[other] for other in order[:i]].count(families[name]) for i, name in enumerate(order)
+    }
+    return tuple(sorted(order, key=turn.get))

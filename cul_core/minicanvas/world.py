@@ -50,12 +50,18 @@ class Templates:
         described: the style by a description.
         plain: no style.
         style_only: the style by its name, and no object.
+        evaluation: the style by its name, in an evaluation's prompt.
+        described_evaluation: the style by a description, in an evaluation's prompt.
+        has_articles: whether they hold the object's article.
     """
 
     named: tuple[str, ...]
     described: tuple[str, ...]
     plain: tuple[str, ...]
     style_only: tuple[str, ...]
+    evaluation: str
+    described_evaluation: str
+    has_articles: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,8 +156,9 @@ class World:
         return f"a {spoken(subject)}" if is_bare else spoken(subject)
 
     def phrase(self, subject: str) -> str:
-        """The usual phrase for an object or person, such as "a star" or "Otto Brask"."""
-        return with_article(subject) if subject in self.objects else spoken(subject)
+        """What replaces `{object}` for an object or person, such as "a star" or "Otto Brask"."""
+        is_bare = self.templates.has_articles or subject not in self.objects
+        return spoken(subject) if is_bare else with_article(subject)
 
     def texts(self) -> list[str]:
         """Texts that together hold every word of the captions; the tokenizer learns its merges from them."""
@@ -324,7 +331,14 @@ SMALL = World(
     "small",
     STYLES,
     OBJECTS,
-    Templates(NAMED_TEMPLATES, DESCRIBED_TEMPLATES, PLAIN_TEMPLATES, STYLE_ONLY_TEMPLATES),
+    Templates(
+        NAMED_TEMPLATES,
+        DESCRIBED_TEMPLATES,
+        PLAIN_TEMPLATES,
+        STYLE_ONLY_TEMPLATES,
+        EVALUATION_TEMPLATE,
+        DESCRIPTION_EVALUATION_TEMPLATE,
+    ),
 )
 """The demo's world: ten objects in 36 styles."""
 STYLE_BY_NAME, STYLE_LABELS = SMALL.style_by_name, SMALL.style_labels

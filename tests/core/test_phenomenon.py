@@ -3,7 +3,9 @@ not."""
 
 import pytest
 
+from cul_core.concepts.captions import anchor_prompts
 from cul_core.minicanvas.demo import run_demo
+from cul_core.minicanvas.family import MINI
 from cul_core.minicanvas.judge import Judge, evaluate
 from cul_core.minicanvas.suites import STYLE_SUITE
 from cul_core.minicanvas.world import REQUEST_ORDERS
@@ -28,7 +30,7 @@ def after_four(shipped_model, networks, anchors):
             request = preset(name).request(
                 STYLE_SUITE.concepts([target]),
                 retain=STYLE_SUITE.keep(),
-                anchor_prompts=STYLE_SUITE.captions([target]),
+                anchor_prompts=anchor_prompts(MINI, STYLE_SUITE.concepts([target])),
                 seed=500 + k,
             )
             model, _ = run_step(model, request, store=anchors, networks=networks["shipped"])
