@@ -21,23 +21,26 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...files.atomic_write import write_atomically
+from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY_SECONDS = 180
+LOG_EVERY = 50
 EMA_DECAY = 0.999
+_NUMBERS = ("step", "fresh_at", "cpu_seconds", "loss_curve")
 
 
 @dataclass
 class Draws:
-    """The sources of randomness of one update."""
+    """The sources of randomness of one update in one worker."""
 
     rng: random.Random
     generator: torch.Generator
 
     @classmethod
-    def of(cls, seed: int, stage: str, step: int) -> Draws:
-        rng = random.Random(f"{seed}/{stage}/{step}")
+    def of(cls, seed: int, stage: str, step: int, rank: int = 0) -> Draws:
+        rng = random.Random(f"{seed}/{stage}/{step}/{rank}")
         return cls(rng, torch.Generator().manual_seed(rng.getrandbits(62)))
 
 
@@ -45,12 +48,19 @@ class Draws:
 class Trained:
     """A stage's state: the module, the averages of its parameters and buffers, and what it has cost.
 
-    `loss_curve` holds (update, mean loss since the last entry).
+    Args:
+        module: is trained in place.
+        average: its state as a moving average; a copy of its state if not given.
+        step: number of updates done.
+        fresh_at: number of updates at which the optimizer last had no moments.
+        cpu_seconds: CPU time of all workers so far.
+        loss_curve: (update, mean loss since the last entry).
     """
 
     module: nn.Module
     average: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
+    fresh_at: int = 0
     cpu_seconds: float = 0.0
     loss_curve: list[tuple[int, float]] = field(default_factory=list)
 
@@ -68,12 +78,15 @@ class Trained:
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for number, entry in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{k}": v for k, v in entry.items()}
-        numbers = {"step": self.step, "cpu_seconds": self.cpu_seconds, "loss_curve": self.loss_curve}
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
         data = save({k: v.contiguous().clone() for k, v in tensors.items()}, {"state": json.dumps(numbers)})
         write_atomically(path, lambda file: file.write(data))
 
     def load(self, path: Path) -> None:
-        """Take over the state in a file that `save` wrote for a module of the same kind."""
+        """Take over the state in a file that `save` wrote for a module of the same kind.
+
+        Without moments of an optimizer in it, the optimizer starts anew.
+        """
         with safe_open(path, "pt") as file:
             for name, value in json.loads(file.metadata()["state"]).items():
                 setattr(self, name, value)
@@ -86,11 +99,18 @@ class Trained:
             state.setdefault(int(number), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
+        """Move the average towards the module's state."""
         decay = min(EMA_DECAY, (self.step + 1) / (self.step + 10))
         for name, value in self.module.state_dict().items():
             mean = self.average[name]
             mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
+
+
+def progress(path: Path) -> dict:
+    """The numbers of a state file (see `Trained`), without its tensors."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["state"])
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -106,6 +126,7 @@ def train(
     seed: int,
     steps: int,
     seconds: float = float("inf"),
+    workers: Workers | None = None,
 ) -> None:
     """Train until `steps` updates are done in all, or for `seconds`; the state is saved on the way.
 
@@ -117,31 +138,35 @@ def train(
         seed: of all draws.
         steps: number of updates.
         seconds: wall clock time of this call.
+        workers: processes that average their gradients; this one alone if None.
     """
+    workers = workers or Workers(0, 1, 0)
     if path.exists():
         trained.load(path)
-    module, optimizer, name = trained.module, trained.optimizer, path.name.partition(".")[0]
-    begun = saved = logged = time.monotonic()
+    parameters = [p for p in trained.module.parameters() if p.requires_grad]
+    name, clock = path.name.partition(".")[0], time.monotonic
+    begun = saved = logged = clock()
     cpu_begun, cpu_before, losses = time.process_time(), trained.cpu_seconds, []
-    while trained.step < steps and time.monotonic() - begun < seconds:
-        optimizer.param_groups[0]["lr"] = rate_of(trained.step)
-        loss = loss_of(Draws.of(seed, name, trained.step))
+    while trained.step < steps and workers.agree(clock() - begun < seconds):
+        trained.optimizer.param_groups[0]["lr"] = rate_of(trained.step)
+        loss = loss_of(Draws.of(seed, name, trained.step, workers.rank))
         loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        trained._follow()
+        workers.average_gradients([p for p in parameters if p.grad is not None])
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        trained.optimizer.step()
+        trained.optimizer.zero_grad()
+        trained.follow()
         trained.step += 1
         losses.append(loss.item())
-        trained.cpu_seconds = cpu_before + time.process_time() - cpu_begun
-        if trained.step % 50 == 0:
-            trained.loss_curve.append((trained.step, sum(losses) / len(losses)))
-            rate, logged = (time.monotonic() - logged) / len(losses), time.monotonic()
-            logger.info(
-                "%s %d/%d loss %.4f, %.2f s each", name, trained.step, steps, trained.loss_curve[-1][1], rate
-            )
+        trained.cpu_seconds = cpu_before + workers.size * (time.process_time() - cpu_begun)
+        if workers.rank == 0 and trained.step % LOG_EVERY == 0:
+            trained.loss_curve.append((trained.step, round(sum(losses) / len(losses), 5)))
+            each, logged = (clock() - logged) / len(losses), clock()
+            logger.info("%s %d loss %.4f, %.2f s each", name, *trained.loss_curve[-1], each)
             losses.clear()
-        if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+        if workers.rank == 0 and clock() - saved > SAVE_EVERY_SECONDS:
             trained.save(path)
-            saved = time.monotonic()
-    trained.save(path)
+            saved = clock()
+    if workers.rank == 0:
+        trained.save(path)
+    workers.wait()

@@ -30,8 +30,9 @@ from ...models.noise_process import DiscreteProcess
 from .. import models
 from ..family import MINI
 from ..render import render, render_background
-from ..world import OBJECTS, PLAIN, STYLE_LABELS, caption
-from .figures import write_with_figures
+from ..world import OBJECTS, PLAIN, SMALL, STYLE_LABELS, caption
+from .figures import Weights, write_with_figures
+from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -44,35 +45,6 @@ TEXT_FREEZE_AT = 0.4
 RENDERINGS_PER_CELL = 100
 EMA_DECAY = 0.999
 MIN_SNR_GAMMA = 5.0
-
-
-class Workers:
-    """The data-parallel group: rank, size, averaged gradients and gathered tensors."""
-
-    def __init__(self, rank: int, size: int, port: int):
-        self.rank, self.size = rank, size
-        torch.set_num_threads(1)
-        if size > 1:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
-
-    def average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        if self.size == 1:
-            return
-        grads = [p.grad for p in parameters]
-        flat = torch._utils._flatten_dense_tensors(grads)
-        torch.distributed.all_reduce(flat)
-        for grad, mean in zip(
-            grads, torch._utils._unflatten_dense_tensors(flat / self.size, grads), strict=True
-        ):
-            grad.copy_(mean)
-
-    def gather(self, part: Tensor) -> Tensor:
-        if self.size == 1:
-            return part
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, part)
-        return torch.cat(parts)
 
 
 def _learning_rate(step: int, steps: int, peak: float, warm_up: int = 200) -> float:
@@ -423,7 +395,12 @@ def main() -> None:
                 (arguments.workers, 29600 + number, stage, arguments.work, arguments.seed),
                 nprocs=arguments.workers,
             )
-    write_with_figures(arguments.work, arguments.out, arguments.seed)
+    results = {
+        stage: load_file(arguments.work / f"{stage}.safetensors") for stage in ("unet", "text", "classifier")
+    }
+    autoencoder = models.load_autoencoder(arguments.work / "autoencoder.safetensors")
+    weights = Weights(SMALL, autoencoder=autoencoder, **results)
+    write_with_figures(weights, arguments.work, arguments.out, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,26 @@
-"""Trains the weights of the large world."""
+"""Trains the weights of MiniCanvas' large world; every run adds to the last.
+
+    python -m cul_core.minicanvas.training.train_large [--hours 2] [--workers 2]
+    python -m cul_core.minicanvas.training.pack_large
+
+Stages: autoencoder, text encoder, classifier, each a fixed number of updates from the small world's weights
+where shapes agree, then the UNet for the given time. An interrupted run goes on from the states in the work
+folder. Without that folder it goes on from the shipped weights, with new optimizers.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import random
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,8 +32,9 @@ from ..family import MINI_LARGE
 from ..large import LARGE
 from ..large_render import render
 from ..world import PLAIN
-from .resumable import Draws, Trained, train
+from .resumable import Draws, Trained, progress, train
 from .train import decoded, noise_loss, ruined_latents, worthless_pictures
+from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +69,7 @@ def random_cells(count: int, rng: random.Random) -> list[tuple[tuple[str, ...], 
     return [(random_subjects(rng), rng.choice(LARGE.style_labels)) for _ in range(count)]
 
 
-def train_autoencoder(work: Path, seed: int) -> None:
+def train_autoencoder(workers: Workers, work: Path, seed: int) -> None:
     """Go on from the small world's autoencoder, which knows edges, flat colours and most periods."""
     wide = load_network(models.CHECKPOINT_PATH).autoencoder
     model = models.NarrowAutoencoder.narrowed(wide).to(memory_format=torch.channels_last)
@@ -80,6 +92,7 @@ def train_autoencoder(work: Path, seed: int) -> None:
         lambda step: decay(step, AUTOENCODER_STEPS, AUTOENCODER_LR),
         seed=seed,
         steps=AUTOENCODER_STEPS,
+        workers=workers,
     )
 
 
@@ -95,7 +108,7 @@ def random_caption(subjects: tuple[str, ...], style: str, rng: random.Random) ->
     return text, [style_label, *said, PAIRLESS, PAIRLESS][:3]
 
 
-def train_text(work: Path, seed: int) -> None:
+def train_text(workers: Workers, work: Path, seed: int) -> None:
     """Train the text encoder to tell styles and subjects apart, as CLIP's is trained apart from any UNet.
 
     Linear heads read the row of the end token and of one padding row; they are thrown away. A caption is
@@ -138,13 +151,14 @@ def train_text(work: Path, seed: int) -> None:
         lambda step: decay(step, TEXT_STEPS, TEXT_LR),
         seed=seed,
         steps=TEXT_STEPS,
+        workers=workers,
     )
 
 
 # --- latents of renderings
 
 
-def _result(work: Path, stage: str, part: str = "") -> dict[str, Tensor]:
+def result_of(work: Path, stage: str, part: str = "") -> dict[str, Tensor]:
     """The averaged weights of a finished stage."""
     prefix = f"average.{part}"
     tensors = load_file(work / f"{stage}.state")
@@ -153,11 +167,13 @@ def _result(work: Path, stage: str, part: str = "") -> dict[str, Tensor]:
 
 def trained_autoencoder(work: Path) -> models.NarrowAutoencoder:
     model = models.NarrowAutoencoder()
-    model.load_state_dict(_result(work, "autoencoder"))
+    model.load_state_dict(result_of(work, "autoencoder"))
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def pool_of(work: Path, seed: int, number: int) -> tuple[Tensor, list[tuple[tuple[str, ...], str]]]:
+def pool_of(
+    workers: Workers, work: Path, seed: int, number: int
+) -> tuple[Tensor, list[tuple[tuple[str, ...], str]]]:
     """Latents (n, 4, 8, 8) and cells of the renderings that update `number` x `POOL_UPDATES` on trains with.
 
     Each style is drawn with each subject equally often, and with pairs of objects.
@@ -176,7 +192,7 @@ def pool_of(work: Path, seed: int, number: int) -> tuple[Tensor, list[tuple[tupl
     ]
     rng.shuffle(cells)
     path = work / f"latents-{number}.safetensors"
-    if not path.exists():
+    if workers.rank == 0 and not path.exists():
         model, parts = trained_autoencoder(work), []
         for start in range(0, len(cells), 64):
             images = pictures(cells[start : start + 64], rng).contiguous(memory_format=torch.channels_last)
@@ -184,6 +200,7 @@ def pool_of(work: Path, seed: int, number: int) -> tuple[Tensor, list[tuple[tupl
                 parts.append(model.encode(images).contiguous())
         data = save({"latents": torch.cat(parts)})
         write_atomically(path, lambda file: file.write(data))
+    workers.wait()
     return load_file(path)["latents"], cells
 
 
@@ -197,7 +214,7 @@ class CaptionRows:
         from transformers import CLIPTextConfig, CLIPTextModel
 
         self._encoder = CLIPTextModel(CLIPTextConfig(**MINI_LARGE.config("text_encoder"))).eval()
-        self._encoder.load_state_dict(_result(work, "text", "text."))
+        self._encoder.load_state_dict(result_of(work, "text", "text."))
         self._tokenizer = load_tokenizer(MINI_LARGE)
         self._seed, self._cells, self._rows = f"{seed}/captions/{number}", cells, {}
 
@@ -215,12 +232,16 @@ class CaptionRows:
         return random_caption(*self._cells[picture], random.Random(f"{self._seed}/{picture}/{which}"))[0]
 
 
-def train_unet(work: Path, seed: int, seconds: float = float("inf"), steps: int = 10**9) -> None:
-    """Go on from the small world's UNet but for what reads the text; see `train_text` for its encoder.
+def unet_rate(step: int, fresh_at: int) -> float:
+    """Learning rate: a rise over 200 updates after `fresh_at`, a fall with 1/sqrt(updates) after 2,000.
 
-    The learning rate rises for 200 updates and falls with the inverse square root of their number after
-    2,000, so that there is no last update.
+    It has no last update, so that any number of runs adds up.
     """
+    return UNET_LR * min((step - fresh_at + 1) / 200, 1.0) * min(1.0, (2000 / (step + 1)) ** 0.5)
+
+
+def train_unet(workers: Workers, work: Path, seed: int, seconds: float) -> None:
+    """Train for `seconds`, at first from the small world's UNet but for what reads the text."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)
@@ -233,9 +254,9 @@ def train_unet(work: Path, seed: int, seconds: float = float("inf"), steps: int 
     if path.exists():
         trained.load(path)
     begun = time.monotonic()
-    while trained.step < steps and time.monotonic() - begun < seconds:
+    while workers.agree(time.monotonic() - begun < seconds):
         number = trained.step // POOL_UPDATES
-        latents, cells = pool_of(work, seed, number)
+        latents, cells = pool_of(workers, work, seed, number)
         captions = CaptionRows(work, seed, number, cells)
 
         def loss_of(draws: Draws, latents=latents, captions=captions) -> Tensor:
@@ -247,10 +268,11 @@ def train_unet(work: Path, seed: int, seconds: float = float("inf"), steps: int 
             trained,
             path,
             loss_of,
-            lambda step: UNET_LR * min((step + 1) / 200, 1.0, (2000 / (step + 1)) ** 0.5),
+            lambda step: unet_rate(step, trained.fresh_at),
             seed=seed,
-            steps=min(steps, (number + 1) * POOL_UPDATES),
+            steps=(number + 1) * POOL_UPDATES,
             seconds=seconds - (time.monotonic() - begun),
+            workers=workers,
         )
 
 
@@ -267,7 +289,7 @@ def labels_of(cells: list[tuple[tuple[str, ...], str]]) -> Tensor:
     )
 
 
-def train_classifier(work: Path, seed: int) -> None:
+def train_classifier(workers: Workers, work: Path, seed: int) -> None:
     """Train on what the small world's classifier is trained on (see `train.train_classifier`), from it on."""
     torch.manual_seed(seed)
     model = models.Classifier(len(LARGE.style_labels), len(LARGE.subjects), tells_pairs=True)
@@ -276,7 +298,7 @@ def train_classifier(work: Path, seed: int) -> None:
         {k: small[k].to(v.dtype) if "features" in k else v for k, v in model.state_dict().items()}
     )
     model.to(memory_format=torch.channels_last)
-    latents, cells = pool_of(work, seed, 0)
+    latents, cells = pool_of(workers, work, seed, 0)
     latents, autoencoder = latents[:CLASSIFIER_SEEN], trained_autoencoder(work)
     generator = torch.Generator().manual_seed(seed)
     noise = 0.35 * torch.rand(len(latents), 1, 1, 1, generator=generator)
@@ -308,22 +330,69 @@ def train_classifier(work: Path, seed: int) -> None:
         lambda step: decay(step, CLASSIFIER_STEPS, CLASSIFIER_LR),
         seed=seed,
         steps=CLASSIFIER_STEPS,
+        workers=workers,
     )
+
+
+# --- the whole run
+
+_STEPS = {"autoencoder": AUTOENCODER_STEPS, "text": TEXT_STEPS, "classifier": CLASSIFIER_STEPS}
+_STAGES = {"autoencoder": train_autoencoder, "text": train_text, "classifier": train_classifier}
+
+
+def resume_from_shipped(work: Path) -> None:
+    """Write the states of all stages from the shipped weights; their optimizers start anew."""
+    network = load_network(models.checkpoint_path(LARGE.name))
+    with safe_open(models.checkpoint_path(LARGE.name), "pt") as file:
+        numbers = json.loads(file.metadata()["minicanvas_training"])
+    classifier = models.Classifier(len(LARGE.style_labels), len(LARGE.subjects), tells_pairs=True)
+    classifier.load_state_dict(load_file(models.classifier_path(LARGE.name)))
+    modules = {
+        "autoencoder": models.NarrowAutoencoder.narrowed(network.autoencoder),
+        "text": nn.ModuleDict({"text": network.text_encoders[0]}),
+        "classifier": classifier,
+        "unet": network.unet,
+    }
+    for stage, module in modules.items():
+        trained = Trained(module.float().requires_grad_(True), **numbers[stage])
+        trained.fresh_at = trained.step
+        trained.save(work / f"{stage}.state")
+
+
+def _worker(rank: int, size: int, port: int, stage: str, work: Path, seed: int, seconds: float) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    workers = Workers(rank, size, port)
+    if stage == "unet":
+        train_unet(workers, work, seed, seconds)
+    else:
+        _STAGES[stage](workers, work, seed)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/minicanvas_large"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/minicanvas_large"), help="where the states of the stages lie"
+    )
+    parser.add_argument("--hours", type=float, default=2.0, help="wall clock time for the UNet in this run")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hours", type=float)
-    parser.add_argument("stage")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(1)
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    globals()[f"train_{arguments.stage}"](
-        arguments.work, arguments.seed, **({"seconds": arguments.hours * 3600} if arguments.hours else {})
-    )
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    work, seconds = arguments.work, 3600 * arguments.hours
+    work.mkdir(parents=True, exist_ok=True)
+    if not any(work.glob("*.state")) and models.checkpoint_path(LARGE.name).exists():
+        resume_from_shipped(work)
+    for number, stage in enumerate((*_STAGES, "unet")):
+        path = work / f"{stage}.state"
+        if stage == "unet" or not path.exists() or progress(path)["step"] < _STEPS[stage]:
+            torch.multiprocessing.spawn(
+                _worker,
+                (arguments.workers, 29700 + number, stage, work, arguments.seed, seconds),
+                nprocs=arguments.workers,
+            )
 
 
 if __name__ == "__main__":
