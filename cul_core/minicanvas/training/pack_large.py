@@ -37,9 +37,7 @@ def main() -> None:
         autoencoder=trained_autoencoder(work),
         classifier=result_of(work, "classifier"),
     )
-    training = {
-        stage: progress(work / f"{stage}.state") for stage in ("autoencoder", "text", "classifier", "unet")
-    }
+    training = {path.stem: progress(path) for path in sorted(work.glob("*.state"))}
     draft = work / "packed"
     draft.mkdir(exist_ok=True)
     write_with_figures(weights, work, draft, arguments.seed, training)

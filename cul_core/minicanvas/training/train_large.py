@@ -4,8 +4,8 @@
     python -m cul_core.minicanvas.training.pack_large
 
 Stages: autoencoder, text encoder, classifier, each a fixed number of updates from the small world's weights
-where shapes agree, then the UNet for the given time. An interrupted run goes on from the states in the work
-folder. Without that folder it goes on from the shipped weights, with new optimizers.
+where shapes agree, then the decoder and the UNet for the given time. An interrupted run goes on from the
+states in the work folder. Without that folder it goes on from the shipped weights, with new optimizers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
-AUTOENCODER_STEPS, AUTOENCODER_BATCH, AUTOENCODER_LR = 600, 16, 1e-3
+AUTOENCODER_STEPS, AUTOENCODER_BATCH, AUTOENCODER_LR = 480, 16, 1e-3
 TEXT_STEPS, TEXT_BATCH, TEXT_LR = 700, 48, 2e-3
 UNET_BATCH, UNET_LR = 32, 1e-3
 POOL_PER_CELL, POOL_UPDATES, CAPTIONS_PER_PICTURE = 4, 6000, 2
@@ -59,7 +60,7 @@ def random_subjects(rng: random.Random) -> tuple[str, ...]:
     return (rng.choice(LARGE.subjects),)
 
 
-def pictures(cells: list[tuple[tuple[str, ...], str]], rng: random.Random) -> Tensor:
+def renderings(cells: list[tuple[tuple[str, ...], str]], rng: random.Random) -> Tensor:
     """Fresh renderings (b, 3, 64, 64) in [0, 1] of (subjects, style)."""
     drawn = np.stack([render(subjects, style, rng) for subjects, style in cells])
     return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
@@ -69,13 +70,11 @@ def random_cells(count: int, rng: random.Random) -> list[tuple[tuple[str, ...], 
     return [(random_subjects(rng), rng.choice(LARGE.style_labels)) for _ in range(count)]
 
 
-def train_autoencoder(workers: Workers, work: Path, seed: int) -> None:
-    """Go on from the small world's autoencoder, which knows edges, flat colours and most periods."""
-    wide = load_network(models.CHECKPOINT_PATH).autoencoder
-    model = models.NarrowAutoencoder.narrowed(wide).to(memory_format=torch.channels_last)
+def _autoencoder_loss(model: models.NarrowAutoencoder) -> Callable[[Draws], Tensor]:
+    """Reconstruction from noised latents, whose mean is drawn to 0 and variance to 1."""
 
     def loss_of(draws: Draws) -> Tensor:
-        images = pictures(random_cells(AUTOENCODER_BATCH, draws.rng), draws.rng)
+        images = renderings(random_cells(AUTOENCODER_BATCH, draws.rng), draws.rng)
         images = images.contiguous(memory_format=torch.channels_last)
         latents = model.encode(images)
         error = model.decode(latents + 0.08 * torch.randn(latents.shape, generator=draws.generator)) - images
@@ -85,13 +84,38 @@ def train_autoencoder(workers: Workers, work: Path, seed: int) -> None:
             + 0.01 * (mean.square() + (variance - 1).square()).sum()
         )
 
+    return loss_of
+
+
+def train_autoencoder(workers: Workers, work: Path, seed: int) -> None:
+    """Go on from the small world's autoencoder, which knows edges, flat colours and most periods."""
+    wide = load_network(models.CHECKPOINT_PATH).autoencoder
+    model = models.NarrowAutoencoder.narrowed(wide).to(memory_format=torch.channels_last)
     train(
         Trained(model),
         work / "autoencoder.state",
-        loss_of,
+        _autoencoder_loss(model),
         lambda step: decay(step, AUTOENCODER_STEPS, AUTOENCODER_LR),
         seed=seed,
         steps=AUTOENCODER_STEPS,
+        workers=workers,
+    )
+
+
+def train_decoder(workers: Workers, work: Path, seed: int, seconds: float) -> None:
+    """Train the decoder alone for `seconds`; the encoder stays, and with it all latents."""
+    model = models.NarrowAutoencoder()
+    model.load_state_dict(result_of(work, "autoencoder"))
+    model.to(memory_format=torch.channels_last).encoder.requires_grad_(False)
+    trained = Trained(model)
+    train(
+        trained,
+        work / "decoder.state",
+        _autoencoder_loss(model),
+        lambda step: 0.5 * AUTOENCODER_LR * unet_rate(step, trained.fresh_at) / UNET_LR,
+        seed=seed,
+        steps=10**9,
+        seconds=seconds,
         workers=workers,
     )
 
@@ -166,8 +190,10 @@ def result_of(work: Path, stage: str, part: str = "") -> dict[str, Tensor]:
 
 
 def trained_autoencoder(work: Path) -> models.NarrowAutoencoder:
+    """The autoencoder with the decoder's later training, frozen."""
     model = models.NarrowAutoencoder()
-    model.load_state_dict(result_of(work, "autoencoder"))
+    stage = "decoder" if (work / "decoder.state").exists() else "autoencoder"
+    model.load_state_dict(result_of(work, stage))
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -195,7 +221,7 @@ def pool_of(
     if workers.rank == 0 and not path.exists():
         model, parts = trained_autoencoder(work), []
         for start in range(0, len(cells), 64):
-            images = pictures(cells[start : start + 64], rng).contiguous(memory_format=torch.channels_last)
+            images = renderings(cells[start : start + 64], rng).contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
                 parts.append(model.encode(images).contiguous())
         data = save({"latents": torch.cat(parts)})
@@ -311,7 +337,7 @@ def train_classifier(workers: Workers, work: Path, seed: int) -> None:
         half, few, generator = CLASSIFIER_BATCH * 3 // 8, CLASSIFIER_BATCH // 16, draws.generator
         fresh = random_cells(half, draws.rng)
         bare = [((), draws.rng.choice(LARGE.style_labels)) for _ in range(few)]
-        images = pictures(fresh + bare, draws.rng)
+        images = renderings(fresh + bare, draws.rng)
         pick = torch.randint(len(seen), (half,), generator=generator)
         broken = ruined[torch.randint(len(ruined), (2 * few,), generator=generator)].float() / 255
         worthless = worthless_pictures(few, images, generator)
@@ -338,6 +364,8 @@ def train_classifier(workers: Workers, work: Path, seed: int) -> None:
 
 _STEPS = {"autoencoder": AUTOENCODER_STEPS, "text": TEXT_STEPS, "classifier": CLASSIFIER_STEPS}
 _STAGES = {"autoencoder": train_autoencoder, "text": train_text, "classifier": train_classifier}
+_SHARES = {"decoder": (train_decoder, 0.15), "unet": (train_unet, 0.85)}
+"""Stages without a last update, each with its share of a run's time."""
 
 
 def resume_from_shipped(work: Path) -> None:
@@ -349,12 +377,13 @@ def resume_from_shipped(work: Path) -> None:
     classifier.load_state_dict(load_file(models.classifier_path(LARGE.name)))
     modules = {
         "autoencoder": models.NarrowAutoencoder.narrowed(network.autoencoder),
+        "decoder": models.NarrowAutoencoder.narrowed(network.autoencoder),
         "text": nn.ModuleDict({"text": network.text_encoders[0]}),
         "classifier": classifier,
         "unet": network.unet,
     }
-    for stage, module in modules.items():
-        trained = Trained(module.float().requires_grad_(True), **numbers[stage])
+    for stage in numbers:
+        trained = Trained(modules[stage].float().requires_grad_(True), **numbers[stage])
         trained.fresh_at = trained.step
         trained.save(work / f"{stage}.state")
 
@@ -362,8 +391,8 @@ def resume_from_shipped(work: Path) -> None:
 def _worker(rank: int, size: int, port: int, stage: str, work: Path, seed: int, seconds: float) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     workers = Workers(rank, size, port)
-    if stage == "unet":
-        train_unet(workers, work, seed, seconds)
+    if stage in _SHARES:
+        _SHARES[stage][0](workers, work, seed, _SHARES[stage][1] * seconds)
     else:
         _STAGES[stage](workers, work, seed)
 
@@ -375,7 +404,9 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("build/minicanvas_large"), help="where the states of the stages lie"
     )
-    parser.add_argument("--hours", type=float, default=2.0, help="wall clock time for the UNet in this run")
+    parser.add_argument(
+        "--hours", type=float, default=2.0, help="wall clock time for decoder and UNet in this run"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -385,9 +416,9 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     if not any(work.glob("*.state")) and models.checkpoint_path(LARGE.name).exists():
         resume_from_shipped(work)
-    for number, stage in enumerate((*_STAGES, "unet")):
+    for number, stage in enumerate((*_STAGES, *_SHARES)):
         path = work / f"{stage}.state"
-        if stage == "unet" or not path.exists() or progress(path)["step"] < _STEPS[stage]:
+        if stage in _SHARES or not path.exists() or progress(path)["step"] < _STEPS[stage]:
             torch.multiprocessing.spawn(
                 _worker,
                 (arguments.workers, 29700 + number, stage, work, arguments.seed, seconds),
