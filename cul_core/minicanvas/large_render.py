@@ -68,7 +68,7 @@ def _poles(period: int) -> np.ndarray:
 
 
 def _slants(period: int) -> np.ndarray:
-    x, y = _turns(period)
+    x, y = _turns(2 * period)
     return wave(x + y)
 
 
@@ -124,7 +124,7 @@ def _folds(period: int) -> np.ndarray:
 def _weaves(period: int) -> np.ndarray:
     x, y = _turns(2 * period)
     over = (np.sin(2 * np.pi * x) > 0) ^ (np.sin(2 * np.pi * y) > 0)
-    return np.where(over, np.abs(np.sin(4 * np.pi * y)), np.abs(np.sin(4 * np.pi * x)))
+    return np.where(over, np.abs(np.sin(2 * np.pi * y)), np.abs(np.sin(2 * np.pi * x)))
 
 
 def _scales(period: int) -> np.ndarray:
