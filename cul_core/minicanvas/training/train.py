@@ -200,8 +200,8 @@ def decoded(model: models.NarrowAutoencoder, latents: Tensor) -> Tensor:
     """Decoded images, uint8 (n, 3, 64, 64), of latents (n, 4, 8, 8)."""
     parts = []
     for part in latents.split(128):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            parts.append((model.decode(part).float().clamp(0, 1) * 255).round().to(torch.uint8))
+        with torch.no_grad():
+            parts.append((model.decode(part).clamp(0, 1) * 255).round().to(torch.uint8))
     return torch.cat(parts)
 
 

@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 AUTOENCODER_STEPS, AUTOENCODER_BATCH, AUTOENCODER_LR = 480, 16, 1e-3
 TEXT_STEPS, TEXT_BATCH, TEXT_LR = 700, 48, 2e-3
 UNET_BATCH, UNET_LR = 32, 1e-3
-POOL_PER_CELL, POOL_UPDATES, CAPTIONS_PER_PICTURE = 4, 6000, 2
-CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_LR, CLASSIFIER_SEEN = 700, 64, 2e-3, 3000
+POOL_PER_CELL, POOL_UPDATES, CAPTIONS_PER_CELL = 4, 6000, 3
+CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_LR, CLASSIFIER_SEEN = 500, 64, 2e-3, 3000
 PAIR_SHARE = 0.15
 PAIRLESS = len(LARGE.subjects)
 """Label of a missing subject."""
@@ -234,7 +234,7 @@ def pool_of(
 
 
 class CaptionRows:
-    """Rows (77, width) of the frozen text encoder for `CAPTIONS_PER_PICTURE` captions of each picture."""
+    """Rows (77, width) of the frozen text encoder for `CAPTIONS_PER_CELL` captions of each cell."""
 
     def __init__(self, work: Path, seed: int, number: int, cells: list[tuple[tuple[str, ...], str]]):
         from transformers import CLIPTextConfig, CLIPTextModel
@@ -245,7 +245,7 @@ class CaptionRows:
         self._seed, self._cells, self._rows = f"{seed}/captions/{number}", cells, {}
 
     def of(self, picks: list[tuple[int, int]]) -> Tensor:
-        """Rows (b, 77, width) of (picture, which of its captions)."""
+        """Rows (b, 77, width) of (number of the cell, which of its captions)."""
         texts = [self._text(*pick) for pick in picks]
         if missing := sorted(set(texts) - self._rows.keys()):
             ids = self._tokenizer(missing, padding="max_length", max_length=77, return_tensors="pt").input_ids
@@ -254,8 +254,10 @@ class CaptionRows:
             self._rows.update(zip(missing, rows, strict=True))
         return torch.stack([self._rows[text] for text in texts]).float()
 
-    def _text(self, picture: int, which: int) -> str:
-        return random_caption(*self._cells[picture], random.Random(f"{self._seed}/{picture}/{which}"))[0]
+    def _text(self, number: int, which: int) -> str:
+        subjects, style = self._cells[number]
+        draws = random.Random(f"{self._seed}/{style}/{' '.join(subjects)}/{which}")
+        return random_caption(subjects, style, draws)[0]
 
 
 def unet_rate(step: int, fresh_at: int) -> float:
@@ -287,7 +289,7 @@ def train_unet(workers: Workers, work: Path, seed: int, seconds: float) -> None:
 
         def loss_of(draws: Draws, latents=latents, captions=captions) -> Tensor:
             picks = [draws.rng.randrange(len(latents)) for _ in range(UNET_BATCH)]
-            context = captions.of([(pick, draws.rng.randrange(CAPTIONS_PER_PICTURE)) for pick in picks])
+            context = captions.of([(pick, draws.rng.randrange(CAPTIONS_PER_CELL)) for pick in picks])
             return noise_loss(unet, latents[picks], context, draws.generator)
 
         train(
