@@ -36,7 +36,7 @@ from ..requests.resolve import Overrides, resolve
 from ..store.steps import StepStore
 from ..training.step import run_step
 from . import models
-from .family import MINI
+from .family import FAMILY_OF
 from .judge import Judge, evaluate, measure_for
 from .suites import STYLE_SUITE, SUITES, Suite
 from .workers import prepare_worker
@@ -168,7 +168,8 @@ class Run:
             targets = targets[-1:]
         training = {"iterations": iterations, **stopping}
         overrides = Overrides(training=training, seed=self.seed * 1000 + k, anchor_seed=self.seed)
-        return resolve(chosen, MINI, self.suite.concepts(targets), self.suite.keep(), overrides)
+        family = FAMILY_OF[self.suite.world.name]
+        return resolve(chosen, family, self.suite.concepts(targets), self.suite.keep(), overrides)
 
     def merger(self, k: int) -> TiesConfig:
         """The settings by which `ties` merges the first k results."""
@@ -203,17 +204,18 @@ class Run:
 def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
     """One result line per mark; finished steps come from the store, so an interrupted run resumes."""
     pretrained, store, networks, judge = (
-        open_model(models.CHECKPOINT_PATH),
+        open_model(models.checkpoint_path(run.suite.world.name)),
         StepStore(store_folder),
         NetworkCache(),
-        Judge(),
+        Judge(world=run.suite.world),
     )
     model, trained, lines, setting = pretrained, [], [], run.cell.setting
     for k in range(1, max(marks) + 1):
         if setting == "simultaneous" and k not in marks:
             continue
         begun, request = model if setting == "sequential" else pretrained, run.request(k)
-        measure = measure_for(request, judge) if request.training.evaluate_every else None
+        stops_early = bool(request.training.evaluate_every)
+        measure = measure_for(request, judge, run.suite.world) if stops_early else None
         train = partial(run_step, begun, request, store=store.anchors, networks=networks, measure=measure)
         outcome = store.get_or_train(
             begun, request, lambda state_store, train=train: train(state_store=state_store)
@@ -223,11 +225,12 @@ def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
         if setting == "ties" and k in marks:
             model = merge(trained, run.merger(k))
         if k in marks:
+            targets = run.suite.orders[run.order][:k]
             scores = evaluate(
                 networks.get(model.source),
                 model,
                 judge,
-                run.suite.orders[run.order][:k],
+                targets,
                 seed=run.seed,
                 suite=run.suite,
                 per_cell=run.pictures,
@@ -240,11 +243,29 @@ def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
                     "scores": {name: getattr(scores, name) for name in METRICS},
                     "intervals": scores.intervals,
                     "per_concept": scores.per_concept,
+                    **_hidden_apart(run.suite, targets, scores.per_concept),
                     "drift": round(drift, 3),
                     "seconds": report.record.seconds,
                 }
             )
     return lines
+
+
+def _hidden_apart(suite: Suite, targets: Sequence[str], per_concept: Mapping[str, Mapping]) -> dict:
+    """IRA of the hidden concepts that are near neighbours of a target, and of the others, in percent.
+
+    Empty for a world that knows no near neighbours.
+    """
+    if not suite.world.near:
+        return {}
+    near = suite.near(targets)
+    groups = {"near": near, "other": [name for name in suite.hidden if name not in near]}
+    return {
+        "ira_hidden_apart": {
+            group: round(mean(per_concept[name][suite.domain] for name in names), 2) if names else None
+            for group, names in groups.items()
+        }
+    }
 
 
 def read_results(path: Path) -> list[dict]:
@@ -369,7 +390,7 @@ def result_table(lines: Sequence[Mapping], compare_paper: bool = False) -> str:
         lines: of `run_benchmark`.
         compare_paper: add the paper's UA/IRA/CRA and the comparison of `order_report`.
     """
-    paper = PAPER[lines[0]["suite"]] if compare_paper else {}
+    paper = PAPER.get(lines[0]["suite"], {}) if compare_paper else {}
     rows = [
         (f"{cell}, after {max(after)}", cell, after[max(after)]) for cell, after in averages(lines).items()
     ]
@@ -393,7 +414,7 @@ _CLEAR = 3  # least difference, in points, at which the order of two of the pape
 def order_report(lines: Sequence[Mapping]) -> list[str]:
     """One line each for UA, IRA hidden and CRA: how many pairs of cells are in the paper's order, and which
     are not."""
-    paper = PAPER[lines[0]["suite"]]
+    paper = PAPER.get(lines[0]["suite"], {})
     last = {cell: after[max(after)] for cell, after in averages(lines).items() if cell in paper}
     text = []
     for column, metric in enumerate(("ua", "ira_hidden", "cra")):
@@ -425,7 +446,7 @@ def write_figure(lines: Sequence[Mapping], out: Path) -> Path:
     runs = {cell: list(after.items()) for cell, after in averages(lines).items()}
     reported = {
         cell: dict(zip(("ua", "ira_hidden", "cra"), values, strict=True))
-        for cell, values in PAPER[suite.name].items()
+        for cell, values in PAPER.get(suite.name, {}).items()
     }
     groups = {
         "as the authors' code does it (diamonds: the paper)": [cell for cell in runs if cell in GRID],

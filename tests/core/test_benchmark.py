@@ -23,7 +23,7 @@ from cul_core.minicanvas.benchmark import (
     run_benchmark,
     write_figure,
 )
-from cul_core.minicanvas.suites import OBJECT_SUITE, STYLE_SUITE, SUITES, suite_of
+from cul_core.minicanvas.suites import OBJECT_SUITE, STYLE_SUITE, suite_of
 from cul_core.minicanvas.world import OBJECTS, REQUEST_ORDERS
 
 
@@ -48,7 +48,7 @@ def line(cell="plain", k=12, seed=1, order="a", **scores):
 def test_the_grid_has_every_cell_of_the_paper_as_it_is_there_and_as_we_do_it():
     names = [cell.name for cell in grid()]
     assert len(names) == len(set(names)) == 20
-    for suite in SUITES:
+    for suite in PAPER:
         assert set(PAPER[suite]) <= set(GRID)
     assert [Cell.parse(name).setting for name in ("plain", "plain ties", "plain_ours simultaneous")] == [
         "sequential",
