@@ -219,3 +219,8 @@ class Host:
 HOSTS = find_hosts()
 IDS = [version_of(host) for host in HOSTS] or ["none"]
 NEWEST = max(HOSTS, key=lambda host: [int(part) for part in version_of(host).split(".")], default=None)
+
+
+def on_newest(fixture: str = "host"):
+    """Marks a test of what is the same on every host, and takes long: it runs on the newest one only."""
+    return pytest.mark.parametrize(fixture, [NEWEST], ids=[NEWEST and version_of(NEWEST)], indirect=True)
