@@ -2,11 +2,14 @@
 one process."""
 
 import os
+from collections import Counter
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_survived = Counter()
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -21,3 +24,17 @@ def pytest_collection_modifyitems(items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         host = parameters.get("host", parameters.get("checkout"))
         item.add_marker(pytest.mark.xdist_group(host.name if host else item.path.stem))
+
+
+def pytest_runtest_logreport(report):
+    for name, value in report.user_properties if report.when == "call" else ():
+        if name == "survived":
+            kind, number = value
+            _survived[kind] += number
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _survived:
+        terminalreporter.section("faults survived")
+        for kind, number in sorted(_survived.items()):
+            terminalreporter.write_line(f"{kind}: {number}")
