@@ -4,7 +4,8 @@ one process."""
 import os
 from collections import Counter
 
-import pytest
+from hosts import IDS
+from xdist.scheduler import LoadScopeScheduling
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,13 +18,17 @@ def pytest_xdist_auto_num_workers(config):
     return min(os.cpu_count() or 1, 4) if is_whole else 0
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+class _ByHostOrFile(LoadScopeScheduling):
     """All tests of a host, and else all of a file, run in the same process and share what they have made."""
-    for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        host = parameters.get("host", parameters.get("checkout"))
-        item.add_marker(pytest.mark.xdist_group(host.name if host else item.path.stem))
+
+    def _split_scope(self, nodeid):
+        file, _, parameters = nodeid.partition("[")
+        hosts = set(IDS).intersection(parameters.rstrip("]").split("-"))
+        return hosts.pop() if hosts else file.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return _ByHostOrFile(config, log)
 
 
 def pytest_runtest_logreport(report):
