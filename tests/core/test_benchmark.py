@@ -134,7 +134,9 @@ def test_what_was_forgotten_says_which_suite_measures_it():
 
 
 def test_a_run_is_measured_once_and_an_unfinished_last_line_again(tmp_path, monkeypatch):
-    asked = {"cells": [Cell.parse("plain")], "seeds": [7], "orders": ["a"], "requests": 1, "workers": 1}
+    cell, suite = Cell.parse("plain"), replace(STYLE_SUITE, across=STYLE_SUITE.across[:3])
+    cell = replace(cell, preset=cell.preset.with_settings({"anchor_count": 16, "anchor_steps": 6}))
+    asked = {"cells": [cell], "seeds": [7], "suite": suite, "orders": ["a"], "requests": 1, "workers": 1}
     seen = []
     lines = run_benchmark(tmp_path, **asked, on_progress=lambda done, total, name: seen.append((done, total)))
     assert seen == [(0, 1), (1, 1)] and len(lines) == 1

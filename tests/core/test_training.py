@@ -313,14 +313,14 @@ def test_a_part_whose_weights_a_family_or_a_group_lacks_is_refused_before_anythi
 class Pull(Regularizer):
     """Its terms are multiples of the sum of one matrix; notes what happens to that matrix."""
 
-    factors, events, gradients = {}, [], []
+    factors, events, gradients, hook = {}, [], [], None
 
     def prepare(self, context):
         self.name = min(context.start)
         self.weight = context.network.weights("all")[self.name]
 
     def prepare_mask(self, context, allowed_subspace):
-        self.hook = self.weight.register_post_accumulate_grad_hook(
+        Pull.hook = self.weight.register_post_accumulate_grad_hook(
             lambda weight: self.events.append("backward")
         )
 
@@ -355,7 +355,8 @@ def pull(monkeypatch):
         monkeypatch.setattr(Pull, "gradients", [])
         return registry.get("pull").config()
 
-    return config
+    yield config
+    Pull.hook.remove()  # a step that ends with an error transforms no gradient
 
 
 def test_terms_of_a_regularizer_have_a_backward_of_their_own_after_the_methods_and_all_gradients_add_up(
