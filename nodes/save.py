@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.output.checkpoint import save_checkpoint
+from ..cul_core.output.checkpoint import ROUNDINGS, save_checkpoint
 from ..cul_core.output.lora import save_difference, save_lora
 from . import _folders, _host
 from ._node import UnlearningNode
@@ -35,6 +35,15 @@ class SaveCheckpoint(UnlearningNode):
                     tooltip="Folder in ComfyUI's output folder and beginning of the name. The stock loaders "
                     "look into output/checkpoints. A number is added: nothing is overwritten.",
                 ),
+                io.Combo.Input(
+                    "rounding",
+                    options=list(ROUNDINGS),
+                    default="auto",
+                    optional=True,
+                    tooltip="How edited weights are rounded to the file's precision. auto: to the nearest "
+                    "value, or stochastically where that would lose more than a fiftieth of the edit, as in "
+                    "bf16 files. The node says how much is kept.",
+                ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
             hidden=list(_HIDDEN),
@@ -42,12 +51,18 @@ class SaveCheckpoint(UnlearningNode):
         )
 
     @classmethod
-    def execute(cls, model, filename_prefix):
+    def validate_inputs(cls, filename_prefix):
+        """Refuses what cannot be written before anything of the graph runs."""
+        return _folders.check_output(filename_prefix)
+
+    @classmethod
+    def execute(cls, model, filename_prefix, rounding="auto"):
+        said, path = [], _folders.output_path(filename_prefix)
         with _host.normal_tensors():
             path = save_checkpoint(
-                model.value, _folders.output_path(filename_prefix), _host.raise_if_cancelled, _header(cls)
+                model.value, path, _host.raise_if_cancelled, _header(cls), rounding, said.append
             )
-        _host.Progress(1).say(f"Saved: {path}")
+        _host.Progress(1).say("\n".join([f"Saved: {path}", *said]))
         return io.NodeOutput(str(path))
 
 
@@ -83,6 +98,11 @@ class SaveLora(UnlearningNode):
             hidden=list(_HIDDEN),
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix):
+        """Refuses what cannot be written before anything of the graph runs."""
+        return _folders.check_output(filename_prefix)
 
     @classmethod
     def execute(cls, model, filename_prefix, format, rank):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 
@@ -12,6 +12,7 @@ from comfy_api.v0_0_2 import io
 
 from ..cul_core.concepts.concept import KINDS
 from ..cul_core.concepts.parsing import ConceptList, parse_keep, parse_requests
+from ..cul_core.files.locks import Waiting
 from ..cul_core.history.unlearn_model import UnlearnModel
 from ..cul_core.models.load_diffusers import NetworkCache, require_diffusers
 from ..cul_core.output.charts import labelled_grid, loss_curve
@@ -92,9 +93,15 @@ class _Watch:
         self._progress = _host.Progress(sum(max(request.training.iterations, 1) for request in requests))
         self._done, self._before, self._lines, self._note = 0, [], [], ""
 
-    def waiting(self) -> None:
-        self._progress.say("Another ComfyUI trains this step; waiting for its result.", now=False)
-        _host.raise_if_cancelled()
+    def waiting(self) -> Callable[[], None]:
+        """To be called while another process trains the next step."""
+        say = Waiting("Another ComfyUI trains this step", self._progress.say, every_seconds=1.0)
+
+        def wait() -> None:
+            say()
+            _host.raise_if_cancelled()
+
+        return wait
 
     def finished(self, request: Request, report: StepReport, note: str) -> None:
         self._done += max(request.training.iterations, 1)
@@ -174,7 +181,7 @@ def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int
             return run_step(model, request, device=device(), callbacks=watch.callbacks(request), **kept)
 
         for request in requests:
-            outcome = store.get_or_train(value, request, partial(train, value, request), watch.waiting)
+            outcome = store.get_or_train(value, request, partial(train, value, request), watch.waiting())
             value = outcome.model
             reports.append(outcome.report)
             watch.finished(request, outcome.report, outcome.note)

@@ -9,6 +9,8 @@ from typing import Any
 
 from .common import add_command, check_within, say, write_json
 
+_SUITES = ("styles", "objects", "large_styles", "large_objects", "people")
+
 
 def add(commands: Any) -> None:
     """Add the command to argparse's group."""
@@ -19,9 +21,7 @@ def add(commands: Any) -> None:
         run,
         "Measure methods and presets on MiniCanvas; an interrupted run resumes.",
     )
-    parser.add_argument(
-        "--suite", choices=("styles", "objects"), default="styles", help="domain of the targets"
-    )
+    parser.add_argument("--suite", choices=_SUITES, default="styles", help="world and domain of the targets")
     parser.add_argument(
         "--cells",
         nargs="*",

@@ -64,18 +64,21 @@ def write_json(path: Path | None, values: dict) -> None:
         write_atomically(path, lambda file: file.write(data))
 
 
-def check_can_write(*files: Path | None) -> None:
-    """Check that these files can be written, before hours of work depend on it.
+def check_can_write(*files: Path | None, size: int = 0) -> None:
+    """Rehearse the writing of these files, before hours of work depend on it.
+
+    Args:
+        files: paths of the files; None is left out.
+        size: bytes of each, as far as they are known.
 
     Raises:
-        CheckpointError: see `check_name` and `check_writable`.
+        CheckpointError: see `rehearse`.
     """
-    from ..files.paths import check_name, check_writable
+    from ..files.atomic_write import rehearse
 
     for file in files:
         if file is not None:
-            check_name(file)
-            check_writable(file.parent)
+            rehearse(file, size)
 
 
 def check_within(option: str, value: int, low: int, high: int) -> None:

@@ -37,7 +37,7 @@ from ..requests.resolve import Overrides, resolve
 from ..store.steps import StepStore
 from ..training.step import run_step
 from . import models
-from .family import MINI
+from .family import FAMILY_OF
 from .judge import Judge, evaluate, measure_for, still_shown
 from .suites import BLIND, STYLE_SUITE, SUITES, Suite
 from .workers import prepare_worker
@@ -193,7 +193,8 @@ class Run:
             targets = targets[-1:]
         training = {"iterations": iterations, **stopping}
         overrides = Overrides(training=training, seed=self.seed * 1000 + k, anchor_seed=self.seed)
-        return resolve(chosen, MINI, self.suite.concepts(targets), keep, overrides)
+        family = FAMILY_OF[self.suite.world.name]
+        return resolve(chosen, family, self.suite.concepts(targets), keep, overrides)
 
     def merger(self, k: int) -> TiesConfig:
         """The settings by which `ties` merges the first k results."""
@@ -241,10 +242,10 @@ class Run:
 def _measure(run: Run, marks: Sequence[int], out: Path) -> list[dict]:
     """One result line per mark; finished steps come from the store, so an interrupted run resumes."""
     pretrained, store, networks, judge = (
-        open_model(models.CHECKPOINT_PATH),
+        open_model(models.checkpoint_path(run.suite.world.name)),
         StepStore(run.store_folder(out)),
         NetworkCache(withheld_words=run.withheld_words),
-        Judge(),
+        Judge(world=run.suite.world),
     )
     model, trained, lines, setting = pretrained, [], [], run.cell.setting
     at_own_time: dict[str, dict[str, list[bool]]] = {}
@@ -252,7 +253,8 @@ def _measure(run: Run, marks: Sequence[int], out: Path) -> list[dict]:
         if setting == "simultaneous" and k not in marks:
             continue
         begun, request = model if setting == "sequential" else pretrained, run.request(k)
-        measure = measure_for(request, judge) if request.training.evaluate_every else None
+        stops_early = bool(request.training.evaluate_every)
+        measure = measure_for(request, judge, run.suite.world) if stops_early else None
         train = partial(run_step, begun, request, store=store.anchors, networks=networks, measure=measure)
         outcome = store.get_or_train(
             begun, request, lambda state_store, train=train: train(state_store=state_store)
@@ -280,6 +282,7 @@ def _measure(run: Run, marks: Sequence[int], out: Path) -> list[dict]:
                     "scores": {name: getattr(scores, name) for name in METRICS},
                     "intervals": scores.intervals,
                     "per_concept": scores.per_concept,
+                    **_hidden_apart(run.suite, targets, scores.per_concept),
                     "relapse": relapse(run, k, at_own_time, scores.per_concept),
                     "model": model.content_hash,
                     "drift": round(drift, 3),
@@ -291,6 +294,24 @@ def _measure(run: Run, marks: Sequence[int], out: Path) -> list[dict]:
                 network, model, judge, targets[-1], seed=run.seed, suite=run.suite, per_cell=run.pictures
             )
     return lines
+
+
+def _hidden_apart(suite: Suite, targets: Sequence[str], per_concept: Mapping[str, Mapping]) -> dict:
+    """IRA of the hidden concepts that are near neighbours of a target, and of the others, in percent.
+
+    Empty for objects and people, which have no near neighbours, and without figures.
+    """
+    near, groups = suite.near(targets), {"near": [], "other": []}
+    for name, figures in per_concept.items():
+        if name in suite.hidden and name not in targets:
+            groups["near" if name in near else "other"].append(figures[suite.domain])
+    if suite.domain != "style" or not any(groups.values()):
+        return {}
+    return {
+        "ira_hidden_apart": {
+            group: round(mean(values), 2) if values else None for group, values in groups.items()
+        }
+    }
 
 
 def relapse(
@@ -433,24 +454,21 @@ def _key(line: Mapping[str, Any]) -> tuple:
 
 FURTHER = {
     "near": "IRA near",
-    "far": "IRA far",
+    "other": "IRA other",
     "relapse": "relapse",
     "worst_relapse": "worst",
 }
-"""Further figures -> labels: IRA hidden of concepts in a target's family and of the others, and `relapse`."""
+"""Further figures -> labels: IRA hidden of near neighbours of targets and of the others, and `relapse`."""
 
 
 def further_figures(line: Mapping) -> dict[str, float | None]:
     """The figures of `FURTHER` of a result line; None where nothing was measured."""
-    suite, concepts = SUITES[line["suite"]], line.get("per_concept", {})
-    forgotten = {suite.families.get(name) for name, one in concepts.items() if one["role"] == "target"}
-    kept: dict[str, list[float]] = {"near": [], "far": []}
-    for name, one in concepts.items():
-        if one["role"] == "hidden" and name in suite.families:
-            kept["near" if suite.families[name] in forgotten else "far"].append(one[suite.domain])
-    lost = line.get("relapse") or {}
+    suite, concepts, lost = SUITES[line["suite"]], line.get("per_concept", {}), line.get("relapse") or {}
+    targets = [name for name, one in concepts.items() if one["role"] == "target"]
+    apart = _hidden_apart(suite, targets, concepts).get("ira_hidden_apart", {})
     return {
-        **{name: round(mean(values), 2) if values else None for name, values in kept.items()},
+        "near": apart.get("near"),
+        "other": apart.get("other"),
         "relapse": lost.get("mean"),
         "worst_relapse": lost.get("worst"),
     }
@@ -490,7 +508,7 @@ def result_table(lines: Sequence[Mapping], compare_paper: bool = False) -> str:
         lines: of `run_benchmark`.
         compare_paper: add the paper's UA/IRA/CRA and the comparison of `order_report`.
     """
-    paper = PAPER[lines[0]["suite"]] if compare_paper else {}
+    paper = PAPER.get(lines[0]["suite"], {}) if compare_paper else {}
     further = {cell: after[max(after)] for cell, after in _means(lines, further_figures).items()}
     shown = [name for name in FURTHER if any(of[name] is not None for of in further.values())]
     rows = [
@@ -521,7 +539,7 @@ _CLEAR = 3  # least difference, in points, at which the order of two of the pape
 def order_report(lines: Sequence[Mapping]) -> list[str]:
     """One line each for UA, IRA hidden and CRA: how many pairs of cells are in the paper's order, and which
     are not."""
-    paper = PAPER[lines[0]["suite"]]
+    paper = PAPER.get(lines[0]["suite"], {})
     last = {cell: after[max(after)] for cell, after in averages(lines).items() if cell in paper}
     text = []
     for column, metric in enumerate(("ua", "ira_hidden", "cra")):
@@ -553,7 +571,7 @@ def write_figure(lines: Sequence[Mapping], out: Path) -> Path:
     runs = {cell: list(after.items()) for cell, after in averages(lines).items()}
     reported = {
         cell: dict(zip(("ua", "ira_hidden", "cra"), values, strict=True))
-        for cell, values in PAPER[suite.name].items()
+        for cell, values in PAPER.get(suite.name, {}).items()
     }
     groups = {
         "as the authors' code does it (diamonds: the paper)": [cell for cell in runs if cell in GRID],

@@ -150,6 +150,15 @@ class Network(ABC):
 
     # --- images
 
+    def check_autoencoder(self) -> None:
+        """Check that `with_autoencoder` can be entered, before images are sampled.
+
+        Raises:
+            ModelError: it cannot.
+        """
+        with self.with_autoencoder():
+            pass
+
     def with_autoencoder(self) -> AbstractContextManager[None]:
         """Make `decode` and `encode_images` available within the block.
 

@@ -41,10 +41,12 @@ def record_text(record: StepRecord) -> str:
             f"{settings}, drift {total:.3f}, model {record.result[:12]}"
         )
     regularizers = ", ".join(values["name"] for values in request["regularizers"]) or "no regularizer"
+    changed = "" if record.has_changed else " (nothing changed)"
     return printable(
-        f"{', '.join(record.targets)}  {record.finished}  {request['method']['name']} with {regularizers}, "
-        f"{request['training']['iterations']} iterations, seed {request['training']['seed']}, "
-        f"{record.seconds:.1f} s, drift {total:.3f}, model {record.result[:12]} from {record.parent[:12]}"
+        f"{', '.join(record.targets)}{changed}  {record.finished}  {request['method']['name']} with "
+        f"{regularizers}, {request['training']['iterations']} iterations, seed "
+        f"{request['training']['seed']}, {record.seconds:.1f} s, drift {total:.3f}, model "
+        f"{record.result[:12]} from {record.parent[:12]}"
     )
 
 
@@ -69,19 +71,23 @@ def history_text(name: str, history: Sequence[StepRecord], source: Mapping[str, 
     )
 
 
+def _done(record: StepRecord) -> str:
+    return "Forgot" if record.has_changed else "Nothing changed for"
+
+
 def brief_text(report: StepReport) -> str:
     """One short line about a finished step, for its node."""
     record = report.record
     losses = f", loss {report.losses[0]:.3g} to {report.losses[-1]:.3g}" if report.losses else ""
     return printable(
-        f"Forgot {', '.join(record.targets)} in {record.seconds:.0f} s ({len(report.losses)} "
+        f"{_done(record)} {', '.join(record.targets)} in {record.seconds:.0f} s ({len(report.losses)} "
         f"iterations{losses})"
     )
 
 
 def step_text(report: StepReport) -> str:
     """A finished step in several lines: record, loss, and the figures of its parts."""
-    lines = [f"Forgot {record_text(report.record)}"]
+    lines = [f"{_done(report.record)} {record_text(report.record)}"]
     if report.losses:
         lines.append(
             f"loss {report.losses[0]:.4g} at the first iteration, {report.losses[-1]:.4g} at the last"

@@ -81,21 +81,20 @@ class Preset:
         """This preset with some values replaced, by name.
 
         Args:
-            values: settings of `TrainingConfig`, and `anchor_count` and `anchor_steps`.
+            values: settings of `TrainingConfig`, and `anchor_count`, `anchor_steps` and `anchor_guidance`.
 
         Raises:
             ConfigError: an unknown setting, or a value out of range.
         """
-        values = dict(values)
-        count, steps = (
-            values.pop("anchor_count", self.anchor_count),
-            values.pop("anchor_steps", self.anchor_sampler.steps),
-        )
+        values, sampler = dict(values), self.anchor_sampler
+        count = values.pop("anchor_count", self.anchor_count)
+        steps = values.pop("anchor_steps", sampler.steps)
+        guidance = values.pop("anchor_guidance", sampler.guidance_scale)
         return replace(
             self,
             training=TrainingConfig.from_json(self.training.to_json() | values),
             anchor_count=count,
-            anchor_sampler=replace(self.anchor_sampler, steps=steps),
+            anchor_sampler=replace(sampler, steps=steps, guidance_scale=guidance),
         )
 
     def request(

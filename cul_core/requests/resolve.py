@@ -22,7 +22,8 @@ class Overrides:
     Args:
         method: replaces the preset's method.
         regularizers: replace the preset's; an empty tuple means no regularizer.
-        training: settings of `TrainingConfig` by name, and `anchor_count` and `anchor_steps`.
+        training: settings of `TrainingConfig` by name, and `anchor_count`, `anchor_steps` and
+            `anchor_guidance`.
         parts: registered name -> settings by name, for a method or regularizer that the preset has.
         anchor_prompts: replace the family's captions.
         seed: of everything random in the step but its anchor images.

@@ -56,11 +56,13 @@ class Outcome:
         model: the edited model.
         report: of the step.
         note: for the user, on how the result came about, such as ", resumed at iteration 40".
+        is_kept: whether the step is in the store.
     """
 
     model: UnlearnModel
     report: StepReport
     note: str = ""
+    is_kept: bool = True
 
 
 class StepStore:
@@ -186,7 +188,8 @@ class StepStore:
                 if stored is None:
                     needs = _ancestors(model.content_hash, model.history)
                     return self._trained(model, request, train, StepState(path, request, self._every, needs))
-        remove(path)  # the state of a process that was killed between storing the step and removing the state
+        # the state of a process that was killed between storing the step and removing the state
+        remove(path)
         logger.info(
             "took a finished step from the store in %.1f s: %s",
             time.monotonic() - begun,
@@ -221,7 +224,7 @@ class StepStore:
             self.put(model, request, edited, report)
         except CheckpointError as error:  # the result is still returned; the next run trains again
             logger.warning("the finished step is not kept for later runs: %s", error)
-            return Outcome(edited, report, f"{note}. Not kept for later runs: {error}")
+            return Outcome(edited, report, f"{note}. Not kept for later runs: {error}", is_kept=False)
         state.discard()
         return Outcome(edited, report, note)
 
@@ -311,7 +314,8 @@ def _described(path: Path) -> str:
         if "cul_step" in metadata:
             record = StepRecord(**json.loads(metadata["cul_step"])["record"])
             return (
-                f"{', '.join(record.targets)} ({record.finished}, {record.request['training']['iterations']} "
+                f"{', '.join(record.targets)} ({record.finished}, "
+                f"{record.request['training']['iterations']} "
                 "iterations)"
             )
         values = json.loads(metadata["cul_state"])

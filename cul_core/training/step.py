@@ -36,6 +36,7 @@ from .loop import Trained, train
 from .memory_plan import planned
 from .micro_batches import out_of_memory
 from .resume import StateStore
+from .seen_tokens import SeenTokens, check_anchors, without_targets
 from .solved_chain import solved_set
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ def run_step(
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=library_versions(),
     )
-    logger.info("forgot %d concept(s) in %.1f s", len(request.concepts), record.seconds)
+    did = "forgot" if record.has_changed else "changed nothing for"
+    logger.info("%s %d concept(s) in %.1f s", did, len(request.concepts), record.seconds)
     report = StepReport(record, tuple(trained.losses), figures)
     return result.with_history((*model.history, record)), report
 
@@ -183,6 +185,13 @@ class _Step:
         self, parts: Sequence[Part], pretrained: dict[str, Tensor], start: dict[str, Tensor]
     ) -> StepContext:
         request, network, prompts = self.request, self.network, self.request.anchor_prompts
+        if any("autoencoder" in part.needs for part in parts):
+            network.check_autoencoder()
+        seen = SeenTokens(network)
+        retain = without_targets(seen, request.retain, request.concepts)
+        if "anchor_latents" in parts[0].needs:
+            for sentence in check_anchors(seen, request.concepts, prompts):
+                self.callbacks.on_message(sentence)
         latents = torch.empty(0, *network.family.latent_shape)
         if any("anchor_latents" in part.needs for part in parts):
             latents = self.store.anchor_latents(
@@ -194,11 +203,12 @@ class _Step:
                 request.anchor_seed,
                 should_stop=self.callbacks.should_stop,
                 on_batch=self.callbacks.on_anchors,
+                on_message=self.callbacks.on_message,
             )
         return StepContext(
             network=network,
             concepts=request.concepts,
-            retain=request.retain,
+            retain=retain,
             previous=self._previous,
             anchor_prompts=tuple(prompts[i % len(prompts)] for i in range(request.anchor_count)),
             anchor_latents=latents.to(network.device),
@@ -224,6 +234,8 @@ class _Step:
         The estimate is sent to the user by `on_message`.
         """
         network, model = self.network, self.model
+        if METHODS.of(self.request.method).cls.is_closed_form:  # it works on the CPU, a matrix at a time
+            return compute, compute.dtype_on(network.device) != torch.float32
         free = free_memory(network.device)
         if free is not None:
             # the network's weights are loaded already, and the estimate counts them too

@@ -33,7 +33,7 @@ from cul_core.minicanvas.benchmark import (
 )
 from cul_core.minicanvas.judge import Judge, still_shown
 from cul_core.minicanvas.suites import OBJECT_SUITE, STYLE_SUITE, SUITES, suite_of
-from cul_core.minicanvas.world import OBJECTS, REQUEST_ORDERS, STYLE_BY_NAME
+from cul_core.minicanvas.world import OBJECTS, REQUEST_ORDERS, SMALL, STYLES
 from cul_core.parts.prompt_vectors import decoy_concepts
 from cul_core.parts.text_rows import TextRows
 from cul_core.regularizers import REGULARIZERS
@@ -64,7 +64,7 @@ def test_the_grid_has_every_cell_of_the_paper_as_it_is_there_and_as_we_do_it():
     names = [cell.name for cell in grid()]
     assert len(names) == len(set(names)) == 2 * len(GRID) + len(BEYOND)
     assert "exact" in names
-    for suite in SUITES:
+    for suite in PAPER:
         assert set(PAPER[suite]) <= set(GRID)
     assert [Cell.parse(name).setting for name in ("plain", "plain ties", "plain_ours simultaneous")] == [
         "sequential",
@@ -152,7 +152,7 @@ def test_a_longer_chain_forgets_one_more_style_of_each_family_and_keeps_the_othe
     assert forgotten[:12] == REQUEST_ORDERS["a"] and len(set(forgotten)) == 24
     kept = suite.declared + suite.hidden
     assert len(suite.declared) == len(suite.hidden) == 6 and not set(kept) & set(forgotten)
-    assert {suite.families[name] for name in kept} == set(suite.families.values())
+    assert {SMALL.style_by_name[name].family for name in kept} == {style.family for style in STYLES}
     assert STYLE_SUITE.with_requests(12) is STYLE_SUITE
     shorter = STYLE_SUITE.with_requests(14)
     assert shorter.order("a") == forgotten[:14] and len(shorter.declared + shorter.hidden) == 22
@@ -223,7 +223,9 @@ def test_made_up_names_hold_no_word_of_what_no_method_is_told(
     run = run_of(cell, suite=suite, blind=blind)
     hidden = words_of(*suite.hidden, *(suite.declared if "undeclared" in cell else ()))
     if blind == "descriptions":
-        hidden |= words_of(*(text for name in suite.hidden for text in STYLE_BY_NAME[name].descriptions))
+        hidden |= words_of(
+            *(text for name in suite.hidden for text in SMALL.style_by_name[name].descriptions)
+        )
     targets = run.request(1).concepts
 
     def made_up():
@@ -323,13 +325,13 @@ def test_hidden_concepts_of_a_targets_family_are_reported_apart():
     }
     lost = {"mean": 2.5, "worst": 20.0}
     measured = line("exact", k=1) | {"per_concept": concepts, "relapse": lost}
-    assert further_figures(measured) == {"near": 40.0, "far": 95.0, "relapse": 2.5, "worst_relapse": 20.0}
+    assert further_figures(measured) == {"near": 40.0, "other": 95.0, "relapse": 2.5, "worst_relapse": 20.0}
     head, row = result_table([measured]).splitlines()
-    assert head.split()[-6:] == ["IRA", "near", "IRA", "far", "relapse", "worst"]
+    assert head.split()[-6:] == ["IRA", "near", "IRA", "other", "relapse", "worst"]
     assert row.split()[-4:] == ["40.0", "95.0", "2.5", "20.0"]
     other = measured | {"blind": "descriptions"}
     assert list(averages([measured, other])) == ["exact", "exact, blind to descriptions"]
-    assert further_figures(line()) == dict.fromkeys(("near", "far", "relapse", "worst_relapse"))
+    assert further_figures(line()) == dict.fromkeys(("near", "other", "relapse", "worst_relapse"))
 
 
 def test_what_was_forgotten_says_which_suite_measures_it():
@@ -339,7 +341,9 @@ def test_what_was_forgotten_says_which_suite_measures_it():
 
 
 def test_a_run_is_measured_once_and_an_unfinished_last_line_again(tmp_path, monkeypatch):
-    asked = {"cells": [Cell.parse("plain")], "seeds": [7], "orders": ["a"], "requests": 1, "workers": 1}
+    cell, suite = Cell.parse("plain"), replace(STYLE_SUITE, across=STYLE_SUITE.across[:3])
+    cell = replace(cell, preset=cell.preset.with_settings({"anchor_count": 16, "anchor_steps": 6}))
+    asked = {"cells": [cell], "seeds": [7], "suite": suite, "orders": ["a"], "requests": 1, "workers": 1}
     seen = []
     lines = run_benchmark(tmp_path, **asked, on_progress=lambda done, total, name: seen.append((done, total)))
     assert seen == [(0, 1), (1, 1)] and len(lines) == 1

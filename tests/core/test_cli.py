@@ -146,7 +146,8 @@ def test_unlearn_goes_on_from_an_edited_checkpoint(unlearn, random_checkpoint, t
 
 def test_unlearn_stops_early_where_minicanvas_is_measured(unlearn, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "cul_core.minicanvas.judge.measure_for", lambda request, judge: lambda network, check: (99.0, 12.5)
+        "cul_core.minicanvas.judge.measure_for",
+        lambda request, judge, world: lambda network, check: (99.0, 12.5),
     )
     assert unlearn("Lava", "--evaluate-every", "1", "--json", tmp_path / "figures.json") == 0
     assert "best ra: 12.5" in capsys.readouterr().out
