@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -17,8 +18,8 @@ from ..concepts.concept import Concept
 from ..models.network import Network
 from ..models.weight_roles import keys_with_role
 from ..parts.step_context import SolvedRequest, StepContext
-from ..parts.text_maps import TextMap, expected_collateral, principal_directions, removal, whitener
-from ..parts.text_rows import POOLED, TEXT, Pairs, TextRows
+from ..parts.text_maps import TextMap, expected_collateral, removal
+from ..parts.text_rows import POOLED, TEXT, Pairs, Responses, TextRows
 from .base import METHODS, Method
 
 logger = logging.getLogger(__name__)
@@ -125,17 +126,18 @@ class Exact(Method):
         retain = [concept for request in requests for concept in request.retain]
         targets = [concept for concept, _ in named]
         moment = rows.moment(source, targets, retain, captions, self.config.made_up)
-        factor = whitener(moment, self.config.damping)
+        whitening = rows.whitening(source, moment, self.config.damping)
+        factor = whitening.factor
         pairs = [rows.pairs(source, c, request.anchor_prompts, _CAPTIONS) for c, request in named]
         found = [
-            principal_directions(pair.differences, factor, request.method.directions)
+            whitening.directions(pair, request.method.directions)
             for pair, (_, request) in zip(pairs, named, strict=True)
         ]
         directions = torch.cat(found, dim=1)
         self._check_room(source, directions.shape[1], len(moment))
         owners = torch.tensor([i for i, own in enumerate(found) for _ in range(own.shape[1])])
         wanted = [request.method.residue for _, request in named]
-        residues = _Residues(pairs, _outputs(readers))
+        residues = _Residues(pairs, rows.responses(source, lambda: _outputs(readers)))
         solution = residues.settle(directions, factor, owners, wanted)
         self._note(source, solution, len(moment), dict(zip(targets, residues.of(solution), strict=True)))
         return solution
@@ -195,8 +197,13 @@ def _outputs(readers: Mapping[str, Tensor]) -> Tensor:
 
 def _check_names(network: Network, requests: Sequence[SolvedRequest]) -> None:
     """Raises ConceptError for a target that the model reads as a name to keep, or that the encoder cuts."""
+
+    @cache
+    def by_tokens(retain: tuple[Concept, ...]) -> dict[tuple[int, ...], str]:
+        return {network.tokens(concept.name): concept.name for concept in retain}
+
     for request in requests:
-        kept = {network.tokens(concept.name): concept.name for concept in request.retain}
+        kept = by_tokens(request.retain)
         for concept in request.concepts:
             tokens = network.tokens(concept.name)
             if tokens in kept:
@@ -212,16 +219,14 @@ def _check_names(network: Network, requests: Sequence[SolvedRequest]) -> None:
 
 
 class _Residues:
-    """Residues of concepts under a map, on the outputs (r, d) of the matrices."""
+    """Residues of concepts under a map, by the responses of the matrices."""
 
-    def __init__(self, pairs: Sequence[Pairs], outputs: Tensor):
-        self._pairs, self._factor = pairs, torch.linalg.qr(outputs, mode="r").R
+    def __init__(self, pairs: Sequence[Pairs], responses: Responses):
+        self._pairs, self._kept = pairs, responses
 
     def _responses(self, solution: TextMap) -> Iterator[tuple[Tensor, Tensor]]:
         """(response to what is left of the difference, to the whole difference) of each concept."""
-        for pair in self._pairs:
-            whole = (pair.targets - pair.goals) @ self._factor.T
-            yield whole + (solution(pair.targets) - pair.targets) @ self._factor.T, whole
+        return self._kept.under(solution, self._pairs)
 
     def of(self, solution: TextMap) -> list[float]:
         """The residue of each concept."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
@@ -11,10 +11,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..base.last_result import LastResult
 from ..concepts.captions import anchor_prompts
 from ..concepts.concept import Concept, display_name
 from ..models.network import Network
 from ..models.text_conditioning import Conditioning
+from .text_maps import TextMap, principal_directions, whitener
 
 TEXT, POOLED = "text", "pooled"
 INPUTS = (TEXT, POOLED)
@@ -42,6 +44,41 @@ class Pairs:
     goals: Tensor
 
 
+class Whitening:
+    """The Cholesky factor L of a damped second moment, with the directions of concepts in its coordinates."""
+
+    def __init__(self, moment: Tensor, damping: float):
+        self.moment, self.damping, self.factor = moment, damping, whitener(moment, damping)
+        self._directions: dict[tuple[Pairs, int], Tensor] = {}
+
+    def directions(self, pair: Pairs, count: int) -> Tensor:
+        """The `principal_directions` (d, m) of a concept's differences."""
+        if (pair, count) not in self._directions:
+            self._directions[pair, count] = principal_directions(pair.differences, self.factor, count)
+        return self._directions[pair, count]
+
+
+class Responses:
+    """Responses of matrices to the rows of concepts, on R (m, d): ||R x|| is the norm of their outputs for x.
+
+    Args:
+        outputs: rows (r, d) of the matrices.
+    """
+
+    def __init__(self, outputs: Tensor):
+        self._factor = torch.linalg.qr(outputs, mode="r").R
+        self._whole: dict[Pairs, Tensor] = {}
+
+    def under(self, solution: TextMap, pairs: Iterable[Pairs]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(response to what a map leaves of the difference, to the whole difference) of each concept."""
+        up = (self._factor @ solution.up).T
+        for pair in pairs:
+            if pair not in self._whole:
+                self._whole[pair] = (pair.targets - pair.goals) @ self._factor.T
+            whole = self._whole[pair]
+            yield whole + (pair.targets @ solution.down.T) @ up, whole
+
+
 def rows_of(conditioning: Conditioning, shared: int, source: str = TEXT) -> Tensor:
     """All rows (n, d) that count, in fp64 on the CPU: text rows after the shared ones, or pooled vectors."""
     if source == POOLED:
@@ -50,12 +87,6 @@ def rows_of(conditioning: Conditioning, shared: int, source: str = TEXT) -> Tens
     if conditioning.mask is None:
         return text.flatten(0, 1)
     return text[conditioning.mask.cpu()[:, shared:].bool()]
-
-
-def second_moment(network: Network, prompts: Sequence[str], source: str = TEXT) -> Tensor:
-    """Mean of x x^T (d, d) over all rows x of the prompts, scaled to trace 1, in fp64 on the CPU."""
-    total = sum_of_squares(network, prompts, source)
-    return total / total.trace()
 
 
 def sum_of_squares(
@@ -99,7 +130,8 @@ class TextRows:
     """Encoded text of one network that closed-form methods share; what it encodes is kept.
 
     Everything is a function of names and prompts alone, so a set of requests gives the same rows in any
-    order. The object holds statistics of about 0.3 MB for each concept, and one (d, d) matrix for each kind.
+    order. The object holds statistics of about 1 MB for each concept, and a few (d, d) matrices. With them,
+    one more request costs its own rows, and the solve.
 
     Args:
         network: the model, whose text encoders and tokenizer are used.
@@ -109,6 +141,9 @@ class TextRows:
     def __init__(self, network: Network, check: Callable[[], None] = lambda: None):
         self.network, self.check = network, check
         self._pairs: dict[tuple, Pairs] = {}
+        self._squares: dict[tuple[str, str], LastResult] = {}
+        self._whitenings: dict[str, Whitening] = {}
+        self._responses: dict[str, Responses] = {}
         self._vocabulary = network.words() or ["thing"]
         self._made_up = cache(self._made_up)
 
@@ -137,11 +172,29 @@ class TextRows:
         names = {concept.name.lower() for concept in targets}
         kept = sorted({concept for concept in retain if concept.name.lower() not in names}, key=repr)
         declared = [prompt for concept in kept for prompt in self._sentences(concept, captions, len(kept))]
-        groups = [declared, sorted(set(captions)), [""]]
-        moments = [second_moment(self.network, prompts, source) for prompts in groups if prompts]
+        groups = {"declared": declared, "captions": sorted(set(captions)), "empty": [""]}
+        sums = [self._sum_of_squares(name, prompts, source) for name, prompts in groups.items() if prompts]
         if made_up:
-            moments += [self._of_made_up(source, targets, made_up)]
-        return sum(moments) / len(moments)
+            sums += [self._of_made_up(source, targets, made_up)]
+        return sum(total / total.trace() for total in sums) / len(sums)
+
+    def _sum_of_squares(self, group: str, prompts: Sequence[str], source: str) -> Tensor:
+        """`sum_of_squares` of the prompts of a group; the last one of each group is kept."""
+        last = self._squares.setdefault((group, source), LastResult())
+        return last.of(tuple(prompts), lambda: sum_of_squares(self.network, prompts, source, self.check))
+
+    def whitening(self, source: str, moment: Tensor, damping: float) -> Whitening:
+        """The whitening of a `moment`; the last one is kept while neither of them changes."""
+        last = self._whitenings.get(source)
+        if last is None or last.damping != damping or not torch.equal(last.moment, moment):
+            last = self._whitenings[source] = Whitening(moment, damping)
+        return last
+
+    def responses(self, source: str, outputs: Callable[[], Tensor]) -> Responses:
+        """Responses of the pretrained matrices that read `source`, made once of their `outputs` (r, d)."""
+        if source not in self._responses:
+            self._responses[source] = Responses(outputs())
+        return self._responses[source]
 
     def _of_made_up(self, source: str, targets: Sequence[Concept], count: int) -> Tensor:
         taken, total = {word for concept in targets for word in _words(concept.name)}, 0.0
@@ -150,8 +203,8 @@ class TextRows:
             dropped = [prompt for prompt, words in prompts.items() if words & taken]
             total = total + squares
             if dropped:
-                total = total - sum_of_squares(self.network, dropped, source, self.check)
-        return total / total.trace()
+                total = total - self._sum_of_squares(f"dropped {is_style}", dropped, source)
+        return total
 
     def _made_up(self, is_style: bool, count: int, source: str) -> tuple[dict[str, set[str]], Tensor]:
         """(sentence -> words of the made-up names in it, sum of x x^T over all rows x of the sentences).
