@@ -14,6 +14,8 @@ from ..base.errors import ConfigError, brief_repr
 if TYPE_CHECKING:
     import torch
 
+    from ..history.unlearn_model import UnlearnModel
+
 JSON_HELP = "also write the figures to this file"
 
 
@@ -32,6 +34,30 @@ def say(text: str) -> None:
     """Write a line to stdout."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    """Add the options `--lora` and `--lora-rank`; see `write_lora`."""
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="FILE",
+        help="also write the edit as a LoRA: exactly where it changes few text directions, as presets without "
+        "training do, else approximately",
+    )
+    parser.add_argument("--lora-rank", type=int, default=16, help="rank of an approximation")
+
+
+def write_lora(model: UnlearnModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write the LoRA that `--lora` asks for, and say what it keeps; its figures, or none if not asked for."""
+    if arguments.lora is None:
+        return {}
+    from ..output.lora import save_lora
+
+    saved = save_lora(model, arguments.lora, arguments.lora_rank)
+    say(f"LoRA: {saved.path.resolve()} ({saved.sentence})")
+    figures = {"energy": saved.energy, "rank": saved.rank, "size_bytes": saved.size_bytes}
+    return {"lora": {"path": str(saved.path.resolve()), "is_exact": saved.is_exact, **figures}}
 
 
 class ProgressLine:

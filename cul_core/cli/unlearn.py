@@ -26,7 +26,17 @@ from ..models.network import Network
 from ..models.recognize import detect_family
 from ..requests.request import Request
 from ..requests.resolve import Overrides, adapt, resolve
-from .common import ProgressLine, add_command, check_can_write, say, usable_device, write_json
+from .common import (
+    ProgressLine,
+    add_command,
+    add_lora,
+    check_can_write,
+    check_within,
+    say,
+    usable_device,
+    write_json,
+    write_lora,
+)
 
 
 def add(commands: Any) -> None:
@@ -110,6 +120,7 @@ def add(commands: Any) -> None:
         "MiniCanvas only",
     )
     parser.add_argument("--out", type=Path, help="file to write; an existing file is never overwritten")
+    add_lora(parser)
     parser.add_argument(
         "--store",
         type=Path,
@@ -137,7 +148,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     resolved = (_memorization if is_memorized else _plain)(arguments)
     out = arguments.out or _default_file(arguments)
-    check_can_write(out, arguments.json)
+    check_can_write(out, arguments.lora, arguments.json)
+    check_within("--lora-rank", arguments.lora_rank, 1, 1024)
     if arguments.store is not None:
         check_writable(arguments.store)
     compute = Compute(arguments.dtype, arguments.checkpointing, arguments.compile)
@@ -175,7 +187,8 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"{name.replace('_', ' ')}: {value:.3g}")
     say(f"checkpoint: {path.resolve()}")
     figures = {"seconds": report.record.seconds, "losses": report.losses, **report.figures}
-    write_json(arguments.json, {"checkpoint": str(path.resolve()), **figures})
+    lora = write_lora(edited, arguments)
+    write_json(arguments.json, {"checkpoint": str(path.resolve()), **figures, **lora})
 
 
 def _overrides(arguments: argparse.Namespace) -> Overrides:

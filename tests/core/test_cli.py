@@ -144,6 +144,16 @@ def test_unlearn_goes_on_from_an_edited_checkpoint(unlearn, random_checkpoint, t
     assert [record.targets for record in read_history(second)[0]] == [("Lava",), ("Frost",)]
 
 
+def test_unlearn_writes_a_lora_too_and_says_what_it_keeps(unlearn, tmp_path, capsys):
+    lora, figures = tmp_path / "l.safetensors", tmp_path / "figures.json"
+    assert unlearn("Lava", "--lora", lora, "--lora-rank", "2", "--json", figures) == 0
+    values = json.loads(figures.read_text())["lora"]
+    size = lora.stat().st_size
+    assert values["path"] == str(lora) and values["size_bytes"] == size and not values["is_exact"]
+    said = f"LoRA: {lora} ({100 * values['energy']:.2f} % of the edit, rank 2, {size / 1e6:.1f} MB)"
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_unlearn_stops_early_where_minicanvas_is_measured(unlearn, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         "cul_core.minicanvas.judge.measure_for", lambda request, judge: lambda network, check: (99.0, 12.5)
@@ -198,6 +208,7 @@ def test_inspect_of_a_file_without_history_says_so(random_checkpoint, capsys):
         (["Lava", "--iterations", "-1"], "iterations is -1"),
         (["Lava", "--learning-rate", "nan"], "learning_rate is nan"),
         (["Lava", "--seed", "-1"], "seed is -1"),
+        (["Lava", "--lora", "l.safetensors", "--lora-rank", "0"], "--lora-rank is 0"),
         (["Lava", "--device", "gpu"], "--device is 'gpu', which PyTorch cannot use here"),
         (["Lava", "--device", "cuda:99"], "--device is 'cuda:99'"),
     ],
