@@ -42,8 +42,8 @@ def add_lora(parser: argparse.ArgumentParser) -> None:
         "--lora",
         type=Path,
         metavar="FILE",
-        help="also write the edit as a LoRA: exactly where it changes few text directions, as presets without "
-        "training do, else approximately",
+        help="also write the edit as a LoRA: exactly where it changes few text directions, as without "
+        "training, else approximately",
     )
     parser.add_argument("--lora-rank", type=int, default=16, help="rank of an approximation")
 
@@ -74,6 +74,12 @@ class ProgressLine:
             self._last_tenth = int(10 * share)
             sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+    def stage(self, text: str) -> None:
+        """Show what is being done, on a terminal only."""
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\033[K{text}")
+            sys.stderr.flush()
 
     def tell(self, text: str) -> None:
         """Write a message on a line of its own."""

@@ -167,7 +167,9 @@ def run(arguments: argparse.Namespace) -> None:
         device=device,
         networks=networks,
         callbacks=Callbacks(
-            on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left), on_message=show.tell
+            on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left),
+            on_message=show.tell,
+            on_stage=show.stage,
         ),
         measure=measure,
         compute=compute,
@@ -178,7 +180,9 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         store = StepStore(arguments.store)
         outcome = store.get_or_train(
-            model, request, lambda state_store: train(store=store.anchors, state_store=state_store)
+            model,
+            request,
+            lambda state_store: train(store=store.anchors, state_store=state_store, text_sums=store.texts),
         )
         edited, report, note = outcome.model, outcome.report, outcome.note
     path = save_checkpoint(edited, out)
