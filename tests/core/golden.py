@@ -137,7 +137,7 @@ class Golden:
         """Two independent requests, merged by one of the mergers with its defaults."""
         models = []
         for number in range(len(TARGETS)):
-            request = short_request("recommended", self.model.family, number)
+            request = short_request("trained", self.model.family, number)
             models.append(run_step(self.model, request, store=self.anchors, networks=self.networks)[0])
         model = merge(models, MERGERS.get(name).config())
         return {

@@ -429,7 +429,7 @@ def full_step(full_checkpoint, clip_tokenizer):
     kept, target = Concept("Claude_Monet"), Concept("Van_Gogh")
     request = Request(
         concepts=(target,),
-        method=preset("recommended").method,
+        method=preset("trained").method,
         retain=(kept,),
         anchor_prompts=("A painting of a horse.",),
         regularizers=(
