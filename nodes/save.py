@@ -41,8 +41,8 @@ class SaveCheckpoint(UnlearningNode):
                     default="auto",
                     optional=True,
                     tooltip="How edited weights are rounded to the file's precision. auto: to the nearest "
-                    "value, or stochastically where that would lose more than a fiftieth of the edit, as in "
-                    "bf16 files. The node says how much is kept.",
+                    "value, or stochastically where that would lose more than a fiftieth of the "
+                    "edit, as in bf16 files. The node says how much is kept.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
@@ -87,11 +87,17 @@ class SaveLora(UnlearningNode):
                     "format",
                     options=["diff", "lora"],
                     default="diff",
-                    tooltip="diff: exact. lora: smaller, an approximation of the given rank; the node says "
-                    "how much of the edit it keeps.",
+                    tooltip="diff: exact, and as large as the edited weights. lora: smaller; exact for what "
+                    "the preset exact has edited, else an approximation of the given rank. The node "
+                    "says how much of the edit it keeps.",
                 ),
                 io.Int.Input(
-                    "rank", default=16, min=1, max=1024, tooltip="Rank of the approximation; only for lora."
+                    "rank",
+                    default=16,
+                    min=1,
+                    max=1024,
+                    tooltip="Rank of an approximation; only for lora. An edit that can be written exactly "
+                    "has a rank of its own, whatever is given here.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
@@ -115,8 +121,8 @@ class SaveLora(UnlearningNode):
 
         with _host.normal_tensors():
             if format == "lora":
-                path, kept = save_lora(model.value, path, rank, _header(cls), on_tensor)
-                note = f"\nrank {rank} keeps {100 * kept:.2f} % of the edit"
+                saved = save_lora(model.value, path, rank, _header(cls), on_tensor)
+                path, note = saved.path, f"\n{saved.sentence}"
             else:
                 path = save_difference(model.value, path, _header(cls))
         progress.update(1)

@@ -14,6 +14,8 @@ from ..base.errors import ConfigError, brief_repr
 if TYPE_CHECKING:
     import torch
 
+    from ..history.unlearn_model import UnlearnModel
+
 JSON_HELP = "also write the figures to this file"
 
 
@@ -34,6 +36,30 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    """Add the options `--lora` and `--lora-rank`; see `write_lora`."""
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="FILE",
+        help="also write the edit as a LoRA: exactly where it changes few text directions, as without "
+        "training, else approximately",
+    )
+    parser.add_argument("--lora-rank", type=int, default=16, help="rank of an approximation")
+
+
+def write_lora(model: UnlearnModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write the LoRA that `--lora` asks for, and say what it keeps; its figures, or none if not asked for."""
+    if arguments.lora is None:
+        return {}
+    from ..output.lora import save_lora
+
+    saved = save_lora(model, arguments.lora, arguments.lora_rank)
+    say(f"LoRA: {saved.path.resolve()} ({saved.sentence})")
+    figures = {"energy": saved.energy, "rank": saved.rank, "size_bytes": saved.size_bytes}
+    return {"lora": {"path": str(saved.path.resolve()), "is_exact": saved.is_exact, **figures}}
+
+
 class ProgressLine:
     """Progress on stderr: on a terminal one line rewritten in place, in a log a line per tenth."""
 
@@ -48,6 +74,12 @@ class ProgressLine:
             self._last_tenth = int(10 * share)
             sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+    def stage(self, text: str) -> None:
+        """Show what is being done, on a terminal only."""
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\033[K{text}")
+            sys.stderr.flush()
 
     def tell(self, text: str) -> None:
         """Write a message on a line of its own."""

@@ -29,7 +29,17 @@ from ..models.source import PREDICTIONS
 from ..requests.request import Request
 from ..requests.resolve import Overrides, adapt, resolve
 from ..store.steps import Outcome, StepStore
-from .common import ProgressLine, add_command, check_can_write, say, usable_device, write_json
+from .common import (
+    ProgressLine,
+    add_command,
+    add_lora,
+    check_can_write,
+    check_within,
+    say,
+    usable_device,
+    write_json,
+    write_lora,
+)
 
 _RESCUE = "kept-steps"
 """Folder for a finished step whose checkpoint could not be written."""
@@ -137,6 +147,7 @@ def add(commands: Any) -> None:
         help="guidance scale of the anchor images; 1 is none, as distilled models need it",
     )
     parser.add_argument("--out", type=Path, help="file to write; an existing file is never overwritten")
+    add_lora(parser)
     parser.add_argument(
         "--store",
         type=Path,
@@ -164,7 +175,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     resolved = (_memorization if is_memorized else _plain)(arguments)
     out = arguments.out or _default_file(arguments)
-    check_can_write(out, arguments.json)
+    check_can_write(out, arguments.lora, arguments.json)
+    check_within("--lora-rank", arguments.lora_rank, 1, 1024)
     if arguments.store is not None:
         check_writable(arguments.store)
     show = ProgressLine()
@@ -191,7 +203,9 @@ def run(arguments: argparse.Namespace) -> None:
         device=device,
         networks=networks,
         callbacks=Callbacks(
-            on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left), on_message=show.tell
+            on_progress=lambda p: show(p.iteration / p.iterations, p.seconds_left),
+            on_message=show.tell,
+            on_stage=show.stage,
         ),
         measure=measure,
         compute=compute,
@@ -203,7 +217,7 @@ def run(arguments: argparse.Namespace) -> None:
         outcome = store.get_or_train(
             model,
             request,
-            lambda state_store: train(store=store.anchors, state_store=state_store),
+            lambda state_store: train(store=store.anchors, state_store=state_store, text_sums=store.texts),
             Waiting(f"Another process trains this step in {str(arguments.store)!r}", show.tell),
         )
     edited, report, rounding = outcome.model, outcome.report, []
@@ -221,7 +235,8 @@ def run(arguments: argparse.Namespace) -> None:
         say(sentence)
     say(f"checkpoint: {path.resolve()}")
     figures = {"seconds": report.record.seconds, "losses": report.losses, **report.figures}
-    write_json(arguments.json, {"checkpoint": str(path.resolve()), **figures})
+    lora = write_lora(edited, arguments)
+    write_json(arguments.json, {"checkpoint": str(path.resolve()), **figures, **lora})
 
 
 def _rescued(model: UnlearnModel, request: Request, outcome: Outcome) -> Path | None:

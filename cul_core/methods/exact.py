@@ -105,8 +105,10 @@ class Exact(Method):
         self._report: dict[str, float] = {}
 
     def solve(self, context: StepContext, requests: Sequence[SolvedRequest]) -> dict[str, Tensor]:
-        rows = context.last_result.of(("text rows", context.source), lambda: TextRows(context.network))
-        rows.check = context.check
+        rows = context.last_result.of(
+            ("text rows", context.source), lambda: TextRows(context.network, context.source)
+        )
+        rows.watched_by(context)
         _check_names(context.network, requests)
         edits = {}
         for source, readers in _readers(context).items():

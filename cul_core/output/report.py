@@ -7,6 +7,8 @@ from typing import Any
 
 from ..history.step_record import StepRecord
 from ..history.unlearn_model import UnlearnModel
+from ..requests.request import effort
+from ..training.solved_chain import forgotten_names
 from ..training.step import StepReport
 
 _LONGEST_LINE = 10_000
@@ -44,9 +46,8 @@ def record_text(record: StepRecord) -> str:
     changed = "" if record.has_changed else " (nothing changed)"
     return printable(
         f"{', '.join(record.targets)}{changed}  {record.finished}  {request['method']['name']} with "
-        f"{regularizers}, {request['training']['iterations']} iterations, seed "
-        f"{request['training']['seed']}, {record.seconds:.1f} s, drift {total:.3f}, model "
-        f"{record.result[:12]} from {record.parent[:12]}"
+        f"{regularizers}, {effort(request)}, seed {request['training']['seed']}, {record.seconds:.1f} s, "
+        f"drift {total:.3f}, model {record.result[:12]} from {record.parent[:12]}"
     )
 
 
@@ -77,12 +78,11 @@ def _done(record: StepRecord) -> str:
 
 def brief_text(report: StepReport) -> str:
     """One short line about a finished step, for its node."""
-    record = report.record
-    losses = f", loss {report.losses[0]:.3g} to {report.losses[-1]:.3g}" if report.losses else ""
-    return printable(
-        f"{_done(record)} {', '.join(record.targets)} in {record.seconds:.0f} s ({len(report.losses)} "
-        f"iterations{losses})"
-    )
+    record, losses = report.record, report.losses
+    made = effort(record.request)
+    if losses:
+        made = f"{len(losses)} iterations, loss {losses[0]:.3g} to {losses[-1]:.3g}"
+    return printable(f"{_done(record)} {', '.join(record.targets)} in {record.seconds:.1f} s ({made})")
 
 
 def step_text(report: StepReport) -> str:
@@ -94,6 +94,22 @@ def step_text(report: StepReport) -> str:
         )
     lines += [f"{name.replace('_', ' ')}: {value:.3g}" for name, value in report.figures.items()]
     return "\n".join(lines)
+
+
+def take_back_text(before: UnlearnModel, after: UnlearnModel) -> str:
+    """What was taken back, what is still forgotten, and what of it cannot be taken back exactly."""
+    (former, _), (exact, trained) = forgotten_names(before), forgotten_names(after)
+    taken = [name for name in former if name not in exact]
+    still = list(dict.fromkeys([*exact, *trained]))
+    lines = [
+        f"Taken back: {', '.join(taken)}.",
+        f"Still forgotten: {', '.join(still)}." if still else "Nothing is forgotten any more.",
+    ]
+    if trained:
+        lines.append(f"Cannot be taken back exactly, because training made it: {', '.join(trained)}.")
+    elif exact:
+        lines.append("Each of them can be taken back.")
+    return "\n".join(map(printable, lines))
 
 
 def merge_text(model: UnlearnModel) -> str:

@@ -11,11 +11,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..base.config import stable_hash
 from ..base.last_result import LastResult
 from ..concepts.captions import anchor_prompts
 from ..concepts.concept import Concept, display_name
 from ..models.network import Network
 from ..models.text_conditioning import Conditioning
+from .step_context import StepContext, TextSums, made_anew
 from .text_maps import TextMap, principal_directions, whitener
 
 TEXT, POOLED = "text", "pooled"
@@ -89,19 +91,21 @@ def rows_of(conditioning: Conditioning, shared: int, source: str = TEXT) -> Tens
     return text[conditioning.mask.cpu()[:, shared:].bool()]
 
 
-def sum_of_squares(
-    network: Network, prompts: Sequence[str], source: str, check: Callable[[], None] = lambda: None
-) -> Tensor:
-    """Sum of x x^T (d, d) over all rows x of the prompts, in fp64 on the CPU.
+def sums_of_squares(
+    network: Network, prompts: Sequence[str], on_batch: Callable[[int, int], None] = lambda done, count: None
+) -> dict[str, Tensor]:
+    """Sum of x x^T (d, d) over all rows x of the prompts, in fp64 on the CPU, by what is read of them.
 
-    `check` is called before each batch; it may raise to stop.
+    `on_batch` is called before each batch with (prompts encoded, their number); it may raise to stop.
     """
-    total: Tensor | float = 0.0
+    totals: dict[str, Tensor] = {}
     for start in range(0, len(prompts), _BATCH):
-        check()
-        rows = rows_of(network.encode(prompts[start : start + _BATCH]), network.shared_rows, source)
-        total = total + rows.T @ rows
-    return total
+        on_batch(start, len(prompts))
+        encoded = network.encode(prompts[start : start + _BATCH])
+        for source in INPUTS if encoded.pooled is not None else (TEXT,):
+            rows = rows_of(encoded, network.shared_rows, source)
+            totals[source] = totals.get(source, 0.0) + rows.T @ rows
+    return totals
 
 
 def _name_at(name: Sequence[int], tokens: Sequence[int]) -> range:
@@ -135,17 +139,28 @@ class TextRows:
 
     Args:
         network: the model, whose text encoders and tokenizer are used.
-        check: raises Cancelled if the caller wants to stop.
+        origin: content hash of the network's weights, for what is kept between runs.
     """
 
-    def __init__(self, network: Network, check: Callable[[], None] = lambda: None):
-        self.network, self.check = network, check
+    def __init__(self, network: Network, origin: str = ""):
+        self.network, self.origin = network, origin
+        self._check: Callable[[], None] = lambda: None
+        self._say: Callable[[str], None] = lambda text: None
+        self._kept: TextSums = made_anew
         self._pairs: dict[tuple, Pairs] = {}
-        self._squares: dict[tuple[str, str], LastResult] = {}
+        self._squares: dict[str, LastResult] = {}
         self._whitenings: dict[str, Whitening] = {}
         self._responses: dict[str, Responses] = {}
         self._vocabulary = network.words() or ["thing"]
         self._made_up = cache(self._made_up)
+
+    def watched_by(self, context: StepContext) -> None:
+        """Use the context's ways to stop, to tell about progress, and to keep sums between runs."""
+        self._check, self._say, self._kept = context.check, context.say, context.text_sums
+
+    def _on_batch(self, done: int, count: int) -> None:
+        self._check()
+        self._say(f"reading sentence {done} of {count}")
 
     # --- what is kept
 
@@ -179,9 +194,10 @@ class TextRows:
         return sum(total / total.trace() for total in sums) / len(sums)
 
     def _sum_of_squares(self, group: str, prompts: Sequence[str], source: str) -> Tensor:
-        """`sum_of_squares` of the prompts of a group; the last one of each group is kept."""
-        last = self._squares.setdefault((group, source), LastResult())
-        return last.of(tuple(prompts), lambda: sum_of_squares(self.network, prompts, source, self.check))
+        """`sums_of_squares` of the prompts of a group; the last ones of each group are kept."""
+        last = self._squares.setdefault(group, LastResult())
+        sums = last.of(tuple(prompts), lambda: sums_of_squares(self.network, prompts, self._on_batch))
+        return sums[source]
 
     def whitening(self, source: str, moment: Tensor, damping: float) -> Whitening:
         """The whitening of a `moment`; the last one is kept while neither of them changes."""
@@ -199,15 +215,15 @@ class TextRows:
     def _of_made_up(self, source: str, targets: Sequence[Concept], count: int) -> Tensor:
         taken, total = {word for concept in targets for word in _words(concept.name)}, 0.0
         for is_style in sorted({_is_style(concept) for concept in targets}):
-            prompts, squares = self._made_up(is_style, count, source)
+            prompts, sums = self._made_up(is_style, count)
             dropped = [prompt for prompt, words in prompts.items() if words & taken]
-            total = total + squares
+            total = total + sums[source]
             if dropped:
                 total = total - self._sum_of_squares(f"dropped {is_style}", dropped, source)
         return total
 
-    def _made_up(self, is_style: bool, count: int, source: str) -> tuple[dict[str, set[str]], Tensor]:
-        """(sentence -> words of the made-up names in it, sum of x x^T over all rows x of the sentences).
+    def _made_up(self, is_style: bool, count: int) -> tuple[dict[str, set[str]], dict[str, Tensor]]:
+        """(sentence -> words of the made-up names in it, `sums_of_squares` of the sentences).
 
         A made-up style stands in a caption of an image without style, any other made-up name in the place of
         an anchor, two of three also in a made-up style.
@@ -223,7 +239,10 @@ class TextRows:
             style = name if is_style else self._made_up_name(rng) if number % 3 else ""
             prompt = rng.choice(Concept(style).target_prompts(caption)) if style else caption
             prompts[prompt] = set(f"{name} {style}".split())
-        return prompts, sum_of_squares(self.network, list(prompts), source, self.check)
+        sentences = list(prompts)
+        key = stable_hash(["sums of squares", self.origin, self.network.device.type, sentences])
+        sums = self._kept(key, lambda: sums_of_squares(self.network, sentences, self._on_batch), self._check)
+        return prompts, sums
 
     def _made_up_name(self, rng: random.Random) -> str:
         return " ".join(rng.choices(self._vocabulary, k=rng.randint(1, 3)))
@@ -251,7 +270,8 @@ class TextRows:
         """
         key = (source, concept, tuple(captions), count)
         if key not in self._pairs:
-            self.check()
+            self._check()
+            self._say(f"reading {concept.name!r}")
             self._pairs[key] = self._paired(source, concept, captions, count)
         return self._pairs[key]
 

@@ -17,19 +17,21 @@ from ..files.locks import lock_of, locked
 from ..files.safetensors_format import read_header, read_sealed, write_sealed
 from ..history.step_record import StepRecord, read_history
 from ..history.unlearn_model import UnlearnModel
-from ..requests.request import Request
+from ..requests.request import Request, effort
 from ..training.step import StepReport
 from .anchors import AnchorStore
 from .eviction import Evictor, Links, StoredFile, hold, remove, stored_files
 from .format_1 import current, former_hash, is_format_1
 from .step_state import _UNREADABLE, EVERY_SECONDS, StepState
+from .texts import TextStore
 
 logger = logging.getLogger(__name__)
 _RESULTS_VERSION = 1
 """Raise it when a code change alters the result of every request; a part has its own version
 (`Config.results_version`)."""
-PARTS = ("steps", "anchors", "states")
-"""Folders of the store: finished steps, anchor images, and states of unfinished steps."""
+PARTS = ("steps", "anchors", "states", "texts")
+"""Folders of the store: finished steps, anchor images, states of unfinished steps, and sums over encoded
+text."""
 _RECENT_SECONDS = 24 * 3600.0
 
 
@@ -88,6 +90,7 @@ class StepStore:
         folders = [self._folder / part for part in PARTS]
         self._evictor = Evictor(folders, self._locks, largest_bytes, _RECENT_SECONDS, _links_of)
         self.anchors = AnchorStore(self._folder / "anchors", self._locks, self._every)
+        self.texts = TextStore(self._folder / "texts", self._locks)
 
     def _path(self, part: str, key: str) -> Path:
         return self._folder / part / f"{key}.safetensors"
@@ -152,7 +155,7 @@ class StepStore:
         path, freed = self._path("steps", key), _size_of(self._path("states", key))
         self._evictor.make_room(edited.nbytes() - freed)
         self._write(path, edited, report)
-        self._use(path, *self.anchors.used)
+        self._use(path, *self.anchors.used, *self.texts.used)
         self._evict(-freed)
 
     def _write(self, path: Path, edited: UnlearnModel, report: StepReport) -> None:
@@ -259,12 +262,11 @@ class StepStore:
     def describe(self) -> str:
         """The store's content as text: a line for each kind of file, and one for each step."""
         lines = []
-        for part, what in zip(
-            PARTS, ("finished steps", "sets of anchor images", "unfinished steps"), strict=True
-        ):
+        kinds = ("finished steps", "sets of anchor images", "unfinished steps", "sums over text")
+        for part, what in zip(PARTS, kinds, strict=True):
             files = self.files(part)
             lines.append(f"{len(files)} {what}, {sum(size for _, size, _ in files) / 1e6:.1f} MB")
-            if part != "anchors":
+            if part in ("steps", "states"):
                 lines += [f"  {_described(path)}, {size / 1e6:.1f} MB" for _, size, path in reversed(files)]
         return "\n".join(lines)
 
@@ -313,11 +315,7 @@ def _described(path: Path) -> str:
         _, metadata, _ = read_header(path)
         if "cul_step" in metadata:
             record = StepRecord(**json.loads(metadata["cul_step"])["record"])
-            return (
-                f"{', '.join(record.targets)} ({record.finished}, "
-                f"{record.request['training']['iterations']} "
-                "iterations)"
-            )
+            return f"{', '.join(record.targets)} ({record.finished}, {effort(record.request)})"
         values = json.loads(metadata["cul_state"])
         return (
             f"{', '.join(values['targets'])} (stopped after iteration {values['state']['iteration']} of "

@@ -78,10 +78,8 @@ def train(
         training = _Training(context, method, regularizers, callbacks, stopping, masters, student)
         with masters.collecting(), student.ready():
             training.prepare_masks()
-            if method.solves_chain:
-                return training.solved()
             if method.is_closed_form:
-                return Trained(training.edited())
+                return training.in_closed_form()
             return training.run(Loop(masters, training.generator, training.resumable, state_store))
 
 
@@ -117,6 +115,15 @@ class _Training:
         with self._blocked():
             for part in self._parts:
                 part.prepare_mask(self._context, self._constraints.allowed_subspace)
+
+    def in_closed_form(self) -> Trained:
+        """The closed-form method's result, with a preview before and after it."""
+        network = self._context.network
+        self._callbacks.preview(network, 0, 1)
+        trained = self.solved() if self._method.solves_chain else Trained(self.edited())
+        with network.with_weights(trained.weights):
+            self._callbacks.preview(network, 1, 1)
+        return trained
 
     @torch.no_grad()
     def edited(self) -> dict[str, Tensor]:

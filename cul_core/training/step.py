@@ -25,7 +25,7 @@ from ..models.network import Network
 from ..models.sampling import generator_for
 from ..models.weight_roles import READING_TEXT, ROLES
 from ..parts.part import Part
-from ..parts.step_context import SolvedSet, StepContext
+from ..parts.step_context import SolvedSet, StepContext, TextSums, made_anew
 from ..regularizers import REGULARIZERS
 from ..requests.request import Request
 from .anchor_images import AnchorSource, DrawnAnchors
@@ -62,6 +62,7 @@ def run_step(
     measure: Measure | None = None,
     state_store: StateStore | None = None,
     compute: Compute | None = None,
+    text_sums: TextSums = made_anew,
 ) -> tuple[UnlearnModel, StepReport]:
     """Forget `request.concepts`: (edited model, report).
 
@@ -77,6 +78,7 @@ def run_step(
         measure: how early stopping measures, if the request uses it.
         state_store: stores the state from which a stopped step resumes.
         compute: precision and memory settings.
+        text_sums: keeps sums over encoded text between runs.
 
     Raises:
         ConceptError: a target cannot be forgotten as described.
@@ -90,10 +92,15 @@ def run_step(
     _check_supported(model, request)
     solves_chain = METHODS.of(request.method).cls.solves_chain
     solved = solved_set(model, request) if solves_chain else SolvedSet()
+    if request.training.iterations and METHODS.of(request.method).cls.is_closed_form:
+        name = METHODS.of(request.method).display_name
+        callbacks.on_message(f"{name} trains nothing: iterations and learning rate are not used.")
     stopping = EarlyStopping(request.training, measure)
     network = networks.get(model.source, device, compute.dtype_on(device))
     last_result = networks.last_result
-    step = _Step(model, request, network, callbacks, store, stopping, state_store, last_result, solved)
+    step = _Step(
+        model, request, network, callbacks, store, stopping, state_store, last_result, solved, text_sums
+    )
     try:
         trained, edits, drift, figures = step.run(compute)
     except RuntimeError as error:
@@ -135,6 +142,7 @@ class _Step:
     state_store: StateStore | None
     last_result: LastResult
     solved: SolvedSet
+    text_sums: TextSums
 
     def run(
         self, compute: Compute
@@ -222,6 +230,8 @@ class _Step:
             last_result=self.last_result,
             source=self.model.source.sha256,
             solved=self.solved,
+            say=self.callbacks.on_stage,
+            text_sums=self.text_sums,
         )
 
     @property
@@ -275,6 +285,7 @@ def _check_supported(model: UnlearnModel, request: Request) -> None:
         if is_idle:
             raise ConfigError(
                 f"{entry.display_name} cannot restrain {method_entry.display_name}, whose closed-form edit "
-                f"has no updates for it to act on ({brief_repr(config.to_json())}); leave it out, or choose "
-                "its form 'update' where it has one."
+                f"has no updates for it to act on ({brief_repr(config.to_json())}); leave it out, choose "
+                "its "
+                "form 'update' where it has one, or a method that trains, as the preset 'trained' does."
             )

@@ -136,7 +136,7 @@ class Golden:
 
     @cached_property
     def _independent(self) -> list[UnlearnModel]:
-        requests = [short_request("recommended", self.model.family, number) for number in range(len(TARGETS))]
+        requests = [short_request("trained", self.model.family, number) for number in range(len(TARGETS))]
         options = {"store": self.anchors, "networks": self.networks}
         return [run_step(self.model, request, **options)[0] for request in requests]
 

@@ -435,7 +435,7 @@ def full_step(full_checkpoint, clip_tokenizer):
     kept, target = Concept("Claude_Monet"), Concept("Van_Gogh")
     request = Request(
         concepts=(target,),
-        method=preset("recommended").method,
+        method=preset("trained").method,
         retain=(kept,),
         anchor_prompts=("A painting of a horse.",),
         regularizers=(
@@ -510,9 +510,9 @@ def test_full_size_edits_are_exported_in_the_hosts_names(full_step, tmp_path):
     }
     whole = load_file(save_difference(edited, tmp_path / "difference.safetensors"))
     assert whole.keys() == {f"{module}.diff" for module in modules}
-    path, energy = save_lora(few, tmp_path / "lora.safetensors", rank=4)
-    names = {name.rpartition(".attn2.")[0] for name in load_file(path)}
-    assert 0 < energy <= 1 and names <= {module.rpartition(".attn2.")[0] for module in modules}
+    saved = save_lora(few, tmp_path / "lora.safetensors", rank=4)
+    names = {name.rpartition(".attn2.")[0] for name in load_file(saved.path)}
+    assert 0 < saved.energy <= 1 and names <= {module.rpartition(".attn2.")[0] for module in modules}
 
 
 @pytest.mark.slow

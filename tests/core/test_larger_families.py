@@ -196,10 +196,10 @@ def test_edits_are_exported_in_the_hosts_names(tiny_model, edited, tmp_path):
     assert load_file(save_difference(edited, tmp_path / "difference.safetensors")).keys() == {
         f"{module}.diff" for module in modules
     }
-    path, energy = save_lora(edited, tmp_path / "lora.safetensors", rank=64)
+    saved = save_lora(edited, tmp_path / "lora.safetensors", rank=64)
     leaves = ("lora_up.weight", "lora_down.weight", "alpha")
-    assert load_file(path).keys() == {f"{module}.{leaf}" for module in modules for leaf in leaves}
-    assert energy == pytest.approx(1)
+    assert load_file(saved.path).keys() == {f"{module}.{leaf}" for module in modules for leaf in leaves}
+    assert saved.energy == pytest.approx(1)
 
 
 @pytest.mark.slow

@@ -369,7 +369,7 @@ def test_a_sequence_gives_the_same_model_as_a_chain_of_steps(host):
         kind="style",
         anchor="",
         keep="Navy Stripes, Pop Dots",
-        preset="recommended",
+        preset="trained",
         train_seed=1,
         preview_every=0,
         training=(training, 0),
@@ -377,6 +377,46 @@ def test_a_sequence_gives_the_same_model_as_a_chain_of_steps(host):
     one, other = graph.sample_from(last), graph.sample_from(sequence)
     entry = host.run(graph)
     assert np.array_equal(pixels(host, entry, one), pixels(host, entry, other))
+
+
+def solved(graph, loaded, requests):
+    """Unlearn Sequence by the preset exact."""
+    values = {"kind": "style", "anchor": "", "keep": "Navy Stripes", "preset": "exact"}
+    linked = {"model": (loaded, CUL), "train_seed": 1, "preview_every": 0}
+    return graph.add("CUL_UnlearnSequence", requests=requests, **values, **linked)
+
+
+def test_a_request_is_taken_back_as_if_it_had_never_been_made(host):
+    graph = Graph()
+    loaded = graph.load()
+    both, never = (solved(graph, loaded, lines) for lines in ("Candy Stripes\nLava", "Candy Stripes"))
+    left = graph.add("CUL_TakeBack", model=(both, CUL), names="lava\n")
+    text = graph.add("PreviewAny", source=(left, REPORT))
+    lava = "A cat image in Lava style."
+    shown = [graph.sample_from(node, lava) for node in (both, left, never)]
+    entry = host.run(graph)
+    forgotten, one, other = (pixels(host, entry, node) for node in shown)
+    assert np.array_equal(one, other) and np.abs(one - forgotten).mean() > 20
+    report = json.dumps(entry["outputs"][text])
+    assert "Taken back: Lava." in report and "Still forgotten: Candy Stripes." in report
+
+
+def test_an_exact_edit_is_a_small_lora_without_loss_at_any_strength(host):
+    graph = Graph()
+    edited = solved(graph, graph.load(), "Candy Stripes\nLava")
+    for form in ("diff", "lora"):
+        values = {"filename_prefix": f"loras/solved-{form}", "format": form, "rank": 1}
+        graph.add("CUL_SaveLora", model=(edited, CUL), **values)
+    shown = graph.sample_from(edited)
+    whole = pixels(host, host.run(graph), shown)
+    files = [host.saved(f"loras/solved-{form}_*")[-1] for form in ("diff", "lora")]
+    assert files[1].stat().st_size < files[0].stat().st_size / 3
+    for strength in (0.5, 1.0):
+        drawn = [
+            sampled_by_stock_nodes(host, "minicanvas.safetensors", file.name, strength) for file in files
+        ]
+        assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    assert np.abs(drawn[1] - whole).max() <= 1
 
 
 def sequence_of(*requests):
