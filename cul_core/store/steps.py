@@ -30,6 +30,8 @@ _RESULTS_VERSION = 1
 (`Config.results_version`)."""
 PARTS = ("steps", "anchors", "states")
 """Folders of the store: finished steps, anchor images, and states of unfinished steps."""
+KEPT = ", kept from an earlier run"
+"""Note of a step that was not trained, because the store had it."""
 _RECENT_SECONDS = 24 * 3600.0
 
 
@@ -194,7 +196,7 @@ class StepStore:
             time.monotonic() - begun,
             ", ".join(stored[1].record.targets),
         )
-        return Outcome(*stored, ", kept from an earlier run")
+        return Outcome(*stored, KEPT)
 
     def _trained(
         self,

@@ -31,6 +31,7 @@ from ..requests.request import Request
 from .anchor_images import AnchorSource, DrawnAnchors
 from .callbacks import Callbacks
 from .compute import Compute
+from .data_parallel import Processes, SharedAnchors, SharedStates
 from .early_stopping import EarlyStopping, Measure
 from .loop import Trained, train
 from .memory_plan import planned
@@ -61,6 +62,7 @@ def run_step(
     measure: Measure | None = None,
     state_store: StateStore | None = None,
     compute: Compute | None = None,
+    processes: Processes | None = None,
 ) -> tuple[UnlearnModel, StepReport]:
     """Forget `request.concepts`: (edited model, report).
 
@@ -76,6 +78,7 @@ def run_step(
         measure: how early stopping measures, if the request uses it.
         state_store: stores the state from which a stopped step resumes.
         compute: precision and memory settings.
+        processes: that train the step together; all call this function alike, and all have its result.
 
     Raises:
         ConceptError: a target cannot be forgotten as described.
@@ -86,10 +89,15 @@ def run_step(
     """
     callbacks, store, networks = callbacks or Callbacks(), store or DrawnAnchors(), networks or NetworkCache()
     compute, begun = compute or Compute(), time.monotonic()
+    processes = processes or Processes()
+    if processes.count > 1:
+        store, state_store = SharedAnchors(store, processes), SharedStates(state_store, processes)
     _check_supported(model, request)
     stopping = EarlyStopping(request.training, measure)
     network = networks.get(model.source, device, compute.dtype_on(device))
-    step = _Step(model, request, network, callbacks, store, stopping, state_store, networks.last_result)
+    step = _Step(
+        model, request, network, callbacks, store, stopping, state_store, networks.last_result, processes
+    )
     try:
         trained, edits, drift, figures = step.run(compute)
     except RuntimeError as error:
@@ -130,6 +138,7 @@ class _Step:
     stopping: EarlyStopping
     state_store: StateStore | None
     last_result: LastResult
+    processes: Processes
 
     def run(
         self, compute: Compute
@@ -158,6 +167,7 @@ class _Step:
                 self.state_store,
                 compute,
                 is_offloaded,
+                self.processes,
             )
         edits, drift = dict(outside), {}
         for key in keys:
