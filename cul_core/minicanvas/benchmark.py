@@ -11,7 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
@@ -280,6 +280,7 @@ def run_benchmark(
     marks: Sequence[int] = (),
     workers: int | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+    store: Path | None = None,
 ) -> list[dict]:
     """The result lines of all cells, seeds and orders; lines missing in `out`/results.jsonl are measured.
 
@@ -293,8 +294,9 @@ def run_benchmark(
         requests: length of the chain; the suite's longest if None.
         pictures: images per concept and name of the cross domain.
         marks: numbers of the requests after which the model is measured; the suite's if empty.
-        workers: number of processes of one thread; one per core, at most eight, if None.
+        workers: number of processes of one thread; one per core, at most eight, if None; 0 for none but this.
         on_progress: called with (runs done, runs to do, name of the last run) when a run ends.
+        store: folder of finished steps; in `out` if None.
 
     Raises:
         CheckpointError: `out` cannot be written, or another benchmark is running there.
@@ -318,25 +320,33 @@ def run_benchmark(
                 f"Another benchmark is running in {str(out)!r}; wait for its end or give another folder."
             )
         known |= _known(path)  # another benchmark may have ended meanwhile
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            workers or min(os.cpu_count() or 1, 8), mp_context=context, initializer=prepare_worker
-        ) as pool:
-            try:
-                jobs = {pool.submit(_measure, run, due, out / "store"): run for run, due in missing}
-                for done, job in enumerate(as_completed(jobs), 1):
-                    known |= {_key(line): line for line in job.result()}
-                    data = "".join(json.dumps(line) + "\n" for line in known.values()).encode()
-                    write_atomically(path, lambda file, data=data: file.write(data))
-                    on_progress(
-                        done,
-                        len(missing),
-                        f"{jobs[job].cell.name}, order {jobs[job].order}, seed {jobs[job].seed}",
-                    )
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        measured = _measured(missing, store or out / "store", workers)
+        for done, (run, lines) in enumerate(measured, 1):
+            known |= {_key(line): line for line in lines}
+            data = "".join(json.dumps(line) + "\n" for line in known.values()).encode()
+            write_atomically(path, lambda file, data=data: file.write(data))
+            on_progress(done, len(missing), f"{run.cell.name}, order {run.order}, seed {run.seed}")
     return [known[_key(run.identity(k))] for run in runs for k in run.marks]
+
+
+def _measured(
+    missing: Sequence[tuple[Run, list[int]]], store: Path, workers: int | None
+) -> Iterator[tuple[Run, list[dict]]]:
+    """(run, its result lines) of each run when it ends."""
+    if workers == 0:
+        yield from ((run, _measure(run, due, store)) for run, due in missing)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers or min(os.cpu_count() or 1, 8), mp_context=context, initializer=prepare_worker
+    ) as pool:
+        try:
+            jobs = {pool.submit(_measure, run, due, store): run for run, due in missing}
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _known(path: Path) -> dict[tuple, dict]:

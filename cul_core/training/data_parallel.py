@@ -95,7 +95,7 @@ def joined_processes() -> Processes:
 
 
 def own_device(name: str) -> str:
-    """The device of this process: of several, each takes the GPU of its number where `name` is just `cuda`."""
+    """The device of this process: each of several takes the GPU of its number if `name` is just `cuda`."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
 
 
