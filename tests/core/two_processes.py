@@ -29,7 +29,7 @@ def request(name, batch_size):
         (Concept("Lava"),),
         ConAblConfig(teacher="pretrained"),
         PARTS[name],
-        TrainingConfig(iterations=3, batch_size=batch_size),
+        TrainingConfig(iterations=2, batch_size=batch_size),
         retain=(Concept("Navy_Stripes"),),
         anchor_prompts=("A star image.", "a house"),
         anchor_count=4,
