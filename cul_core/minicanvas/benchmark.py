@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from ..audits.classifier_scores import LABELS, METRICS
 from ..base.config import stable_hash
 from ..base.errors import CheckpointError, ConfigError
 from ..files.atomic_write import write_atomically
-from ..files.locks import try_locked
+from ..files.locks import Waiting, try_locked
 from ..files.paths import free_path
 from ..mergers.merge import merge
 from ..mergers.ties import TiesConfig
@@ -41,6 +42,7 @@ from .judge import Judge, evaluate, measure_for
 from .suites import STYLE_SUITE, SUITES, Suite
 from .workers import prepare_worker
 
+logger = logging.getLogger(__name__)
 SETTINGS = ("sequential", "simultaneous", "ties")
 
 PAPER = {
@@ -216,7 +218,10 @@ def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
         measure = measure_for(request, judge) if request.training.evaluate_every else None
         train = partial(run_step, begun, request, store=store.anchors, networks=networks, measure=measure)
         outcome = store.get_or_train(
-            begun, request, lambda state_store, train=train: train(state_store=state_store)
+            begun,
+            request,
+            lambda state_store, train=train: train(state_store=state_store),
+            Waiting("Another process trains a step of this benchmark", logger.warning),
         )
         model, report = outcome.model, outcome.report
         trained.append(model)

@@ -296,8 +296,7 @@ def load_autoencoder(path: Path, config: dict) -> nn.Module:
         return _kl_autoencoder(
             {
                 name: _finite(path, name, file.get_tensor(name))
-                for name in file.keys()
-                if name.startswith(VAE_PREFIX)
+                for name in (VAE_PREFIX + inner for inner in autoencoder_shapes(config))
             },
             config,
         )
