@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..base.errors import Cancelled, CulError
-from . import audit, benchmark, demo, evaluate, inspect, merge, store, take_back, unlearn
+from . import audit, benchmark, demo, evaluate, inspect, merge, store, sweep, take_back, unlearn
 
-_COMMANDS = (demo, unlearn, take_back, merge, evaluate, audit, benchmark, store, inspect)
+_COMMANDS = (demo, unlearn, take_back, merge, evaluate, audit, benchmark, sweep, store, inspect)
 _EXIT_ERROR = 2
 
 

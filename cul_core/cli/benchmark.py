@@ -54,8 +54,11 @@ def add(commands: Any) -> None:
     parser.add_argument("--pictures", type=int, default=1, help="images per style and object")
     parser.add_argument("--compare", choices=("paper",), help="print the paper's figures too")
     parser.add_argument(
-        "--workers", type=int, help="processes of one thread each; one per core, at most 8, if not given"
+        "--workers",
+        type=int,
+        help="processes of one thread each; one per core, at most 8, if not given; 0 for this process alone",
     )
+    parser.add_argument("--store", type=Path, metavar="FOLDER", help="finished steps; in --out if not given")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmark"), help="folder for results, chart and finished steps"
     )
@@ -87,6 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         requests=arguments.requests,
         pictures=arguments.pictures,
         workers=arguments.workers,
+        store=arguments.store,
         on_progress=show,
         blind=arguments.blind,
     )

@@ -61,12 +61,18 @@ def write_lora(model: UnlearnModel, arguments: argparse.Namespace) -> dict[str, 
 
 
 class ProgressLine:
-    """Progress on stderr: on a terminal one line rewritten in place, in a log a line per tenth."""
+    """Progress on stderr: on a terminal one line rewritten in place, in a log a line per tenth.
 
-    def __init__(self):
-        self._last_tenth = -1
+    Args:
+        is_silent: whether nothing is written, because another process does.
+    """
+
+    def __init__(self, is_silent: bool = False):
+        self._last_tenth, self._is_silent = -1, is_silent
 
     def __call__(self, share: float, seconds_left: float) -> None:
+        if self._is_silent:
+            return
         text = f"{100 * share:3.0f} %, {int(seconds_left // 60)}:{int(seconds_left % 60):02d} left"
         if sys.stderr.isatty():
             sys.stderr.write(f"\r{text}   " + ("\n" if share >= 1 else ""))
@@ -83,6 +89,8 @@ class ProgressLine:
 
     def tell(self, text: str) -> None:
         """Write a message on a line of its own."""
+        if self._is_silent:
+            return
         sys.stderr.write(("\r" if sys.stderr.isatty() else "") + text + "\n")
         sys.stderr.flush()
 

@@ -28,7 +28,8 @@ from ..models.recognize import detect_family
 from ..models.source import PREDICTIONS
 from ..requests.request import Request
 from ..requests.resolve import Overrides, adapt, resolve
-from ..store.steps import Outcome, StepStore
+from ..store.steps import KEPT, Outcome, StepStore
+from ..training.data_parallel import Processes
 from .common import (
     ProgressLine,
     add_command,
@@ -158,13 +159,12 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from ..audits.classification import classifier_of
-    from ..files.locks import Waiting
     from ..files.paths import check_writable
     from ..models.load_diffusers import NetworkCache
     from ..output.checkpoint import open_model, save_checkpoint
-    from ..store.anchors import AnchorStore
     from ..training.callbacks import Callbacks
     from ..training.compute import Compute
+    from ..training.data_parallel import joined_processes, own_device
     from ..training.step import run_step
 
     is_memorized = arguments.picture is not None
@@ -179,9 +179,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_within("--lora-rank", arguments.lora_rank, 1, 1024)
     if arguments.store is not None:
         check_writable(arguments.store)
-    show = ProgressLine()
+    processes = joined_processes()
+    show = ProgressLine(is_silent=processes.rank > 0)
     compute = Compute(arguments.dtype, arguments.checkpointing, arguments.compile)
-    device = usable_device(arguments.device)
+    device = usable_device(own_device(arguments.device))
     model, networks = (
         open_model(arguments.model, arguments.pretrained, arguments.prediction),
         NetworkCache(arguments.tokenizer),
@@ -209,17 +210,18 @@ def run(arguments: argparse.Namespace) -> None:
         ),
         measure=measure,
         compute=compute,
+        processes=processes,
     )
-    if arguments.store is None:
-        outcome = Outcome(*train(store=AnchorStore()), is_kept=False)
-    else:
-        store = StepStore(arguments.store)
-        outcome = store.get_or_train(
-            model,
-            request,
-            lambda state_store: train(store=store.anchors, state_store=state_store, text_sums=store.texts),
-            Waiting(f"Another process trains this step in {str(arguments.store)!r}", show.tell),
-        )
+    try:
+        if processes.rank:
+            if processes.told(bool):
+                train()
+            return
+        outcome = _outcome(arguments.store, model, request, _announced(train, processes), show.tell)
+        if outcome.note.startswith(KEPT):
+            processes.told(lambda: False)
+    finally:
+        processes.close()
     edited, report, rounding = outcome.model, outcome.report, []
     try:
         path = save_checkpoint(edited, out, rounding=arguments.rounding, on_message=rounding.append)
@@ -237,6 +239,38 @@ def run(arguments: argparse.Namespace) -> None:
     figures = {"seconds": report.record.seconds, "losses": report.losses, **report.figures}
     lora = write_lora(edited, arguments)
     write_json(arguments.json, {"checkpoint": str(path.resolve()), **figures, **lora})
+
+
+def _announced(train: Callable[..., Any], processes: Processes) -> Callable[..., Any]:
+    """`train`, of which the other processes are told before it begins, so that they take part."""
+
+    def told(**kept: Any) -> Any:
+        processes.told(lambda: True)
+        return train(**kept)
+
+    return told
+
+
+def _outcome(
+    folder: Path | None,
+    model: UnlearnModel,
+    request: Request,
+    train: Callable[..., Any],
+    tell: Callable[[str], None],
+) -> Outcome:
+    """The step, trained or from the store in `folder`."""
+    from ..files.locks import Waiting
+    from ..store.anchors import AnchorStore
+
+    if folder is None:
+        return Outcome(*train(store=AnchorStore()), is_kept=False)
+    store = StepStore(folder)
+    return store.get_or_train(
+        model,
+        request,
+        lambda state_store: train(store=store.anchors, state_store=state_store, text_sums=store.texts),
+        Waiting(f"Another process trains this step in {str(folder)!r}", tell),
+    )
 
 
 def _rescued(model: UnlearnModel, request: Request, outcome: Outcome) -> Path | None:

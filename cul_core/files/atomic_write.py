@@ -90,7 +90,10 @@ def rehearse(path: Path, size: int = 0) -> None:
 
     def write(file: BinaryIO) -> None:
         check_room(path, size)
-        file.seek(size)  # fails where files of this size are not possible
+        try:
+            file.seek(size)
+        except OSError as error:  # such as on FAT32, beyond 4 GiB
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG)) from error
         file.seek(0)
         file.write(b"x")
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from ..audits.classifier_scores import LABELS, METRICS
 from ..base.config import stable_hash
 from ..base.errors import CheckpointError, ConfigError, brief_repr
 from ..files.atomic_write import write_atomically
-from ..files.locks import try_locked
+from ..files.locks import Waiting, try_locked
 from ..files.paths import free_path
 from ..mergers.merge import merge
 from ..mergers.ties import TiesConfig
@@ -42,6 +43,7 @@ from .judge import Judge, evaluate, measure_for, still_shown
 from .suites import BLIND, STYLE_SUITE, SUITES, Suite
 from .workers import prepare_worker
 
+logger = logging.getLogger(__name__)
 SETTINGS = ("sequential", "simultaneous", "ties")
 UNDECLARED = "undeclared"
 
@@ -234,16 +236,17 @@ class Run:
             **optional,
         }
 
-    def store_folder(self, out: Path) -> Path:
+    def store_folder(self, folder: Path) -> Path:
         """Folder of finished steps: one for each blindness, which a step's request does not hold."""
-        return out / ("store" if self.blindness == "nothing" else f"store-{self.blindness}")
+        is_told = self.blindness == "nothing"
+        return folder if is_told else folder.with_name(f"{folder.name}-{self.blindness}")
 
 
-def _measure(run: Run, marks: Sequence[int], out: Path) -> list[dict]:
+def _measure(run: Run, marks: Sequence[int], folder: Path) -> list[dict]:
     """One result line per mark; finished steps come from the store, so an interrupted run resumes."""
     pretrained, store, networks, judge = (
         open_model(models.checkpoint_path(run.suite.world.name)),
-        StepStore(run.store_folder(out)),
+        StepStore(run.store_folder(folder)),
         NetworkCache(withheld_words=run.withheld_words),
         Judge(world=run.suite.world),
     )
@@ -257,7 +260,10 @@ def _measure(run: Run, marks: Sequence[int], out: Path) -> list[dict]:
         measure = measure_for(request, judge, run.suite.world) if stops_early else None
         train = partial(run_step, begun, request, store=store.anchors, networks=networks, measure=measure)
         outcome = store.get_or_train(
-            begun, request, lambda state_store, train=train: train(state_store=state_store)
+            begun,
+            request,
+            lambda state_store, train=train: train(state_store=state_store),
+            Waiting("Another process trains a step of this benchmark", logger.warning),
         )
         model, report = outcome.model, outcome.report
         trained.append(model)
@@ -369,6 +375,7 @@ def run_benchmark(
     workers: int | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, name: None,
     blind: str = "names",
+    store: Path | None = None,
 ) -> list[dict]:
     """The result lines of all cells, seeds and orders; lines missing in `out`/results.jsonl are measured.
 
@@ -382,9 +389,10 @@ def run_benchmark(
         requests: length of the chain; `Suite.longest` if None.
         pictures: images per concept and name of the cross domain.
         marks: numbers of the requests after which the model is measured; the suite's and the last if empty.
-        workers: number of processes of one thread; one per core, at most eight, if None.
+        workers: number of processes of one thread; one per core, at most eight, if None; 0 for none but this.
         on_progress: called with (runs done, runs to do, name of the last run) when a run ends.
         blind: what made-up names hold no word of, one of `BLIND`.
+        store: folder of finished steps; in `out` if None.
 
     Raises:
         CheckpointError: `out` cannot be written, or another benchmark is running there.
@@ -415,25 +423,33 @@ def run_benchmark(
                 f"Another benchmark is running in {str(out)!r}; wait for its end or give another folder."
             )
         known |= _known(path)  # another benchmark may have ended meanwhile
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            workers or min(os.cpu_count() or 1, 8), mp_context=context, initializer=prepare_worker
-        ) as pool:
-            try:
-                jobs = {pool.submit(_measure, run, due, out): run for run, due in missing}
-                for done, job in enumerate(as_completed(jobs), 1):
-                    known |= {_key(line): line for line in job.result()}
-                    data = "".join(json.dumps(line) + "\n" for line in known.values()).encode()
-                    write_atomically(path, lambda file, data=data: file.write(data))
-                    on_progress(
-                        done,
-                        len(missing),
-                        f"{jobs[job].cell.name}, order {jobs[job].order}, seed {jobs[job].seed}",
-                    )
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        measured = _measured(missing, store or out / "store", workers)
+        for done, (run, lines) in enumerate(measured, 1):
+            known |= {_key(line): line for line in lines}
+            data = "".join(json.dumps(line) + "\n" for line in known.values()).encode()
+            write_atomically(path, lambda file, data=data: file.write(data))
+            on_progress(done, len(missing), f"{run.cell.name}, order {run.order}, seed {run.seed}")
     return [known[_key(run.identity(k))] for run in runs for k in run.marks]
+
+
+def _measured(
+    missing: Sequence[tuple[Run, list[int]]], store: Path, workers: int | None
+) -> Iterator[tuple[Run, list[dict]]]:
+    """(run, its result lines) of each run when it ends."""
+    if workers == 0:
+        yield from ((run, _measure(run, due, store)) for run, due in missing)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers or min(os.cpu_count() or 1, 8), mp_context=context, initializer=prepare_worker
+    ) as pool:
+        try:
+            jobs = {pool.submit(_measure, run, due, store): run for run, due in missing}
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _pairs(seeds: Sequence[int], orders: Sequence[str] | None) -> list[tuple[int, str]]:

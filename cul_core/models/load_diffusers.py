@@ -27,6 +27,7 @@ from .source import FileSource, source_of
 from .text_layout import TURNED, is_read_whole, prefix_in, text_shapes
 
 logger = logging.getLogger(__name__)
+_VAE_PARTS = tuple(VAE_PREFIX + part for part in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
 _VAE_REMEDY = (
     "choose a checkpoint with a VAE, or load it and a fitting VAE with ComfyUI's own loaders and connect "
     "both to Unlearn From MODEL"
@@ -301,7 +302,7 @@ def load_autoencoder(path: Path, config: dict) -> nn.Module:
             {
                 name: _finite(path, name, file.get_tensor(name))
                 for name in file.keys()
-                if name.startswith(VAE_PREFIX)
+                if name.startswith(_VAE_PARTS)
             },
             config,
         )

@@ -32,6 +32,8 @@ _RESULTS_VERSION = 1
 PARTS = ("steps", "anchors", "states", "texts")
 """Folders of the store: finished steps, anchor images, states of unfinished steps, and sums over encoded
 text."""
+KEPT = ", kept from an earlier run"
+"""Note of a step that was not trained, because the store had it."""
 _RECENT_SECONDS = 24 * 3600.0
 
 
@@ -198,7 +200,7 @@ class StepStore:
             time.monotonic() - begun,
             ", ".join(stored[1].record.targets),
         )
-        return Outcome(*stored, ", kept from an earlier run")
+        return Outcome(*stored, KEPT)
 
     def _trained(
         self,

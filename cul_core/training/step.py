@@ -31,6 +31,7 @@ from ..requests.request import Request
 from .anchor_images import AnchorSource, DrawnAnchors
 from .callbacks import Callbacks
 from .compute import Compute
+from .data_parallel import Processes, SharedAnchors, SharedStates
 from .early_stopping import EarlyStopping, Measure
 from .loop import Trained, train
 from .memory_plan import planned
@@ -63,6 +64,7 @@ def run_step(
     state_store: StateStore | None = None,
     compute: Compute | None = None,
     text_sums: TextSums = made_anew,
+    processes: Processes | None = None,
 ) -> tuple[UnlearnModel, StepReport]:
     """Forget `request.concepts`: (edited model, report).
 
@@ -79,6 +81,7 @@ def run_step(
         state_store: stores the state from which a stopped step resumes.
         compute: precision and memory settings.
         text_sums: keeps sums over encoded text between runs.
+        processes: that train the step together; all call this function alike, and all have its result.
 
     Raises:
         ConceptError: a target cannot be forgotten as described.
@@ -89,6 +92,9 @@ def run_step(
     """
     callbacks, store, networks = callbacks or Callbacks(), store or DrawnAnchors(), networks or NetworkCache()
     compute, begun = compute or Compute(), time.monotonic()
+    processes = processes or Processes()
+    if processes.count > 1:
+        store, state_store = SharedAnchors(store, processes), SharedStates(state_store, processes)
     _check_supported(model, request)
     solves_chain = METHODS.of(request.method).cls.solves_chain
     solved = solved_set(model, request) if solves_chain else SolvedSet()
@@ -97,9 +103,18 @@ def run_step(
         callbacks.on_message(f"{name} trains nothing: iterations and learning rate are not used.")
     stopping = EarlyStopping(request.training, measure)
     network = networks.get(model.source, device, compute.dtype_on(device))
-    last_result = networks.last_result
     step = _Step(
-        model, request, network, callbacks, store, stopping, state_store, last_result, solved, text_sums
+        model,
+        request,
+        network,
+        callbacks,
+        store,
+        stopping,
+        state_store,
+        networks.last_result,
+        solved,
+        text_sums,
+        processes,
     )
     try:
         trained, edits, drift, figures = step.run(compute)
@@ -143,6 +158,7 @@ class _Step:
     last_result: LastResult
     solved: SolvedSet
     text_sums: TextSums
+    processes: Processes
 
     def run(
         self, compute: Compute
@@ -171,6 +187,7 @@ class _Step:
                 self.state_store,
                 compute,
                 is_offloaded,
+                self.processes,
             )
         edits, drift = dict(outside), {}
         for key in keys:

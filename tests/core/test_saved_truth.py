@@ -1,5 +1,7 @@
 """A written file tells the truth about itself: hashes and pictures of the source, and what rounding keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +12,7 @@ from cul_core.cli import main
 from cul_core.files.safetensors_format import read_header
 from cul_core.models.recognize import detect_family
 from cul_core.output.checkpoint import difference, kept_by_rounding, open_model, rounded, save_checkpoint
-from cul_core.requests.presets import preset
+from cul_core.requests.presets import Preset, preset
 from cul_core.requests.resolve import Overrides, adapt
 
 KEY = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
@@ -125,9 +127,10 @@ def test_equal_models_make_equal_files_whatever_the_rounding(random_checkpoint, 
         save_checkpoint(model, tmp_path / "d.safetensors", rounding="up")
 
 
-def test_the_command_line_says_what_the_file_keeps(random_checkpoint, tmp_path, capsys):
-    out = str(tmp_path / "a.safetensors")
-    command = ["unlearn", "Lava", "--model", str(random_checkpoint), "--preset", "esd", "--iterations", "1"]
+def test_the_command_line_says_what_the_file_keeps(random_checkpoint, tmp_path, monkeypatch, capsys):
+    full, out = Preset.request, str(tmp_path / "a.safetensors")
+    monkeypatch.setattr(Preset, "request", lambda self, *a, **k: replace(full(self, *a, **k), anchor_count=2))
+    command = ["unlearn", "Lava", "--model", str(random_checkpoint), "--preset", "plain", "--iterations", "1"]
     assert main([*command, "--rounding", "nearest", "--out", out]) == 0
     assert "The file's precision keeps" in capsys.readouterr().out
 
