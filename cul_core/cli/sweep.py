@@ -151,11 +151,10 @@ def _runs(words: Sequence[str], where: str) -> Iterator[tuple[str, ...]]:
     if words[0] != "benchmark":
         yield tuple(words)
         return
-    from ..minicanvas.benchmark import grid
+    from ..minicanvas.benchmark import grid, run_pairs
 
     cells = parsed.cells or [cell.name for cell in grid()]
-    orders = [parsed.orders[number % len(parsed.orders)] for number in range(len(parsed.seeds))]
-    for seed, order in zip(parsed.seeds, orders, strict=True):
+    for seed, order in run_pairs(parsed.seeds, parsed.orders):
         for cell in cells:
             one = [
                 "benchmark",
@@ -168,7 +167,7 @@ def _runs(words: Sequence[str], where: str) -> Iterator[tuple[str, ...]]:
                 "--orders",
                 order,
             ]
-            one += ["--pictures", str(parsed.pictures)]
+            one += ["--pictures", str(parsed.pictures), "--blind", parsed.blind]
             yield tuple(one + (["--requests", str(parsed.requests)] if parsed.requests else []))
 
 
