@@ -159,10 +159,10 @@ def _runs(
     if words[0] != "benchmark":
         yield tuple(words)
         return
-    from ..minicanvas.benchmark import grid, seeds_and_orders
+    from ..minicanvas.benchmark import grid, run_pairs
 
     cells = parsed.cells or [cell.name for cell in grid()]
-    for seed, order in seeds_and_orders(parsed.seeds, parsed.orders):
+    for seed, order in run_pairs(parsed.seeds, parsed.orders):
         for cell in cells:
             one = [
                 "benchmark",
