@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..base.bounded_cache import BoundedCache
 from ..base.config import stable_hash
 from ..concepts.captions import anchor_prompts
 from ..concepts.concept import Concept, display_name
@@ -25,6 +26,8 @@ INPUTS = (TEXT, POOLED)
 _COMPONENTS = 64
 """Largest number of rows that are kept of a concept's differences, as their principal components."""
 _BATCH = 64
+_MOMENT_BYTES = 128 << 20
+"""Bound on second moments in memory: four of Stable Diffusion XL."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +119,7 @@ class TextRows:
         self._say: Callable[[str], None] = lambda text: None
         self._kept: TextSums = made_anew
         self._pairs: dict[tuple, Pairs] = {}
+        self._moments: BoundedCache[Tensor] = BoundedCache(lambda moment: moment.nbytes)
         self._vocabulary = network.words() or ["thing"]
         self._made_up = cache(self._made_up)
 
@@ -153,10 +157,20 @@ class TextRows:
         kept = sorted({concept for concept in retain if concept.name.lower() not in names}, key=repr)
         declared = [prompt for concept in kept for prompt in self._sentences(concept, captions, len(kept))]
         groups = [declared, sorted(set(captions)), [""]]
-        moments = [second_moment(self.network, prompts, source) for prompts in groups if prompts]
+        moments = [self._moment(source, prompts) for prompts in groups if prompts]
         if made_up:
             moments += [self._of_made_up(source, targets, made_up)]
         return sum(moments) / len(moments)
+
+    def _moment(self, source: str, prompts: Sequence[str]) -> Tensor:
+        """`second_moment`, kept for the next request of a chain, which mostly shares it."""
+        key = stable_hash([source, list(prompts)])
+        if key not in self._moments:
+            self._check()
+            self._moments.put(key, second_moment(self.network, prompts, source))
+        moment = self._moments.get(key)
+        self._moments.shrink(_MOMENT_BYTES)
+        return moment
 
     def _of_made_up(self, source: str, targets: Sequence[Concept], count: int) -> Tensor:
         taken, total = {word for concept in targets for word in _words(concept.name)}, 0.0
