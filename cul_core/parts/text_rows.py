@@ -73,6 +73,12 @@ def sum_of_squares(
     return total
 
 
+def kept_concepts(retain: Iterable[Concept], targets: Iterable[Concept]) -> list[Concept]:
+    """The distinct concepts to retain that have no target's name, in an order of their own."""
+    names = {concept.name.lower() for concept in targets}
+    return sorted({concept for concept in retain if concept.name.lower() not in names}, key=repr)
+
+
 def _name_at(name: Sequence[int], tokens: Sequence[int]) -> range:
     """Positions of a name's tokens in a prompt's; empty if it does not contain them."""
     for start in range(len(tokens) - len(name) + 1 if name else 0):
@@ -134,9 +140,7 @@ class TextRows:
             captions: anchor prompts of the requests.
             made_up: number of made-up names of each kind; 0 leaves them out.
         """
-        names = {concept.name.lower() for concept in targets}
-        kept = sorted({concept for concept in retain if concept.name.lower() not in names}, key=repr)
-        declared = [prompt for concept in kept for prompt in self._sentences(concept, captions, len(kept))]
+        declared = self.sentences(kept_concepts(retain, targets))
         groups = [declared, sorted(set(captions)), [""]]
         moments = [second_moment(self.network, prompts, source) for prompts in groups if prompts]
         if made_up:
@@ -175,7 +179,11 @@ class TextRows:
     def _made_up_name(self, rng: random.Random) -> str:
         return " ".join(rng.choices(self._vocabulary, k=rng.randint(1, 3)))
 
-    def _sentences(self, concept: Concept, captions: Sequence[str], among: int) -> list[str]:
+    def sentences(self, kept: Sequence[Concept]) -> list[str]:
+        """Sentences with concepts to retain, each with its own prompt."""
+        return [prompt for concept in kept for prompt in self._sentences(concept, len(kept))]
+
+    def _sentences(self, concept: Concept, among: int) -> list[str]:
         """Sentences with a concept to retain: eight, or fewer if there are many concepts."""
         rng, count = random.Random(f"sentences {concept!r}"), max(1, min(8, 1200 // among))
         if concept.kind == "style":
@@ -202,11 +210,31 @@ class TextRows:
             self._pairs[key] = self._paired(source, concept, captions, count)
         return self._pairs[key]
 
-    def _paired(self, source: str, concept: Concept, captions: Sequence[str], count: int) -> Pairs:
-        network = self.network
+    def prompts(self, concept: Concept, captions: Sequence[str], count: int) -> tuple[list[str], list[str]]:
+        """(target prompts, the prompts that they should become), from `count` of the captions."""
         chosen = self._chosen(concept, captions, count)
         versions = [concept.target_prompts(caption) for caption in chosen]
-        prompts = [choices[i % len(choices)] for i, choices in enumerate(versions)]
+        return [choices[i % len(choices)] for i, choices in enumerate(versions)], chosen
+
+    def words(self, source: str, prompts: Sequence[str]) -> list[Tensor]:
+        """Rows (n, d) of each prompt's own tokens and EOS, or its pooled vector (1, d), in fp64 on the
+        CPU."""
+        found = []
+        for start in range(0, len(prompts), _BATCH):
+            self.check()
+            part = prompts[start : start + _BATCH]
+            encoded = self.network.encode(part)
+            if source == POOLED:
+                found += rows_of(encoded, 0, POOLED)[:, None]
+                continue
+            spans = [self.network.content(prompt) for prompt in part]
+            text = encoded.text.cpu().double()
+            found += [rows[at.start : at.stop + 1] for rows, at in zip(text, spans, strict=True)]
+        return found
+
+    def _paired(self, source: str, concept: Concept, captions: Sequence[str], count: int) -> Pairs:
+        network = self.network
+        prompts, chosen = self.prompts(concept, captions, count)
         encoded = network.encode([*prompts, *chosen])
         both = encoded[: len(prompts)], encoded[len(prompts) :]
         if source == POOLED:
