@@ -9,7 +9,6 @@ import torch
 
 from ..base.config import Config, setting
 from ..parts.text_maps import TextMap, damped, ridge_map
-from ..parts.text_rows import sum_of_squares
 from .base import METHODS
 from .closed_form import ClosedForm, Problem
 
@@ -64,6 +63,6 @@ class TRCEText(ClosedForm):
             for side in zip(*pairs, strict=True)
         )
         captions = [*rows.sentences(problem.kept), *problem.captions]
-        kept = sum_of_squares(rows.network, captions, source, rows.check) / len(captions)
+        kept = rows.mean_squares(source, captions)
         mean = len(targets) ** -0.5
         return ridge_map(mean * targets, mean * goals, self.config.keep_weight * damped(kept, _DAMPING))

@@ -147,6 +147,10 @@ class TextRows:
             moments += [self._of_made_up(source, targets, made_up)]
         return sum(moments) / len(moments)
 
+    def mean_squares(self, source: str, prompts: Sequence[str]) -> Tensor:
+        """Mean over prompts of the sum of x x^T (d, d) over the rows x of each, in fp64 on the CPU."""
+        return sum_of_squares(self.network, prompts, source, self.check) / len(prompts)
+
     def _of_made_up(self, source: str, targets: Sequence[Concept], count: int) -> Tensor:
         taken, total = {word for concept in targets for word in _words(concept.name)}, 0.0
         for is_style in sorted({_is_style(concept) for concept in targets}):
@@ -259,7 +263,8 @@ class TextRows:
         """
         usable = [caption for caption in captions if concept.target_prompts(caption)]
         if _is_style(concept):
-            return [usable[i * len(usable) // count] for i in range(min(count, len(usable)))]
+            count = min(count, len(usable))
+            return [usable[i * len(usable) // count] for i in range(count)]
         rng, chosen = random.Random(f"contexts {concept!r}"), []
         for i in range(count if usable else 0):
             caption = usable[i * len(usable) // count]
