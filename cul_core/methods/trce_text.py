@@ -48,7 +48,8 @@ class TRCEText(ClosedForm):
     With EOS rows c_r of N target prompts, EOS rows v_r of the prompts that they should become, and the sum
     K0 of x x^T over all text rows x of a caption, in the mean over captions, M = R (P + mu K0)^-1, where
     R = sum_r (v_r - c_r) c_r^T / N and P = sum_r c_r c_r^T / N. The reference's captions are 30,000 of COCO.
-    Here they are the anchor prompts, and sentences with the names to keep.
+    Here they are the anchor prompts, and sentences with the names to keep; their K0 is damped a little, since
+    few captions leave it nearly singular.
     """
 
     config: TRCETextConfig

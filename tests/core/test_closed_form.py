@@ -15,7 +15,7 @@ from cul_core.methods.null_space import NullSpaceConfig, apart, check_free
 from cul_core.methods.trce_text import TRCETextConfig
 from cul_core.methods.uce import UCEConfig
 from cul_core.parts.subspace import complement_basis, orthonormal_basis
-from cul_core.parts.text_maps import TextMap, ridge_map
+from cul_core.parts.text_maps import TextMap, damped, ridge_map
 from cul_core.parts.text_rows import TEXT, TextRows
 from cul_core.requests.resolve import Overrides, resolve
 from cul_core.training.solved_chain import take_back
@@ -163,7 +163,7 @@ def check_edits(network, edits, expected):
     assert edits.keys() == network.weights("text_readers").keys()
     for key, weight in network.exact(list(edits)).items():
         wanted = expected(weight.double())
-        assert (edits[key] - wanted).norm() < 1e-6 * wanted.norm()
+        assert (edits[key] - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_uces_reference_maps_the_last_token_of_a_style_onto_art(step, shipped_network, rows_at):
@@ -210,7 +210,7 @@ def test_trce_maps_eos_rows_alone_as_its_formula_says(step, shipped_network, row
     kept = [Concept(name) for name in KEPT]
     captions = [*TextRows(shipped_network).sentences(kept), *CAPTIONS]
     text = shipped_network.encode(captions).text[:, 1:].double().flatten(0, 1)
-    moment = text.T @ text / len(captions)
+    moment = damped(text.T @ text / len(captions), 1e-9)
     inverse = torch.linalg.inv(c.T @ c / len(c) + 0.05 * moment)
     check_edits(
         shipped_network,
