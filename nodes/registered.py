@@ -19,7 +19,7 @@ from . import _host
 from ._node import UnlearningNode
 from ._types import CulModel, Method, Regularizers
 
-_RECOMMENDED = PRESETS["recommended"]
+_TRAINED = PRESETS["trained"]
 
 
 def _widget(field: dataclasses.Field, default: Any) -> io.Input:
@@ -49,8 +49,8 @@ def _widgets(config: Config, later: bool = False) -> list[io.Input]:
 
 
 def _defaults(config: type[Config]) -> Config:
-    """What the recommended preset sets, if it uses this; else the config's own defaults."""
-    used = (_RECOMMENDED.method, *_RECOMMENDED.regularizers)
+    """What the preset `trained` sets, if it uses this; else the config's own defaults."""
+    used = (_TRAINED.method, *_TRAINED.regularizers)
     return next((instance for instance in used if type(instance) is config), config())
 
 

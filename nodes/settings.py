@@ -75,6 +75,16 @@ class TrainingSettings(UnlearningNode):
                     tooltip="Sampling steps of each anchor image. 0: the preset's value for this kind of "
                     "model.",
                 ),
+                io.Float.Input(
+                    "anchor_guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip="Guidance scale (CFG) of each of them. 1 is none, as distilled models (Turbo, "
+                    "Lightning, LCM) need it. 0 means as the preset says for this kind of model.",
+                ),
             ],
             outputs=[
                 Training.Output(

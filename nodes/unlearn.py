@@ -1,9 +1,9 @@
-"""Unlearn Step and Unlearn Sequence: the nodes that train."""
+"""Unlearn Step and Unlearn Sequence: the nodes that make a model forget."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 
@@ -12,7 +12,9 @@ from comfy_api.v0_0_2 import io
 
 from ..cul_core.concepts.concept import KINDS
 from ..cul_core.concepts.parsing import ConceptList, parse_keep, parse_requests
+from ..cul_core.files.locks import Waiting
 from ..cul_core.history.unlearn_model import UnlearnModel
+from ..cul_core.methods import METHODS
 from ..cul_core.models.load_diffusers import NetworkCache, require_diffusers
 from ..cul_core.output.charts import labelled_grid, loss_curve
 from ..cul_core.output.report import brief_text, step_text
@@ -40,15 +42,17 @@ def _how_to_train() -> list[io.Input]:
             "preset",
             options=list(PRESETS),
             default="recommended",
-            tooltip=f"Method, regularizers and training settings. {descriptions}",
+            tooltip="Method, regularizers and training settings. Every figure is of MiniCanvas: on Stable "
+            "Diffusion nothing was measured, so no preset is recommended there by a measurement. "
+            f"{descriptions}",
         ),
         io.Int.Input(
             "train_seed",
             default=0,
             min=0,
             max=2**53 - 1,
-            tooltip="Seed of everything random in the step. Another seed trains anew; the same seed takes "
-            "the finished step from the store.",
+            tooltip="Seed of everything random in the step. Another seed computes it anew; the same seed "
+            "takes the finished step from the store.",
         ),
         io.Int.Input(
             "preview_every",
@@ -56,7 +60,8 @@ def _how_to_train() -> list[io.Input]:
             min=0,
             max=100_000,
             tooltip="Iterations between previews of the same prompts and noise; more where previews would "
-            "take over a twentieth of the training. 0: no previews.",
+            "take over a twentieth of the training. Without training, as in the preset recommended, "
+            "there is one before and one after the last request. 0: no previews.",
         ),
         Method.Input("method", optional=True, tooltip="Method in place of the preset's."),
         Regularizers.Input("regularizers", optional=True, tooltip="Regularizers in place of the preset's."),
@@ -88,13 +93,19 @@ class _Watch:
     previews."""
 
     def __init__(self, loaded: LoadedModel, requests: Sequence[Request], preview_every: int):
-        self._loaded, self._every = loaded, preview_every
+        self._loaded, self._every, self._last = loaded, preview_every, requests[-1]
         self._progress = _host.Progress(sum(max(request.training.iterations, 1) for request in requests))
         self._done, self._before, self._lines, self._note = 0, [], [], ""
 
-    def waiting(self) -> None:
-        self._progress.say("Another ComfyUI trains this step; waiting for its result.", now=False)
-        _host.raise_if_cancelled()
+    def waiting(self) -> Callable[[], None]:
+        """To be called while another process trains the next step."""
+        say = Waiting("Another ComfyUI trains this step", self._progress.say, every_seconds=1.0)
+
+        def wait() -> None:
+            say()
+            _host.raise_if_cancelled()
+
+        return wait
 
     def finished(self, request: Request, report: StepReport, note: str) -> None:
         self._done += max(request.training.iterations, 1)
@@ -105,6 +116,8 @@ class _Watch:
     def callbacks(self, request: Request) -> Callbacks:
         names = " + ".join(concept.name for concept in request.concepts)
         shown = preview_prompts(request)
+        is_closed_form = METHODS.of(request.method).cls.is_closed_form
+        every = 0 if is_closed_form and request is not self._last else self._every
         if self._loaded.value.family.image_size_px > 768:
             # the first and the last: each takes as long as many iterations
             shown = shown[:: max(len(shown) - 1, 1)]
@@ -133,10 +146,16 @@ class _Watch:
                 for label, row in (("before", self._before), ("now", images if iteration else []))
                 if row
             ]
-            title = f"{names}: iteration {iteration} of {request.training.iterations}"
+            if is_closed_form:
+                title = f"{names}: {'now' if iteration else 'before'}"
+            else:
+                title = f"{names}: iteration {iteration} of {request.training.iterations}"
             self._progress.update(
                 self._done + iteration, labelled_grid(title, [label for label, _ in shown], rows, cell=128)
             )
+
+        def on_stage(text: str) -> None:
+            self._progress.say(f"{names}: {text}{self._note}", now=False)
 
         def on_message(text: str) -> None:
             self._note = f"\n{text}"
@@ -148,8 +167,9 @@ class _Watch:
             on_anchors,
             on_preview,
             tuple(prompt for _, prompt in shown),
-            preview_interval(request, self._every, len(shown)),
+            preview_interval(request, every, len(shown)),
             on_message,
+            on_stage,
         )
 
 
@@ -170,11 +190,12 @@ def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int
             return until_the_last.enter_context(_host.training_device(networks.free))
 
         def train(model: UnlearnModel, request: Request, state_store: StateStore):
-            kept = {"store": store.anchors, "networks": networks, "state_store": state_store}
-            return run_step(model, request, device=device(), callbacks=watch.callbacks(request), **kept)
+            kept = {"store": store.anchors, "networks": networks, "text_sums": store.texts}
+            watched = {"callbacks": watch.callbacks(request), "state_store": state_store}
+            return run_step(model, request, device=device(), **kept, **watched)
 
         for request in requests:
-            outcome = store.get_or_train(value, request, partial(train, value, request), watch.waiting)
+            outcome = store.get_or_train(value, request, partial(train, value, request), watch.waiting())
             value = outcome.model
             reports.append(outcome.report)
             watch.finished(request, outcome.report, outcome.note)
@@ -191,9 +212,9 @@ class UnlearnStep(UnlearningNode):
             node_id="CUL_UnlearnStep",
             display_name="Unlearn Step",
             category="unlearning",
-            description="Trains the model to forget the concepts and gives out the edited model. Chain "
-            "several to forget one request after another. A finished step is kept: the same "
-            "graph takes it instead of training again, after a restart too.",
+            description="Makes the model forget the concepts and gives out the edited model. Chain several "
+            "to forget one request after another. A finished step is kept: the same graph takes "
+            "it instead of computing it again, after a restart too.",
             inputs=[
                 CulModel.Input(
                     "model", tooltip="Model to edit, from Load Model for Unlearning or from the step before."
@@ -220,7 +241,7 @@ class UnlearnSequence(UnlearningNode):
             display_name="Unlearn Sequence",
             category="unlearning",
             description="Forgets a list of requests one after another, as a chain of Unlearn Steps would. "
-            "Every finished line is kept: adding a line at the end trains only that line.",
+            "Every finished line is kept: adding a line at the end computes only that line.",
             inputs=[
                 CulModel.Input(
                     "model", tooltip="Model to edit, from Load Model for Unlearning or from an Unlearn Step."

@@ -61,6 +61,10 @@ _SEAL = "sha256"
 """Name of the tensor that holds a sealed file's SHA-256."""
 
 
+class _HeaderTooLarge(ValueError):
+    """A header is larger than this module reads, though it may be valid."""
+
+
 def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
     """(tensor entries by name, metadata, offset of the first data byte) of a safetensors file.
 
@@ -85,15 +89,21 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
             if not 2 <= length <= size - 8:
                 raise ValueError("impossible header length")
             if length > _LARGEST_HEADER:
-                raise ValueError("header too large")
+                raise _HeaderTooLarge
             header, metadata, end = _checked(file.read(length))
     except FileNotFoundError as error:
         raise ModelError(
             f"There is no file {brief_repr(path.name)} in {brief_repr(str(path.parent))}; check the name."
         ) from error
+    except _HeaderTooLarge as error:
+        raise ModelError(
+            f"{brief_repr(path.name)} has a header of more than {_LARGEST_HEADER // 1_000_000} MB or "
+            f"{_MOST_VALUES:,} values, which is not read here; save it again with less metadata."
+        ) from error
     except (OSError, struct.error, *_MISFITS) as error:
         raise ModelError(
-            f"{brief_repr(path.name)} cannot be read as a safetensors file; choose a .safetensors checkpoint "
+            f"{brief_repr(path.name)} cannot be read as a safetensors file; choose a .safetensors "
+            "checkpoint "
             "or download it again."
         ) from error
     if size != 8 + length + end:
@@ -107,7 +117,7 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
 def check_header(text: bytes) -> None:
     """Raises ValueError for a header that is larger than this module reads."""
     if len(text) > _LARGEST_HEADER or sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-        raise ValueError("header too large")
+        raise _HeaderTooLarge("header too large")
 
 
 def _checked(text: bytes) -> tuple[dict[str, dict], dict[str, str], int]:
@@ -268,7 +278,8 @@ def packed_header(
         _checked(text)
     except _MISFITS as error:
         raise CheckpointError(
-            f"{name!r} could not be read again ({brief_repr(str(error))}); begin with a file that holds less "
+            f"{name!r} could not be read again ({brief_repr(str(error))}); begin with a file that holds "
+            "less "
             "metadata, or train fewer iterations."
         ) from error
     return struct.pack("<Q", len(text)) + text
@@ -357,6 +368,11 @@ def read_sealed(path: Path, unsealed: bool = False) -> tuple[dict[str, Tensor], 
     except (OSError, KeyError, RuntimeError) as error:
         raise damaged from error
     return tensors, metadata
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(values.sum(dtype=torch.float32).isfinite() or values.isfinite().all())  # the sum is faster
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -55,6 +55,11 @@ class StepRecord:
         return tuple(concept["target"] for concept in self.request["concepts"])
 
     @property
+    def has_changed(self) -> bool:
+        """Whether the step changed any weight."""
+        return self.result != self.parent
+
+    @property
     def is_merge(self) -> bool:
         """Whether the record is of a merge instead of a step."""
         return "merge" in self.request

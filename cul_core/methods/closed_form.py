@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..models.network import Network
 from ..models.weight_roles import keys_with_role
 from ..parts.step_context import SolvedRequest, StepContext
 from ..parts.text_maps import TextMap, expected_collateral
-from ..parts.text_rows import POOLED, TEXT, Pairs, TextRows, kept_concepts
+from ..parts.text_rows import POOLED, TEXT, Pairs, Responses, TextRows, kept_concepts
 from .base import Method
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Problem:
 
     @cached_property
     def residues(self) -> Residues:
-        return Residues(self.pairs, _outputs(self.readers))
+        return Residues(self.pairs, self.rows.responses(self.source, lambda: _outputs(self.readers)))
 
     def check_room(self, directions: int, held: int = 0) -> None:
         """Warn if little room is left for directions beside the `held` ones.
@@ -128,6 +128,7 @@ class ClosedForm(Method):
     is_closed_form = True
     solves_chain = True
     needs = ("text_readers",)
+    draws_made_up_names = True  # at least for the rows of objects, of which some stand in a made-up style
     role = "text_inputs"
 
     def __init__(self, config: Config):
@@ -143,8 +144,10 @@ class ClosedForm(Method):
         return 0
 
     def solve(self, context: StepContext, requests: Sequence[SolvedRequest]) -> dict[str, Tensor]:
-        rows = context.last_result.of(("text rows", context.source), lambda: TextRows(context.network))
-        rows.check = context.check
+        rows = context.last_result.of(
+            ("text rows", context.source), lambda: TextRows(context.network, context.source)
+        )
+        rows.watched_by(context)
         _check_names(context.network, requests)
         edits, self._report = {}, {}
         for source, readers in _readers(context).items():
@@ -176,19 +179,21 @@ class ClosedForm(Method):
         return self._report
 
 
+@dataclass(frozen=True, eq=False)
 class Residues:
-    """Residues of concepts under a map, on the outputs (r, d) of the matrices."""
+    """Residues of concepts under a map.
 
-    def __init__(self, pairs: Sequence[Pairs], outputs: Tensor):
-        self._pairs = pairs
-        self.factor = torch.linalg.qr(outputs, mode="r").R
-        """R (m, d): ||R x|| is the norm of the outputs' response to a row x."""
+    Args:
+        pairs: rows of each concept beside their goals.
+        matrices: what the matrices respond.
+    """
+
+    pairs: Sequence[Pairs]
+    matrices: Responses
 
     def responses(self, solution: TextMap) -> Iterator[tuple[Tensor, Tensor]]:
         """(response to what is left of the difference, to the whole difference) of each concept."""
-        for pair in self._pairs:
-            whole = (pair.targets - pair.goals) @ self.factor.T
-            yield whole + (solution(pair.targets) - pair.targets) @ self.factor.T, whole
+        return self.matrices.under(solution, self.pairs)
 
     def of(self, solution: TextMap) -> list[float]:
         """The residue of each concept."""
@@ -215,8 +220,13 @@ def _outputs(readers: Mapping[str, Tensor]) -> Tensor:
 
 def _check_names(network: Network, requests: Sequence[SolvedRequest]) -> None:
     """Raises ConceptError for a target that the model reads as a name to keep, or that the encoder cuts."""
+
+    @cache
+    def by_tokens(retain: tuple[Concept, ...]) -> dict[tuple[int, ...], str]:
+        return {network.tokens(concept.name): concept.name for concept in retain}
+
     for request in requests:
-        kept = {network.tokens(concept.name): concept.name for concept in request.retain}
+        kept = by_tokens(request.retain)
         for concept in request.concepts:
             tokens = network.tokens(concept.name)
             if tokens in kept:

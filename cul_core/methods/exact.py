@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base.config import Config, setting
-from ..parts.text_maps import TextMap, principal_directions, removal, whitener
+from ..parts.text_maps import TextMap, removal
 from .base import METHODS
 from .closed_form import ClosedForm, Problem, Residues
 
@@ -78,16 +78,17 @@ class Exact(ClosedForm):
     config: ExactConfig
 
     def fit(self, problem: Problem) -> TextMap:
-        factor = whitener(problem.moment(self.config.made_up), self.config.damping)
+        moment = problem.moment(self.config.made_up)
+        whitening = problem.rows.whitening(problem.source, moment, self.config.damping)
         found = [
-            principal_directions(pair.differences, factor, request.method.directions)
+            whitening.directions(pair, request.method.directions)
             for pair, (_, request) in zip(problem.pairs, problem.named, strict=True)
         ]
         directions = torch.cat(found, dim=1)
         problem.check_room(directions.shape[1])
         owners = torch.tensor([i for i, own in enumerate(found) for _ in range(own.shape[1])])
         wanted = [request.method.residue for _, request in problem.named]
-        return _settled(problem.residues, directions, factor, owners, wanted)
+        return _settled(problem.residues, directions, whitening.factor, owners, wanted)
 
 
 def _settled(

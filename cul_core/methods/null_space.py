@@ -149,7 +149,7 @@ class NullSpace(ClosedForm):
             own = [i for i, owner in enumerate(owners) if owner is request]
             if earlier:
                 past = TextMap(up[:, earlier], found.down[earlier])
-                up[:, own] = apart(up[:, own], past, problem.residues.factor, self.config.overlap)
+                up[:, own] = apart(up[:, own], past, problem.residues.matrices.factor, self.config.overlap)
             earlier += own
         return TextMap(up, found.down)
 

@@ -1,4 +1,5 @@
-"""The demonstration: a chain of requests with `plain` and one with `recommended`, both measured.
+"""The demonstration: a chain of requests with `plain`, which trains, and one with `recommended`, both
+measured.
 
 Chains and evaluations are jobs for a few processes of one thread each. Every image has its own generator, so
 the figures do not depend on the number of processes.
@@ -274,7 +275,7 @@ def _run_jobs(
                     key = jobs.pop(job)
                     results[key] = job.result()
                     if key[0] == "anchors":
-                        for run in reversed(RUNS):  # the slower chain first
+                        for run in RUNS:  # the slower chain first
                             submit("chain", run)
                     elif key[0] == "chain":
                         for k in reversed(plan.marks):

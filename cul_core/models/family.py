@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .noise_process import DiscreteProcess, NoiseProcess
 
+_DISTILLED_STEPS = 8
+"""Sampling steps that suit models distilled to 1, 2, 4 or 8."""
 _CONFIGS = Path(__file__).parent / "configs"
 Shapes = Mapping[str, tuple[int, ...]]
 """Checkpoint key -> shape."""
@@ -48,6 +50,7 @@ class TextEncoder:
             one with it.
         pads_with_zero: pad with token 0 after EOS instead of with EOS.
         is_pooled: whether the network also reads its pooled, projected vector of the prompt.
+        other_prefixes: key prefixes that its tensors have in other files.
     """
 
     prefix: str
@@ -56,6 +59,7 @@ class TextEncoder:
     skips_last: bool = False
     pads_with_zero: bool = False
     is_pooled: bool = False
+    other_prefixes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,23 @@ class Captions:
     for_styles: tuple[str, ...]
     subjects: tuple[str, ...]
     for_others: tuple[str, ...]
+
+
+def predicting_velocity(family: Family, ends_in_noise: bool) -> Family:
+    """The family's variant that predicts the velocity, with the same images."""
+    return replace(
+        family,
+        display_name=f"{family.display_name} (v-prediction)",
+        process=DiscreteProcess("v_prediction", ends_in_noise),
+    )
+
+
+def distilled(family: Family) -> Family:
+    """The family's variant that is distilled to few steps without guidance, as Turbo and Lightning are."""
+    recipe = family.recipe and replace(family.recipe, anchor_steps=_DISTILLED_STEPS, anchor_guidance=1.0)
+    return replace(
+        family, display_name=f"{family.display_name} (distilled)", recipe=recipe, is_distilled=True
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +112,7 @@ class Family:
         recognize: whether a checkpoint with these shapes, of this file name, is of the family; raises
             ModelError for one of the family that cannot be edited.
         variant: the family's variant in a checkpoint, from its header and a function that reads a tensor.
+        velocity: the family's variant that predicts the velocity; its schedule has zero terminal SNR or not.
         folder: folder of constructor arguments, maybe with the tokenizer; None for this package's own.
         ships_tokenizer: whether the folder holds the tokenizer; otherwise the caller gives a tokenizer.
         has_decoder: whether a tiny autoencoder is loaded with the network; otherwise callers decode latents.
@@ -100,6 +122,7 @@ class Family:
         captions: caption templates for anchor prompts; None for the common ones.
         classifier: makes the classifier of its images (`audits.classification.Classifier`); None without one.
         is_small: whether the network fits any memory and is too small to gain by `frozen_layers`.
+        is_distilled: whether the checkpoint is distilled to few sampling steps without guidance.
     """
 
     name: str
@@ -114,6 +137,7 @@ class Family:
     recognize: Callable[[Family, Shapes, str], bool]
     process: NoiseProcess = DiscreteProcess()
     variant: Callable[[Family, Mapping[str, dict], Callable[[str], Any]], Family] = lambda family, *_: family
+    velocity: Callable[[Family, bool], Family] = predicting_velocity
     folder: Path | None = None
     ships_tokenizer: bool = False
     has_decoder: bool = False
@@ -123,6 +147,7 @@ class Family:
     captions: Captions | None = None
     is_small: bool = False
     classifier: Callable[[], Any] | None = None
+    is_distilled: bool = False
 
     def config(self, part: str) -> dict[str, Any]:
         """Constructor arguments of `unet`, of a text encoder or of `vae`."""

@@ -19,11 +19,13 @@ class Network(ABC):
     """A text-to-image model with frozen weights, as the core uses it; stateful, so never a node's output.
 
     Weights are named by checkpoint key. `shared_rows` is the number of leading text rows that are the same
-    for every prompt, such as that of CLIP's start token.
+    for every prompt, such as that of CLIP's start token. `withheld_words` are left out of `words`, from which
+    methods make up names: a benchmark hides them.
     """
 
     family: Family
     shared_rows: int = 0
+    withheld_words: frozenset[str] = frozenset()
 
     @property
     def process(self) -> NoiseProcess:
@@ -85,7 +87,7 @@ class Network(ABC):
 
     @abstractmethod
     def words(self, least_letters: int = 3) -> list[str]:
-        """Lower-case words that are a single token, in the vocabulary's order."""
+        """Lower-case words that are a single token, in the vocabulary's order, without `withheld_words`."""
 
     def token_count(self, prompt: str) -> int:
         """Number of the prompt's own tokens."""
@@ -147,6 +149,15 @@ class Network(ABC):
         raise NotImplementedError
 
     # --- images
+
+    def check_autoencoder(self) -> None:
+        """Check that `with_autoencoder` can be entered, before images are sampled.
+
+        Raises:
+            ModelError: it cannot.
+        """
+        with self.with_autoencoder():
+            pass
 
     def with_autoencoder(self) -> AbstractContextManager[None]:
         """Make `decode` and `encode_images` available within the block.

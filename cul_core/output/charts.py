@@ -214,15 +214,20 @@ def bars(title: str, rows: Sequence[tuple[str, float]], unit: str = "") -> Image
 def loss_curve(title: str, losses: Sequence[float], size: tuple[int, int] = (560, 300)) -> Image.Image:
     """The loss against the iteration, with a running mean over a tenth of the run.
 
-    With more values than pixels, only the lowest and highest value of each stretch are drawn.
+    With more values than pixels, only the lowest and highest value of each stretch are drawn. Without values,
+    which a closed-form step has none of, the chart says so.
     """
     font, head = _font(14), _font(18)
     width, height = size
     canvas = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((12, 10), title, fill=_INK, font=head)
+    if not losses:
+        text = "nothing was trained, so there is no loss"
+        draw.text((width / 2, height / 2), text, fill=_INK, font=font, anchor="mm")
+        return canvas
     x0, y0, w, h = 66, 48, width - 86, height - 100
-    top = max(losses, default=0) or 1
+    top = max(losses) or 1
     for tick in range(5):
         y = y0 + h * (1 - tick / 4)
         draw.line([(x0, y), (x0 + w, y)], fill=_FAINT)

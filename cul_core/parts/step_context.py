@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,28 @@ from ..concepts.concept import Concept
 from ..models.network import Network
 from ..models.sampling import SamplerConfig
 from .training_config import TrainingConfig
+
+
+class TextSums(Protocol):
+    """Keeps sums over encoded text between runs."""
+
+    def __call__(
+        self, key: str, make: Callable[[], Mapping[str, Tensor]], check: Callable[[], None]
+    ) -> Mapping[str, Tensor]:
+        """The tensors kept under `key`, or those that `make` gives, on the CPU.
+
+        Args:
+            key: hash of everything that determines the tensors.
+            make: makes them.
+            check: called while another process makes them; raises Cancelled to stop.
+        """
+
+
+def made_anew(
+    key: str, make: Callable[[], Mapping[str, Tensor]], check: Callable[[], None]
+) -> Mapping[str, Tensor]:
+    """`TextSums` that keeps nothing."""
+    return make()
 
 
 @dataclass(frozen=True)
@@ -71,6 +94,8 @@ class StepContext:
         last_result: cache of a part's result from an earlier step, such as importance scores.
         source: content hash of the pretrained weights, for caches that depend on nothing else.
         solved: requests that a closed-form method solves together.
+        say: called with what is being done, such as 'reading sentence 64 of 1200'.
+        text_sums: keeps sums over encoded text between runs.
     """
 
     network: Network
@@ -89,6 +114,8 @@ class StepContext:
     last_result: LastResult = field(default_factory=LastResult)
     source: str = ""
     solved: SolvedSet = SolvedSet()
+    say: Callable[[str], None] = lambda text: None
+    text_sums: TextSums = made_anew
 
     @property
     def text_readers(self) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
@@ -11,10 +11,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..base.config import stable_hash
+from ..base.last_result import LastResult
 from ..concepts.captions import anchor_prompts
 from ..concepts.concept import Concept, display_name
 from ..models.network import Network
 from ..models.text_conditioning import Conditioning
+from .step_context import StepContext, TextSums, made_anew
+from .text_maps import TextMap, principal_directions, whitener
 
 TEXT, POOLED = "text", "pooled"
 INPUTS = (TEXT, POOLED)
@@ -42,6 +46,41 @@ class Pairs:
     goals: Tensor
 
 
+class Whitening:
+    """The Cholesky factor L of a damped second moment, with the directions of concepts in its coordinates."""
+
+    def __init__(self, moment: Tensor, damping: float):
+        self.moment, self.damping, self.factor = moment, damping, whitener(moment, damping)
+        self._directions: dict[tuple[Pairs, int], Tensor] = {}
+
+    def directions(self, pair: Pairs, count: int) -> Tensor:
+        """The `principal_directions` (d, m) of a concept's differences."""
+        if (pair, count) not in self._directions:
+            self._directions[pair, count] = principal_directions(pair.differences, self.factor, count)
+        return self._directions[pair, count]
+
+
+class Responses:
+    """Responses of matrices to the rows of concepts, on R (m, d): ||R x|| is the norm of their outputs for x.
+
+    Args:
+        outputs: rows (r, d) of the matrices.
+    """
+
+    def __init__(self, outputs: Tensor):
+        self.factor = torch.linalg.qr(outputs, mode="r").R
+        self._whole: dict[Pairs, Tensor] = {}
+
+    def under(self, solution: TextMap, pairs: Iterable[Pairs]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(response to what a map leaves of the difference, to the whole difference) of each concept."""
+        up = (self.factor @ solution.up).T
+        for pair in pairs:
+            if pair not in self._whole:
+                self._whole[pair] = (pair.targets - pair.goals) @ self.factor.T
+            whole = self._whole[pair]
+            yield whole + (pair.targets @ solution.down.T) @ up, whole
+
+
 def rows_of(conditioning: Conditioning, shared: int, source: str = TEXT) -> Tensor:
     """All rows (n, d) that count, in fp64 on the CPU: text rows after the shared ones, or pooled vectors."""
     if source == POOLED:
@@ -52,25 +91,21 @@ def rows_of(conditioning: Conditioning, shared: int, source: str = TEXT) -> Tens
     return text[conditioning.mask.cpu()[:, shared:].bool()]
 
 
-def second_moment(network: Network, prompts: Sequence[str], source: str = TEXT) -> Tensor:
-    """Mean of x x^T (d, d) over all rows x of the prompts, scaled to trace 1, in fp64 on the CPU."""
-    total = sum_of_squares(network, prompts, source)
-    return total / total.trace()
+def sums_of_squares(
+    network: Network, prompts: Sequence[str], on_batch: Callable[[int, int], None] = lambda done, count: None
+) -> dict[str, Tensor]:
+    """Sum of x x^T (d, d) over all rows x of the prompts, in fp64 on the CPU, by what is read of them.
 
-
-def sum_of_squares(
-    network: Network, prompts: Sequence[str], source: str, check: Callable[[], None] = lambda: None
-) -> Tensor:
-    """Sum of x x^T (d, d) over all rows x of the prompts, in fp64 on the CPU.
-
-    `check` is called before each batch; it may raise to stop.
+    `on_batch` is called before each batch with (prompts encoded, their number); it may raise to stop.
     """
-    total: Tensor | float = 0.0
+    totals: dict[str, Tensor] = {}
     for start in range(0, len(prompts), _BATCH):
-        check()
-        rows = rows_of(network.encode(prompts[start : start + _BATCH]), network.shared_rows, source)
-        total = total + rows.T @ rows
-    return total
+        on_batch(start, len(prompts))
+        encoded = network.encode(prompts[start : start + _BATCH])
+        for source in INPUTS if encoded.pooled is not None else (TEXT,):
+            rows = rows_of(encoded, network.shared_rows, source)
+            totals[source] = totals.get(source, 0.0) + rows.T @ rows
+    return totals
 
 
 def kept_concepts(retain: Iterable[Concept], targets: Iterable[Concept]) -> list[Concept]:
@@ -105,18 +140,33 @@ class TextRows:
     """Encoded text of one network that closed-form methods share; what it encodes is kept.
 
     Everything is a function of names and prompts alone, so a set of requests gives the same rows in any
-    order. The object holds statistics of about 0.3 MB for each concept, and one (d, d) matrix for each kind.
+    order. The object holds statistics of about 1 MB for each concept, and a few (d, d) matrices. With them,
+    one more request costs its own rows, and the solve.
 
     Args:
         network: the model, whose text encoders and tokenizer are used.
-        check: raises Cancelled if the caller wants to stop.
+        origin: content hash of the network's weights, for what is kept between runs.
     """
 
-    def __init__(self, network: Network, check: Callable[[], None] = lambda: None):
-        self.network, self.check = network, check
+    def __init__(self, network: Network, origin: str = ""):
+        self.network, self.origin = network, origin
+        self._check: Callable[[], None] = lambda: None
+        self._say: Callable[[str], None] = lambda text: None
+        self._kept: TextSums = made_anew
         self._pairs: dict[tuple, Pairs] = {}
+        self._squares: dict[str, LastResult] = {}
+        self._whitenings: dict[str, Whitening] = {}
+        self._responses: dict[str, Responses] = {}
         self._vocabulary = network.words() or ["thing"]
         self._made_up = cache(self._made_up)
+
+    def watched_by(self, context: StepContext) -> None:
+        """Use the context's ways to stop, to tell about progress, and to keep sums between runs."""
+        self._check, self._say, self._kept = context.check, context.say, context.text_sums
+
+    def _on_batch(self, done: int, count: int) -> None:
+        self._check()
+        self._say(f"reading sentence {done} of {count}")
 
     # --- what is kept
 
@@ -141,28 +191,47 @@ class TextRows:
             made_up: number of made-up names of each kind; 0 leaves them out.
         """
         declared = self.sentences(kept_concepts(retain, targets))
-        groups = [declared, sorted(set(captions)), [""]]
-        moments = [second_moment(self.network, prompts, source) for prompts in groups if prompts]
+        groups = {"declared": declared, "captions": sorted(set(captions)), "empty": [""]}
+        sums = [self._sum_of_squares(name, prompts, source) for name, prompts in groups.items() if prompts]
         if made_up:
-            moments += [self._of_made_up(source, targets, made_up)]
-        return sum(moments) / len(moments)
+            sums += [self._of_made_up(source, targets, made_up)]
+        return sum(total / total.trace() for total in sums) / len(sums)
+
+    def _sum_of_squares(self, group: str, prompts: Sequence[str], source: str) -> Tensor:
+        """`sums_of_squares` of the prompts of a group; the last ones of each group are kept."""
+        last = self._squares.setdefault(group, LastResult())
+        sums = last.of(tuple(prompts), lambda: sums_of_squares(self.network, prompts, self._on_batch))
+        return sums[source]
+
+    def whitening(self, source: str, moment: Tensor, damping: float) -> Whitening:
+        """The whitening of a `moment`; the last one is kept while neither of them changes."""
+        last = self._whitenings.get(source)
+        if last is None or last.damping != damping or not torch.equal(last.moment, moment):
+            last = self._whitenings[source] = Whitening(moment, damping)
+        return last
+
+    def responses(self, source: str, outputs: Callable[[], Tensor]) -> Responses:
+        """Responses of the pretrained matrices that read `source`, made once of their `outputs` (r, d)."""
+        if source not in self._responses:
+            self._responses[source] = Responses(outputs())
+        return self._responses[source]
 
     def mean_squares(self, source: str, prompts: Sequence[str]) -> Tensor:
         """Mean over prompts of the sum of x x^T (d, d) over the rows x of each, in fp64 on the CPU."""
-        return sum_of_squares(self.network, prompts, source, self.check) / len(prompts)
+        return self._sum_of_squares("mean", prompts, source) / len(prompts)
 
     def _of_made_up(self, source: str, targets: Sequence[Concept], count: int) -> Tensor:
         taken, total = {word for concept in targets for word in _words(concept.name)}, 0.0
         for is_style in sorted({_is_style(concept) for concept in targets}):
-            prompts, squares = self._made_up(is_style, count, source)
+            prompts, sums = self._made_up(is_style, count)
             dropped = [prompt for prompt, words in prompts.items() if words & taken]
-            total = total + squares
+            total = total + sums[source]
             if dropped:
-                total = total - sum_of_squares(self.network, dropped, source, self.check)
-        return total / total.trace()
+                total = total - self._sum_of_squares(f"dropped {is_style}", dropped, source)
+        return total
 
-    def _made_up(self, is_style: bool, count: int, source: str) -> tuple[dict[str, set[str]], Tensor]:
-        """(sentence -> words of the made-up names in it, sum of x x^T over all rows x of the sentences).
+    def _made_up(self, is_style: bool, count: int) -> tuple[dict[str, set[str]], dict[str, Tensor]]:
+        """(sentence -> words of the made-up names in it, `sums_of_squares` of the sentences).
 
         A made-up style stands in a caption of an image without style, any other made-up name in the place of
         an anchor, two of three also in a made-up style.
@@ -178,7 +247,10 @@ class TextRows:
             style = name if is_style else self._made_up_name(rng) if number % 3 else ""
             prompt = rng.choice(Concept(style).target_prompts(caption)) if style else caption
             prompts[prompt] = set(f"{name} {style}".split())
-        return prompts, sum_of_squares(self.network, list(prompts), source, self.check)
+        sentences = list(prompts)
+        key = stable_hash(["sums of squares", self.origin, self.network.device.type, sentences])
+        sums = self._kept(key, lambda: sums_of_squares(self.network, sentences, self._on_batch), self._check)
+        return prompts, sums
 
     def _made_up_name(self, rng: random.Random) -> str:
         return " ".join(rng.choices(self._vocabulary, k=rng.randint(1, 3)))
@@ -210,7 +282,8 @@ class TextRows:
         """
         key = (source, concept, tuple(captions), count)
         if key not in self._pairs:
-            self.check()
+            self._check()
+            self._say(f"reading {concept.name!r}")
             self._pairs[key] = self._paired(source, concept, captions, count)
         return self._pairs[key]
 
@@ -225,7 +298,7 @@ class TextRows:
         CPU."""
         found = []
         for start in range(0, len(prompts), _BATCH):
-            self.check()
+            self._check()
             part = prompts[start : start + _BATCH]
             encoded = self.network.encode(part)
             if source == POOLED:

@@ -144,6 +144,7 @@ class GradientProjection(Regularizer):
 
     config: ProjectionConfig
     needs = ("text_readers",)
+    draws_made_up_names = True
 
     def prepare(self, context: StepContext) -> None:
         network, self._readers = context.network, context.text_readers

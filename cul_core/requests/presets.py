@@ -84,21 +84,20 @@ class Preset:
         """This preset with some values replaced, by name.
 
         Args:
-            values: settings of `TrainingConfig`, and `anchor_count` and `anchor_steps`.
+            values: settings of `TrainingConfig`, and `anchor_count`, `anchor_steps` and `anchor_guidance`.
 
         Raises:
             ConfigError: an unknown setting, or a value out of range.
         """
-        values = dict(values)
-        count, steps = (
-            values.pop("anchor_count", self.anchor_count),
-            values.pop("anchor_steps", self.anchor_sampler.steps),
-        )
+        values, sampler = dict(values), self.anchor_sampler
+        count = values.pop("anchor_count", self.anchor_count)
+        steps = values.pop("anchor_steps", sampler.steps)
+        guidance = values.pop("anchor_guidance", sampler.guidance_scale)
         return replace(
             self,
             training=TrainingConfig.from_json(self.training.to_json() | values),
             anchor_count=count,
-            anchor_sampler=replace(self.anchor_sampler, steps=steps),
+            anchor_sampler=replace(sampler, steps=steps, guidance_scale=guidance),
         )
 
     def request(
@@ -130,6 +129,7 @@ _ESD_PAPER = TrainingConfig(
 )
 _STEEP = TrainingConfig(learning_rate=6e-4, schedule="linear")
 _DAMPED = ProjectionConfig(decoys=300, damping=3e-5)
+_EXACT = {"method": ExactConfig(), "regularizers": (), "training": TrainingConfig(iterations=0)}
 
 PRESETS = {
     "plain": Preset(
@@ -140,9 +140,16 @@ PRESETS = {
         TrainingConfig(),
     ),
     "recommended": Preset(
+        "One closed-form solve over all requests so far, without training (the preset exact): the order "
+        "does "
+        "not matter, and each request can be taken back. @FIGURES@",
+        **_EXACT,
+    ),
+    "trained": Preset(
         "Concept Ablation towards the pretrained model's anchors, with projection of the update in damped "
-        "coordinates, which keeps what is listed. On MiniCanvas it forgets as much as plain and also keeps "
-        "nearly all that is not listed.",
+        "coordinates, which keeps what is listed. On MiniCanvas, after twelve styles one after another, 99 "
+        "% "
+        "of them are gone, and 99 % of the listed styles, 90 % of the others and 93 % of objects stay.",
         ConAblConfig(teacher="pretrained"),
         (_DAMPED,),
         _STEEP,
@@ -212,7 +219,7 @@ PRESETS = {
     ),
     "plain_ours": Preset(
         "Concept Ablation towards the pretrained model's anchors, without a regularizer. On MiniCanvas its "
-        "learning rate is a third of the recommended one, so the first requests of a chain forget little.",
+        "learning rate is a third of that of trained, so the first requests of a chain forget little.",
         ConAblConfig(teacher="pretrained"),
         (),
         replace(_STEEP, learning_rate=2e-4),
@@ -238,19 +245,19 @@ PRESETS = {
         _STEEP,
     ),
     "projection_ours": Preset(
-        "Projection of the update in more strongly damped coordinates than the recommended ones.",
+        "Projection of the update in more strongly damped coordinates than in trained.",
         ConAblConfig(teacher="pretrained"),
         (replace(_DAMPED, damping=3e-6),),
         _STEEP,
     ),
     "projection_selft_ours": Preset(
-        "The recommended projection and SelFT, exactly sparse in the subspace that projection allows.",
+        "The projection of trained and SelFT, exactly sparse in the subspace that projection allows.",
         ConAblConfig(teacher="pretrained"),
         (SelFTConfig(kept_fraction=0.3), _DAMPED),
         replace(_STEEP, learning_rate=4e-4),
     ),
     "projection_l1sp_ours": Preset(
-        "The recommended projection in more strongly damped coordinates, and L1-SP towards the pretrained "
+        "The projection of trained in more strongly damped coordinates, and L1-SP towards the pretrained "
         "weights.",
         ConAblConfig(teacher="pretrained"),
         (replace(_DAMPED, damping=1e-5), L1SPConfig(strength=5e3)),
@@ -298,19 +305,15 @@ PRESETS = {
         method_of=dict.fromkeys(_LARGE, SculpMemConfig(teacher="pretrained", distillation=1.5)),
     ),
     "thorough": Preset(
-        "The recommended preset with earlier targets trained again (replay) instead of protected. On "
-        "MiniCanvas it also trains twice the images per update: cleaner forgetting, in twice the time.",
+        "The preset trained with earlier targets trained again (replay) instead of protected. On MiniCanvas "
+        "it also trains twice the images per update: after twelve styles the object is still there in 95 % "
+        "of images of a target, where trained has 80 %, in twice the time.",
         ConAblConfig(teacher="pretrained", replay=0.25),
         (replace(_DAMPED, protect_previous=False),),
         TrainingConfig(batch_size=16, learning_rate=7e-4, schedule="linear"),
     ),
     "exact": Preset(
-        "One closed-form solve over all requests so far, without training: the order does not matter, and "
-        "each request can be taken back. On MiniCanvas it forgets styles and loses nothing else that was "
-        "measured.",
-        ExactConfig(),
-        (),
-        TrainingConfig(iterations=0),
+        "The same as recommended, under a name that stays when the recommendation changes.", **_EXACT
     ),
     "uce": Preset(
         "UCE with every token and the EOS of a name, solved anew over all requests so far.",
@@ -339,7 +342,6 @@ PRESETS = {
         TrainingConfig(iterations=0),
     ),
 }
-PRESETS["trained"] = PRESETS["recommended"]
 
 
 def preset(name: str) -> Preset:

@@ -145,3 +145,11 @@ class Request:
     def hash(self) -> str:
         """Stable hash of all settings."""
         return stable_hash(self.to_json())
+
+
+def effort(request: Mapping[str, Any]) -> str:
+    """How the step of a request's JSON is made, for users: 'in closed form', or '200 iterations'."""
+    name = request["method"]["name"]
+    if any(entry.name == name and entry.cls.is_closed_form for entry in METHODS):
+        return "in closed form"
+    return f"{request['training']['iterations']} iterations"

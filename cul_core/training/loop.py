@@ -21,6 +21,7 @@ from ..regularizers.base import Regularizer
 from .callbacks import Callbacks, Progress
 from .compute import Compute
 from .constraints import Constraints
+from .data_parallel import Processes
 from .early_stopping import EarlyStopping
 from .master_weights import MasterWeights
 from .micro_batches import MicroBatchedModel
@@ -56,6 +57,7 @@ def train(
     state_store: StateStore | None,
     compute: Compute,
     is_offloaded: bool,
+    processes: Processes | None = None,
 ) -> Trained:
     """Train the weights of the step's group, or edit them with a closed-form method.
 
@@ -70,18 +72,17 @@ def train(
         state_store: keeps the state for resuming; None keeps none.
         compute: compute settings, as `memory_plan.planned` resolved them.
         is_offloaded: whether the master weights rest in the CPU's memory.
+        processes: that train the step together.
     """
     parameters = context.network.weights(method.role or role_of(context.training.group))
-    student = MicroBatchedModel(context.network, compute, callbacks.on_message)
+    student = MicroBatchedModel(context.network, compute, callbacks.on_message, processes)
     with _holding_start(context, parameters):
-        masters = MasterWeights(parameters, context.start, context.training, is_offloaded)
+        masters = MasterWeights(parameters, context.start, context.training, is_offloaded, processes)
         training = _Training(context, method, regularizers, callbacks, stopping, masters, student)
         with masters.collecting(), student.ready():
             training.prepare_masks()
-            if method.solves_chain:
-                return training.solved()
             if method.is_closed_form:
-                return Trained(training.edited())
+                return training.in_closed_form()
             return training.run(Loop(masters, training.generator, training.resumable, state_store))
 
 
@@ -117,6 +118,15 @@ class _Training:
         with self._blocked():
             for part in self._parts:
                 part.prepare_mask(self._context, self._constraints.allowed_subspace)
+
+    def in_closed_form(self) -> Trained:
+        """The closed-form method's result, with a preview before and after it."""
+        network = self._context.network
+        self._callbacks.preview(network, 0, 1)
+        trained = self.solved() if self._method.solves_chain else Trained(self.edited())
+        with network.with_weights(trained.weights):
+            self._callbacks.preview(network, 1, 1)
+        return trained
 
     @torch.no_grad()
     def edited(self) -> dict[str, Tensor]:

@@ -344,8 +344,11 @@ def planned(
     """(resolved compute, whether master weights are offloaded, estimate): the fastest way that fits.
 
     If no way fits into `free_bytes`, the smallest is taken; if `free_bytes` is None, the fastest. There is no
-    estimate for a small family, nor for a network that cannot be counted (see `Network.blank`).
+    estimate for a small family, a closed-form method, which runs no network, or a network that cannot be
+    counted (see `Network.blank`).
     """
+    if request.parts()[0].is_closed_form:
+        return compute, False, None
     if network.family.is_small or _blank(network, compute.dtype_on(device)) is None:
         return compute, False, None
 

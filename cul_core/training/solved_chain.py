@@ -18,7 +18,7 @@ from ..methods.base import Method
 from ..models.load_diffusers import NetworkCache
 from ..models.network import Network
 from ..models.sampling import generator_for
-from ..parts.step_context import SolvedRequest, SolvedSet, StepContext
+from ..parts.step_context import SolvedRequest, SolvedSet, StepContext, TextSums, made_anew
 from ..requests.request import Request
 
 
@@ -111,6 +111,8 @@ def take_back(
     device: torch.device | str = "cpu",
     networks: NetworkCache | None = None,
     check: Callable[[], None] = lambda: None,
+    on_stage: Callable[[str], None] = lambda text: None,
+    text_sums: TextSums = made_anew,
 ) -> UnlearnModel:
     """The model without the requests to forget `names`: all others are solved anew.
 
@@ -123,6 +125,8 @@ def take_back(
         device: of the network.
         networks: loaded networks shared with other steps.
         check: raises Cancelled if the caller wants to stop.
+        on_stage: called with what is being done.
+        text_sums: keeps sums over encoded text between runs.
 
     Raises:
         ConceptError: a name was not forgotten, or by a step that cannot be taken back exactly.
@@ -135,11 +139,22 @@ def take_back(
             raise ConceptError(_refusal(model, typed, name, sorted(here)))
     kept = {i: _without(model.history[i], wanted) for i in indices}
     remaining = [record for record in kept.values() if record is not None]
-    edits = _solved_anew(model, indices, remaining, device, networks or NetworkCache(), check)
+    networks = networks or NetworkCache()
+    watch = {"check": check, "say": on_stage, "text_sums": text_sums}
+    edits = _solved_anew(model, indices, remaining, device, networks, watch)
     result = UnlearnModel(model.source, model.family, edits)
     history = [kept.get(i, record) for i, record in enumerate(model.history)]
     history = _rechained([record for record in history if record is not None], model, result.content_hash)
     return result.with_history(history)
+
+
+def forgotten_names(model: UnlearnModel) -> tuple[list[str], list[str]]:
+    """(names that can be taken back, names that training or the model's own file has forgotten), in order."""
+    solved = set(solved_records(model))
+    names: tuple[list[str], list[str]] = [], []
+    for i, record in enumerate(model.history):
+        names[i not in solved].extend(Concept.from_json(c).name for c in record.request["concepts"])
+    return list(dict.fromkeys(names[0])), list(dict.fromkeys(names[1]))
 
 
 def _names(record: StepRecord) -> list[str]:
@@ -169,13 +184,13 @@ def _solved_anew(
     remaining: Sequence[StepRecord],
     device: torch.device | str,
     networks: NetworkCache,
-    check: Callable[[], None],
+    watch: Mapping[str, Callable],
 ) -> dict[str, Tensor]:
     requests = [Request.from_json(record.request) for record in remaining]
     first = Request.from_json(model.history[indices[0]].request)
     method = METHODS.of(first.method).cls(first.method)
     network = networks.get(model.source, device)
-    context = closed_form_context(model, first, network, networks, check)
+    context = replace(closed_form_context(model, first, network, networks), **watch)
     solved = method.solve(context, tuple(map(solved_request, requests))) if requests else {}
     outside = {key: edit for key, edit in model.edits.items() if key not in context.pretrained}
     edits = with_others(solved, others(method, context)) | outside
@@ -187,7 +202,6 @@ def closed_form_context(
     request: Request,
     network: Network,
     networks: NetworkCache,
-    check: Callable[[], None] = lambda: None,
 ) -> StepContext:
     """Context of a closed-form solve on `model` without a step of its own."""
     pretrained = network.exact(list(network.weights(request.role)))
@@ -202,7 +216,6 @@ def closed_form_context(
         start=weights_of(model, pretrained),
         training=request.training,
         generator=partial(generator_for, request.training.seed),
-        check=check,
         last_result=networks.last_result,
         source=model.source.sha256,
         solved=solved_set(model),

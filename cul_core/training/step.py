@@ -25,17 +25,19 @@ from ..models.network import Network
 from ..models.sampling import generator_for
 from ..models.weight_roles import READING_TEXT, ROLES
 from ..parts.part import Part
-from ..parts.step_context import SolvedSet, StepContext
+from ..parts.step_context import SolvedSet, StepContext, TextSums, made_anew
 from ..regularizers import REGULARIZERS
 from ..requests.request import Request
 from .anchor_images import AnchorSource, DrawnAnchors
 from .callbacks import Callbacks
 from .compute import Compute
+from .data_parallel import Processes, SharedAnchors, SharedStates
 from .early_stopping import EarlyStopping, Measure
 from .loop import Trained, train
 from .memory_plan import planned
 from .micro_batches import out_of_memory
 from .resume import StateStore
+from .seen_tokens import SeenTokens, check_anchors, without_targets
 from .solved_chain import solved_set
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ def run_step(
     measure: Measure | None = None,
     state_store: StateStore | None = None,
     compute: Compute | None = None,
+    text_sums: TextSums = made_anew,
+    processes: Processes | None = None,
 ) -> tuple[UnlearnModel, StepReport]:
     """Forget `request.concepts`: (edited model, report).
 
@@ -76,6 +80,8 @@ def run_step(
         measure: how early stopping measures, if the request uses it.
         state_store: stores the state from which a stopped step resumes.
         compute: precision and memory settings.
+        text_sums: keeps sums over encoded text between runs.
+        processes: that train the step together; all call this function alike, and all have its result.
 
     Raises:
         ConceptError: a target cannot be forgotten as described.
@@ -86,13 +92,30 @@ def run_step(
     """
     callbacks, store, networks = callbacks or Callbacks(), store or DrawnAnchors(), networks or NetworkCache()
     compute, begun = compute or Compute(), time.monotonic()
+    processes = processes or Processes()
+    if processes.count > 1:
+        store, state_store = SharedAnchors(store, processes), SharedStates(state_store, processes)
     _check_supported(model, request)
     solves_chain = METHODS.of(request.method).cls.solves_chain
     solved = solved_set(model, request) if solves_chain else SolvedSet()
+    if request.training.iterations and METHODS.of(request.method).cls.is_closed_form:
+        name = METHODS.of(request.method).display_name
+        callbacks.on_message(f"{name} trains nothing: iterations and learning rate are not used.")
     stopping = EarlyStopping(request.training, measure)
     network = networks.get(model.source, device, compute.dtype_on(device))
-    last_result = networks.last_result
-    step = _Step(model, request, network, callbacks, store, stopping, state_store, last_result, solved)
+    step = _Step(
+        model,
+        request,
+        network,
+        callbacks,
+        store,
+        stopping,
+        state_store,
+        networks.last_result,
+        solved,
+        text_sums,
+        processes,
+    )
     try:
         trained, edits, drift, figures = step.run(compute)
     except RuntimeError as error:
@@ -115,7 +138,8 @@ def run_step(
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=library_versions(),
     )
-    logger.info("forgot %d concept(s) in %.1f s", len(request.concepts), record.seconds)
+    did = "forgot" if record.has_changed else "changed nothing for"
+    logger.info("%s %d concept(s) in %.1f s", did, len(request.concepts), record.seconds)
     report = StepReport(record, tuple(trained.losses), figures)
     return result.with_history((*model.history, record)), report
 
@@ -133,6 +157,8 @@ class _Step:
     state_store: StateStore | None
     last_result: LastResult
     solved: SolvedSet
+    text_sums: TextSums
+    processes: Processes
 
     def run(
         self, compute: Compute
@@ -161,6 +187,7 @@ class _Step:
                 self.state_store,
                 compute,
                 is_offloaded,
+                self.processes,
             )
         edits, drift = dict(outside), {}
         for key in keys:
@@ -183,6 +210,13 @@ class _Step:
         self, parts: Sequence[Part], pretrained: dict[str, Tensor], start: dict[str, Tensor]
     ) -> StepContext:
         request, network, prompts = self.request, self.network, self.request.anchor_prompts
+        if any("autoencoder" in part.needs for part in parts):
+            network.check_autoencoder()
+        seen = SeenTokens(network)
+        retain = without_targets(seen, request.retain, request.concepts)
+        if "anchor_latents" in parts[0].needs:
+            for sentence in check_anchors(seen, request.concepts, prompts):
+                self.callbacks.on_message(sentence)
         latents = torch.empty(0, *network.family.latent_shape)
         if any("anchor_latents" in part.needs for part in parts):
             latents = self.store.anchor_latents(
@@ -194,11 +228,12 @@ class _Step:
                 request.anchor_seed,
                 should_stop=self.callbacks.should_stop,
                 on_batch=self.callbacks.on_anchors,
+                on_message=self.callbacks.on_message,
             )
         return StepContext(
             network=network,
             concepts=request.concepts,
-            retain=request.retain,
+            retain=retain,
             previous=self._previous,
             anchor_prompts=tuple(prompts[i % len(prompts)] for i in range(request.anchor_count)),
             anchor_latents=latents.to(network.device),
@@ -212,6 +247,8 @@ class _Step:
             last_result=self.last_result,
             source=self.model.source.sha256,
             solved=self.solved,
+            say=self.callbacks.on_stage,
+            text_sums=self.text_sums,
         )
 
     @property
@@ -224,6 +261,8 @@ class _Step:
         The estimate is sent to the user by `on_message`.
         """
         network, model = self.network, self.model
+        if METHODS.of(self.request.method).cls.is_closed_form:  # it works on the CPU, a matrix at a time
+            return compute, compute.dtype_on(network.device) != torch.float32
         free = free_memory(network.device)
         if free is not None:
             # the network's weights are loaded already, and the estimate counts them too
@@ -263,6 +302,7 @@ def _check_supported(model: UnlearnModel, request: Request) -> None:
         if is_idle:
             raise ConfigError(
                 f"{entry.display_name} cannot restrain {method_entry.display_name}, whose closed-form edit "
-                f"has no updates for it to act on ({brief_repr(config.to_json())}); leave it out, or choose "
-                "its form 'update' where it has one."
+                f"has no updates for it to act on ({brief_repr(config.to_json())}); leave it out, choose "
+                "its "
+                "form 'update' where it has one, or a method that trains, as the preset 'trained' does."
             )

@@ -14,10 +14,13 @@ from toy_network import Toy
 from cul_core.base.errors import ConceptError, ConfigError
 from cul_core.concepts.concept import Concept
 from cul_core.methods.exact import ExactConfig
+from cul_core.output.report import brief_text, step_text
 from cul_core.parts.text_maps import expected_collateral, principal_directions, removal, whitener
 from cul_core.parts.text_rows import TEXT, TextRows, aligned
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.requests.resolve import Overrides, resolve
+from cul_core.store.steps import StepStore
+from cul_core.training.callbacks import Callbacks
 from cul_core.training.solved_chain import take_back
 from cul_core.training.step import run_step
 
@@ -114,7 +117,7 @@ def test_same_words_pair_and_the_name_stays_over():
 
 def test_a_made_up_name_never_holds_a_word_of_a_target(shipped_network):
     rows = TextRows(shipped_network)
-    prompts, _ = rows._made_up(True, 200, TEXT)
+    prompts, _ = rows._made_up(True, 200)
     words = {word for own in prompts.values() for word in own}
     taken = sorted(words)[:20]
     targets = [Concept(word) for word in taken]
@@ -221,6 +224,63 @@ def test_a_name_far_from_the_target_is_kept_and_the_target_is_not(shipped_model,
     others = [change(f"a star in {name} style") for name in ("Jade Stripes", "Starry Night", "Blueprint")]
     assert max(others) < forgotten / 4
     assert report.figures["rank"] == 1 and report.losses == ()
+
+
+# --- how it is watched, and what is kept
+
+
+def test_a_step_is_previewed_before_and_after_and_says_what_it_reads(shipped_model, request_of, networks):
+    stages, previews = [], []
+    networks["shipped"].last_result.clear()
+    watch = Callbacks(
+        on_preview=lambda iteration, latents: previews.append((iteration, latents)),
+        preview_prompts=("a cat image in Lava style",),
+        preview_every=20,
+        on_stage=stages.append,
+    )
+    watched, report = run_step(
+        shipped_model, request_of("Lava"), networks=networks["shipped"], callbacks=watch
+    )
+    plain, _ = run_step(shipped_model, request_of("Lava"), networks=networks["shipped"])
+    assert watched.content_hash == plain.content_hash
+    (first, before), (second, after) = previews
+    assert (first, second) == (0, 1) and not torch.equal(before, after)
+    assert "reading sentence 0 of 60" in stages and "reading 'Lava'" in stages
+    for text in (step_text(report), brief_text(report)):
+        assert "in closed form" in text and "iteration" not in text and "loss" not in text
+
+
+def test_training_settings_of_a_closed_form_step_are_said_to_be_idle(shipped_model, request_of, networks):
+    said = []
+    request = request_of("Lava", training={"iterations": 5})
+    watch = Callbacks(on_message=said.append)
+    run_step(shipped_model, request, networks=networks["shipped"], callbacks=watch)
+    assert said == ["Exact trains nothing: iterations and learning rate are not used."]
+
+
+def test_sums_over_text_are_made_once_for_each_model(shipped_model, request_of, networks, tmp_path, caplog):
+    def solved(text_sums):
+        networks["shipped"].last_result.clear()
+        request = request_of("Lava")
+        return run_step(shipped_model, request, networks=networks["shipped"], text_sums=text_sums)[0]
+
+    def again(key, make, check):
+        return StepStore(tmp_path).texts(key, lambda: pytest.fail("made again"), check)
+
+    store = StepStore(tmp_path)
+    first = solved(store.texts)
+    (path,) = store.texts.used
+    assert path.is_file() and "1 sums over text" in store.describe()
+    assert solved(again).content_hash == first.content_hash
+    path.write_bytes(path.read_bytes()[:-8])
+    assert solved(store.texts).content_hash == first.content_hash and "damaged" in caplog.text
+    assert solved(again).content_hash == first.content_hash
+
+
+def test_sums_over_text_that_cannot_be_kept_cost_no_step(tmp_path, caplog):
+    (tmp_path / "texts").write_text("in the way")
+    sums = StepStore(tmp_path).texts("ab" * 32, lambda: {"text": torch.eye(2)}, lambda: None)
+    assert torch.equal(sums["text"], torch.eye(2)) and "not kept" in caplog.text
 
 
 # --- what is refused

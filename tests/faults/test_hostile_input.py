@@ -77,7 +77,7 @@ NUMBERS = [
 
 
 def request_json(**changes):
-    made = preset("recommended").request(
+    made = preset("trained").request(
         [Concept("Candy Stripes")], retain=[Concept("Lava")], anchor_prompts=["a house"], seed=0
     )
     return json.loads(canonical_json(made.to_json())) | changes
@@ -407,7 +407,7 @@ def test_training_settings_of_a_preset_are_checked(count):
         {"learning_rate": float("nan")},
         {"group": []},
     ):
-        refused(lambda values=values: preset("recommended").with_settings(values))
+        refused(lambda values=values: preset("trained").with_settings(values))
         count("bad inputs")
     for name in (None, [], {}, "", "x" * 100_000):
         refused(lambda name=name: preset(name))

@@ -114,7 +114,7 @@ def compare(path, name):
         readers[key].data += delta
     files = {
         "difference": lora.save_difference(edited, folder / "d.safetensors"),
-        "lora": lora.save_lora(edited, folder / "l.safetensors", rank=64)[0],
+        "lora": lora.save_lora(edited, folder / "l.safetensors", rank=64).path,
     }
     figures["without the edit"] = pictures(model)
     for kind, file in files.items():

@@ -46,25 +46,26 @@ def gallery(schemas: dict, saved: str) -> Graph:
         "CUL_UnlearnStep",
         model=(loaded, CUL),
         concepts=(concept, 0),
-        preset="recommended",
+        preset="trained",
         train_seed=0,
         preview_every=20,
         training=(training, 0),
         method=(methods["CUL_Method_conabl"], 0),
     )
-    sequence = graph.add(
-        "CUL_UnlearnSequence",
-        model=(loaded, CUL),
-        requests="Candy Stripes\nNeon Cyan",
-        kind="style",
-        anchor="",
-        keep="Navy Stripes\nPop Dots",
-        preset="recommended",
-        train_seed=0,
-        preview_every=20,
-        regularizers=chained,
-    )
-    graph.add("CUL_DriftMap", model=(graph.merge(step, sequence), CUL))
+    listed = {
+        "model": (loaded, CUL),
+        "requests": "Candy Stripes\nNeon Cyan",
+        "kind": "style",
+        "anchor": "",
+        "keep": "Navy Stripes\nPop Dots",
+        "train_seed": 0,
+        "preview_every": 20,
+    }
+    solved = graph.add("CUL_UnlearnSequence", **listed, preset="exact")
+    taken = graph.add("CUL_TakeBack", model=(solved, CUL), names="Neon Cyan")
+    sequence = graph.add("CUL_UnlearnSequence", **listed, preset="trained", regularizers=chained)
+    for made in (graph.merge(step, sequence), taken):
+        graph.add("CUL_DriftMap", model=(made, CUL))
     stock = graph.add("CheckpointLoaderSimple", ckpt_name="minicanvas.safetensors")
     native = graph.add("CUL_FromModel", model=(stock, 0), clip=(stock, 1), vae=(stock, 2))
     graph.add("CUL_DriftMap", model=(native, CUL))
@@ -130,7 +131,7 @@ def picture_of_nodes(page: Page, schemas: dict, host: Host, names: Collection[st
         for (const node of app.graph._nodes) {
             const tall = {
                 CUL_UnlearnStep: 560, CUL_UnlearnSequence: 800, CUL_Compare: 720, CUL_Evaluate: 520,
-                CUL_DriftMap: 460, CUL_LoadModel: 190, CUL_FromModel: 190, CUL_Merge: 380,
+                CUL_DriftMap: 460, CUL_LoadModel: 190, CUL_FromModel: 190, CUL_Merge: 380, CUL_TakeBack: 330,
                 CUL_SaveCheckpoint: 130, CUL_SaveLora: 210, CUL_History: 200, CUL_Store: 220,
             }[node.type] || node.computeSize()[1];
             node.setSize([node.type === "CUL_Evaluate" ? 620 : 380, tall]);

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from graphs import CUL, Graph
-from hosts import HOSTS, HOW, IDS, PACK, Host, python_of
+from hosts import HOSTS, HOW, IDS, PACK, Host, on_newest, python_of
 
 
 @pytest.fixture(scope="module", params=HOSTS or [None], ids=IDS)
@@ -77,6 +77,7 @@ PRETENDED = {
 }
 
 
+@on_newest("checkout")
 @pytest.mark.parametrize("state", PRETENDED)
 def test_without_diffusers_nodes_say_what_to_install_and_a_newer_one_is_used(checkout, state, tmp_path):
     """The host's Python is made to believe that diffusers is missing, or of another version."""

@@ -24,6 +24,7 @@ def test_every_node_of_the_pack_is_there_and_only_once(ours):
         "TrainingSettings",
         "UnlearnStep",
         "UnlearnSequence",
+        "TakeBack",
         "Merge",
         "Compare",
         "Evaluate",
