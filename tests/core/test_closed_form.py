@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from short import SHORT
 
 from cul_core.base.errors import ConceptError, ConfigError
 from cul_core.concepts.concept import Concept
@@ -27,13 +28,11 @@ KEPT = ("Navy Stripes", "Denim")
 CAPTIONS = ("A star image.", "a house", "an image of a cat", "a picture of a boat")
 
 
-def short(entry):
-    """The entry's defaults, with few made-up names."""
-    config = entry.config()
-    return replace(config, made_up=60) if hasattr(config, "made_up") else config
-
-
-SOLVED = [pytest.param(short(entry), id=entry.name) for entry in METHODS if entry.cls.solves_chain]
+SOLVED = [
+    pytest.param(entry.config(**SHORT.get(entry.name, {})), id=entry.name)
+    for entry in METHODS
+    if entry.cls.solves_chain
+]
 
 
 def random(*shape, seed=0):
