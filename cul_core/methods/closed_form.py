@@ -203,8 +203,8 @@ class Residues:
 def _readers(context: StepContext) -> dict[str, dict[str, Tensor]]:
     """What is read (`text`, `pooled`) -> key -> pretrained matrix (out, d), without columns for other
     inputs."""
-    family, keys = context.network.family, sorted(context.pretrained)
-    found = {TEXT: {key: context.pretrained[key] for key in keys if key in context.text_readers}}
+    family, keys, readers = context.network.family, sorted(context.pretrained), context.text_readers
+    found = {TEXT: {key: context.pretrained[key] for key in keys if key in readers}}
     if "pooled_readers" in family.roles and any(kind.is_pooled for kind in family.text_encoders):
         width = context.network.encode([""]).pooled.shape[1]
         pooled = keys_with_role(family, "pooled_readers", keys)

@@ -200,7 +200,8 @@ def apart(up: Tensor, past: TextMap, factor: Tensor, most: float) -> Tensor:
         factor: R (m, d), with ||R x|| the norm of the outputs' response to x, of all matrices together.
         most: largest share of the norm that may be in them, 0 to 1.
     """
-    inner = past.up @ torch.linalg.qr(past.down.T, mode="r").R.T  # past has the output directions of R inner
+    # past has the output directions of R inner
+    inner = past.up @ torch.linalg.qr(past.down.T, mode="r").R.T
     left, values, right = torch.linalg.svd(factor @ inner, full_matrices=False)
     energy = values.square().cumsum(0)
     count = int((energy < _DOMINANT * energy[-1]).sum()) + 1

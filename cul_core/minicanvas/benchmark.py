@@ -408,7 +408,7 @@ def run_benchmark(
     suite, marks = suite.with_requests(requests), tuple(sorted(marks))
     runs = [
         Run(suite, cell, order, seed, pictures, marks, blind)
-        for seed, order in _pairs(seeds, orders)
+        for seed, order in run_pairs(seeds, orders)
         for cell in cells
     ]
     missing = [
@@ -452,7 +452,7 @@ def _measured(
             raise
 
 
-def _pairs(seeds: Sequence[int], orders: Sequence[str] | None) -> list[tuple[int, str]]:
+def run_pairs(seeds: Sequence[int], orders: Sequence[str] | None) -> list[tuple[int, str]]:
     """Distinct (seed, order) of the runs; see `run_benchmark`."""
     count = len(seeds) if orders is None else max(len(seeds), len(orders))
     orders = orders or ("a", "b")

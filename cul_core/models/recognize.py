@@ -102,8 +102,9 @@ def chosen_prediction(metadata: Mapping[str, str]) -> str:
 
 def _is_marked(header: Mapping[str, dict], metadata: Mapping[str, str]) -> bool:
     """Whether ComfyUI's tensor `v_pred` or the metadata, as kohya's scripts write it, say velocity."""
-    said = metadata.get("modelspec.prediction_type", "").strip().lower().replace("-", "_")
-    return "v_pred" in header or said in ("v", "v_pred", "v_prediction", "velocity")
+    said = (metadata.get(key, "") for key in ("modelspec.prediction_type", "prediction_type"))
+    words = {word.strip().lower().replace("-", "_") for word in said}
+    return "v_pred" in header or bool(words & {"v", "v_pred", "v_prediction", "velocity"})
 
 
 def stored_dtypes(path: Path, family: Family) -> str:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -159,6 +159,8 @@ class TextRows:
         self._responses: dict[str, Responses] = {}
         self._vocabulary = network.words() or ["thing"]
         self._made_up = cache(self._made_up)
+        self._tokens = lru_cache(maxsize=4096)(network.tokens)  # captions come again with each request
+        self._content = lru_cache(maxsize=4096)(network.content)
 
     def watched_by(self, context: StepContext) -> None:
         """Use the context's ways to stop, to tell about progress, and to keep sums between runs."""
@@ -349,12 +351,11 @@ class TextRows:
         self, concept: Concept, target: str, goal: str, ours: Conditioning, theirs: Conditioning
     ) -> tuple[Tensor, Tensor, dict[int, float]]:
         """(rows of a target prompt, their goals, weights of those by which residues are measured)."""
-        network = self.network
         text, goal_text = ours.text[0].cpu().double(), theirs.text[0].cpu().double()
-        at, goal_at = network.content(target), network.content(goal)
-        ids, goal_ids = network.tokens(target), network.tokens(goal)
-        same, own = aligned(ids, goal_ids, network.tokens(concept.name))
-        anchor = _name_at(network.tokens(display_name(concept.anchor)), goal_ids)
+        at, goal_at = self._content(target), self._content(goal)
+        ids, goal_ids = self._tokens(target), self._tokens(goal)
+        same, own = aligned(ids, goal_ids, self._tokens(concept.name))
+        anchor = _name_at(self._tokens(display_name(concept.anchor)), goal_ids)
         padding = self._padding(goal_text, goal_at, theirs.mask)
         of_name = goal_text[[goal_at.start + i for i in anchor]].mean(0) if anchor else padding.mean(0)
         pairs = [(at.start + i, goal_text[goal_at.start + j]) for i, j in same.items()]

@@ -140,9 +140,10 @@ PRESETS = {
         TrainingConfig(),
     ),
     "recommended": Preset(
-        "One closed-form solve over all requests so far, without training (the preset exact): the order "
-        "does "
-        "not matter, and each request can be taken back. @FIGURES@",
+        "One closed-form solve over all requests so far, without training: the order does not matter, and "
+        "each request can be taken back. On MiniCanvas, after twelve styles one after another, 100 % of "
+        "them "
+        "are gone; 100 % of other styles and 98 % of objects stay. Forgetting objects was not measured.",
         **_EXACT,
     ),
     "trained": Preset(

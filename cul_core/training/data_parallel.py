@@ -7,15 +7,14 @@ one process to rounding. A launcher such as `torchrun` or `accelerate launch` st
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..base.errors import ConfigError
-from .resume import State, StateStore
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=7)
@@ -98,35 +97,3 @@ def joined_processes() -> Processes:
 def own_device(name: str) -> str:
     """The device of this process: each of several takes the GPU of its number if `name` is just `cuda`."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
-
-
-class SharedAnchors:
-    """Anchor latents that the first process takes or draws, for all processes; see `AnchorSource`."""
-
-    def __init__(self, source: Any, processes: Processes):
-        self._source, self._processes = source, processes
-
-    def anchor_latents(self, *arguments: Any, **named: Any) -> Tensor:
-        return self._processes.told(lambda: self._source.anchor_latents(*arguments, **named))
-
-
-class SharedStates:
-    """The state that the first process reads and writes, for all processes; see `StateStore`."""
-
-    def __init__(self, store: StateStore | None, processes: Processes):
-        self._store, self._processes = store, processes
-
-    def load(self, origin: Mapping[str, Any]) -> State | None:
-        return self._processes.told(lambda: self._store.load(origin) if self._store is not None else None)
-
-    def offer(self, state: Callable[[], State]) -> None:
-        if self._store is not None:
-            self._store.offer(state)
-
-    def save(self, state: State) -> None:
-        if self._store is not None:
-            self._store.save(state)
-
-    def save_if_quick(self, state: State) -> None:
-        if self._store is not None:
-            self._store.save_if_quick(state)

@@ -31,13 +31,14 @@ from ..requests.request import Request
 from .anchor_images import AnchorSource, DrawnAnchors
 from .callbacks import Callbacks
 from .compute import Compute
-from .data_parallel import Processes, SharedAnchors, SharedStates
+from .data_parallel import Processes
 from .early_stopping import EarlyStopping, Measure
 from .loop import Trained, train
 from .memory_plan import planned
 from .micro_batches import out_of_memory
 from .resume import StateStore
 from .seen_tokens import SeenTokens, check_anchors, without_targets
+from .shared_sources import SharedAnchors, SharedStates
 from .solved_chain import solved_set
 
 logger = logging.getLogger(__name__)

@@ -41,6 +41,11 @@ def test_metadata_say_velocity_for_every_family(name, said, file_of):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_metadata_of_other_tools_say_velocity(name, file_of):
+    assert predicted(file_of(name, {"prediction_type": "v_prediction"})) == ("v_prediction", False)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("said", ["epsilon", "eps", "", "other"])
 def test_other_metadata_say_nothing(name, said, file_of):
     assert predicted(file_of(name, {"modelspec.prediction_type": said})) == ("epsilon", False)
