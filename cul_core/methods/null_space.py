@@ -86,6 +86,9 @@ class NullSpace(ClosedForm):
     prompts of names to keep, of the anchors and of the empty prompt, and the rows that all prompts share. As
     anchors are held, a difference that becomes 0 means that W' gives a target W0's output for its anchor.
 
+    With `overlap` below 1, a request's columns of W0 C^T lose their part in the dominant output directions of
+    earlier requests, so that the order of the requests matters.
+
     Raises:
         ConceptError: see `ClosedForm`; or a target's difference lies in the span of what is held, or the
             requests have more directions than half of those that are free.
