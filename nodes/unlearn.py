@@ -77,7 +77,10 @@ def _outputs() -> list:
         io.String.Output(
             display_name="report", tooltip="What was forgotten, how, and what it cost, as text."
         ),
-        io.Image.Output(display_name="loss_plot", tooltip="The training loss against the iteration."),
+        io.Image.Output(
+            display_name="loss_plot",
+            tooltip="The training loss against the iteration; a note where nothing was trained.",
+        ),
     ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,7 +113,7 @@ class RayEngine:
 
 def run_here(words: list[str], log: str, folder: str) -> int:
     """Exit status of a command in this process, started in `folder`; what it says is added to the log."""
-    from . import main
+    main = import_module(__package__).main  # by name: the package imports this module
 
     os.chdir(folder)
     with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):

@@ -8,7 +8,7 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
         "Run independent commands (unlearn, audit, benchmark) on all cores, or on a cluster of Ray; an "
         "interrupted sweep resumes.",
     )
+    parser.set_defaults(parsers=commands.choices)
     parser.add_argument(
         "plan", type=Path, help="text file with a command a line, such as: unlearn Lava --seed 1"
     )
@@ -85,7 +86,10 @@ def run(arguments: argparse.Namespace) -> None:
     from ..files.paths import check_writable
 
     folder = arguments.out / "jobs"
-    jobs = [_Job(words, folder / stable_hash(words)[:16]) for words in _read_plan(arguments.plan)]
+    jobs = [
+        _Job(words, folder / stable_hash(words)[:16])
+        for words in _read_plan(arguments.plan, arguments.parsers)
+    ]
     check_writable(arguments.out)
     missing = [job for job in dict.fromkeys(jobs) if job.result() is None]
     for job in missing:
@@ -111,8 +115,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def _read_plan(path: Path) -> list[tuple[str, ...]]:
+def _read_plan(path: Path, parsers: Mapping[str, argparse.ArgumentParser]) -> list[tuple[str, ...]]:
     """The words of every command of a plan; a benchmark becomes one command for each of its runs.
+
+    Args:
+        path: of the plan.
+        parsers: name of a command -> its parser.
 
     Raises:
         ConfigError: the file cannot be read, or a line is no command that a sweep runs.
@@ -130,21 +138,21 @@ def _read_plan(path: Path) -> list[tuple[str, ...]]:
                 f"Line {number} of {path.name!r} is {brief_repr(line)} ({error}); mend it."
             ) from error
         if words:
-            found += _runs(words, f"Line {number} of {path.name!r}")
+            found += _runs(words, parsers, f"Line {number} of {path.name!r}")
     if not found:
         raise ConfigError(f"The plan {path.name!r} has no command; give one a line.")
     return found
 
 
-def _runs(words: Sequence[str], where: str) -> Iterator[tuple[str, ...]]:
-    from . import parser
-
+def _runs(
+    words: Sequence[str], parsers: Mapping[str, argparse.ArgumentParser], where: str
+) -> Iterator[tuple[str, ...]]:
     if words[0] not in _RUNNABLE:
         raise ConfigError(f"{where} begins with {words[0]!r}; a sweep runs {', '.join(_RUNNABLE)}.")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = parser().parse_args(list(words))
+            parsed = parsers[words[0]].parse_args(list(words[1:]))
     except SystemExit as error:
         reason = said.getvalue().strip().rpartition("\n")[2]
         raise ConfigError(f"{where} is no valid command ({brief_repr(reason)}); mend it.") from error

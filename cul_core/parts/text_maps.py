@@ -33,16 +33,20 @@ class TextMap:
         return rows + (rows @ self.down.T) @ self.up.T
 
 
-def whitener(moment: Tensor, damping: float) -> Tensor:
-    """The Cholesky factor L (d, d), lower triangular, of S = moment + damping trace(moment) / d I.
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """moment + damping trace(moment) / d I.
 
     Args:
         moment: second moment (d, d), in fp64.
         damping: share of the mean variance that is added to every direction.
     """
     width = len(moment)
-    floor = damping * moment.trace() / width
-    return torch.linalg.cholesky(moment + floor * torch.eye(width, dtype=moment.dtype))
+    return moment + damping * moment.trace() / width * torch.eye(width, dtype=moment.dtype)
+
+
+def whitener(moment: Tensor, damping: float) -> Tensor:
+    """The Cholesky factor L (d, d), lower triangular, of the damped second moment S; see `damped`."""
+    return torch.linalg.cholesky(damped(moment, damping))
 
 
 def principal_directions(differences: Tensor, factor: Tensor, count: int) -> Tensor:
@@ -81,6 +85,27 @@ def removal(directions: Tensor, factor: Tensor, strengths: Tensor) -> TextMap:
         up, dual = -factor @ directions * strengths, inverse
     down = torch.linalg.solve_triangular(factor.T, dual.T, upper=True).T
     return TextMap(up, down.contiguous())
+
+
+def ridge_map(targets: Tensor, goals: Tensor, metric: Tensor, free: Tensor | None = None) -> TextMap:
+    """The map I + M that takes rows C to their goals A by ridge regression, for every matrix W at once.
+
+    W' = W (I + M) has the least sum_i ||W' c_i - W a_i||^2 + tr((W' - W) R (W' - W)^T). This is UCE's
+    objective (Gandikota et al., WACV 2024), with M written as (A - C)^T C (C^T C + R)^-1, which subtracts no
+    large numbers. A weighted row is a row times the square root of its weight.
+
+    Args:
+        targets: C (n, d), in fp64.
+        goals: A (n, d).
+        metric: R (d, d), positive definite.
+        free: orthonormal basis B (d, m) of the directions on which W' - W may act; None for all.
+    """
+    basis = torch.eye(len(metric), dtype=metric.dtype) if free is None else free
+    own, change = targets @ basis, (goals - targets).T
+    factor = torch.linalg.cholesky(own.T @ own + basis.T @ metric @ basis)
+    if len(targets) <= basis.shape[1]:
+        return TextMap(change, torch.cholesky_solve(own.T, factor).T @ basis.T)
+    return TextMap(change @ own, torch.cholesky_solve(basis.T, factor))
 
 
 def expected_collateral(directions: int, width: int, held: int = 0) -> float:

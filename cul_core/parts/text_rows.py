@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -68,15 +68,15 @@ class Responses:
     """
 
     def __init__(self, outputs: Tensor):
-        self._factor = torch.linalg.qr(outputs, mode="r").R
+        self.factor = torch.linalg.qr(outputs, mode="r").R
         self._whole: dict[Pairs, Tensor] = {}
 
     def under(self, solution: TextMap, pairs: Iterable[Pairs]) -> Iterator[tuple[Tensor, Tensor]]:
         """(response to what a map leaves of the difference, to the whole difference) of each concept."""
-        up = (self._factor @ solution.up).T
+        up = (self.factor @ solution.up).T
         for pair in pairs:
             if pair not in self._whole:
-                self._whole[pair] = (pair.targets - pair.goals) @ self._factor.T
+                self._whole[pair] = (pair.targets - pair.goals) @ self.factor.T
             whole = self._whole[pair]
             yield whole + (pair.targets @ solution.down.T) @ up, whole
 
@@ -106,6 +106,12 @@ def sums_of_squares(
             rows = rows_of(encoded, network.shared_rows, source)
             totals[source] = totals.get(source, 0.0) + rows.T @ rows
     return totals
+
+
+def kept_concepts(retain: Iterable[Concept], targets: Iterable[Concept]) -> list[Concept]:
+    """The distinct concepts to retain that have no target's name, in an order of their own."""
+    names = {concept.name.lower() for concept in targets}
+    return sorted({concept for concept in retain if concept.name.lower() not in names}, key=repr)
 
 
 def _name_at(name: Sequence[int], tokens: Sequence[int]) -> range:
@@ -153,6 +159,8 @@ class TextRows:
         self._responses: dict[str, Responses] = {}
         self._vocabulary = network.words() or ["thing"]
         self._made_up = cache(self._made_up)
+        self._tokens = lru_cache(maxsize=4096)(network.tokens)  # captions come again with each request
+        self._content = lru_cache(maxsize=4096)(network.content)
 
     def watched_by(self, context: StepContext) -> None:
         """Use the context's ways to stop, to tell about progress, and to keep sums between runs."""
@@ -184,9 +192,7 @@ class TextRows:
             captions: anchor prompts of the requests.
             made_up: number of made-up names of each kind; 0 leaves them out.
         """
-        names = {concept.name.lower() for concept in targets}
-        kept = sorted({concept for concept in retain if concept.name.lower() not in names}, key=repr)
-        declared = [prompt for concept in kept for prompt in self._sentences(concept, captions, len(kept))]
+        declared = self.sentences(kept_concepts(retain, targets))
         groups = {"declared": declared, "captions": sorted(set(captions)), "empty": [""]}
         sums = [self._sum_of_squares(name, prompts, source) for name, prompts in groups.items() if prompts]
         if made_up:
@@ -211,6 +217,10 @@ class TextRows:
         if source not in self._responses:
             self._responses[source] = Responses(outputs())
         return self._responses[source]
+
+    def mean_squares(self, source: str, prompts: Sequence[str]) -> Tensor:
+        """Mean over prompts of the sum of x x^T (d, d) over the rows x of each, in fp64 on the CPU."""
+        return self._sum_of_squares("mean", prompts, source) / len(prompts)
 
     def _of_made_up(self, source: str, targets: Sequence[Concept], count: int) -> Tensor:
         taken, total = {word for concept in targets for word in _words(concept.name)}, 0.0
@@ -247,7 +257,11 @@ class TextRows:
     def _made_up_name(self, rng: random.Random) -> str:
         return " ".join(rng.choices(self._vocabulary, k=rng.randint(1, 3)))
 
-    def _sentences(self, concept: Concept, captions: Sequence[str], among: int) -> list[str]:
+    def sentences(self, kept: Sequence[Concept]) -> list[str]:
+        """Sentences with concepts to retain, each with its own prompt."""
+        return [prompt for concept in kept for prompt in self._sentences(concept, len(kept))]
+
+    def _sentences(self, concept: Concept, among: int) -> list[str]:
         """Sentences with a concept to retain: eight, or fewer if there are many concepts."""
         rng, count = random.Random(f"sentences {concept!r}"), max(1, min(8, 1200 // among))
         if concept.kind == "style":
@@ -275,11 +289,31 @@ class TextRows:
             self._pairs[key] = self._paired(source, concept, captions, count)
         return self._pairs[key]
 
-    def _paired(self, source: str, concept: Concept, captions: Sequence[str], count: int) -> Pairs:
-        network = self.network
+    def prompts(self, concept: Concept, captions: Sequence[str], count: int) -> tuple[list[str], list[str]]:
+        """(target prompts, the prompts that they should become), from `count` of the captions."""
         chosen = self._chosen(concept, captions, count)
         versions = [concept.target_prompts(caption) for caption in chosen]
-        prompts = [choices[i % len(choices)] for i, choices in enumerate(versions)]
+        return [choices[i % len(choices)] for i, choices in enumerate(versions)], chosen
+
+    def words(self, source: str, prompts: Sequence[str]) -> list[Tensor]:
+        """Rows (n, d) of each prompt's own tokens and EOS, or its pooled vector (1, d), in fp64 on the
+        CPU."""
+        found = []
+        for start in range(0, len(prompts), _BATCH):
+            self._check()
+            part = prompts[start : start + _BATCH]
+            encoded = self.network.encode(part)
+            if source == POOLED:
+                found += rows_of(encoded, 0, POOLED)[:, None]
+                continue
+            spans = [self.network.content(prompt) for prompt in part]
+            text = encoded.text.cpu().double()
+            found += [rows[at.start : at.stop + 1] for rows, at in zip(text, spans, strict=True)]
+        return found
+
+    def _paired(self, source: str, concept: Concept, captions: Sequence[str], count: int) -> Pairs:
+        network = self.network
+        prompts, chosen = self.prompts(concept, captions, count)
         encoded = network.encode([*prompts, *chosen])
         both = encoded[: len(prompts)], encoded[len(prompts) :]
         if source == POOLED:
@@ -304,7 +338,8 @@ class TextRows:
         """
         usable = [caption for caption in captions if concept.target_prompts(caption)]
         if _is_style(concept):
-            return [usable[i * len(usable) // count] for i in range(min(count, len(usable)))]
+            count = min(count, len(usable))
+            return [usable[i * len(usable) // count] for i in range(count)]
         rng, chosen = random.Random(f"contexts {concept!r}"), []
         for i in range(count if usable else 0):
             caption = usable[i * len(usable) // count]
@@ -316,12 +351,11 @@ class TextRows:
         self, concept: Concept, target: str, goal: str, ours: Conditioning, theirs: Conditioning
     ) -> tuple[Tensor, Tensor, dict[int, float]]:
         """(rows of a target prompt, their goals, weights of those by which residues are measured)."""
-        network = self.network
         text, goal_text = ours.text[0].cpu().double(), theirs.text[0].cpu().double()
-        at, goal_at = network.content(target), network.content(goal)
-        ids, goal_ids = network.tokens(target), network.tokens(goal)
-        same, own = aligned(ids, goal_ids, network.tokens(concept.name))
-        anchor = _name_at(network.tokens(display_name(concept.anchor)), goal_ids)
+        at, goal_at = self._content(target), self._content(goal)
+        ids, goal_ids = self._tokens(target), self._tokens(goal)
+        same, own = aligned(ids, goal_ids, self._tokens(concept.name))
+        anchor = _name_at(self._tokens(display_name(concept.anchor)), goal_ids)
         padding = self._padding(goal_text, goal_at, theirs.mask)
         of_name = goal_text[[goal_at.start + i for i in anchor]].mean(0) if anchor else padding.mean(0)
         pairs = [(at.start + i, goal_text[goal_at.start + j]) for i, j in same.items()]

@@ -142,7 +142,8 @@ class _Training:
         """The edits of all requests of the chain solved together, on top of what its other steps changed."""
         context, pretrained = self._context, self._context.pretrained
         earlier, own = context.solved.earlier, context.solved.own
-        edits = with_others(self._method.solve(context, (*earlier, own)), others(self._method, context))
+        rest = others(self._method, context)  # first, so that the method reports the whole set
+        edits = with_others(self._method.solve(context, (*earlier, own)), rest)
         if self._regularizers:
             edits = {key: self._allowed(key, edit) for key, edit in edits.items()}
         weights = {

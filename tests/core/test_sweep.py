@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cul_core.cli import main
+from cul_core.cli import main, parser
 from cul_core.cli.engines import Command, LocalEngine
 from cul_core.cli.sweep import _read_plan
 
@@ -116,7 +116,7 @@ def test_an_engine_gives_the_status_of_every_command(tmp_path):
 
 def test_a_benchmark_is_one_command_for_each_run(tmp_path):
     path = plan(tmp_path, "benchmark --cells plain esd --seeds 1 2 3 --orders a b --requests 2")
-    found = _read_plan(path)
+    found = _read_plan(path, parser().parse_args(["sweep", str(path)]).parsers)
     pairs = [(words[4], words[6], words[8]) for words in found]
     assert pairs == [
         (cell, seed, order)

@@ -1,9 +1,9 @@
 """Makes every picture of the documentation from real runs.
 
 Run it by hand after nodes or workflows have changed: `python tests/nodes/take_pictures.py`. It writes
-`nodes/web/docs/pictures/`, the thumbnails in `workflows/` and the screens in `docs/`. With ids of nodes, such
-as `CUL_DriftMap CUL_Merge`, it writes the pictures of these nodes alone. It needs the newest host that the
-tests find, and Chromium. The text of the help pages is that of `help_pages.py`.
+`nodes/web/docs/pictures/`, the thumbnails in `workflows/` and the screens in `docs/`. With ids of nodes and
+names of workflows, such as `CUL_DriftMap "Forget a style"`, it writes the pictures of these alone. It needs
+the newest host that the tests find, and Chromium. The text of the help pages is that of `help_pages.py`.
 """
 
 from __future__ import annotations
@@ -196,14 +196,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         host = Host(NEWEST, Path(folder))
         try:
-            schemas = schemas_of(host)
-            with open_page(host, 1500, 1100) as page:
-                picture_of_nodes(page, schemas, host, sys.argv[1:] or schemas)
-            if sys.argv[1:]:
-                return
-            with open_page(host, 1800, 1150) as page:
-                for path in sorted(WORKFLOWS.glob("*.json")):
-                    picture_of_workflow(page, path.stem, host)
+            schemas, workflows = schemas_of(host), sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+            asked = sys.argv[1:] or [*schemas, *workflows]
+            if nodes := [name for name in asked if name in schemas]:
+                with open_page(host, 1500, 1100) as page:
+                    picture_of_nodes(page, schemas, host, nodes)
+            if shown := [name for name in asked if name in workflows]:
+                with open_page(host, 1800, 1150) as page:
+                    for name in shown:
+                        picture_of_workflow(page, name, host)
         finally:
             host.stop()
 

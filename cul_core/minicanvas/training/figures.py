@@ -39,13 +39,23 @@ def renderings(world: World, cells: Sequence[tuple[str, str]], rng: random.Rando
 
 
 def autoencoder_figures(
-    model: models.NarrowAutoencoder, seed: int, per_cell: int = 4, world: World = SMALL
+    model: models.NarrowAutoencoder, seed: int, per_cell: int = 4, world: World = SMALL, every: int = 1
 ) -> dict:
-    """PSNR in dB on fresh renderings: over all images (of their mean squared error) and by style."""
+    """PSNR in dB on fresh renderings: over all images (of their mean squared error) and by style.
+
+    Args:
+        model: the autoencoder.
+        seed: of the renderings.
+        per_cell: images per style and subject.
+        world: what they show.
+        every: take every so manieth subject.
+    """
     rng = random.Random(f"{seed}/autoencoder/held-out")
     errors = {}
     for style in world.style_labels:
-        images = renderings(world, [(style, name) for name in world.subjects for _ in range(per_cell)], rng)
+        images = renderings(
+            world, [(style, name) for name in world.subjects[::every] for _ in range(per_cell)], rng
+        )
         with torch.no_grad():
             back = model.decode(model.encode(images)).clamp(0, 1)
         errors[style] = (back - images).square().mean().item()
@@ -227,14 +237,15 @@ def write_with_figures(
     write_weights(work / "draft.safetensors", tensors, {})
     write_weights(work / "judge.safetensors", classifier, {})
     judge = Judge(work / "judge.safetensors", world)
-    own = {"classifier": classifier_figures(judge, seed, 3 if world.name == SMALL.name else 1, world)}
+    is_small = world.name == SMALL.name
+    own = {"classifier": classifier_figures(judge, seed, 3 if is_small else 1, world)}
     logger.info("%s", own)
-    per_cell = 4 if world.name == SMALL.name else 1
+    network = load_network(work / "draft.safetensors")
     figures = {
-        "autoencoder": autoencoder_figures(narrow, seed, per_cell, world),
-        "sampling": sampling_figures(
-            load_network(work / "draft.safetensors"), judge, seed + 1, max(1, per_cell // 2), world
-        ),
+        "autoencoder": autoencoder_figures(narrow, seed, 4, world)
+        if is_small
+        else autoencoder_figures(narrow, seed, 1, world, every=3),
+        "sampling": sampling_figures(network, judge, seed + 1, 2 if is_small else 1, world),
     }
     logger.info("%s", figures)
     extra = {} if training is None else {"minicanvas_training": json.dumps(training)}
