@@ -277,7 +277,7 @@ def test_a_part_that_says_that_it_draws_no_made_up_names_draws_none(
     monkeypatch.setattr(type(random_network), "words", lambda *_: called.append(1) or ["word"])
     config = entry.config(**SHORT.get(entry.name, {}))
     chosen = {"method": config} if entry in METHODS else {"regularizers": (config,)}
-    request = make_request(iterations=1, **chosen)
+    request = make_request(iterations=2, **chosen)
     run_step(random_model, request, store=anchors, networks=networks["random"])
     assert not called
 

@@ -127,11 +127,10 @@ def test_a_benchmark_is_one_command_for_each_run(tmp_path):
 
 
 def test_a_benchmark_of_a_plan_has_the_runs_and_the_blindness_of_the_command(tmp_path):
-    path = plan(tmp_path, "benchmark --cells plain --seeds 7 8")
-    path.write_text(
-        path.read_text() + "\nbenchmark --cells plain --seeds 9 --orders c d --blind descriptions\n"
-    )
-    options = [dict(zip(words[1::2], words[2::2], strict=True)) for words in _read_plan(path)]
+    lines = "--seeds 7 8", "--seeds 9 --orders c d --blind descriptions"
+    path = plan(tmp_path, *(f"benchmark --cells plain {line}" for line in lines))
+    runs = _read_plan(path, parser().parse_args(["sweep", str(path)]).parsers)
+    options = [dict(zip(words[1::2], words[2::2], strict=True)) for words in runs]
     found = [(o["--seeds"], o["--orders"], o["--blind"]) for o in options]
     assert found == [("7", "a", "names"), ("8", "b", "names")] + [("9", x, "descriptions") for x in "cd"]
 
