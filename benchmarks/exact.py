@@ -91,7 +91,7 @@ def random_rows(widths: dict[str, int]) -> Any:
             targets = _ROW_NORM * draw(_ROWS)
             return Pairs(falling * draw(_COMPONENTS), targets, targets - _ROW_NORM * draw(1) - draw(_ROWS))
 
-    network = SimpleNamespace(words=lambda: ["word"])
+    network = SimpleNamespace(words=lambda: ["word"], tokens=str.split, content=str.split)
     return RandomRows(network)
 
 
@@ -114,6 +114,7 @@ def context_of(family: str, weights: dict[str, Tensor]) -> Any:
     from cul_core.base.last_result import LastResult
     from cul_core.models.family import FAMILIES
     from cul_core.models.weight_roles import keys_with_role
+    from cul_core.parts.step_context import made_anew
     from cul_core.parts.text_rows import POOLED, TEXT
 
     readers = keys_with_role(FAMILIES[family], "text_readers", weights)
@@ -132,6 +133,8 @@ def context_of(family: str, weights: dict[str, Tensor]) -> Any:
         last_result=results,
         source="random",
         check=lambda: None,
+        say=lambda text: None,
+        text_sums=made_anew,
     )
 
 

@@ -258,7 +258,15 @@ def _measure(run: Run, marks: Sequence[int], folder: Path) -> list[dict]:
         begun, request = model if setting == "sequential" else pretrained, run.request(k)
         stops_early = bool(request.training.evaluate_every)
         measure = measure_for(request, judge, run.suite.world) if stops_early else None
-        train = partial(run_step, begun, request, store=store.anchors, networks=networks, measure=measure)
+        train = partial(
+            run_step,
+            begun,
+            request,
+            store=store.anchors,
+            networks=networks,
+            measure=measure,
+            text_sums=store.texts,
+        )
         outcome = store.get_or_train(
             begun,
             request,

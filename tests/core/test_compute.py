@@ -21,6 +21,7 @@ from cul_core.concepts.concept import Concept
 from cul_core.methods import METHODS
 from cul_core.methods.conabl import ConAbl, ConAblConfig
 from cul_core.methods.esd import ESDConfig
+from cul_core.methods.exact import ExactConfig
 from cul_core.methods.sculpmem import SculpMemConfig
 from cul_core.minicanvas.family import MINI
 from cul_core.models.build_diffusers import build_unet
@@ -748,6 +749,8 @@ def test_the_fastest_way_that_fits_is_chosen(make_request, monkeypatch):
     assert way(1, dtype="float32") == ("on", 1, False, 58)
     assert way(300, "off")[0] == "off"
     assert planned(BLANK, request, cpu, Compute(), 1) == (Compute(), False, None)
+    solved = replace(request, method=ExactConfig())  # nothing is trained, so there is nothing to estimate
+    assert planned(sd1, solved, cpu, Compute(), 1) == (Compute(), False, None)
 
 
 def test_what_is_needed_is_said_before_the_step_begins(tiny_model, make_request, anchors, tiny_networks):
