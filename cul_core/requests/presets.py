@@ -317,7 +317,9 @@ PRESETS = {
         "The same as recommended, under a name that stays when the recommendation changes.", **_EXACT
     ),
     "uce": Preset(
-        "UCE with every token and the EOS of a name, solved anew over all requests so far.",
+        "UCE with every token and the EOS of a name, solved anew over all requests so far. On MiniCanvas, "
+        "after twelve styles one after another, 98 % of them are gone, and 89 % of the listed styles, 36 % "
+        "of the others and 74 % of objects stay.",
         UCEConfig(),
         (),
         TrainingConfig(iterations=0),
@@ -330,14 +332,17 @@ PRESETS = {
         TrainingConfig(iterations=0),
     ),
     "trce_text": Preset(
-        "The first of TRCE's two stages, which maps the EOS row alone, solved anew over all requests so far.",
+        "The first of TRCE's two stages, which maps the EOS row alone, solved anew over all requests so far. "
+        "On MiniCanvas, after twelve styles one after another, 100 % of them are gone, and 100 % of the "
+        "listed styles, 41 % of the others and 92 % of objects stay.",
         TRCETextConfig(),
         (),
         TrainingConfig(iterations=0),
     ),
     "null_space": Preset(
         "One closed-form solve over all requests so far that leaves the text of names to keep exactly as it "
-        "is.",
+        "is. On MiniCanvas, after twelve styles one after another, 100 % of them are gone, but 3 % of "
+        "images by description still show one; 100 % of other styles and 99 % of objects stay.",
         NullSpaceConfig(),
         (),
         TrainingConfig(iterations=0),
