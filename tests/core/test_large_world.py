@@ -1,22 +1,35 @@
 """The large world of MiniCanvas: its vocabulary, pictures, suites, and a training that goes on."""
 
+import json
 import random
 import re
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
+from cul_core.minicanvas import models
 from cul_core.minicanvas.benchmark import _hidden_apart
 from cul_core.minicanvas.family import FAMILY_OF, MINI_LARGE
+from cul_core.minicanvas.judge import Judge, take
 from cul_core.minicanvas.large import GRID, LARGE, PATTERNS
 from cul_core.minicanvas.large_render import render
 from cul_core.minicanvas.suites import SUITES, suite_of
 from cul_core.minicanvas.training.resumable import Trained, progress, train
-from cul_core.minicanvas.training.train_large import random_caption, unet_rate
+from cul_core.minicanvas.training.train_large import (
+    random_caption,
+    random_cells,
+    renderings,
+    result_of,
+    resume_from_shipped,
+    trained_autoencoder,
+    unet_rate,
+)
 from cul_core.minicanvas.world import PLAIN, SMALL
-from cul_core.models.load_diffusers import load_tokenizer
+from cul_core.models.load_diffusers import load_network, load_tokenizer
+from cul_core.output.checkpoint import open_model
 
 LARGE_SUITES = [suite for suite in SUITES.values() if suite.world is LARGE]
 
@@ -231,3 +244,68 @@ def test_a_state_without_moments_starts_the_optimizer_anew(tmp_path):
 def test_the_learning_rate_rises_after_a_fresh_start_and_has_no_end():
     rates = [unet_rate(step, fresh_at=5000) for step in (5000, 5100, 5200, 8000, 20000)]
     assert rates[0] < rates[1] < rates[2] > rates[3] > rates[4] > 0.2 * rates[2]
+
+
+# --- the shipped weights
+
+
+@pytest.fixture(scope="module")
+def large_network():
+    return load_network(models.checkpoint_path("large"))
+
+
+def test_the_shipped_files_are_small_and_say_what_they_reached_and_cost():
+    paths = [path(world) for path in (models.checkpoint_path, models.classifier_path) for world in FAMILY_OF]
+    assert sum(path.stat().st_size for path in paths) <= 40e6
+    with safe_open(models.checkpoint_path("large"), "pt") as file:
+        figures, cost = (
+            json.loads(file.metadata()[f"minicanvas_{name}"]) for name in ("figures", "training")
+        )
+    for wording in ("name", "description", "paraphrase"):
+        assert {f"{what}_by_{wording}" for what in ("style", "object", "person")} <= figures[
+            "sampling"
+        ].keys()
+    assert all(stage["cpu_seconds"] > 0 and stage["loss_curve"] for stage in cost.values())
+
+
+def test_the_shipped_file_is_recognized_and_draws_styles_by_name(large_network):
+    assert large_network.family is MINI_LARGE
+    untouched = open_model(models.checkpoint_path("large"))
+    shots = LARGE_SUITES[0].shots([], across=["star"])[::3]
+    verdicts = Judge(world=LARGE)(take(large_network, untouched, shots, seed=1))
+    assert np.mean([v.style == s.style for s, v in zip(shots, verdicts, strict=True)]) >= 0.75
+
+
+def test_the_classifier_knows_fresh_renderings_and_rejects_noise():
+    rng = random.Random("fresh")
+    cells = [(style, LARGE.subjects[i % 24]) for i, style in enumerate(LARGE.style_labels)]
+    judge = Judge(world=LARGE)
+    verdicts = judge(renderings([((subject,), style) for style, subject in cells], rng))
+    assert np.mean([(v.style, v.object) == cell for v, cell in zip(verdicts, cells, strict=True)]) >= 0.9
+    noise = judge(torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(9)))
+    assert {(verdict.style, verdict.object) for verdict in noise} == {("", "")}
+
+
+def test_the_classifier_knows_most_of_two_objects():
+    rng = random.Random("pairs")
+    cells = [(tuple(rng.sample(LARGE.objects, 2)), style) for style in LARGE.style_labels]
+    verdicts = Judge(world=LARGE)(renderings(cells, rng))
+    known = [
+        name in v.object.split(" and ") for v, (pair, _) in zip(verdicts, cells, strict=True) for name in pair
+    ]
+    assert np.mean(known) >= 0.75
+
+
+def test_without_a_work_folder_training_goes_on_from_the_shipped_weights(tmp_path, large_network):
+    resume_from_shipped(tmp_path)
+    with safe_open(models.checkpoint_path("large"), "pt") as file:
+        cost = json.loads(file.metadata()["minicanvas_training"])
+    assert {path.stem for path in tmp_path.glob("*.state")} == cost.keys()
+    numbers = progress(tmp_path / "unet.state")
+    assert numbers["step"] == numbers["fresh_at"] == cost["unet"]["step"] > 0
+    unet = result_of(tmp_path, "unet")
+    assert all(torch.equal(unet[k], v) for k, v in large_network.unet.float().state_dict().items())
+    images = renderings(random_cells(2, random.Random(0)), random.Random(0))
+    latents = trained_autoencoder(tmp_path).encode(images)
+    shipped = large_network.autoencoder.encode(images * 2 - 1).latents
+    assert torch.allclose(latents, shipped, atol=1e-4)

@@ -76,7 +76,7 @@ class Probe:
     Args:
         name: of the figure.
         wording: number of the style's description, or None for its name.
-        is_described: whether people are described, and objects called by a synonym, as `wording` says.
+        is_described: whether people are described too; objects keep their names.
     """
 
     name: str
@@ -138,7 +138,7 @@ def sampling_figures(
 ) -> dict[str, float]:
     """Percentage of sampled images with the prompted style, object and person, by wording of the prompt.
 
-    In the small world there are 360 x `per_cell` images by name, in the large one 672.
+    In the small world there are 360 x `per_cell` images by name, in the large one 672. `images_by_` counts.
     """
     from ...history.unlearn_model import UnlearnModel
     from ...models.source import FileSource
@@ -156,6 +156,7 @@ def sampling_figures(
     figures = {}
     for name, asked in shots.items():
         verdicts = judge(take(network, untouched, asked, seed))
+        figures[f"images_by_{name}"] = len(asked)
         figures[f"style_by_{name}"] = _percent(
             [v.style == s.style for s, v in zip(asked, verdicts, strict=True)]
         )
