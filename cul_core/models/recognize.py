@@ -80,7 +80,7 @@ def family_in(file: OpenedFile, prediction: str = "auto") -> Family:
         family = family.velocity(family, prediction == ZERO_SNR)
     elif prediction == "auto":
         variant = family.variant(family, header, file.get_tensor)
-        if variant is family and _is_marked(header, metadata):
+        if variant == family and _is_marked(header, metadata):
             variant = family.velocity(
                 family, "ztsnr" in header or metadata.get("ss_zero_terminal_snr") == "True"
             )
