@@ -388,7 +388,9 @@ def test_what_a_user_sets_wins_over_the_family(stub, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr("cul_core.training.step.run_step", stop)
     out = ["--out", str(tmp_path / "out.safetensors")]
-    main(["unlearn", "Van Gogh", "--model", str(stub), "--learning-rate", "1e-6", *out])
+    main(
+        ["unlearn", "Van Gogh", "--preset", "trained", "--model", str(stub), "--learning-rate", "1e-6", *out]
+    )
     assert (seen[0].iterations, seen[0].learning_rate) == (1000, 1e-6)
 
 
