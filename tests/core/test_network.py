@@ -297,7 +297,9 @@ def test_weights_are_scored_by_the_target(toy, context, trajectories):
 
 def test_a_whole_step_trains_it(toy, monkeypatch):
     monkeypatch.setattr("cul_core.training.step._check_supported", lambda *_: None)
-    model = UnlearnModel(SimpleNamespace(name="toy.safetensors", size=0, sha256="0" * 64), TOY)
+    model = UnlearnModel(
+        SimpleNamespace(name="toy.safetensors", size=0, sha256="0" * 64, identity="0" * 64), TOY
+    )
     networks = SimpleNamespace(get=lambda *_: toy, last_result=LastResult())
     before = {key: weight.clone() for key, weight in toy.weights("all").items()}
     request = Request(
