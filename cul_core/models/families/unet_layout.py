@@ -93,6 +93,8 @@ def recognize(family: Family, shapes: Shapes, file_name: str) -> bool:
 
 def _check_unet(family: Family, shapes: Shapes, file_name: str) -> None:
     """Raises ModelError if the UNet's names and shapes are not all those of the family."""
+    if not family.has_config("unet"):  # a family that no network is built of here
+        return
     wanted = {UNET_PREFIX + name: shape for name, shape in unet_shapes(family.config("unet")).items()}
     found = {name: tuple(shape) for name, shape in shapes.items() if name.startswith(UNET_PREFIX)}
     if found == wanted:
