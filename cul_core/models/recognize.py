@@ -79,8 +79,8 @@ def family_in(file: OpenedFile, prediction: str = "auto") -> Family:
     if prediction.startswith("velocity"):
         family = family.velocity(family, prediction == ZERO_SNR)
     elif prediction == "auto":
-        variant = family.variant(family, header, file.get_tensor)
-        if variant == family and _is_marked(header, metadata):
+        variant, usual = family.variant(family, header, file.get_tensor), family.process
+        if variant.process == usual and _is_marked(header, metadata):
             variant = family.velocity(
                 family, "ztsnr" in header or metadata.get("ss_zero_terminal_snr") == "True"
             )
