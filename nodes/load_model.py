@@ -60,8 +60,7 @@ class LoadModel(UnlearningNode):
                     optional=True,
                     tooltip="What the model predicts. auto: as its file says. Choose velocity for a "
                     "v-prediction model whose file does not say so; ComfyUI's ModelSamplingDiscrete makes "
-                    "it "
-                    "draw as such.",
+                    "it draw as such.",
                 ),
             ],
             outputs=model_outputs(),

@@ -233,8 +233,7 @@ def sorted_captions(
             f"Only {len(anchors)} of {len(rates) - 1} paraphrases of {caption!r} can be anchors, where "
             f"{config.fewest_anchors} are needed: they must draw the image in at most "
             f"{config.anchor_rate:.0%} of theirs and not contain what is forgotten; add paraphrases that "
-            "say "
-            "it in quite other words."
+            "say it in quite other words."
         )
     return tuple(replace(concept, anchor=anchors[0]) for concept in forgotten), tuple(anchors)
 

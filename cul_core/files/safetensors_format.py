@@ -103,8 +103,7 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
     except (OSError, struct.error, *_MISFITS) as error:
         raise ModelError(
             f"{brief_repr(path.name)} cannot be read as a safetensors file; choose a .safetensors "
-            "checkpoint "
-            "or download it again."
+            "checkpoint or download it again."
         ) from error
     if size != 8 + length + end:
         raise ModelError(
@@ -279,8 +278,7 @@ def packed_header(
     except _MISFITS as error:
         raise CheckpointError(
             f"{name!r} could not be read again ({brief_repr(str(error))}); begin with a file that holds "
-            "less "
-            "metadata, or train fewer iterations."
+            "less metadata, or train fewer iterations."
         ) from error
     return struct.pack("<Q", len(text)) + text
 

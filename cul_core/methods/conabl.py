@@ -32,8 +32,7 @@ class ConAblConfig(Config):
     teacher: str = setting(
         "start",
         "Model whose prediction for the anchor prompt is matched: the step's start, the pretrained model, "
-        "or "
-        "the student itself as in the reference.",
+        "or the student itself as in the reference.",
         choices=("start", "pretrained", "student"),
     )
     block_first_token: bool = setting(
@@ -42,8 +41,7 @@ class ConAblConfig(Config):
     preservation: float = setting(
         0.0,
         "Weight of a second loss, the diffusion loss of the anchor images with their own prompts; 0 turns "
-        "it "
-        "off. The references double the learning rate with it.",
+        "it off. The references double the learning rate with it.",
         minimum=0.0,
         added_later=True,
     )
@@ -56,8 +54,7 @@ class ConAblConfig(Config):
     augmentations: int = setting(
         0,
         "Scaled and shifted copies of every anchor image to train on instead of the image, with prompts "
-        "that "
-        "say the scale ('A far away'). 0: the image itself.",
+        "that say the scale ('A far away'). 0: the image itself.",
         minimum=0,
         maximum=100,
         added_later=True,

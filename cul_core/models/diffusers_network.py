@@ -151,8 +151,7 @@ class DiffusersNetwork(Network):
         if not conditioning.text.isfinite().all():
             raise ModelError(
                 f"{self.file_name!r} is damaged: 'token_embedding.weight' holds NaN or infinite values for "
-                "a "
-                f"word of {brief_repr(prompt)}; choose another checkpoint."
+                f"a word of {brief_repr(prompt)}; choose another checkpoint."
             )
 
     def token_rows(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:

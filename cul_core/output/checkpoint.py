@@ -123,8 +123,7 @@ def _chosen_rounding(model: UnlearnModel, rounding: str, on_message: Callable[[s
     else:
         on_message(
             f"The file's precision would keep {kept:.1%} of the edit, so the weights are rounded up and "
-            "down "
-            "at random, which keeps all of it on average."
+            "down at random, which keeps all of it on average."
         )
     return rounding
 

@@ -142,15 +142,13 @@ PRESETS = {
     "recommended": Preset(
         "One closed-form solve over all requests so far, without training: the order does not matter, and "
         "each request can be taken back. On MiniCanvas, after twelve styles one after another, 100 % of "
-        "them "
-        "are gone; 100 % of other styles and 98 % of objects stay. Forgetting objects was not measured.",
+        "them are gone; 100 % of other styles and 98 % of objects stay. Forgetting objects was not measured.",
         **_EXACT,
     ),
     "trained": Preset(
         "Concept Ablation towards the pretrained model's anchors, with projection of the update in damped "
         "coordinates, which keeps what is listed. On MiniCanvas, after twelve styles one after another, 99 "
-        "% "
-        "of them are gone, and 99 % of the listed styles, 90 % of the others and 93 % of objects stay.",
+        "% of them are gone, and 99 % of the listed styles, 90 % of the others and 93 % of objects stay.",
         ConAblConfig(teacher="pretrained"),
         (_DAMPED,),
         _STEEP,

@@ -87,8 +87,7 @@ def check_anchors(seen: SeenTokens, concepts: Sequence[Concept], prompts: Sequen
     if cut := [prompt for prompt in every if seen.is_cut(prompt)]:
         said.append(
             f"{len(cut)} of {len(every)} captions are longer than the text encoder reads, and their ends "
-            "are "
-            f"not trained: {brief_repr(cut[0])}."
+            f"are not trained: {brief_repr(cut[0])}."
         )
     return said
 

@@ -304,6 +304,5 @@ def _check_supported(model: UnlearnModel, request: Request) -> None:
             raise ConfigError(
                 f"{entry.display_name} cannot restrain {method_entry.display_name}, whose closed-form edit "
                 f"has no updates for it to act on ({brief_repr(config.to_json())}); leave it out, choose "
-                "its "
-                "form 'update' where it has one, or a method that trains, as the preset 'trained' does."
+                "its form 'update' where it has one, or a method that trains, as the preset 'trained' does."
             )

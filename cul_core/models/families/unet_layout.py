@@ -119,14 +119,12 @@ def _first_difference(found: Shapes, wanted: Shapes) -> str:
     if missing := sorted(wanted.keys() - found.keys()):
         return (
             f"its UNet lacks {missing[0]!r}{_and_others(missing)}; choose a complete checkpoint, or "
-            "download "
-            "it again"
+            "download it again"
         )
     if more := sorted(found.keys() - wanted.keys()):
         return (
             f"its UNet also has {brief_repr(more[0])}{_and_others(more)}; load it with ComfyUI's own "
-            "loaders "
-            "and connect them to Unlearn From MODEL, which takes what ComfyUI uses"
+            "loaders and connect them to Unlearn From MODEL, which takes what ComfyUI uses"
         )
     name = next(name for name in sorted(wanted) if found[name] != wanted[name])
     return f"{name!r} has the shape {found[name]} where {wanted[name]} is known; choose another checkpoint"
@@ -154,8 +152,8 @@ def refusal(shapes: Shapes, file_name: str) -> ModelError:
         known = next(kinds, None)
         return ModelError(
             f"{file_name!r} {f'is {known} and ' if known else ''}holds no Stable Diffusion UNet (no "
-            "matching "
-            f"{UNET_PREFIX!r} tensors); choose a full checkpoint of a supported family: {supported()}."
+            f"matching {UNET_PREFIX!r} tensors); choose a full checkpoint of a supported family: "
+            f"{supported()}."
         )
     known = _UNSUPPORTED.get((widths[0], widths[2]))
     architecture = f" ({known})" if known else ""
