@@ -36,6 +36,16 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--tokenizer`."""
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with CLIP's vocab.json and merges.txt, for Stable Diffusion",
+    )
+
+
 def add_lora(parser: argparse.ArgumentParser) -> None:
     """Add the options `--lora` and `--lora-rank`; see `write_lora`."""
     parser.add_argument(

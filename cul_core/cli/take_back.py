@@ -10,6 +10,7 @@ from .common import (
     ProgressLine,
     add_command,
     add_lora,
+    add_tokenizer,
     check_can_write,
     check_within,
     say,
@@ -35,12 +36,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--pretrained", type=Path, default=CHECKPOINT_PATH, help="the checkpoint that it was made from"
     )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="FOLDER",
-        help="folder with CLIP's vocab.json and merges.txt, for Stable Diffusion",
-    )
+    add_tokenizer(parser)
     parser.add_argument(
         "--device", default="cpu", help="PyTorch's name of the device to encode text on: cpu, cuda, mps"
     )

@@ -34,6 +34,7 @@ from .common import (
     ProgressLine,
     add_command,
     add_lora,
+    add_tokenizer,
     check_can_write,
     check_within,
     say,
@@ -67,12 +68,7 @@ def add(commands: Any) -> None:
         type=Path,
         help="the checkpoint that an edited one was made from; drift is then measured from it",
     )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="FOLDER",
-        help="folder with CLIP's vocab.json and merges.txt, for Stable Diffusion",
-    )
+    add_tokenizer(parser)
     parser.add_argument(
         "--device", default="cpu", help="PyTorch's name of the device to train on: cpu, cuda, cuda:1, mps"
     )

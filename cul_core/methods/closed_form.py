@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base.config import Config
+from ..base.config import Config, setting
 from ..base.errors import ConceptError
 from ..concepts.concept import Concept
 from ..models.network import Network
@@ -29,6 +30,16 @@ _MOST_OUTPUTS = 8192
 """Outputs of the matrices on which residues are measured: every k-th one of larger networks."""
 _CROWDED = 0.4
 """Expected change of unrelated text from which a warning is logged."""
+
+
+def made_up_names() -> Any:
+    """The setting `made_up` of methods that keep `Problem.moment`."""
+    return setting(
+        1200,
+        "Made-up names of each kind whose text is kept; they stand for all that nobody lists.",
+        minimum=0,
+        maximum=10_000,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base.config import Config, setting
 from ..parts.text_maps import TextMap, removal
 from .base import METHODS
-from .closed_form import ClosedForm, Problem, Residues
+from .closed_form import ClosedForm, Problem, Residues, made_up_names
 
 _SWEEPS = 8
 """Passes over the concepts in which their strengths settle."""
@@ -35,12 +35,7 @@ class ExactConfig(Config):
         minimum=1,
         maximum=16,
     )
-    made_up: int = setting(
-        1200,
-        "Made-up names of each kind whose text is kept; they stand for all that nobody lists.",
-        minimum=0,
-        maximum=10_000,
-    )
+    made_up: int = made_up_names()
     damping: float = setting(
         1e-3,
         "Share of the mean variance that is added to every text direction.",

@@ -16,7 +16,7 @@ from ..parts.subspace import complement_basis, orthonormal_basis
 from ..parts.text_maps import TextMap, ridge_map
 from ..parts.text_rows import POOLED, TEXT
 from .base import METHODS
-from .closed_form import ClosedForm, Problem
+from .closed_form import ClosedForm, Problem, made_up_names
 
 _LEAST_SHARE = 1e-3
 """Share of a direction outside the span of what is held, below which it counts as inside."""
@@ -52,12 +52,7 @@ class NullSpaceConfig(Config):
         minimum=0.0,
         maximum=1.0,
     )
-    made_up: int = setting(
-        1200,
-        "Made-up names of each kind whose text is kept; they stand for all that nobody lists.",
-        minimum=0,
-        maximum=10_000,
-    )
+    made_up: int = made_up_names()
     overlap: float = setting(
         1.0,
         "Share of a request's output change inside the main output directions of earlier requests above "

@@ -149,7 +149,7 @@ class Request:
 
 def effort(request: Mapping[str, Any]) -> str:
     """How the step of a request's JSON is made, for users: 'in closed form', or '200 iterations'."""
-    name = request["method"]["name"]
-    if any(entry.name == name and entry.cls.is_closed_form for entry in METHODS):
+    entry = METHODS.find(request["method"]["name"])
+    if entry is not None and entry.cls.is_closed_form:
         return "in closed form"
     return f"{request['training']['iterations']} iterations"

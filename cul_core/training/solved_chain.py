@@ -31,8 +31,8 @@ def is_solved(record: StepRecord) -> bool:
     """Whether a step is solved anew: its method solves chains, and no regularizer restrains it."""
     if record.is_merge or record.request["regularizers"]:
         return False
-    name = record.request["method"]["name"]
-    return any(entry.name == name and entry.cls.solves_chain for entry in METHODS)
+    entry = METHODS.find(record.request["method"]["name"])
+    return entry is not None and entry.cls.solves_chain
 
 
 def _begin(model: UnlearnModel) -> int:
