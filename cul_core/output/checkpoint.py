@@ -253,8 +253,7 @@ def load_edits(path: Path | str, source: FileSource) -> UnlearnModel:
             raise CheckpointError(
                 f"The edits in {path.name!r} belong to "
                 f"{brief_repr(made_from['name'] if made_from else 'no model')}, not to "
-                f"{source.path.name!r}; "
-                "open that file instead."
+                f"{source.path.name!r}; open that file instead."
             )
         keys = current_names(source.path, file.header, file.metadata)
         with opened(source.path) as base:

@@ -31,9 +31,10 @@ class Processes:
 
     rank, count = 0, 1
 
-    def part(self, rows: int) -> slice:
-        """This process' rows of a batch."""
-        return slice(self.rank * rows // self.count, (self.rank + 1) * rows // self.count)
+    def part(self, rows: int, rank: int | None = None) -> slice:
+        """Rows of a batch that a process predicts; those of this one if no rank is given."""
+        rank = self.rank if rank is None else rank
+        return slice(rank * rows // self.count, (rank + 1) * rows // self.count)
 
     def gathered(self, own: Tensor, rows: int) -> Tensor:
         """The rows of all processes, in order, from those of this one."""
@@ -60,8 +61,8 @@ class _Joined(Processes):
         padded[: len(own)] = own
         parts = [torch.empty_like(padded) for _ in range(self.count)]
         torch.distributed.all_gather(parts, padded.contiguous())
-        sizes = ((rank + 1) * rows // self.count - rank * rows // self.count for rank in range(self.count))
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        spans = [self.part(rows, rank) for rank in range(self.count)]
+        return torch.cat([part[: at.stop - at.start] for part, at in zip(parts, spans, strict=True)])
 
     def add_up(self, tensor: Tensor) -> None:
         torch.distributed.all_reduce(tensor)
@@ -86,8 +87,7 @@ def joined_processes() -> Processes:
     if not torch.distributed.is_available():
         raise ConfigError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this PyTorch is built without "
-            "torch.distributed; "
-            "start one process."
+            "torch.distributed; start one process."
         )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=_PATIENCE)
