@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .noise_process import DiscreteProcess, NoiseProcess
+from .discrete_process import DiscreteProcess
+from .noise_process import NoiseProcess
 
 _CONFIGS = Path(__file__).parent / "configs"
 Shapes = Mapping[str, tuple[int, ...]]

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..discrete_process import DiscreteProcess
 from ..family import Family, Recipe, TextEncoder, register
-from ..noise_process import DiscreteProcess
 from .unet_layout import ROLES, UNET_PREFIX, recognize
 
 
