@@ -21,7 +21,7 @@ from .diffusers_network import DiffusersNetwork
 from .families.unet_layout import UNET_PREFIX, VAE_PREFIX
 from .family import Family, TextEncoder
 from .recognize import detect_family
-from .source import FileSource, source_of
+from .source import FileSource
 
 logger = logging.getLogger(__name__)
 
@@ -148,10 +148,10 @@ def load_network(
             tokenizer or diffusers is missing.
     """
     family = detect_family(path)
-    require_diffusers()
+    unet = build_unet(family)
     tokenizer = load_tokenizer(family, tokenizer_folder)
     with _naming(path):
-        return _load_network(path, family, tokenizer, dtype)
+        return _load_network(path, family, unet, tokenizer, dtype)
 
 
 @contextmanager
@@ -173,8 +173,9 @@ def _naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _load_network(path: Path, family: Family, tokenizer: object, dtype: torch.dtype) -> DiffusersNetwork:
-    unet = build_unet(family)
+def _load_network(
+    path: Path, family: Family, unet: nn.Module, tokenizer: object, dtype: torch.dtype
+) -> DiffusersNetwork:
     with opened(path) as file:
         names = list(file.keys())
         keys = unet_key_map(names, unet.config)
@@ -286,10 +287,7 @@ class NetworkCache:
         key = f"{source.sha256} {dtype}"
         if self._slot is None or self._slot[0] != key:
             self.free()
-            if source_of(source.path).sha256 != source.sha256:
-                raise ModelError(
-                    f"{source.path.name!r} has changed since the model was opened; open it again."
-                )
+            source.require_unchanged()
             begun = time.monotonic()
             self._slot = (key, load_network(source.path, dtype, self._tokenizer_folder))
             logger.info("loaded %s for training in %.1f s", source.path.name, time.monotonic() - begun)
