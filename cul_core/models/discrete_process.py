@@ -45,6 +45,10 @@ class DiscreteProcess(NoiseProcess):
             abar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])).square()
         object.__setattr__(self, "alphas_cumprod", abar.float())
 
+    @property
+    def predicts(self) -> str:
+        return {"epsilon": "noise", "v_prediction": "velocity"}[self.prediction_type]
+
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(self.timesteps, (count,), generator=generator)
 

@@ -27,6 +27,7 @@ class Recipe:
         anchor_count: anchor images, sampled from the pretrained model.
         anchor_steps: sampling steps of an anchor image.
         anchor_guidance: classifier-free guidance scale of the anchor images.
+        is_guess: whether nobody has published or tuned such values for the family.
     """
 
     iterations: int
@@ -35,6 +36,7 @@ class Recipe:
     anchor_count: int
     anchor_steps: int
     anchor_guidance: float
+    is_guess: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Family:
         text_encoders: text encoders, whose rows the network reads side by side.
         captions: caption templates for anchor prompts; None for the common ones.
         classifier: makes the classifier of its images (`audits.classification.Classifier`); None without one.
+        text_norm: name, within the network, of the norm between text rows and text readers; empty for none.
+        has_frames: whether the network's latents have a frame axis, (b, c, 1, h, w), as those of videos have.
         is_small: whether the network fits any memory and is too small to gain by `frozen_layers`.
     """
 
@@ -122,6 +126,8 @@ class Family:
     closed_vocabulary: bool = False
     text_encoders: tuple[TextEncoder, ...] = ()
     captions: Captions | None = None
+    text_norm: str = ""
+    has_frames: bool = False
     is_small: bool = False
     classifier: Callable[[], Any] | None = None
 

@@ -20,7 +20,12 @@ class Solver(ABC):
 
 
 class NoiseProcess(ABC):
-    """A noise process; it hides from algorithms whether a network predicts noise, velocity or flow."""
+    """A noise process; it hides from algorithms whether a network predicts noise, velocity or flow.
+
+    `predicts` says for users what the network predicts.
+    """
+
+    predicts: str
 
     @abstractmethod
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:

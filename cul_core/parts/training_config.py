@@ -25,7 +25,9 @@ class TrainingConfig(Config):
     )
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", minimum=0.0)
     group: str = setting(
-        "kv", "Which weights are trained.", choices=("kv", "attn2", "attn", "non-attn2", "full")
+        "kv",
+        "Which weights are trained. text, text-kv and text-stream are of flow transformers.",
+        choices=("kv", "attn2", "attn", "non-attn2", "full", "text", "text-kv", "text-stream"),
     )
     seed: int = setting(0, "Everything random derives from it.", minimum=0, maximum=2**64 - 1)
     evaluate_every: int = setting(

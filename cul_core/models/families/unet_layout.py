@@ -29,6 +29,11 @@ def _widths(shapes: Shapes) -> tuple[int, int, int] | None:
     return first[0], first[1], context[1]
 
 
+def is_unet(shapes: Shapes) -> bool:
+    """Whether a checkpoint with these shapes has a UNet in Stable Diffusion's layout, of whatever size."""
+    return f"{UNET_PREFIX}input_blocks.0.0.weight" in shapes
+
+
 def recognize(family: Family, shapes: Shapes, file_name: str) -> bool:
     """Whether a checkpoint with these shapes has a text-to-image UNet with the family's signature.
 
