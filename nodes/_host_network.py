@@ -312,8 +312,17 @@ class HostNetwork(Network):
         return Conditioning.cat(parts).to(self.device)
 
     def _token_ids(self, prompt: str) -> list[int]:
-        """Token ids of a prompt's first part in the first text encoder, without padding at the end."""
-        ids = [int(token[0]) for token in next(iter(self.clip.tokenize(prompt).values()))[0]]
+        """Token ids of a prompt's text rows, from the text encoder that made them, without padding at the end.
+
+        Where several encoders' rows stand one after the other, they are those of the first.
+        """
+        count = self.encode([prompt]).text.shape[1]
+        own = [
+            [int(token[0]) for part in parts for token in part]
+            for parts in self.clip.tokenize(prompt).values()
+        ]
+        ids = next((ids for ids in own if len(ids) == count), own[0])
+        ids = ids[max(len(ids) - count, 0) :]  # the beginning of a template is left out of the rows
         while len(ids) > 1 and ids[-1] == ids[-2]:
             ids.pop()
         return ids
@@ -330,7 +339,12 @@ class HostNetwork(Network):
     def words(self, least_letters: int = 3) -> list[str]:
         whole = re.compile(rf"(?:[\u2581\u0120]([a-z]{{{least_letters},}})|([a-z]{{{least_letters},}})</w>)")
         tokenizers = vars(self.clip.tokenizer).values()
-        vocabulary = next(part.inv_vocab for part in tokenizers if hasattr(part, "inv_vocab"))
+        vocabulary = next((part.inv_vocab for part in tokenizers if hasattr(part, "inv_vocab")), None)
+        if vocabulary is None:
+            raise ModelError(
+                f"The tokenizer of {self.family.display_name} does not tell its words; choose a preset or settings "
+                "without decoys."
+            )
         found = (whole.fullmatch(vocabulary[number]) for number in sorted(vocabulary))
         return [match[1] or match[2] for match in found if match]
 

@@ -267,10 +267,14 @@ class Text:
 
     def tokenize(self, text):
         ids = [1, *(3 + sum(word.encode()) % 1000 for word in re.findall(r"\w+", text)), 2]
-        return {"words": [[(number, 1.0) for number in ids + [2] * (self._length - len(ids))]]}
+        ids += [2] * (self._length - len(ids))
+        if self._family == "qwen-image":  # whose template begins with what is left out of the rows
+            ids = [8, 9, *ids]
+        others = {"l": [[(7, 1.0)] * 5]} if self._family == "flux" else {}  # of the pooled row alone
+        return others | {"words": [[(number, 1.0) for number in ids]]}
 
     def encode_from_tokens(self, tokens, return_dict=False):
-        ids = [number for number, _ in tokens["words"][0]]
+        ids = [number for number, _ in tokens["words"][0] if number not in (8, 9)]
         rows = [torch.randn(self._width, generator=torch.Generator().manual_seed(number)) for number in ids]
         values = {"cond": torch.stack(rows).cumsum(0)[None] / 2, "pooled_output": None}
         values["pooled_output"] = values["cond"].mean(1)[:, :POOLED]
