@@ -161,8 +161,10 @@ class HostNetwork(Network):
                     self._change(layer, "comfy_cast_weights", True)
         if not isinstance(self.process, DiscreteProcess):
             _copy_before_norms(self._net, self._open)
-        for layer in dict.fromkeys(layer for layer, _ in self._layers.values()):
-            keys = {leaf: key for key, (other, leaf) in self._layers.items() if other is layer}
+        of_layers: dict[nn.Module, dict[str, str]] = {}
+        for key, (layer, leaf) in self._layers.items():
+            of_layers.setdefault(layer, {})[leaf] = key
+        for layer, keys in of_layers.items():
             self._open.callback(layer.register_forward_hook(partial(self._branch, keys)).remove)
 
     @property
