@@ -9,9 +9,13 @@ anew when a family's network, its frozen layers or the counting itself changes; 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # count this library, not an installed one
 
 from cul_core.models.build_diffusers import build_unet
 from cul_core.models.diffusers_network import DiffusersNetwork

@@ -216,12 +216,12 @@ def rows_of(runs: Sequence[dict], job: dict[str, Any]) -> list[Row]:
                 "from the start of the process, less the time of the anchor images",
             ),
             of_request(
-                "anchor pictures, s",
+                "anchor images, s",
                 "anchors",
                 f"{job['anchors']} images, {job['anchor_steps']} guided steps each; the reference also loads "
                 "a pipeline, decodes and writes JPEG",
             ),
-            of_request("anchor pictures, cpu s", "anchors_cpu"),
+            of_request("anchor images, cpu s", "anchors_cpu"),
             of_request(
                 "whole request, s",
                 "whole",

@@ -20,6 +20,7 @@ def node_classes() -> list[type[io.ComfyNode]]:
         save,
         settings,
         store,
+        take_back,
         unlearn,
     )
 
@@ -29,6 +30,7 @@ def node_classes() -> list[type[io.ComfyNode]]:
         settings,
         registered,
         unlearn,
+        take_back,
         merge,
         compare,
         evaluate,

@@ -4,17 +4,24 @@ through the host."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
 from comfy.cli_args import args
 
 from ..cul_core.base.errors import CheckpointError, ModelError, brief_repr
-from ..cul_core.files.paths import check_portable, free_path
+from ..cul_core.files.atomic_write import rehearse
+from ..cul_core.files.paths import check_portable, check_writable, free_path
 
+logger = logging.getLogger(__name__)
 _STORE = "unlearning_chains"
+"""Folder of what is kept, and its key in the host's extra_model_paths.yaml."""
+_MODELS = ("checkpoints", "loras", "diffusion_models")
+"""The host's lists of folders whose files it reads in the output folder too."""
 
 
 def register() -> None:
@@ -27,7 +34,25 @@ def register() -> None:
 
 
 def store_folder() -> Path:
-    return Path(folder_paths.get_folder_paths(_STORE)[0])
+    """Where finished steps are kept: the first folder of that key that can be written, else one in the host's
+    output or user folder."""
+    listed = [Path(folder) for folder in folder_paths.get_folder_paths(_STORE)]
+    others = [folder_paths.get_output_directory(), folder_paths.get_user_directory()]
+    for folder in (*listed, *(Path(other) / _STORE for other in others)):
+        if _can_be_written(folder):
+            return folder
+    return listed[0]
+
+
+@lru_cache
+def _can_be_written(folder: Path) -> bool:
+    """Asked once for each folder while the host runs."""
+    try:
+        check_writable(folder)
+    except CheckpointError as error:
+        logger.warning("finished steps are not kept there: %s", error)
+        return False
+    return True
 
 
 def model_snapshots() -> Path:
@@ -87,14 +112,51 @@ def output_path(prefix: str) -> Path:
     """
     check_portable(prefix)
     try:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(
-            prefix, folder_paths.get_output_directory()
-        )
+        folder, name, counter, _, _ = _numbered(prefix)
     except OSError as error:
         raise CheckpointError(
             f"Nothing can be written to {brief_repr(prefix)} ({error.strerror}); choose another folder."
         ) from error
     return free_path(Path(folder) / f"{name}_{counter:05}_.safetensors")
+
+
+def _numbered(prefix: str) -> tuple:
+    """The host's answer to a prefix, also for a linked folder of models, which it reads but does not write.
+
+    Raises:
+        CheckpointError: the prefix leads out of the output folder, to none of the host's folders of models.
+        OSError: there is no such folder, and it cannot be made.
+    """
+    output = Path(folder_paths.get_output_directory())
+    try:
+        return folder_paths.get_save_image_path(prefix, str(output))
+    except OSError:
+        raise
+    except Exception as error:  # the host's own, of no type
+        folder = (output / prefix.replace("\\", "/")).parent
+        listed = {os.path.normpath(path) for kind in _MODELS for path in folder_paths.get_folder_paths(kind)}
+        if not any(os.path.normpath(place) in listed for place in (folder, *folder.parents)):
+            raise CheckpointError(
+                f"{brief_repr(prefix)} leads out of ComfyUI's output folder, to "
+                f"{brief_repr(os.path.realpath(folder))}; choose another folder, or start ComfyUI with "
+                "--output-directory."
+            ) from error
+        place = os.path.realpath(folder)
+        os.makedirs(place, exist_ok=True)
+        return folder_paths.get_save_image_path(os.path.basename(prefix.replace("\\", "/")), place)
+
+
+def check_output(prefix: str | None) -> bool | str:
+    """True if a file can be written for a prefix, else why not: an answer for `validate_inputs`.
+
+    None, which stands for a link, is not checked.
+    """
+    try:
+        if prefix is not None:
+            rehearse(output_path(prefix))
+    except CheckpointError as error:
+        return str(error)
+    return True
 
 
 def workflow_metadata(prompt: object, extra: dict | None) -> dict[str, str]:

@@ -197,7 +197,7 @@ def _as_html(text: str) -> str:
 
 
 class Progress:
-    """Progress bar, preview picture and the line of text on the node that is running."""
+    """Progress bar, preview image and the line of text on the node that is running."""
 
     def __init__(self, total: int):
         self._bar, self._total = comfy.utils.ProgressBar(total), total
@@ -205,8 +205,8 @@ class Progress:
         self._node, self._told = context.node_id if context else None, 0.0
 
     def update(self, done: int, preview: Image.Image | None = None) -> None:
-        picture = ("JPEG", preview, PREVIEW_SIDE_PX) if preview is not None else None
-        self._bar.update_absolute(done, self._total, picture)
+        image = ("JPEG", preview, PREVIEW_SIDE_PX) if preview is not None else None
+        self._bar.update_absolute(done, self._total, image)
 
     def say(self, text: str, now: bool = True) -> None:
         """Text under the node's widgets; with `now` false, at most four times a second."""
@@ -215,13 +215,13 @@ class Progress:
             PromptServer.instance.send_progress_text(_as_html(text), self._node)
 
 
-def to_image_tensor(picture: Image.Image) -> torch.Tensor:
-    """A picture as the host's IMAGE, (1, h, w, 3) in [0, 1]."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+def to_image_tensor(image: Image.Image) -> torch.Tensor:
+    """An image as the host's IMAGE, (1, h, w, 3) in [0, 1]."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
-def to_pictures(images: torch.Tensor) -> list[Image.Image]:
-    """The host's IMAGE (b, h, w, 3) as pictures."""
+def to_images(images: torch.Tensor) -> list[Image.Image]:
+    """The host's IMAGE (b, h, w, 3) as Pillow images."""
     return [Image.fromarray((image.clamp(0, 1) * 255).round().byte().cpu().numpy()) for image in images]
 
 
@@ -235,8 +235,8 @@ def preview(loaded: LoadedModel, latents: torch.Tensor) -> list[Image.Image] | s
     if loaded.vae is None:
         return "no VAE is connected"
     try:
-        pictures = [decoded(loaded.model, loaded.vae, latent) for latent in latents.split(1)]
-        return to_pictures(torch.cat(pictures))
+        images = [decoded(loaded.model, loaded.vae, latent) for latent in latents.split(1)]
+        return to_images(torch.cat(images))
     except memory.InterruptProcessingException:
         raise
     except Exception as error:  # whatever a VAE cannot do, it must not cost the training
@@ -275,14 +275,14 @@ def sample(
     scheduler: str,
     negative: str = "",
 ) -> Iterator[Image.Image]:
-    """One picture per prompt by the host's own sampler, all from the same seed, at the size the model was
+    """One image per prompt by the host's own sampler, all from the same seed, at the size the model was
     trained on."""
     import nodes as stock  # the host's module of that name, not this package
 
     model, clip, vae = native(loaded)
     if vae is None:
         raise ModelError(
-            "The model came without a VAE, so no picture can be drawn; connect one to Unlearn From MODEL."
+            "The model came without a VAE, so no image can be drawn; connect one to Unlearn From MODEL."
         )
     side = loaded.value.family.image_size_px
     encode, empty = stock.CLIPTextEncode().encode, stock.EmptyLatentImage().generate
@@ -293,7 +293,7 @@ def sample(
         (latent,) = stock.common_ksampler(
             model, seed, steps, cfg, sampler, scheduler, wanted, refused, latent
         )
-        yield to_pictures(one_frame(vae.decode(latent["samples"])))[0]
+        yield to_images(one_frame(vae.decode(latent["samples"])))[0]
 
 
 def samplers() -> tuple[list[str], list[str]]:

@@ -329,6 +329,9 @@ class HostNetwork(Network):
             ids.pop()
         return ids
 
+    def tokens(self, prompt: str) -> tuple[int, ...]:
+        return tuple(self._token_ids(prompt)[self.content(prompt)])
+
     def content(self, prompt: str) -> slice:
         ids, empty = self._token_ids(prompt), self._token_ids("")
         if ids == empty:
@@ -348,7 +351,8 @@ class HostNetwork(Network):
                 "without decoys."
             )
         found = (whole.fullmatch(vocabulary[number]) for number in sorted(vocabulary))
-        return [match[1] or match[2] for match in found if match]
+        words = (match[1] or match[2] for match in found if match)
+        return [word for word in words if word not in self.withheld_words]
 
     @property
     def shared_rows(self) -> int:
@@ -546,7 +550,7 @@ def unknown_family(model: Any, clip: Any) -> Family:
         readers, of_text = _traced(network)
     finally:
         network.close()
-    roles = {"text_readers": readers, "reads_text": of_text}
+    roles = {"text_readers": readers, "text_inputs": readers, "reads_text": of_text}
     patterns = {role: rf"^({'|'.join(map(re.escape, keys))})$" for role, keys in roles.items() if keys}
     return replace(family, roles={**patterns, "attention": rf"{ATTENTION}.*\.weight$", "all": ""})
 

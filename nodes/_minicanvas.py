@@ -1,10 +1,11 @@
-"""Registers MiniCanvas' architecture with the host, so that stock loaders and samplers run its checkpoint."""
+"""Registers MiniCanvas' architectures with the host, so that stock loaders and samplers run their checkpoints."""
 
 from __future__ import annotations
 
 from comfy import clip_model, sd1_clip, supported_models, supported_models_base
 
-from ..cul_core.minicanvas.family import MINI
+from ..cul_core.minicanvas.family import FAMILY_OF
+from ..cul_core.models.family import Family
 
 
 class MiniText(clip_model.CLIPTextModel):
@@ -23,61 +24,70 @@ class MiniText(clip_model.CLIPTextModel):
         )
 
 
-class MiniClip(sd1_clip.SDClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options=None, **_):
-        config = MINI.config("text_encoder")
-        super().__init__(
-            device=device,
-            dtype=dtype,
-            textmodel_json_config=config,
-            model_class=MiniText,
-            return_projected_pooled=False,
-            special_tokens={
-                "start": config["bos_token_id"],
-                "end": config["eos_token_id"],
-                "pad": config["pad_token_id"],
-            },
-            model_options=model_options or {},
-        )
+def _architecture(family: Family) -> type:
+    """The host's model class of one world, which reads everything from the family's configuration."""
+    text, tokenizer_folder = family.config("text_encoder"), str(family.tokenizer_folder)
 
+    class MiniClip(sd1_clip.SDClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None, **_):
+            super().__init__(
+                device=device,
+                dtype=dtype,
+                textmodel_json_config=text,
+                model_class=MiniText,
+                return_projected_pooled=False,
+                special_tokens={
+                    "start": text["bos_token_id"],
+                    "end": text["eos_token_id"],
+                    "pad": text["pad_token_id"],
+                },
+                model_options=model_options or {},
+            )
 
-class MiniClipModel(sd1_clip.SD1ClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options=None, **_):
-        super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=MiniClip)
+    class MiniClipModel(sd1_clip.SD1ClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None, **_):
+            super().__init__(
+                device=device, dtype=dtype, model_options=model_options or {}, clip_model=MiniClip
+            )
 
+    class MiniTokens(sd1_clip.SDTokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data=None, **_):
+            super().__init__(
+                tokenizer_path=tokenizer_folder,
+                embedding_directory=embedding_directory,
+                embedding_size=text["hidden_size"],
+                tokenizer_data=tokenizer_data or {},
+            )
 
-class MiniTokens(sd1_clip.SDTokenizer):
-    def __init__(self, embedding_directory=None, tokenizer_data=None, **_):
-        super().__init__(
-            tokenizer_path=str(MINI.tokenizer_folder),
-            embedding_directory=embedding_directory,
-            embedding_size=MINI.config("text_encoder")["hidden_size"],
-            tokenizer_data=tokenizer_data or {},
-        )
+    class MiniTokenizer(sd1_clip.SD1Tokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data=None, **_):
+            super().__init__(
+                embedding_directory=embedding_directory,
+                tokenizer_data=tokenizer_data or {},
+                tokenizer=MiniTokens,
+            )
 
+    class MiniCanvas(supported_models.SD15):
+        unet_config = {
+            **supported_models.SD15.unet_config,
+            "context_dim": family.signature[1],
+            "model_channels": family.signature[0],
+        }
+        unet_extra_config = {
+            "num_heads": family.config("unet")["attention_head_dim"],
+            "num_head_channels": -1,
+        }
 
-class MiniTokenizer(sd1_clip.SD1Tokenizer):
-    def __init__(self, embedding_directory=None, tokenizer_data=None, **_):
-        super().__init__(
-            embedding_directory=embedding_directory, tokenizer_data=tokenizer_data or {}, tokenizer=MiniTokens
-        )
+        def clip_target(self, state_dict=None):
+            return supported_models_base.ClipTarget(MiniTokenizer, MiniClipModel)
 
-
-class MiniCanvas(supported_models.SD15):
-    unet_config = {
-        **supported_models.SD15.unet_config,
-        "context_dim": MINI.signature[1],
-        "model_channels": MINI.signature[0],
-    }
-    unet_extra_config = {"num_heads": MINI.config("unet")["attention_head_dim"], "num_head_channels": -1}
-
-    def clip_target(self, state_dict=None):
-        return supported_models_base.ClipTarget(MiniTokenizer, MiniClipModel)
+    return MiniCanvas
 
 
 def register() -> None:
     """Once per process. May raise on a host that has changed underneath."""
-    if not any(
-        getattr(model, "unet_config", None) == MiniCanvas.unet_config for model in supported_models.models
-    ):
-        supported_models.models.append(MiniCanvas)
+    known = [getattr(model, "unet_config", None) for model in supported_models.models]
+    for family in FAMILY_OF.values():
+        architecture = _architecture(family)
+        if architecture.unet_config not in known:
+            supported_models.models.append(architecture)

@@ -33,22 +33,24 @@ class Compare(UnlearningNode):
             display_name="Compare Before/After",
             category="unlearning/look",
             description="Draws the same prompts from the same seed with two or three models and puts the "
-            "pictures in one labelled grid.",
+            "images in one labelled grid.",
             inputs=[
                 CulModel.Input(
-                    "before", tooltip="The first row, usually straight from Load Model for Unlearning."
+                    "before", tooltip="Model of the first row, usually from Load Model for Unlearning."
                 ),
-                CulModel.Input("after", tooltip="The second row, usually from the last Unlearn Step."),
+                CulModel.Input(
+                    "after", tooltip="Model of the second row, usually from the last Unlearn Step."
+                ),
                 io.String.Input(
                     "prompts",
                     default="",
                     multiline=True,
                     placeholder="one prompt per line",
-                    tooltip="One prompt per line, each a column. Ask for what was forgotten, and for what "
-                    "should have stayed.",
+                    tooltip="Prompts, one per line, each a column. Ask for forgotten concepts and for "
+                    "concepts that should have stayed.",
                 ),
                 io.Int.Input(
-                    "sampling_seed", default=0, min=0, max=2**53 - 1, tooltip="Seed of every picture."
+                    "sampling_seed", default=0, min=0, max=2**53 - 1, tooltip="Seed of every image."
                 ),
                 io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps."),
                 io.Float.Input(
@@ -60,9 +62,11 @@ class Compare(UnlearningNode):
                 io.Combo.Input(
                     "scheduler", options=schedulers, default="karras", tooltip="The host's noise schedule."
                 ),
-                io.String.Input("negative", default="", tooltip="Negative prompt of every picture."),
+                io.String.Input("negative", default="", tooltip="Negative prompt of every image."),
                 CulModel.Input(
-                    "other", optional=True, tooltip="A third row, such as the same step without regularizers."
+                    "other",
+                    optional=True,
+                    tooltip="Model of a third row, such as that of a step without regularizers.",
                 ),
                 io.String.Input(
                     "row_labels",
@@ -70,7 +74,7 @@ class Compare(UnlearningNode):
                     tooltip="Labels of the rows, separated by commas.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="grid", tooltip="The labelled grid of pictures.")],
+            outputs=[io.Image.Output(display_name="grid", tooltip="The labelled grid of images.")],
             is_output_node=True,
         )
 
@@ -102,7 +106,7 @@ class Compare(UnlearningNode):
         progress, rows, done = _host.Progress(len(models) * len(wanted)), [], 0
         for label, model in zip(labels, models, strict=False):
             rows.append((label, []))
-            for picture in _host.sample(
+            for image in _host.sample(
                 model,
                 wanted,
                 seed=sampling_seed,
@@ -112,7 +116,7 @@ class Compare(UnlearningNode):
                 scheduler=scheduler,
                 negative=negative,
             ):
-                rows[-1][1].append(picture)
+                rows[-1][1].append(image)
                 done += 1
                 progress.update(done)
         cell = 128 if models[0].value.family.image_size_px <= 128 else 256
@@ -120,7 +124,7 @@ class Compare(UnlearningNode):
             f"Equal seeds ({sampling_seed})", [_wrapped(prompt) for prompt in wanted], rows, cell
         )
         image = _host.to_image_tensor(grid)
-        progress.update(done, grid)  # a live preview would hide the picture below it
+        progress.update(done, grid)  # a live preview would hide the image below it
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 

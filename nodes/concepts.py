@@ -10,19 +10,18 @@ from ._node import UnlearningNode
 from ._types import Concepts
 
 KIND_TIP = (
-    "What it is. style: the picture stays, drawn without the style. object: another object takes its place. "
-    "celebrity and character: a person takes its place. memorized: one picture, called by the caption that "
-    "draws it."
+    "Kind of concept. style: the image stays, without the style. object: another object takes its place. "
+    "celebrity, character: a person takes its place. memorized: one image, named by its caption."
 )
 ANCHOR_TIP = (
-    "What the target becomes. Empty for a style (the same picture without it); empty for a celebrity or "
-    "character means 'person'. An object needs one: a common word of the same sort, such as 'horse' for "
-    "'dog'. A memorized picture needs one: a caption in other words that does not draw it."
+    "What the target becomes. A style needs none. A celebrity or character becomes a 'person' if none is "
+    "given. An object needs a common word of the same sort, such as 'horse' for 'dog'. A memorized image "
+    "needs a caption in other words that does not draw it."
 )
 KEEP_TIP = (
-    "What must stay, separated by commas or line breaks: the relatives of the target that matter most to "
-    "you. They are of the target's kind unless a line says otherwise ('object: cat'). The rest is protected "
-    "too, a little less surely."
+    "Concepts to keep, separated by commas or line breaks: relatives of the target that matter most to you. "
+    "A line may name another kind ('object: cat'). Concepts that are not listed are protected too, less "
+    "surely."
 )
 
 
@@ -40,7 +39,7 @@ class ConceptToForget(UnlearningNode):
                     "target",
                     default="",
                     placeholder="Candy Stripes",
-                    tooltip="The name of what should be forgotten, as people write it in prompts. "
+                    tooltip="Name of the concept to forget, as people write it in prompts. "
                     "Underscores count as spaces.",
                 ),
                 io.Combo.Input("kind", options=list(KINDS), default="style", tooltip=KIND_TIP),
@@ -55,12 +54,12 @@ class ConceptToForget(UnlearningNode):
                 Concepts.Input(
                     "concepts",
                     optional=True,
-                    tooltip="Other concepts that are forgotten together with this one, in one step.",
+                    tooltip="Other concepts to forget together with this one, in one step.",
                 ),
             ],
             outputs=[
                 Concepts.Output(
-                    display_name="concepts", tooltip="What to forget and what to keep, for an Unlearn Step."
+                    display_name="concepts", tooltip="Concepts to forget and to keep, for an Unlearn Step."
                 )
             ],
         )

@@ -32,16 +32,13 @@ class EvaluateForgetting(UnlearningNode):
                     default=1,
                     min=1,
                     max=100,
-                    tooltip="Pictures per style and object. 1 means some 300 pictures, half a minute on a "
-                    "CPU.",
+                    tooltip="Images per style and object. 1 means some 300 images, half a minute on a CPU.",
                 ),
-                io.Int.Input(
-                    "sampling_seed", default=0, min=0, max=2**53 - 1, tooltip="Seed of the pictures."
-                ),
+                io.Int.Input("sampling_seed", default=0, min=0, max=2**53 - 1, tooltip="Seed of the images."),
                 Scores.Input(
                     "earlier",
                     optional=True,
-                    tooltip="Scores after earlier requests; they become points of the chart.",
+                    tooltip="Scores after earlier requests, for further points of the chart.",
                 ),
             ],
             outputs=[
@@ -70,7 +67,7 @@ class EvaluateForgetting(UnlearningNode):
         def on_batch(done: int) -> None:
             _host.raise_if_cancelled()
             progress.update(done)
-            progress.say(f"picture {done} of {total}", now=False)
+            progress.say(f"image {done} of {total}", now=False)
 
         with _host.normal_tensors(), _host.training_device(networks.free):
             scores = classifier.evaluate(
@@ -126,14 +123,14 @@ class DriftMap(UnlearningNode):
     def execute(cls, model):
         with _host.normal_tensors():
             drifts = drift_of(model.value)
-        picture = drift_map(f"Drift from the pretrained weights: {total_drift(drifts):.3f} in all", drifts)
+        chart = drift_map(f"Drift from the pretrained weights: {total_drift(drifts):.3f} in all", drifts)
         text = "\n".join(
             [
                 model_text(model.value),
                 *(f"{drift.name}  {drift.distance:.4f}  {drift.percent:.2f} %" for drift in drifts),
             ]
         )
-        image = _host.to_image_tensor(picture)
+        image = _host.to_image_tensor(chart)
         return io.NodeOutput(image, text, ui=ui.PreviewImage(image, cls=cls))
 
 

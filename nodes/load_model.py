@@ -10,13 +10,13 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.base.errors import ModelError
+from ..cul_core.base.errors import CulError, ModelError
 from ..cul_core.files.safetensors_format import read_header
 from ..cul_core.history.unlearn_model import UnlearnModel
 from ..cul_core.models.families.unet_layout import is_unet
 from ..cul_core.models.family import Family
 from ..cul_core.models.recognize import detect_family, family_of, stored_dtypes
-from ..cul_core.models.source import stored_name
+from ..cul_core.models.source import PREDICTIONS, stored_name
 from ..cul_core.output.checkpoint import open_continued, open_model
 from ..cul_core.output.report import model_text
 from ..cul_core.store.eviction import hold
@@ -26,6 +26,10 @@ from ._host_network import unknown_family
 from ._node import UnlearningNode
 from ._types import LoadedModel, model_outputs
 
+_SAMPLING_NOTE = (
+    "ComfyUI takes it for another prediction: put ModelSamplingDiscrete with {} behind the model output."
+)
+_HOST_NAMES = {"noise": "eps", "velocity": "v_prediction"}
 _made: set[Path] = set()
 """Files of kept weights that outputs in the host's cache may stand on."""
 
@@ -59,32 +63,41 @@ class LoadModel(UnlearningNode):
                     tooltip="A .safetensors checkpoint. minicanvas.safetensors is the tiny model that comes "
                     "with this pack.",
                 ),
+                io.Combo.Input(
+                    "prediction",
+                    options=list(PREDICTIONS),
+                    default="auto",
+                    optional=True,
+                    tooltip="What the model predicts. auto: as its file says. Choose velocity for a "
+                    "v-prediction model whose file does not say so; ComfyUI's ModelSamplingDiscrete makes "
+                    "it draw as such.",
+                ),
             ],
             outputs=model_outputs(),
         )
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint):
+    def fingerprint_inputs(cls, checkpoint, prediction="auto"):
         status = _folders.model_path(checkpoint, "checkpoints").stat()
-        return f"{status.st_size} {status.st_mtime_ns}"
+        return f"{status.st_size} {status.st_mtime_ns} {prediction}"
 
     @classmethod
-    def validate_inputs(cls, checkpoint):
+    def validate_inputs(cls, checkpoint, prediction="auto"):
         """Refuses, from the file's header alone, what cannot be trained before anything of the graph runs."""
         try:
             if checkpoint is not None:  # not a link
-                detect_family(_folders.model_path(checkpoint, "checkpoints"))
-        except ModelError as error:
+                detect_family(_folders.model_path(checkpoint, "checkpoints"), prediction or "auto")
+        except CulError as error:
             return str(error)
         return True
 
     @classmethod
-    def execute(cls, checkpoint):
+    def execute(cls, checkpoint, prediction="auto"):
         path = _folders.model_path(checkpoint, "checkpoints")
         listed = _folders.model_paths("checkpoints")
         with _host.normal_tensors():
             value = open_continued(
-                path, itertools.chain(listed, _folders.model_snapshots().glob("*.safetensors"))
+                path, itertools.chain(listed, _folders.model_snapshots().glob("*.safetensors")), prediction
             )
         hold(value.source.path, value.source)  # it may be one of the kept weights
         model, clip, vae = _host.load_native(value.source.path)
@@ -94,7 +107,9 @@ class LoadModel(UnlearningNode):
                 "own loaders and connect them to Unlearn From MODEL."
             )
         loaded = LoadedModel(value, model, clip, vae)
-        _host.Progress(1).say(_described(value))
+        predicted, theirs = value.family.process.predicts, _host.process_of(model).predicts
+        note = "" if predicted == theirs else f"\n{_SAMPLING_NOTE.format(_HOST_NAMES[predicted])}"
+        _host.Progress(1).say(_described(value) + note)
         return io.NodeOutput(loaded, *_host.native(loaded))
 
 

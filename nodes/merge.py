@@ -35,8 +35,8 @@ class MergeUnlearnedModels(UnlearningNode):
             inputs=[
                 CulModel.Input(
                     "model_1",
-                    tooltip="The first model, from an Unlearn Step. All must come from the same checkpoint "
-                    "file.",
+                    tooltip="The first model, from an Unlearn Step. All models must come from the same "
+                    "checkpoint file.",
                 ),
                 CulModel.Input(
                     "model_2",
@@ -46,7 +46,7 @@ class MergeUnlearnedModels(UnlearningNode):
                     "how",
                     options=[entry.name for entry in MERGERS],
                     default="ties",
-                    tooltip=f"How to merge. {ways}",
+                    tooltip=f"Way of merging. {ways}",
                 ),
                 io.Float.Input(
                     "strength",
@@ -56,7 +56,7 @@ class MergeUnlearnedModels(UnlearningNode):
                     step=0.05,
                     round=0.001,
                     tooltip=f"{rules['strength']['help']} task_arithmetic adds every change in full at 1. "
-                    "uniform does not use it.",
+                    "uniform ignores it.",
                 ),
                 io.Float.Input(
                     "keep_fraction",
@@ -77,7 +77,7 @@ class MergeUnlearnedModels(UnlearningNode):
                     CulModel.Input(
                         f"model_{number}",
                         optional=True,
-                        tooltip=f"Model number {number}, if there are as many.",
+                        tooltip=f"Model number {number}, of the same checkpoint file.",
                     )
                     for number in range(3, _MOST + 1)
                 ),

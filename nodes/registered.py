@@ -19,7 +19,7 @@ from ._host_network import HostNetworks
 from ._node import UnlearningNode
 from ._types import CulModel, Method, Regularizers
 
-_RECOMMENDED = PRESETS["recommended"]
+_TRAINED = PRESETS["trained"]
 
 
 def _widget(field: dataclasses.Field, default: Any) -> io.Input:
@@ -49,8 +49,8 @@ def _widgets(config: Config, later: bool = False) -> list[io.Input]:
 
 
 def _defaults(config: type[Config]) -> Config:
-    """What the recommended preset sets, if it uses this; else the config's own defaults."""
-    used = (_RECOMMENDED.method, *_RECOMMENDED.regularizers)
+    """What the preset `trained` sets, if it uses this; else the config's own defaults."""
+    used = (_TRAINED.method, *_TRAINED.regularizers)
     return next((instance for instance in used if type(instance) is config), config())
 
 
@@ -71,7 +71,7 @@ def _method_node(entry: Entry) -> type[io.ComfyNode]:
                 outputs=[
                     Method.Output(
                         display_name="method",
-                        tooltip="How to forget; takes the place of the preset's method.",
+                        tooltip="Method for an Unlearn Step, in place of the preset's.",
                     )
                 ],
             )
@@ -102,8 +102,8 @@ def _regularizer_node(entry: Entry) -> type[io.ComfyNode]:
                 outputs=[
                     Regularizers.Output(
                         display_name="regularizers",
-                        tooltip="What holds the rest in place; takes the place of the preset's "
-                        "regularizers. Chain several of these nodes.",
+                        tooltip="Regularizers for an Unlearn Step, in place of the preset's. "
+                        "Chain several of these nodes.",
                     )
                 ],
             )

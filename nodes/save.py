@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.output.checkpoint import save_checkpoint
+from ..cul_core.output.checkpoint import ROUNDINGS, save_checkpoint
 from ..cul_core.output.lora import save_difference, save_lora
 from . import _folders, _host
 from ._node import UnlearningNode
@@ -35,6 +35,15 @@ class SaveCheckpoint(UnlearningNode):
                     tooltip="Folder in ComfyUI's output folder and beginning of the name. The stock loaders "
                     "look into output/checkpoints. A number is added: nothing is overwritten.",
                 ),
+                io.Combo.Input(
+                    "rounding",
+                    options=list(ROUNDINGS),
+                    default="auto",
+                    optional=True,
+                    tooltip="How edited weights are rounded to the file's precision. auto: to the nearest "
+                    "value, or stochastically where that would lose more than a fiftieth of the "
+                    "edit, as in bf16 files. The node says how much is kept.",
+                ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
             hidden=list(_HIDDEN),
@@ -42,12 +51,18 @@ class SaveCheckpoint(UnlearningNode):
         )
 
     @classmethod
-    def execute(cls, model, filename_prefix):
+    def validate_inputs(cls, filename_prefix):
+        """Refuses what cannot be written before anything of the graph runs."""
+        return _folders.check_output(filename_prefix)
+
+    @classmethod
+    def execute(cls, model, filename_prefix, rounding="auto"):
+        said, path = [], _folders.output_path(filename_prefix)
         with _host.normal_tensors():
             path = save_checkpoint(
-                model.value, _folders.output_path(filename_prefix), _host.raise_if_cancelled, _header(cls)
+                model.value, path, _host.raise_if_cancelled, _header(cls), rounding, said.append
             )
-        _host.Progress(1).say(f"Saved: {path}")
+        _host.Progress(1).say("\n".join([f"Saved: {path}", *said]))
         return io.NodeOutput(str(path))
 
 
@@ -72,17 +87,28 @@ class SaveLora(UnlearningNode):
                     "format",
                     options=["diff", "lora"],
                     default="diff",
-                    tooltip="diff: exact. lora: smaller, an approximation of the given rank; the node says "
-                    "how much of the edit it keeps.",
+                    tooltip="diff: exact, and as large as the edited weights. lora: smaller; exact for what "
+                    "the preset exact has edited, else an approximation of the given rank. The node "
+                    "says how much of the edit it keeps.",
                 ),
                 io.Int.Input(
-                    "rank", default=16, min=1, max=1024, tooltip="Rank of the approximation; only for lora."
+                    "rank",
+                    default=16,
+                    min=1,
+                    max=1024,
+                    tooltip="Rank of an approximation; only for lora. An edit that can be written exactly "
+                    "has a rank of its own, whatever is given here.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
             hidden=list(_HIDDEN),
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix):
+        """Refuses what cannot be written before anything of the graph runs."""
+        return _folders.check_output(filename_prefix)
 
     @classmethod
     def execute(cls, model, filename_prefix, format, rank):
@@ -95,8 +121,8 @@ class SaveLora(UnlearningNode):
 
         with _host.normal_tensors():
             if format == "lora":
-                path, kept = save_lora(model.value, path, rank, _header(cls), on_tensor)
-                note = f"\nrank {rank} keeps {100 * kept:.2f} % of the edit"
+                saved = save_lora(model.value, path, rank, _header(cls), on_tensor)
+                path, note = saved.path, f"\n{saved.sentence}"
             else:
                 path = save_difference(model.value, path, _header(cls))
         progress.update(1)

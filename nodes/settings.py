@@ -22,7 +22,7 @@ class TrainingSettings(UnlearningNode):
         rules = {field.name: field.metadata for field in dataclasses.fields(TrainingConfig)}
 
         def help_of(name: str) -> str:
-            return f"{rules[name]['help']} 0 means as the preset says for this kind of model."
+            return f"{rules[name]['help']} 0: the preset's value for this kind of model."
 
         def choice(name: str) -> io.Input:
             return io.Combo.Input(
@@ -64,16 +64,26 @@ class TrainingSettings(UnlearningNode):
                     default=0,
                     min=0,
                     max=MOST_ANCHORS,
-                    tooltip="Pictures by the pretrained model that the step trains on; they are drawn once "
-                    "and kept. 0 means as the preset says for this kind of model.",
+                    tooltip="Images that the pretrained model samples for the step to train on; they are "
+                    "sampled once and stored. 0: the preset's value for this kind of model.",
                 ),
                 io.Int.Input(
                     "anchor_steps",
                     default=0,
                     min=0,
                     max=most["steps"],
-                    tooltip="Sampling steps of each of them. 0 means as the preset says for this kind of "
+                    tooltip="Sampling steps of each anchor image. 0: the preset's value for this kind of "
                     "model.",
+                ),
+                io.Float.Input(
+                    "anchor_guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip="Guidance scale (CFG) of each of them. 1 is none, as distilled models (Turbo, "
+                    "Lightning, LCM) need it. 0 means as the preset says for this kind of model.",
                 ),
             ],
             outputs=[

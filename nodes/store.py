@@ -19,23 +19,22 @@ class UnlearningStore(UnlearningNode):
             display_name="Unlearning Store",
             category="unlearning/look",
             description="Shows what is kept so that nothing is trained twice: finished steps, where "
-            "unfinished ones stopped, and anchor pictures, in models/unlearning_chains. Removes "
+            "unfinished ones stopped, and anchor images, in models/unlearning_chains. Removes "
             "them if asked to; a step that is trained at the moment keeps its files.",
             inputs=[
                 io.Combo.Input(
                     "clear",
                     options=list(_CLEARED),
                     default="nothing",
-                    tooltip="What to remove before the list is made. unfinished: where stopped steps would "
-                    "go on. anchors: pictures that are drawn again when a step needs them. "
-                    "everything: finished steps too, which are trained again when a graph needs "
-                    "them.",
+                    tooltip="Files to remove first. unfinished: states of stopped steps, which then begin "
+                    "anew. anchors: anchor images, sampled again when needed. everything: finished steps "
+                    "too, trained again when needed.",
                 ),
             ],
             outputs=[
                 io.String.Output(
                     display_name="contents",
-                    tooltip="Count and size of what is kept, and what each step forgot.",
+                    tooltip="Number and size of the stored files, and what each step forgot.",
                 )
             ],
             is_output_node=True,

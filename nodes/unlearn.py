@@ -1,9 +1,9 @@
-"""Unlearn Step and Unlearn Sequence: the nodes that train."""
+"""Unlearn Step and Unlearn Sequence: the nodes that make a model forget."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 
@@ -12,7 +12,9 @@ from comfy_api.v0_0_2 import io
 
 from ..cul_core.concepts.concept import KINDS
 from ..cul_core.concepts.parsing import ConceptList, parse_keep, parse_requests
+from ..cul_core.files.locks import Waiting
 from ..cul_core.history.unlearn_model import UnlearnModel
+from ..cul_core.methods import METHODS
 from ..cul_core.output.charts import labelled_grid, loss_curve
 from ..cul_core.output.report import brief_text, step_text
 from ..cul_core.requests.presets import PRESETS
@@ -37,14 +39,19 @@ def _how_to_train() -> list[io.Input]:
     descriptions = " ".join(f"{name}: {entry.description}" for name, entry in PRESETS.items())
     return [
         io.Combo.Input(
-            "preset", options=list(PRESETS), default="recommended", tooltip=f"How to forget. {descriptions}"
+            "preset",
+            options=list(PRESETS),
+            default="recommended",
+            tooltip="Method, regularizers and training settings. Every figure is of MiniCanvas: on Stable "
+            "Diffusion nothing was measured, so no preset is recommended there by a measurement. "
+            f"{descriptions}",
         ),
         io.Int.Input(
             "train_seed",
             default=0,
             min=0,
             max=2**53 - 1,
-            tooltip="Everything random of the step derives from it. Another seed trains anew; the same one "
+            tooltip="Seed of everything random in the step. Another seed computes it anew; the same seed "
             "takes the finished step from the store.",
         ),
         io.Int.Input(
@@ -52,14 +59,15 @@ def _how_to_train() -> list[io.Input]:
             default=20,
             min=0,
             max=100_000,
-            tooltip="Iterations between live previews, always of the same prompts and noise; more where "
-            "previews would take over a twentieth of the training. 0 turns them off.",
+            tooltip="Iterations between previews of the same prompts and noise; more where previews would "
+            "take over a twentieth of the training. Without training, as in the preset recommended, "
+            "there is one before and one after the last request. 0: no previews.",
         ),
-        Method.Input("method", optional=True, tooltip="Takes the place of the preset's method."),
-        Regularizers.Input(
-            "regularizers", optional=True, tooltip="Take the place of the preset's regularizers."
+        Method.Input("method", optional=True, tooltip="Method in place of the preset's."),
+        Regularizers.Input("regularizers", optional=True, tooltip="Regularizers in place of the preset's."),
+        Training.Input(
+            "training", optional=True, tooltip="Training settings in place of some of the preset's."
         ),
-        Training.Input("training", optional=True, tooltip="Replaces some of the preset's training settings."),
     ]
 
 
@@ -69,7 +77,10 @@ def _outputs() -> list:
         io.String.Output(
             display_name="report", tooltip="What was forgotten, how, and what it cost, as text."
         ),
-        io.Image.Output(display_name="loss_plot", tooltip="The training loss against the iteration."),
+        io.Image.Output(
+            display_name="loss_plot",
+            tooltip="The training loss against the iteration; a note where nothing was trained.",
+        ),
     ]
 
 
@@ -85,13 +96,19 @@ class _Watch:
     previews."""
 
     def __init__(self, loaded: LoadedModel, requests: Sequence[Request], preview_every: int):
-        self._loaded, self._every = loaded, preview_every
+        self._loaded, self._every, self._last = loaded, preview_every, requests[-1]
         self._progress = _host.Progress(sum(max(request.training.iterations, 1) for request in requests))
         self._done, self._before, self._lines, self._note = 0, [], [], ""
 
-    def waiting(self) -> None:
-        self._progress.say("Another ComfyUI trains this step; waiting for its result.", now=False)
-        _host.raise_if_cancelled()
+    def waiting(self) -> Callable[[], None]:
+        """To be called while another process trains the next step."""
+        say = Waiting("Another ComfyUI trains this step", self._progress.say, every_seconds=1.0)
+
+        def wait() -> None:
+            say()
+            _host.raise_if_cancelled()
+
+        return wait
 
     def finished(self, request: Request, report: StepReport, note: str) -> None:
         self._done += max(request.training.iterations, 1)
@@ -102,12 +119,14 @@ class _Watch:
     def callbacks(self, request: Request) -> Callbacks:
         names = " + ".join(concept.name for concept in request.concepts)
         shown = preview_prompts(request)
+        is_closed_form = METHODS.of(request.method).cls.is_closed_form
+        every = 0 if is_closed_form and request is not self._last else self._every
         if self._loaded.value.family.image_size_px > 768:
             # the first and the last: each takes as long as many iterations
             shown = shown[:: max(len(shown) - 1, 1)]
 
         def on_anchors(done: int, count: int) -> None:
-            self._progress.say(f"{names}: anchor picture {done} of {count}", now=False)
+            self._progress.say(f"{names}: anchor image {done} of {count}", now=False)
 
         def on_progress(progress) -> None:
             self._progress.update(self._done + progress.iteration)
@@ -118,22 +137,28 @@ class _Watch:
             )
 
         def on_preview(iteration: int, latents) -> None:
-            pictures = _host.preview(self._loaded, latents)
+            images = _host.preview(self._loaded, latents)
             if iteration == 0:
-                self._before = [] if isinstance(pictures, str) else pictures
-            if isinstance(pictures, str):
-                logger.warning("no preview of iteration %d: %s", iteration, pictures)
-                self._progress.say(f"{names}: no preview, {pictures}")
+                self._before = [] if isinstance(images, str) else images
+            if isinstance(images, str):
+                logger.warning("no preview of iteration %d: %s", iteration, images)
+                self._progress.say(f"{names}: no preview, {images}")
                 return
             rows = [
                 (label, row)
-                for label, row in (("before", self._before), ("now", pictures if iteration else []))
+                for label, row in (("before", self._before), ("now", images if iteration else []))
                 if row
             ]
-            title = f"{names}: iteration {iteration} of {request.training.iterations}"
+            if is_closed_form:
+                title = f"{names}: {'now' if iteration else 'before'}"
+            else:
+                title = f"{names}: iteration {iteration} of {request.training.iterations}"
             self._progress.update(
                 self._done + iteration, labelled_grid(title, [label for label, _ in shown], rows, cell=128)
             )
+
+        def on_stage(text: str) -> None:
+            self._progress.say(f"{names}: {text}{self._note}", now=False)
 
         def on_message(text: str) -> None:
             self._note = f"\n{text}"
@@ -145,8 +170,9 @@ class _Watch:
             on_anchors,
             on_preview,
             tuple(prompt for _, prompt in shown),
-            preview_interval(request, self._every, len(shown)),
+            preview_interval(request, every, len(shown)),
             on_message,
+            on_stage,
         )
 
 
@@ -162,11 +188,12 @@ def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int
             return until_the_last.enter_context(_host.training_device(networks.free))
 
         def train(model: UnlearnModel, request: Request, state_store: StateStore):
-            kept = {"store": store.anchors, "networks": networks, "state_store": state_store}
-            return run_step(model, request, device=device(), callbacks=watch.callbacks(request), **kept)
+            kept = {"store": store.anchors, "networks": networks, "text_sums": store.texts}
+            watched = {"callbacks": watch.callbacks(request), "state_store": state_store}
+            return run_step(model, request, device=device(), **kept, **watched)
 
         for request in requests:
-            outcome = store.get_or_train(value, request, partial(train, value, request), watch.waiting)
+            outcome = store.get_or_train(value, request, partial(train, value, request), watch.waiting())
             value = outcome.model
             reports.append(outcome.report)
             watch.finished(request, outcome.report, outcome.note)
@@ -183,14 +210,14 @@ class UnlearnStep(UnlearningNode):
             node_id="CUL_UnlearnStep",
             display_name="Unlearn Step",
             category="unlearning",
-            description="Trains the model to forget the concepts and gives out the edited model. Chain "
-            "several to forget one request after another. A finished step is kept: the same "
-            "graph takes it instead of training again, after a restart too.",
+            description="Makes the model forget the concepts and gives out the edited model. Chain several "
+            "to forget one request after another. A finished step is kept: the same graph takes "
+            "it instead of computing it again, after a restart too.",
             inputs=[
-                CulModel.Input("model", tooltip="From Load Model for Unlearning, or from the step before."),
-                Concepts.Input(
-                    "concepts", tooltip="What to forget and what to keep, from Concept to Forget."
+                CulModel.Input(
+                    "model", tooltip="Model to edit, from Load Model for Unlearning or from the step before."
                 ),
+                Concepts.Input("concepts", tooltip="Concepts to forget and to keep, from Concept to Forget."),
                 *_how_to_train(),
             ],
             outputs=_outputs(),
@@ -212,15 +239,17 @@ class UnlearnSequence(UnlearningNode):
             display_name="Unlearn Sequence",
             category="unlearning",
             description="Forgets a list of requests one after another, as a chain of Unlearn Steps would. "
-            "Every finished line is kept: adding a line at the end trains only that line.",
+            "Every finished line is kept: adding a line at the end computes only that line.",
             inputs=[
-                CulModel.Input("model", tooltip="From Load Model for Unlearning, or from an Unlearn Step."),
+                CulModel.Input(
+                    "model", tooltip="Model to edit, from Load Model for Unlearning or from an Unlearn Step."
+                ),
                 io.String.Input(
                     "requests",
                     default="",
                     multiline=True,
                     placeholder="Candy Stripes\nNeon Cyan\nobject: cat -> tree",
-                    tooltip="One request per line: 'target', 'target -> anchor' or 'kind: target -> "
+                    tooltip="Requests, one per line: 'target', 'target -> anchor' or 'kind: target -> "
                     "anchor'. ' + ' joins concepts that are forgotten together. A line that begins "
                     "with # is left out.",
                 ),
@@ -228,9 +257,9 @@ class UnlearnSequence(UnlearningNode):
                     "kind",
                     options=list(KINDS),
                     default="style",
-                    tooltip=f"For lines that do not say. {KIND_TIP}",
+                    tooltip=f"For lines that give none. {KIND_TIP}",
                 ),
-                io.String.Input("anchor", default="", tooltip=f"For lines that do not say. {ANCHOR_TIP}"),
+                io.String.Input("anchor", default="", tooltip=f"For lines that give none. {ANCHOR_TIP}"),
                 io.String.Input(
                     "keep",
                     default="",

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ..base.config import Config, setting
 from ..base.errors import ConceptError, brief_repr
+from ..concepts.cleaning import clean_text, read_text
 from ..concepts.concept import Concept, check_count, check_text
 from ..methods.conabl import ConAblConfig
 from ..models.network import Network
@@ -87,7 +88,7 @@ def embedding_cosine(original: Tensor, embed: Callable[[Tensor], Tensor]) -> Sim
     return lambda images: functional.cosine_similarity(embed(images), reference)
 
 
-def read_picture(path: Path) -> Tensor:
+def read_image(path: Path) -> Tensor:
     """The image in a file as (3, h, w) in [0, 1].
 
     Raises:
@@ -101,7 +102,7 @@ def read_picture(path: Path) -> Tensor:
             return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1) / 255
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConceptError(
-            f"The picture {path.name!r} cannot be read ({brief_repr(str(error))}); give a PNG or JPEG file."
+            f"The image {path.name!r} cannot be read ({brief_repr(str(error))}); give a PNG or JPEG file."
         ) from error
 
 
@@ -112,7 +113,7 @@ def read_paraphrases(path: Path) -> list[str]:
         ConceptError: the file cannot be read, has too many lines, or a line is no caption.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, ValueError) as error:
         raise ConceptError(
             f"The paraphrases in {path.name!r} cannot be read ({error}); give a text file with one a line."
@@ -121,7 +122,7 @@ def read_paraphrases(path: Path) -> list[str]:
     check_count("paraphrases", paraphrases)
     for line in paraphrases:
         check_text("paraphrase", line)
-    return paraphrases
+    return [clean_text("paraphrase", line).strip() for line in paraphrases]
 
 
 def memorization_request(
@@ -157,7 +158,10 @@ def memorization_request(
         ConceptError: the caption does not give the image, or too few paraphrases give other images.
         ModelError: the model's latents cannot be decoded here.
     """
-    chosen, config, caption = chosen or MEMORIZATION, config or MemorizationConfig(), caption.strip()
+    network.check_autoencoder()
+    chosen, config = chosen or MEMORIZATION, config or MemorizationConfig()
+    caption = clean_text("caption", caption).strip()
+    paraphrases = [clean_text("paraphrase", paraphrase).strip() for paraphrase in paraphrases]
     overrides = replace(overrides or Overrides(), seed=seed, anchor_seed=anchor_seed)
     adapted = adapt(chosen, network.family, overrides)
     sampler = adapted.anchor_sampler
@@ -210,8 +214,8 @@ def sorted_captions(
     config = config or MemorizationConfig()
     if rates[caption] <= config.anchor_rate:
         raise ConceptError(
-            f"{caption!r} draws the memorized picture in only {rates[caption]:.0%} of its pictures, which "
-            "leaves nothing to forget; check the caption, the picture and how they are compared."
+            f"{caption!r} draws the memorized image in only {rates[caption]:.0%} of its images, which "
+            "leaves nothing to forget; check the caption, the image and how they are compared."
         )
     targets = [
         caption,
@@ -227,9 +231,9 @@ def sorted_captions(
     if len(anchors) < config.fewest_anchors:
         raise ConceptError(
             f"Only {len(anchors)} of {len(rates) - 1} paraphrases of {caption!r} can be anchors, where "
-            f"{config.fewest_anchors} are needed: they must draw the picture in at most "
-            f"{config.anchor_rate:.0%} of theirs and not contain what is forgotten; add paraphrases that say "
-            "it in quite other words."
+            f"{config.fewest_anchors} are needed: they must draw the image in at most "
+            f"{config.anchor_rate:.0%} of theirs and not contain what is forgotten; add paraphrases that "
+            "say it in quite other words."
         )
     return tuple(replace(concept, anchor=anchors[0]) for concept in forgotten), tuple(anchors)
 
@@ -265,7 +269,7 @@ def captions_without_copies(
         }
     if len(chosen) < count:
         raise ConceptError(
-            f"{count - len(chosen)} of {count} anchor pictures are copies of the memorized one whichever of "
+            f"{count - len(chosen)} of {count} anchor images are copies of the memorized one whichever of "
             f"the {len(anchors)} anchors draws them; add paraphrases, or change the anchors' seed."
         )
     return tuple(chosen[i] for i in range(count))

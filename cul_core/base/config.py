@@ -41,6 +41,8 @@ class Config:
     """
 
     registry_name: ClassVar[str] = ""
+    SHARED: ClassVar[tuple[str, ...]] = ()
+    """Settings that all requests of a chain share, of a method that solves them together."""
     results_version: ClassVar[int] = 1
     """Incremented when the same settings give another result, so that stored steps are trained anew."""
 

@@ -66,6 +66,10 @@ class Registry(Generic[T]):
             )
         return self._entries[name]
 
+    def find(self, name: str) -> Entry[T] | None:
+        """The entry of a name, as it stands in a file; None if no class has it."""
+        return self._entries.get(name)
+
     def of(self, config: Config) -> Entry[T]:
         """The entry whose config class `config` is of.
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..base.errors import Cancelled, CulError
-from . import audit, benchmark, demo, evaluate, inspect, merge, store, unlearn
+from . import audit, benchmark, demo, evaluate, inspect, merge, store, sweep, take_back, unlearn
 
-_COMMANDS = (demo, unlearn, merge, evaluate, audit, benchmark, store, inspect)
+_COMMANDS = (demo, unlearn, take_back, merge, evaluate, audit, benchmark, sweep, store, inspect)
 _EXIT_ERROR = 2
 
 
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack letters of a name
+            # a terminal's encoding may lack letters of a name
+            stream.reconfigure(errors="backslashreplace")
     try:
         arguments.run(arguments)
     except CulError as error:

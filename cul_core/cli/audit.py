@@ -14,6 +14,7 @@ from .common import JSON_HELP, ProgressLine, add_command, say, write_json
 def add(commands: Any) -> None:
     """Add the command to argparse's group, with a subcommand for every registered audit."""
     from ..audits import AUDITS
+    from ..models.source import PREDICTIONS
 
     parser = add_command(
         commands, "audit", run, "Test an edited checkpoint for what it should have forgotten."
@@ -30,6 +31,12 @@ def add(commands: Any) -> None:
         )
         audit.add_argument(
             "--tokenizer", type=Path, metavar="FOLDER", help="folder with CLIP's vocab.json and merges.txt"
+        )
+        audit.add_argument(
+            "--prediction",
+            choices=PREDICTIONS,
+            default="auto",
+            help="what the model predicts; auto: as its file says",
         )
         audit.add_argument(
             "--target",
@@ -65,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     entry = AUDITS.get(arguments.audit)
     config = entry.config(**{field.name: getattr(arguments, field.name) for field in fields(entry.config)})
-    model = open_model(arguments.model, arguments.pretrained)
+    model = open_model(arguments.model, arguments.pretrained, arguments.prediction)
     show, network = ProgressLine(), NetworkCache(arguments.tokenizer).get(model.source)
     concepts = [parse_concept(target) for target in arguments.target]
     report = entry.cls(config).run(network, model, concepts, lambda done, total: show(done / total, 0.0))

@@ -9,6 +9,8 @@ from typing import Any
 
 from .common import add_command, check_within, say, write_json
 
+_SUITES = ("styles", "objects", "large_styles", "large_objects", "people")
+
 
 def add(commands: Any) -> None:
     """Add the command to argparse's group."""
@@ -19,14 +21,13 @@ def add(commands: Any) -> None:
         run,
         "Measure methods and presets on MiniCanvas; an interrupted run resumes.",
     )
-    parser.add_argument(
-        "--suite", choices=("styles", "objects"), default="styles", help="domain of the targets"
-    )
+    parser.add_argument("--suite", choices=_SUITES, default="styles", help="world and domain of the targets")
     parser.add_argument(
         "--cells",
         nargs="*",
         metavar="CELL",
-        help="presets, such as plain, or with a setting: 'plain ties'; the paper's if not given",
+        help="presets, such as exact, or with a setting: 'plain ties'; 'exact undeclared' names no concept "
+        "to keep; the paper's and ours if not given",
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[1, 2], help="seeds of training and evaluation"
@@ -34,16 +35,30 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--orders",
         nargs="+",
-        choices=("a", "b"),
-        default=["a", "b"],
-        help="orders of the requests; the seeds take them in turn",
+        metavar="LETTER",
+        help="orders of the requests: a, b, or any letter for a random one; the shorter list of seeds and "
+        "orders is repeated; a and b, one for each seed, if not given",
     )
-    parser.add_argument("--requests", type=int, help="number of requests; all of the suite if not given")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        help="number of requests; 12 styles or 6 objects if not given, up to 24 styles, which leave 12",
+    )
+    parser.add_argument(
+        "--blind",
+        choices=("names", "descriptions", "nothing"),
+        default="names",
+        help="made-up names of methods hold no word of the names that they are not told, nor of the "
+        "descriptions; nothing: as in figures from before this option",
+    )
     parser.add_argument("--pictures", type=int, default=1, help="images per style and object")
     parser.add_argument("--compare", choices=("paper",), help="print the paper's figures too")
     parser.add_argument(
-        "--workers", type=int, help="processes of one thread each; one per core, at most 8, if not given"
+        "--workers",
+        type=int,
+        help="processes of one thread each; one per core, at most 8, if not given; 0 for this process alone",
     )
+    parser.add_argument("--store", type=Path, metavar="FOLDER", help="finished steps; in --out if not given")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmark"), help="folder for results, chart and finished steps"
     )
@@ -55,7 +70,10 @@ def run(arguments: argparse.Namespace) -> None:
     from ..minicanvas.suites import SUITES
 
     suite = SUITES[arguments.suite]
-    check_within("--requests", arguments.requests or suite.longest, 1, suite.longest)
+    if arguments.requests is not None:
+        check_within("--requests", arguments.requests, 1, suite.most)
+    for order in arguments.orders or ():
+        suite.order(order)
     check_within("--pictures", arguments.pictures, 1, 100)
     cells = [Cell.parse(name) for name in arguments.cells] if arguments.cells else grid()
     check_writable(arguments.out)
@@ -72,7 +90,9 @@ def run(arguments: argparse.Namespace) -> None:
         requests=arguments.requests,
         pictures=arguments.pictures,
         workers=arguments.workers,
+        store=arguments.store,
         on_progress=show,
+        blind=arguments.blind,
     )
     say(result_table(lines, arguments.compare == "paper"))
     figure = write_figure(lines, arguments.out)

@@ -14,6 +14,8 @@ from ..base.errors import ConfigError, brief_repr
 if TYPE_CHECKING:
     import torch
 
+    from ..history.unlearn_model import UnlearnModel
+
 JSON_HELP = "also write the figures to this file"
 
 
@@ -34,13 +36,53 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-class ProgressLine:
-    """Progress on stderr: on a terminal one line rewritten in place, in a log a line per tenth."""
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--tokenizer`."""
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with CLIP's vocab.json and merges.txt, for Stable Diffusion",
+    )
 
-    def __init__(self):
-        self._last_tenth = -1
+
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    """Add the options `--lora` and `--lora-rank`; see `write_lora`."""
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="FILE",
+        help="also write the edit as a LoRA: exactly where it changes few text directions, as without "
+        "training, else approximately",
+    )
+    parser.add_argument("--lora-rank", type=int, default=16, help="rank of an approximation")
+
+
+def write_lora(model: UnlearnModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write the LoRA that `--lora` asks for, and say what it keeps; its figures, or none if not asked for."""
+    if arguments.lora is None:
+        return {}
+    from ..output.lora import save_lora
+
+    saved = save_lora(model, arguments.lora, arguments.lora_rank)
+    say(f"LoRA: {saved.path.resolve()} ({saved.sentence})")
+    figures = {"energy": saved.energy, "rank": saved.rank, "size_bytes": saved.size_bytes}
+    return {"lora": {"path": str(saved.path.resolve()), "is_exact": saved.is_exact, **figures}}
+
+
+class ProgressLine:
+    """Progress on stderr: on a terminal one line rewritten in place, in a log a line per tenth.
+
+    Args:
+        is_silent: whether nothing is written, because another process does.
+    """
+
+    def __init__(self, is_silent: bool = False):
+        self._last_tenth, self._is_silent = -1, is_silent
 
     def __call__(self, share: float, seconds_left: float) -> None:
+        if self._is_silent:
+            return
         text = f"{100 * share:3.0f} %, {int(seconds_left // 60)}:{int(seconds_left % 60):02d} left"
         if sys.stderr.isatty():
             sys.stderr.write(f"\r{text}   " + ("\n" if share >= 1 else ""))
@@ -49,8 +91,16 @@ class ProgressLine:
             sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
+    def stage(self, text: str) -> None:
+        """Show what is being done, on a terminal only."""
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\033[K{text}")
+            sys.stderr.flush()
+
     def tell(self, text: str) -> None:
         """Write a message on a line of its own."""
+        if self._is_silent:
+            return
         sys.stderr.write(("\r" if sys.stderr.isatty() else "") + text + "\n")
         sys.stderr.flush()
 
@@ -64,18 +114,21 @@ def write_json(path: Path | None, values: dict) -> None:
         write_atomically(path, lambda file: file.write(data))
 
 
-def check_can_write(*files: Path | None) -> None:
-    """Check that these files can be written, before hours of work depend on it.
+def check_can_write(*files: Path | None, size: int = 0) -> None:
+    """Rehearse the writing of these files, before hours of work depend on it.
+
+    Args:
+        files: paths of the files; None is left out.
+        size: bytes of each, as far as they are known.
 
     Raises:
-        CheckpointError: see `check_name` and `check_writable`.
+        CheckpointError: see `rehearse`.
     """
-    from ..files.paths import check_name, check_writable
+    from ..files.atomic_write import rehearse
 
     for file in files:
         if file is not None:
-            check_name(file)
-            check_writable(file.parent)
+            rehearse(file, size)
 
 
 def check_within(option: str, value: int, low: int, high: int) -> None:

@@ -50,6 +50,6 @@ def run(arguments: argparse.Namespace) -> None:
     for name, row in scores.per_concept.items():
         say(
             f"{name:28}{row['role']:10} style {row['style']:5.1f}  object {row['object']:5.1f}  "
-            f"({row['pictures']} pictures)"
+            f"({row['pictures']} images)"
         )
     write_json(arguments.json, values)

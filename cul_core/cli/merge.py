@@ -89,8 +89,9 @@ def run(arguments: argparse.Namespace) -> None:
                 f"{file.name!r} was made from {brief_repr(made_from['name'])} and not from "
                 f"{original.path.name!r}; give the file that all of them were made from as --pretrained."
             )
+    check_can_write(arguments.out, size=original.size)
     merged = merge([open_model(file, original.path) for file in arguments.file], config)
-    path = save_checkpoint(merged, arguments.out)
+    path = save_checkpoint(merged, arguments.out, on_message=say)
     record = merged.history[-1]
     say(merge_text(merged))
     say(f"checkpoint: {path.resolve()}")

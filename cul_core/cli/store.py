@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         "--clear",
         nargs="?",
         const="all",
-        choices=("steps", "anchors", "states", "all"),
+        choices=("steps", "anchors", "states", "texts", "all"),
         help="what to remove; files of running steps stay",
     )
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from ..base.config import Config
 from ..base.errors import ConceptError, brief_repr
+from .cleaning import clean_text
 
 KINDS = ("style", "object", "celebrity", "character", "memorized")
 SUGGESTED_ANCHORS = {"celebrity": "person", "character": "person"}
@@ -78,8 +79,11 @@ class Concept(Config):
         anchor: word that replaces the target (`dog` -> `animal`); for a memorized image, another caption;
             empty for a style, which becomes the same caption without the style, and for a concept to keep.
 
+    Both are cleaned, see `clean_text`.
+
     Raises:
-        ConceptError: the kind is unknown, the target is empty, or the anchor equals the target.
+        ConceptError: the kind is unknown, the target is empty or holds the syntax of prompts, or the anchor
+            equals the target.
     """
 
     target: str
@@ -87,8 +91,9 @@ class Concept(Config):
     anchor: str = ""
 
     def __post_init__(self):
-        check_text("target", self.target)
-        check_text("anchor", self.anchor)
+        for name in ("target", "anchor"):
+            check_text(name, getattr(self, name))
+            object.__setattr__(self, name, clean_text(name, getattr(self, name)))
         if self.kind not in KINDS:
             raise ConceptError(
                 f"Concept kind {brief_repr(self.kind)} is unknown; choose one of {', '.join(KINDS)}."

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..base.errors import ConceptError, brief_repr
+from .cleaning import BREAKS
 from .concept import KINDS, SUGGESTED_ANCHORS, Concept, check_count
 
 
@@ -36,7 +37,7 @@ def parse_concept(text: str, kind: str = "style", anchor: str = "") -> Concept:
     Raises:
         ConceptError: see `Concept`.
     """
-    prefix, colon, rest = text.partition(":")
+    prefix, colon, rest = text.lstrip(BREAKS).partition(":")
     if colon and prefix.strip().lower() in KINDS:
         kind, text = prefix.strip().lower(), rest
     target, _, own_anchor = text.partition("->")
@@ -46,7 +47,8 @@ def parse_concept(text: str, kind: str = "style", anchor: str = "") -> Concept:
 
 
 def _lines(text: str) -> Iterator[str]:
-    return (line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#"))
+    lines = (line.strip().strip(BREAKS).strip() for line in text.splitlines())
+    return (line for line in lines if line and not line.startswith("#"))
 
 
 def parse_keep(text: str, kind: str = "style") -> tuple[Concept, ...]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from ..base.errors import CheckpointError, brief_repr
@@ -81,10 +83,30 @@ def check_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        handle, name = tempfile.mkstemp(dir=folder)
+        with os.fdopen(handle, "wb") as file:
             file.write(b"x")
+        with suppress(OSError):  # some drives let nobody remove a file
+            os.unlink(name)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"The folder {brief_repr(str(folder))} cannot be written ({reason}); choose another one."
         ) from error
+
+
+def check_room(path: Path, size: int) -> None:
+    """Check that the disk of a file has room for `size` bytes; a disk that does not tell passes.
+
+    Raises:
+        CheckpointError: it has less.
+    """
+    try:
+        disk = shutil.disk_usage(path.parent)
+    except OSError:
+        return
+    if disk.total and disk.free < size:
+        raise CheckpointError(
+            f"{path.name!r} needs {size / 1e6:.1f} MB in {str(path.parent)!r}, where only "
+            f"{disk.free / 1e6:.1f} MB are left; free some space there or choose another folder."
+        )

@@ -61,6 +61,10 @@ _SEAL = "sha256"
 """Name of the tensor that holds a sealed file's SHA-256."""
 
 
+class _HeaderTooLarge(ValueError):
+    """A header is larger than this module reads, though it may be valid."""
+
+
 def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
     """(tensor entries by name, metadata, offset of the first data byte) of a safetensors file.
 
@@ -85,16 +89,21 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
             if not 2 <= length <= size - 8:
                 raise ValueError("impossible header length")
             if length > _LARGEST_HEADER:
-                raise ValueError("header too large")
+                raise _HeaderTooLarge
             header, metadata, end = _checked(file.read(length))
     except FileNotFoundError as error:
         raise ModelError(
             f"There is no file {brief_repr(path.name)} in {brief_repr(str(path.parent))}; check the name."
         ) from error
+    except _HeaderTooLarge as error:
+        raise ModelError(
+            f"{brief_repr(path.name)} has a header of more than {_LARGEST_HEADER // 1_000_000} MB or "
+            f"{_MOST_VALUES:,} values, which is not read here; save it again with less metadata."
+        ) from error
     except (OSError, struct.error, *_MISFITS) as error:
         raise ModelError(
-            f"{brief_repr(path.name)} cannot be read as a safetensors file; choose a .safetensors checkpoint "
-            "or download it again."
+            f"{brief_repr(path.name)} cannot be read as a safetensors file; choose a .safetensors "
+            "checkpoint or download it again."
         ) from error
     if size != 8 + length + end:
         raise ModelError(
@@ -107,7 +116,7 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
 def check_header(text: bytes) -> None:
     """Raises ValueError for a header that is larger than this module reads."""
     if len(text) > _LARGEST_HEADER or sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-        raise ValueError("header too large")
+        raise _HeaderTooLarge("header too large")
 
 
 def _checked(text: bytes) -> tuple[dict[str, dict], dict[str, str], int]:
@@ -166,14 +175,22 @@ class OpenedFile:
     """The tensors of an open safetensors file, by name.
 
     Tensors are read, not memory-mapped: each owns its memory, and later changes of the file do not reach it.
+
+    Attributes:
+        name: the file's name.
+        header: tensor entries by name.
+        metadata: text by name.
     """
 
-    def __init__(self, file: BinaryIO, header: Mapping[str, dict], start: int, name: str):
-        self._file, self._header, self._start, self._name = file, header, start, name
+    def __init__(
+        self, file: BinaryIO, header: Mapping[str, dict], metadata: Mapping[str, str], start: int, name: str
+    ):
+        self.name, self.header, self.metadata = name, header, metadata
+        self._file, self._start = file, start
 
     def keys(self) -> list[str]:
         """Names of the tensors, in the header's order."""
-        return list(self._header)
+        return list(self.header)
 
     def get_tensor(self, name: str) -> Tensor:
         """One tensor on the CPU, in the file's dtype.
@@ -181,10 +198,10 @@ class OpenedFile:
         Raises:
             ModelError: the file cannot be read, became shorter, or has a dtype that PyTorch lacks.
         """
-        entry = self._header[name]
+        entry = self.header[name]
         if (dtype := (DTYPES | _ONLY_READ).get(entry["dtype"])) is None:
             raise ModelError(
-                f"{self._name!r} stores {brief_repr(name)} as {entry['dtype']}, which cannot be read; choose "
+                f"{self.name!r} stores {brief_repr(name)} as {entry['dtype']}, which cannot be read; choose "
                 "an fp16, bf16 or fp32 checkpoint."
             )
         tensor = torch.empty(entry["shape"], dtype=dtype)
@@ -196,7 +213,7 @@ class OpenedFile:
             reason = "it became shorter"
         except OSError as error:
             reason = error.strerror
-        raise ModelError(f"{self._name!r} can no longer be read ({reason}); copy or download it again.")
+        raise ModelError(f"{self.name!r} can no longer be read ({reason}); copy or download it again.")
 
 
 @contextmanager
@@ -206,13 +223,13 @@ def opened(path: Path) -> Iterator[OpenedFile]:
     Raises:
         ModelError: the file cannot be read, or its header is invalid; see `read_header`.
     """
-    header, _, start = read_header(path)
+    header, metadata, start = read_header(path)
     try:
         file = path.open("rb")
     except OSError as error:
         raise ModelError(f"{path.name!r} can no longer be read ({error.strerror}); put it back.") from error
     with file:
-        yield OpenedFile(file, header, start, path.name)
+        yield OpenedFile(file, header, metadata, start, path.name)
 
 
 def tensor_entries(tensors: Mapping[str, Tensor]) -> dict[str, dict]:
@@ -260,8 +277,8 @@ def packed_header(
         _checked(text)
     except _MISFITS as error:
         raise CheckpointError(
-            f"{name!r} could not be read again ({brief_repr(str(error))}); begin with a file that holds less "
-            "metadata, or train fewer iterations."
+            f"{name!r} could not be read again ({brief_repr(str(error))}); begin with a file that holds "
+            "less metadata, or train fewer iterations."
         ) from error
     return struct.pack("<Q", len(text)) + text
 
@@ -349,6 +366,11 @@ def read_sealed(path: Path, unsealed: bool = False) -> tuple[dict[str, Tensor], 
     except (OSError, KeyError, RuntimeError) as error:
         raise damaged from error
     return tensors, metadata
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(values.sum(dtype=torch.float32).isfinite() or values.isfinite().all())  # the sum is faster
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,26 +55,42 @@ class StepRecord:
         return tuple(concept["target"] for concept in self.request["concepts"])
 
     @property
+    def has_changed(self) -> bool:
+        """Whether the step changed any weight."""
+        return self.result != self.parent
+
+    @property
     def is_merge(self) -> bool:
         """Whether the record is of a merge instead of a step."""
         return "merge" in self.request
 
 
 def read_history(path: Path) -> tuple[tuple[StepRecord, ...], dict[str, Any] | None]:
-    """(history, source) from a file's header; ((), None) for a file that this library did not write.
+    """(history, source) from a file's header; see `history_in`.
+
+    Raises:
+        ModelError: the file is unreadable.
+        CheckpointError: see `history_in`.
+    """
+    _, metadata, _ = read_header(path)
+    return history_in(metadata, path.name)
+
+
+def history_in(
+    metadata: Mapping[str, str], file_name: str
+) -> tuple[tuple[StepRecord, ...], dict[str, Any] | None]:
+    """(history, source) from a file's metadata; ((), None) for a file that this library did not write.
 
     The source has the keys `name`, `size` in bytes and `sha256`.
 
     Raises:
-        ModelError: the file is unreadable.
         CheckpointError: the history is damaged, or its format is that of another version.
     """
-    _, metadata, _ = read_header(path)
     if "cul_format" not in metadata:
         return (), None
     if metadata["cul_format"] not in _READ:
         raise CheckpointError(
-            f"{path.name!r} has history format {brief_repr(metadata['cul_format'])}, but this version reads "
+            f"{file_name!r} has history format {brief_repr(metadata['cul_format'])}, but this version reads "
             f"only {' and '.join(map(repr, _READ))}; update continual-unlearning."
         )
     try:
@@ -86,7 +103,7 @@ def read_history(path: Path) -> tuple[tuple[StepRecord, ...], dict[str, Any] | N
         return history, source
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"The history in {path.name!r} is damaged; use the file it was copied from."
+            f"The history in {file_name!r} is damaged; use the file it was copied from."
         ) from error
 
 

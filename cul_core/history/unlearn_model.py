@@ -39,8 +39,8 @@ class UnlearnModel:
 
     @cached_property
     def content_hash(self) -> str:
-        """Content hash: SHA-256 over the source's hash and the edits, which identifies the weights."""
-        digest = hashlib.sha256(self.source.sha256.encode())
+        """Content hash: SHA-256 over the source's identity and the edits, which identifies the weights."""
+        digest = hashlib.sha256(self.source.identity.encode())
         for name in sorted(self.edits):
             digest.update(name.encode())
             digest.update(self.edits[name].contiguous().flatten().numpy())
@@ -48,8 +48,10 @@ class UnlearnModel:
 
     @property
     def forgotten(self) -> tuple[dict[str, Any], ...]:
-        """JSON of all concepts forgotten so far, oldest first."""
-        return tuple(concept for record in self.history for concept in record.request["concepts"])
+        """JSON of all concepts forgotten so far, oldest first; steps that changed nothing forgot none."""
+        return tuple(
+            concept for record in self.history if record.has_changed for concept in record.request["concepts"]
+        )
 
     @property
     def requests(self) -> int:
@@ -73,7 +75,9 @@ class UnlearnModel:
 
     def metadata(self) -> dict[str, str]:
         """Header entries of a written file: format, source and history; the source has no folder."""
-        return {
+        prediction = getattr(self.source, "prediction", "auto")
+        chosen = {} if prediction == "auto" else {"cul_prediction": prediction}
+        return chosen | {
             "cul_format": FORMAT,
             "cul_source": canonical_json(
                 {"name": self.source.name, "size": self.source.size, "sha256": self.source.sha256}

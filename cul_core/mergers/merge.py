@@ -41,7 +41,7 @@ def merge(
         raise ModelError("There is no model to merge; give at least one.")
     first = models[0]
     for model in models:
-        if model.source.sha256 != first.source.sha256:
+        if model.source.identity != first.source.identity:
             raise ModelError(
                 f"The models to merge were made from different files, {first.source.name!r} and "
                 f"{model.source.name!r}; make all of them from the same one."

@@ -24,21 +24,21 @@ class TiesConfig(WeightedConfig):
 
     strength: float = setting(
         1.25,
-        "Multiplies the merged change (lambda). The mean dilutes each request, so that more models need "
-        "more: 1.25 for two or three, 1.75 for about five, 2.75 for eleven.",
+        "Factor of the merged change (lambda). The mean dilutes each request: 1.25 suits two or three "
+        "models, 1.75 about five, 2.75 eleven.",
         minimum=0.0,
         maximum=100.0,
     )
     keep_fraction: float = setting(
         0.8,
-        "Share of each model's changed values that is kept, the largest ones (kappa).",
+        "Share of each model's changed values to keep, the largest ones (kappa).",
         minimum=0.0,
         maximum=1.0,
     )
     trim: str = setting(
         "tensor",
-        "tensor: each weight matrix keeps that share of its own values, as in the reference. global: the "
-        "model keeps that share of all its values, as in the TIES paper.",
+        "Values among which a model's largest are kept. tensor: those of each weight matrix, as in the "
+        "reference. global: all of the model's, as in the TIES paper.",
         choices=("tensor", "global"),
     )
     function: str = setting(

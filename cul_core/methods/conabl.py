@@ -31,8 +31,8 @@ class ConAblConfig(Config):
 
     teacher: str = setting(
         "start",
-        "Model whose prediction for the anchor prompt is matched: the step's start, the pretrained model, or "
-        "the student itself as in the reference.",
+        "Model whose prediction for the anchor prompt is matched: the step's start, the pretrained model, "
+        "or the student itself as in the reference.",
         choices=("start", "pretrained", "student"),
     )
     block_first_token: bool = setting(
@@ -40,8 +40,8 @@ class ConAblConfig(Config):
     )
     preservation: float = setting(
         0.0,
-        "Weight of a second loss, the diffusion loss of the anchor images with their own prompts; 0 turns it "
-        "off. The references double the learning rate with it.",
+        "Weight of a second loss, the diffusion loss of the anchor images with their own prompts; 0 turns "
+        "it off. The references double the learning rate with it.",
         minimum=0.0,
         added_later=True,
     )
@@ -53,8 +53,8 @@ class ConAblConfig(Config):
     )
     augmentations: int = setting(
         0,
-        "Scaled and shifted copies of every anchor image to train on instead of the image, with prompts that "
-        "say the scale ('A far away'). 0: the image itself.",
+        "Scaled and shifted copies of every anchor image to train on instead of the image, with prompts "
+        "that say the scale ('A far away'). 0: the image itself.",
         minimum=0,
         maximum=100,
         added_later=True,
@@ -112,6 +112,8 @@ class ConAbl(Method):
     def __init__(self, config: ConAblConfig):
         super().__init__(config)
         self.blocks_first_token = config.block_first_token
+        if config.augmentations or config.flip:
+            self.needs = (*self.needs, "autoencoder")
 
     def cost(
         self,

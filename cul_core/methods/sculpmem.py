@@ -93,8 +93,7 @@ class SculpMemConfig(ConAblConfig):
         super().__post_init__()
         if self.loss == "sm" and (self.augmentations or self.flip):
             raise ConfigError(
-                "Loss 'sm' takes pictures of the target as they are; set augmentations to 0 and flip to "
-                "False."
+                "Loss 'sm' takes images of the target as they are; set augmentations to 0 and flip to False."
             )
 
 

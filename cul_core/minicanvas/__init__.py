@@ -1,6 +1,6 @@
-"""MiniCanvas: a tiny trained text-to-image diffusion model of ten objects in 36 styles.
+"""MiniCanvas: two tiny trained text-to-image diffusion models, of a small and a large world.
 
-Demo, tests and benchmark run on it.
+The demo and most tests run on the small one.
 """
 
 from . import family as family

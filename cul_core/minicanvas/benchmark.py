@@ -3,15 +3,17 @@
 The protocol is that of Continual Unlearning for Text-to-Image Diffusion Models (ICLR 2026, arXiv 2511.07970).
 Targets are forgotten one request after another. After some requests the model is asked for the targets and
 for retained concepts. Retained concepts that every method is told of are *declared*, the others *hidden*.
+Names that a method makes up hold no word of the hidden ones (`suites.BLIND`).
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
@@ -21,27 +23,29 @@ from typing import Any
 
 from ..audits.classifier_scores import LABELS, METRICS
 from ..base.config import stable_hash
-from ..base.errors import CheckpointError, ConfigError
+from ..base.errors import CheckpointError, ConfigError, brief_repr
 from ..files.atomic_write import write_atomically
-from ..files.locks import try_locked
+from ..files.locks import Waiting, try_locked
 from ..files.paths import free_path
 from ..mergers.merge import merge
 from ..mergers.ties import TiesConfig
 from ..models.load_diffusers import NetworkCache
-from ..output.charts import PAPER_PANELS, metric_chart, save_picture, stacked
+from ..output.charts import PAPER_PANELS, metric_chart, save_image, stacked
 from ..output.checkpoint import open_model
-from ..requests.presets import Preset, preset
+from ..requests.presets import PRESETS, Preset, preset
 from ..requests.request import Request
 from ..requests.resolve import Overrides, resolve
 from ..store.steps import StepStore
 from ..training.step import run_step
 from . import models
-from .family import MINI
-from .judge import Judge, evaluate, measure_for
-from .suites import STYLE_SUITE, SUITES, Suite
+from .family import FAMILY_OF
+from .judge import Judge, evaluate, measure_for, still_shown
+from .suites import BLIND, STYLE_SUITE, SUITES, Suite
 from .workers import prepare_worker
 
+logger = logging.getLogger(__name__)
 SETTINGS = ("sequential", "simultaneous", "ties")
+UNDECLARED = "undeclared"
 
 PAPER = {
     "styles": {
@@ -89,29 +93,34 @@ class Cell:
         preset: how one step trains.
         setting: one of `SETTINGS`.
         merger: how `ties` merges; the paper's values for the number of requests if None.
+        is_undeclared: whether the requests name no concept to retain.
     """
 
     name: str
     preset: Preset
     setting: str = "sequential"
     merger: TiesConfig | None = None
+    is_undeclared: bool = False
 
     @classmethod
     def parse(cls, name: str) -> Cell:
         """The cell of a preset, such as `plain`, or of a preset and a setting, such as `plain ties`.
 
+        `undeclared` at the end leaves out the concepts to retain, as in `plain ties undeclared`.
+
         Raises:
             ConfigError: there is no such preset or setting.
         """
-        chosen, _, setting = name.partition(" ")
+        told = name.removesuffix(f" {UNDECLARED}")
+        chosen, _, setting = told.partition(" ")
         if (setting or "sequential") not in SETTINGS:
             raise ConfigError(
                 f"Cell {name!r} has no setting {setting!r}; choose one of {', '.join(SETTINGS)}."
             )
-        own, base = dict(_OWN.get(name, {})), preset(chosen)
+        own, base = dict(_OWN.get(told, {})), preset(chosen)
         if settings := own.pop("settings", None):
             base = base.with_settings(settings)
-        return cls(name, base, setting or "sequential", **own)
+        return cls(name, base, setting or "sequential", is_undeclared=told != name, **own)
 
 
 _OWN = {
@@ -136,8 +145,8 @@ GRID = {
 }
 """The cells of the paper's figure: with the published values -> with ours (from benchmarks/search.py)."""
 
-BEYOND = ("recommended", "thorough")
-"""Our presets that have no counterpart in the paper."""
+BEYOND = tuple(name for name in ("exact", "trained", "thorough", "uce", "trce_text") if name in PRESETS)
+"""Presets that have no counterpart in the paper's figure."""
 
 
 def grid() -> list[Cell]:
@@ -155,10 +164,28 @@ class Run:
     seed: int
     pictures: int
     marks: tuple[int, ...]
+    blind: str = "nothing"
+
+    @property
+    def untold(self) -> tuple[str, ...]:
+        """Retained concepts that the requests do not name."""
+        return (*self.suite.hidden, *(self.suite.declared if self.cell.is_undeclared else ()))
+
+    @property
+    def withheld_words(self) -> frozenset[str]:
+        """Words that no made-up name of a method may hold."""
+        return self.suite.withheld_words(self.blind, self.untold)
+
+    @property
+    def blindness(self) -> str:
+        """`blind`; `nothing` for a cell without made-up names, whose results are the same in every case."""
+        draws = any(part.draws_made_up_names for part in self.request(1).parts())
+        return self.blind if draws else "nothing"
 
     def request(self, k: int) -> Request:
         """The k-th request of the chain; for `simultaneous`, the request of the first k targets together."""
-        chosen, targets = self.cell.preset, self.suite.orders[self.order][:k]
+        chosen, targets = self.cell.preset, self.suite.order(self.order)[:k]
+        keep = () if self.cell.is_undeclared else self.suite.keep()
         iterations, stopping = self.suite.iterations_factor * chosen.training.iterations, {}
         if self.cell.setting == "simultaneous":
             iterations *= k
@@ -168,7 +195,8 @@ class Run:
             targets = targets[-1:]
         training = {"iterations": iterations, **stopping}
         overrides = Overrides(training=training, seed=self.seed * 1000 + k, anchor_seed=self.seed)
-        return resolve(chosen, MINI, self.suite.concepts(targets), self.suite.keep(), overrides)
+        family = FAMILY_OF[self.suite.world.name]
+        return resolve(chosen, family, self.suite.concepts(targets), keep, overrides)
 
     def merger(self, k: int) -> TiesConfig:
         """The settings by which `ties` merges the first k results."""
@@ -183,12 +211,20 @@ class Run:
         return self.suite.across if k == self.marks[-1] else self.suite.across[::2]
 
     def identity(self, k: int) -> dict[str, Any]:
-        """The key of a measurement after k requests; equal keys mean the same measurement."""
+        """The key of a measurement after k requests; equal keys mean the same measurement.
+
+        `blind` and `chain` are there only where they say something: older lines lack them.
+        """
         asked = [
             self.request(i).hash for i in ([k] if self.cell.setting == "simultaneous" else range(1, k + 1))
         ]
         if self.cell.setting == "ties":
             asked.append(self.merger(k).to_json())
+        optional = {}
+        if self.blindness != "nothing":
+            optional["blind"] = self.blindness
+        if self.suite.longest > SUITES[self.suite.name].longest:
+            optional["chain"] = self.suite.longest
         return {
             "suite": self.suite.name,
             "cell": self.cell.name,
@@ -197,37 +233,57 @@ class Run:
             "k": k,
             "pictures": self.pictures * len(self.across(k)),
             "requests": stable_hash(asked),
+            **optional,
         }
 
+    def store_folder(self, folder: Path) -> Path:
+        """Folder of finished steps: one for each blindness, which a step's request does not hold."""
+        is_told = self.blindness == "nothing"
+        return folder if is_told else folder.with_name(f"{folder.name}-{self.blindness}")
 
-def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
+
+def _measure(run: Run, marks: Sequence[int], folder: Path) -> list[dict]:
     """One result line per mark; finished steps come from the store, so an interrupted run resumes."""
     pretrained, store, networks, judge = (
-        open_model(models.CHECKPOINT_PATH),
-        StepStore(store_folder),
-        NetworkCache(),
-        Judge(),
+        open_model(models.checkpoint_path(run.suite.world.name)),
+        StepStore(run.store_folder(folder)),
+        NetworkCache(withheld_words=run.withheld_words),
+        Judge(world=run.suite.world),
     )
     model, trained, lines, setting = pretrained, [], [], run.cell.setting
+    at_own_time: dict[str, dict[str, list[bool]]] = {}
     for k in range(1, max(marks) + 1):
         if setting == "simultaneous" and k not in marks:
             continue
         begun, request = model if setting == "sequential" else pretrained, run.request(k)
-        measure = measure_for(request, judge) if request.training.evaluate_every else None
-        train = partial(run_step, begun, request, store=store.anchors, networks=networks, measure=measure)
+        stops_early = bool(request.training.evaluate_every)
+        measure = measure_for(request, judge, run.suite.world) if stops_early else None
+        train = partial(
+            run_step,
+            begun,
+            request,
+            store=store.anchors,
+            networks=networks,
+            measure=measure,
+            text_sums=store.texts,
+        )
         outcome = store.get_or_train(
-            begun, request, lambda state_store, train=train: train(state_store=state_store)
+            begun,
+            request,
+            lambda state_store, train=train: train(state_store=state_store),
+            Waiting("Another process trains a step of this benchmark", logger.warning),
         )
         model, report = outcome.model, outcome.report
         trained.append(model)
         if setting == "ties" and k in marks:
             model = merge(trained, run.merger(k))
+        targets, network = run.suite.order(run.order)[:k], networks.get(model.source)
         if k in marks:
             scores = evaluate(
-                networks.get(model.source),
+                network,
                 model,
                 judge,
-                run.suite.orders[run.order][:k],
+                targets,
                 seed=run.seed,
                 suite=run.suite,
                 per_cell=run.pictures,
@@ -240,11 +296,57 @@ def _measure(run: Run, marks: Sequence[int], store_folder: Path) -> list[dict]:
                     "scores": {name: getattr(scores, name) for name in METRICS},
                     "intervals": scores.intervals,
                     "per_concept": scores.per_concept,
+                    **_hidden_apart(run.suite, targets, scores.per_concept),
+                    "relapse": relapse(run, k, at_own_time, scores.per_concept),
+                    "model": model.content_hash,
                     "drift": round(drift, 3),
                     "seconds": report.record.seconds,
                 }
             )
+        if setting == "sequential" and k < max(marks):
+            at_own_time[targets[-1]] = still_shown(
+                network, model, judge, targets[-1], seed=run.seed, suite=run.suite, per_cell=run.pictures
+            )
     return lines
+
+
+def _hidden_apart(suite: Suite, targets: Sequence[str], per_concept: Mapping[str, Mapping]) -> dict:
+    """IRA of the hidden concepts that are near neighbours of a target, and of the others, in percent.
+
+    Empty for objects and people, which have no near neighbours, and without figures.
+    """
+    near, groups = suite.near(targets), {"near": [], "other": []}
+    for name, figures in per_concept.items():
+        if name in suite.hidden and name not in targets:
+            groups["near" if name in near else "other"].append(figures[suite.domain])
+    if suite.domain != "style" or not any(groups.values()):
+        return {}
+    return {
+        "ira_hidden_apart": {
+            group: round(mean(values), 2) if values else None for group, values in groups.items()
+        }
+    }
+
+
+def relapse(
+    run: Run, k: int, at_own_time: Mapping[str, Mapping[str, list[bool]]], per_concept: Mapping[str, dict]
+) -> dict[str, float] | None:
+    """UA right after a target's own request minus UA after k requests, over the same images, in points.
+
+    Args:
+        run: of the chain.
+        k: number of requests.
+        at_own_time: earlier target -> name of the cross domain -> whether its images still showed the target.
+        per_concept: figures after k requests, by concept.
+
+    Returns:
+        The `mean` over the earlier targets and the `worst`; None if there is none.
+    """
+    lost = []
+    for target, shown in at_own_time.items():
+        then = [value for name in run.across(k) for value in shown[name]]
+        lost.append(per_concept[target][run.suite.domain] - 100 * mean(then))
+    return {"mean": round(mean(lost), 2), "worst": round(max(lost), 2)} if lost else None
 
 
 def read_results(path: Path) -> list[dict]:
@@ -274,12 +376,14 @@ def run_benchmark(
     cells: Sequence[Cell],
     seeds: Sequence[int],
     suite: Suite = STYLE_SUITE,
-    orders: Sequence[str] = ("a", "b"),
+    orders: Sequence[str] | None = None,
     requests: int | None = None,
     pictures: int = 1,
     marks: Sequence[int] = (),
     workers: int | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+    blind: str = "names",
+    store: Path | None = None,
 ) -> list[dict]:
     """The result lines of all cells, seeds and orders; lines missing in `out`/results.jsonl are measured.
 
@@ -287,25 +391,34 @@ def run_benchmark(
         out: folder of the results and of the store.
         cells: rows to measure.
         seeds: of training and evaluation. They take the orders in turn: seeds 1, 2 with orders a, b are the
-            runs (1, a) and (2, b).
+            runs (1, a) and (2, b). Where there are more orders, these take the seeds in turn.
         suite: styles or objects.
-        orders: names of orders of the requests.
-        requests: length of the chain; the suite's longest if None.
+        orders: letters of the orders (see `Suite.order`); a and b, one for each seed, if None.
+        requests: length of the chain; `Suite.longest` if None.
         pictures: images per concept and name of the cross domain.
-        marks: numbers of the requests after which the model is measured; the suite's if empty.
-        workers: number of processes of one thread; one per core, at most eight, if None.
+        marks: numbers of the requests after which the model is measured; the suite's and the last if empty.
+        workers: number of processes of one thread; one per core, at most eight, if None; 0 for none but this.
         on_progress: called with (runs done, runs to do, name of the last run) when a run ends.
+        blind: what made-up names hold no word of, one of `BLIND`.
+        store: folder of finished steps; in `out` if None.
 
     Raises:
         CheckpointError: `out` cannot be written, or another benchmark is running there.
+        ConfigError: the suite has no such number of requests or order, or `blind` is none of `BLIND`.
     """
+    if blind not in BLIND:
+        raise ConfigError(f"blind is {brief_repr(blind)}; choose one of {', '.join(BLIND)}.")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     path = out / "results.jsonl"
     known = _known(path)
-    requests = requests or suite.longest
-    marks = tuple(k for k in marks or suite.marks if k <= requests) or (requests,)
-    pairs = dict.fromkeys((seed, orders[i % len(orders)]) for i, seed in enumerate(seeds))
-    runs = [Run(suite, cell, order, seed, pictures, marks) for seed, order in pairs for cell in cells]
+    requests = suite.longest if requests is None else requests
+    marks = tuple(k for k in marks or {*suite.marks, requests} if k <= requests) or (requests,)
+    suite, marks = suite.with_requests(requests), tuple(sorted(marks))
+    runs = [
+        Run(suite, cell, order, seed, pictures, marks, blind)
+        for seed, order in run_pairs(seeds, orders)
+        for cell in cells
+    ]
     missing = [
         (run, due) for run in runs if (due := [k for k in marks if _key(run.identity(k)) not in known])
     ]
@@ -318,25 +431,40 @@ def run_benchmark(
                 f"Another benchmark is running in {str(out)!r}; wait for its end or give another folder."
             )
         known |= _known(path)  # another benchmark may have ended meanwhile
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            workers or min(os.cpu_count() or 1, 8), mp_context=context, initializer=prepare_worker
-        ) as pool:
-            try:
-                jobs = {pool.submit(_measure, run, due, out / "store"): run for run, due in missing}
-                for done, job in enumerate(as_completed(jobs), 1):
-                    known |= {_key(line): line for line in job.result()}
-                    data = "".join(json.dumps(line) + "\n" for line in known.values()).encode()
-                    write_atomically(path, lambda file, data=data: file.write(data))
-                    on_progress(
-                        done,
-                        len(missing),
-                        f"{jobs[job].cell.name}, order {jobs[job].order}, seed {jobs[job].seed}",
-                    )
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        measured = _measured(missing, store or out / "store", workers)
+        for done, (run, lines) in enumerate(measured, 1):
+            known |= {_key(line): line for line in lines}
+            data = "".join(json.dumps(line) + "\n" for line in known.values()).encode()
+            write_atomically(path, lambda file, data=data: file.write(data))
+            on_progress(done, len(missing), f"{run.cell.name}, order {run.order}, seed {run.seed}")
     return [known[_key(run.identity(k))] for run in runs for k in run.marks]
+
+
+def _measured(
+    missing: Sequence[tuple[Run, list[int]]], store: Path, workers: int | None
+) -> Iterator[tuple[Run, list[dict]]]:
+    """(run, its result lines) of each run when it ends."""
+    if workers == 0:
+        yield from ((run, _measure(run, due, store)) for run, due in missing)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers or min(os.cpu_count() or 1, 8), mp_context=context, initializer=prepare_worker
+    ) as pool:
+        try:
+            jobs = {pool.submit(_measure, run, due, store): run for run, due in missing}
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def run_pairs(seeds: Sequence[int], orders: Sequence[str] | None) -> list[tuple[int, str]]:
+    """Distinct (seed, order) of the runs; see `run_benchmark`."""
+    count = len(seeds) if orders is None else max(len(seeds), len(orders))
+    orders = orders or ("a", "b")
+    return list(dict.fromkeys((seeds[i % len(seeds)], orders[i % len(orders)]) for i in range(count)))
 
 
 def _known(path: Path) -> dict[tuple, dict]:
@@ -344,39 +472,81 @@ def _known(path: Path) -> dict[tuple, dict]:
 
 
 def _key(line: Mapping[str, Any]) -> tuple:
-    return tuple(line[name] for name in ("suite", "cell", "order", "seed", "k", "pictures", "requests"))
+    always = tuple(line[name] for name in ("suite", "cell", "order", "seed", "k", "pictures", "requests"))
+    return (*always, line.get("blind"), line.get("chain"))
+
+
+FURTHER = {
+    "near": "IRA near",
+    "other": "IRA other",
+    "relapse": "relapse",
+    "worst_relapse": "worst",
+}
+"""Further figures -> labels: IRA hidden of near neighbours of targets and of the others, and `relapse`."""
+
+
+def further_figures(line: Mapping) -> dict[str, float | None]:
+    """The figures of `FURTHER` of a result line; None where nothing was measured."""
+    suite, concepts, lost = SUITES[line["suite"]], line.get("per_concept", {}), line.get("relapse") or {}
+    targets = [name for name, one in concepts.items() if one["role"] == "target"]
+    apart = _hidden_apart(suite, targets, concepts).get("ira_hidden_apart", {})
+    return {
+        "near": apart.get("near"),
+        "other": apart.get("other"),
+        "relapse": lost.get("mean"),
+        "worst_relapse": lost.get("worst"),
+    }
+
+
+def _row_name(line: Mapping) -> str:
+    return line["cell"] + (", blind to descriptions" if line.get("blind") == "descriptions" else "")
+
+
+def _means(
+    lines: Sequence[Mapping], figures: Callable[[Mapping], Mapping[str, float | None]]
+) -> dict[str, dict[int, dict[str, float | None]]]:
+    rows: dict[str, dict[int, list[Mapping[str, float | None]]]] = {}
+    for line in sorted(lines, key=lambda line: line["k"]):
+        rows.setdefault(_row_name(line), {}).setdefault(line["k"], []).append(figures(line))
+    return {
+        name: {k: {metric: _mean([run[metric] for run in runs]) for metric in runs[0]} for k, runs in after}
+        for name, after in ((name, rows[name].items()) for name in dict.fromkeys(map(_row_name, lines)))
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else round(mean(values), 2)
 
 
 def averages(lines: Sequence[Mapping]) -> dict[str, dict[int, dict[str, float | None]]]:
     """Cell -> request -> metric -> mean over seeds and orders; None where a run has no value."""
-    means: dict[str, dict[int, dict[str, float | None]]] = {}
-    for cell in dict.fromkeys(line["cell"] for line in lines):
-        for k in sorted({line["k"] for line in lines if line["cell"] == cell}):
-            values = [line["scores"] for line in lines if line["cell"] == cell and line["k"] == k]
-            means.setdefault(cell, {})[k] = {
-                metric: None
-                if any(scores[metric] is None for scores in values)
-                else round(mean(scores[metric] for scores in values), 2)
-                for metric in METRICS
-            }
-    return means
+    return _means(lines, lambda line: {metric: line["scores"][metric] for metric in METRICS})
 
 
 def result_table(lines: Sequence[Mapping], compare_paper: bool = False) -> str:
     """A text table of every cell after its last request, mean over seeds and orders.
 
+    Columns of `FURTHER` are there if a cell has a figure in them.
+
     Args:
         lines: of `run_benchmark`.
         compare_paper: add the paper's UA/IRA/CRA and the comparison of `order_report`.
     """
-    paper = PAPER[lines[0]["suite"]] if compare_paper else {}
+    paper = PAPER.get(lines[0]["suite"], {}) if compare_paper else {}
+    further = {cell: after[max(after)] for cell, after in _means(lines, further_figures).items()}
+    shown = [name for name in FURTHER if any(of[name] is not None for of in further.values())]
     rows = [
-        (f"{cell}, after {max(after)}", cell, after[max(after)]) for cell, after in averages(lines).items()
+        (
+            f"{cell}, after {max(after)}",
+            cell,
+            after[max(after)] | {name: further[cell][name] for name in shown},
+        )
+        for cell, after in averages(lines).items()
     ]
     width = max(len(label) for label, _, _ in rows)
     head = (
         " " * width
-        + "".join(f"{LABELS[metric]:>11}" for metric in METRICS)
+        + "".join(f"{label:>11}" for label in (*map(LABELS.get, METRICS), *map(FURTHER.get, shown)))
         + ("   paper UA/IRA/CRA" if compare_paper else "")
     )
     text = [head]
@@ -393,7 +563,7 @@ _CLEAR = 3  # least difference, in points, at which the order of two of the pape
 def order_report(lines: Sequence[Mapping]) -> list[str]:
     """One line each for UA, IRA hidden and CRA: how many pairs of cells are in the paper's order, and which
     are not."""
-    paper = PAPER[lines[0]["suite"]]
+    paper = PAPER.get(lines[0]["suite"], {})
     last = {cell: after[max(after)] for cell, after in averages(lines).items() if cell in paper}
     text = []
     for column, metric in enumerate(("ua", "ira_hidden", "cra")):
@@ -425,7 +595,7 @@ def write_figure(lines: Sequence[Mapping], out: Path) -> Path:
     runs = {cell: list(after.items()) for cell, after in averages(lines).items()}
     reported = {
         cell: dict(zip(("ua", "ira_hidden", "cra"), values, strict=True))
-        for cell, values in PAPER[suite.name].items()
+        for cell, values in PAPER.get(suite.name, {}).items()
     }
     groups = {
         "as the authors' code does it (diamonds: the paper)": [cell for cell in runs if cell in GRID],
@@ -438,5 +608,5 @@ def write_figure(lines: Sequence[Mapping], out: Path) -> Path:
         if cells
     ]
     path = free_path(out / f"benchmark-{suite.name}.png")
-    save_picture(stacked(charts), path)
+    save_image(stacked(charts), path)
     return path

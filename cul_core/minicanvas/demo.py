@@ -1,4 +1,5 @@
-"""The demonstration: a chain of requests with `plain` and one with `recommended`, both measured.
+"""The demonstration: a chain of requests with `plain`, which trains, and one with `recommended`, both
+measured.
 
 Chains and evaluations are jobs for a few processes of one thread each. Every image has its own generator, so
 the figures do not depend on the number of processes.
@@ -21,12 +22,13 @@ from typing import Any
 from PIL import Image
 
 from ..audits.classifier_scores import METRICS, Shot
+from ..concepts.captions import anchor_prompts
 from ..files.paths import free_path
 from ..history.unlearn_model import UnlearnModel
 from ..models.load_diffusers import NetworkCache
 from ..models.sampling import SamplerConfig
 from ..models.source import source_of
-from ..output.charts import labelled_grid, metric_chart, save_picture, to_image
+from ..output.charts import labelled_grid, metric_chart, save_image, to_image
 from ..output.checkpoint import load_edits, open_model, save_checkpoint, save_edits
 from ..requests.presets import preset
 from ..requests.resolve import Overrides, resolve
@@ -42,7 +44,7 @@ from .world import EVALUATION_TEMPLATE, OBJECTS, REQUEST_ORDERS, STYLE_BY_NAME, 
 
 RUNS = ("plain", "recommended")
 # seconds on one thread, for the first estimate of the time left
-_ITERATION_COST, _PICTURE_COST = 0.15, 0.085
+_ITERATION_COST, _IMAGE_COST = 0.15, 0.085
 ANCHOR_COUNT = 100
 
 
@@ -115,7 +117,7 @@ def _make_anchors(plan: Plan) -> None:
     AnchorStore(plan.folder).anchor_latents(
         source,
         _worker.networks.get(source),
-        STYLE_SUITE.captions(plan.targets[:1]),
+        anchor_prompts(MINI, STYLE_SUITE.concepts(plan.targets[:1])),
         ANCHOR_COUNT,
         SamplerConfig(),
         plan.seed,
@@ -147,7 +149,7 @@ def _evaluate(plan: Plan, run: str | None, k: int) -> dict:
 
     def on_batch(done: int) -> None:
         nonlocal reported
-        _worker.progress.put(_PICTURE_COST * (done - reported))
+        _worker.progress.put(_IMAGE_COST * (done - reported))
         reported = done
 
     model = _model_after(plan, run, k)
@@ -176,9 +178,7 @@ def _draw_row(plan: Plan, run: str | None) -> list[Image.Image]:
         )
         for (style, _), name in zip(plan.columns, names, strict=False)
     ]
-    return [
-        to_image(picture) for picture in take(_worker.networks.get(model.source), model, shots, plan.seed)
-    ]
+    return [to_image(image) for image in take(_worker.networks.get(model.source), model, shots, plan.seed)]
 
 
 _JOBS = {"anchors": _make_anchors, "chain": _run_chain, "scores": _evaluate, "row": _draw_row}
@@ -210,9 +210,9 @@ def run_demo(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     plan = Plan(REQUEST_ORDERS[order][:requests], seed, free_path(out / "steps"))
     plan.folder.mkdir(parents=True)
-    pictures = [len(STYLE_SUITE.shots(plan.targets[:k], plan.per_cell(k), plan.objects)) for k in plan.marks]
+    images = [len(STYLE_SUITE.shots(plan.targets[:k], plan.per_cell(k), plan.objects)) for k in plan.marks]
     iterations = sum(preset(run).training.iterations for run in RUNS) * requests
-    todo = iterations * _ITERATION_COST + _PICTURE_COST * (len(RUNS) * sum(pictures) + pictures[-1])
+    todo = iterations * _ITERATION_COST + _IMAGE_COST * (len(RUNS) * sum(images) + images[-1])
     try:
         results = _run_jobs(plan, todo, workers, on_progress)
         on_progress(1.0, 0.0)
@@ -275,7 +275,7 @@ def _run_jobs(
                     key = jobs.pop(job)
                     results[key] = job.result()
                     if key[0] == "anchors":
-                        for run in reversed(RUNS):  # the slower chain first
+                        for run in RUNS:  # the slower chain first
                             submit("chain", run)
                     elif key[0] == "chain":
                         for k in reversed(plan.marks):
@@ -308,8 +308,8 @@ def _write_results(
     points = {run: [(int(k), figures) for k, figures in runs[run]["after"].items()] for run in RUNS}
     curves = metric_chart(f"{last} request(s) one after another", points)
     written = {"pictures": free_path(out / "before-after.png"), "chart": free_path(out / "chart.png")}
-    save_picture(grid, written["pictures"])
-    save_picture(curves, written["chart"])
+    save_image(grid, written["pictures"])
+    save_image(curves, written["chart"])
     written["checkpoint"] = save_checkpoint(
         _model_after(plan, "recommended", last), out / f"minicanvas-forgot-{last}.safetensors"
     )

@@ -20,27 +20,35 @@ from ..requests.request import Request
 from ..training.early_stopping import Measure
 from . import models
 from .suites import STYLE_SUITE, Suite, suite_of
-from .world import OBJECTS, STYLE_BY_NAME, STYLE_LABELS
+from .world import SMALL, World
 
 
 class Judge:
-    """The shipped classifier: one `Verdict` for each image of (b, 3, 64, 64) in [0, 1]."""
+    """The shipped classifier of a world: one `Verdict` for each image of (b, 3, 64, 64) in [0, 1].
 
-    def __init__(self, path: Path = models.CLASSIFIER_PATH):
-        self._model = models.Classifier(len(STYLE_LABELS), len(OBJECTS))
+    Two objects side by side are one label, such as "star and cat".
+
+    Args:
+        path: its weights; the shipped ones if None.
+        world: what the images show.
+    """
+
+    def __init__(self, path: Path | None = None, world: World = SMALL):
+        self._styles, self._objects = (*world.style_labels, ""), (*world.subjects, "")
+        self._model = models.Classifier(len(world.style_labels), len(world.subjects), world.pairs)
         self._model.load_state_dict(
             {
                 name: tensor.float() if tensor.is_floating_point() else tensor
-                for name, tensor in load_file(path).items()
+                for name, tensor in load_file(path or models.classifier_path(world.name)).items()
             }
         )
         self._model.eval().requires_grad_(False)
 
-    def __call__(self, pictures: Tensor) -> list[Verdict]:
-        styles, objects = self._model(pictures)
+    def __call__(self, images: Tensor) -> list[Verdict]:
+        styles, *subjects = (logits.argmax(1).tolist() for logits in self._model(images))
         return [
-            Verdict((*STYLE_LABELS, "")[s], (*OBJECTS, "")[o])
-            for s, o in zip(styles.argmax(1), objects.argmax(1), strict=True)
+            Verdict(self._styles[style], " and ".join(filter(None, (self._objects[i] for i in seen))))
+            for style, *seen in zip(styles, *subjects, strict=True)
         ]
 
 
@@ -98,11 +106,30 @@ def evaluate(
     return score(shots, judge(take(network, model, shots, seed, on_batch=on_batch)), suite.domain)
 
 
+def still_shown(
+    network: Network,
+    model: UnlearnModel,
+    judge: Judge,
+    target: str,
+    *,
+    seed: int,
+    suite: Suite = STYLE_SUITE,
+    per_cell: int = 1,
+) -> dict[str, list[bool]]:
+    """Name of the cross domain -> whether each of its images, those of `evaluate`, still shows `target`."""
+    shots = [shot for shot in suite.shots([target], per_cell) if shot.role == "target"]
+    other = "object" if suite.domain == "style" else "style"
+    shown: dict[str, list[bool]] = {}
+    for shot, verdict in zip(shots, judge(take(network, model, shots, seed)), strict=True):
+        shown.setdefault(getattr(shot, other), []).append(getattr(verdict, suite.domain) == target)
+    return shown
+
+
 _FEW = 10
 """Images of each role in the first, cheap measurement of early stopping."""
 
 
-def measure_for(request: Request, judge: Judge | None = None) -> Measure:
+def measure_for(request: Request, judge: Judge | None = None, world: World = SMALL) -> Measure:
     """The measurement for early stopping: (UA of the request's targets, RA of its retained concepts).
 
     RA is that of the suite's declared concepts if the request declares none. A measurement first samples ten
@@ -113,13 +140,14 @@ def measure_for(request: Request, judge: Judge | None = None) -> Measure:
     Raises:
         ConceptError: a target is not in the suite and cannot be measured.
     """
-    suite, targets = suite_of([concept.target for concept in request.concepts])
+    suite, targets = suite_of([concept.target for concept in request.concepts], world)
     if len(targets) < len(request.concepts):
         raise ConceptError(
             f"Of {', '.join(repr(concept.target) for concept in request.concepts)}, only {targets} can be "
             "measured together; forget only styles or only objects of MiniCanvas, or set evaluate_every to 0."
         )
-    kept = suite_of([concept.target for concept in request.retain if concept.kind == suite.domain])[1]
+    kind = suite.kind or suite.domain
+    kept = suite_of([concept.target for concept in request.retain if concept.kind == kind], world)[1]
     asked = replace(
         suite, declared=tuple(name for name in kept if name not in targets) or suite.declared, hidden=()
     )
@@ -130,7 +158,7 @@ def measure_for(request: Request, judge: Judge | None = None) -> Measure:
         picked = {i % (len(shots) // across) * across + i % across for i in range(_FEW if shots else 0)}
         few += [shots[i] for i in sorted(picked)]
         rest += [shot for i, shot in enumerate(shots) if i not in picked]
-    judge = judge or Judge()
+    judge = judge or Judge(world=world)
 
     def measure(network: Network, check: Callable[[], None]) -> tuple[float, float] | None:
         def classified(shots: list[Shot]) -> list[Verdict]:
@@ -152,21 +180,23 @@ def measure_for(request: Request, judge: Judge | None = None) -> Measure:
 class MiniCanvasClassifier(Classifier):
     """MiniCanvas' classifier behind the interface of audits; the names decide between styles and objects."""
 
-    def __init__(self):
-        self._judge = Judge()
+    def __init__(self, world: World = SMALL):
+        self._world, self._judge = world, Judge(world=world)
 
     def check(self, names: Sequence[str]) -> None:
-        suite, targets = suite_of(names)
+        suite, targets = suite_of(names, self._world)
         known = {target.replace("_", " ") for target in targets} | set(targets)
         if unknown := [name for name in names if name not in known]:
-            choice = ", ".join(OBJECTS if suite.domain == "object" else STYLE_BY_NAME)
+            choice = ", ".join(
+                self._world.subjects if suite.domain == "object" else self._world.style_by_name
+            )
             raise ConceptError(
                 f"MiniCanvas has no {suite.domain} {brief_repr(unknown[0])}; name styles only or objects "
                 f"only, among {choice}."
             )
 
     def count(self, names: Sequence[str], per_cell: int) -> int:
-        suite, targets = suite_of(names)
+        suite, targets = suite_of(names, self._world)
         return len(suite.shots(targets, per_cell))
 
     def evaluate(
@@ -179,10 +209,10 @@ class MiniCanvasClassifier(Classifier):
         per_cell: int = 1,
         on_batch: Callable[[int], None] = lambda done: None,
     ) -> Scores:
-        suite, targets = suite_of(names)
+        suite, targets = suite_of(names, self._world)
         return evaluate(
             network, model, self._judge, targets, seed=seed, suite=suite, per_cell=per_cell, on_batch=on_batch
         )
 
     def measure_for(self, request: Request) -> Measure:
-        return measure_for(request, self._judge)
+        return measure_for(request, self._judge, self._world)

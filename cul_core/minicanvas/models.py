@@ -6,6 +6,7 @@ UNet and text encoder are plain diffusers and transformers classes, configured i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,8 +14,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHECKPOINT_PATH = Path(__file__).parent / "checkpoints" / "minicanvas.safetensors"
-CLASSIFIER_PATH = Path(__file__).parent / "weights" / "classifier.safetensors"
+_HERE = Path(__file__).parent
+
+
+def checkpoint_path(world: str) -> Path:
+    """The shipped checkpoint of the `small` or the `large` world."""
+    return _HERE / "checkpoints" / f"minicanvas{_SUFFIXES[world]}.safetensors"
+
+
+def classifier_path(world: str) -> Path:
+    """The shipped classifier of the `small` or the `large` world."""
+    return _HERE / "weights" / f"classifier{_SUFFIXES[world]}.safetensors"
+
+
+_SUFFIXES = {"small": "", "large": "_large"}
+CHECKPOINT_PATH, CLASSIFIER_PATH = checkpoint_path("small"), classifier_path("small")
 
 AUTOENCODER_WIDTHS = (24, 32, 64, 64)
 """Trained channels per level, 64x64 pixels first; TAESD's shape has 64, the others are zero."""
@@ -81,13 +95,21 @@ class NarrowAutoencoder(nn.Module):
         wide = AutoencoderTiny()
         for parameter in wide.parameters():
             parameter.data.zero_()
-        _embed(self.encoder, wide.encoder.layers)
-        _embed(self.decoder, wide.decoder.layers)
+        for value, part in _shared_values(self, wide):
+            part.copy_(value)
         return wide.eval()
 
+    @classmethod
+    def narrowed(cls, wide: nn.Module) -> NarrowAutoencoder:
+        """The narrow autoencoder that `widened` made this `diffusers.AutoencoderTiny` of."""
+        narrow = cls()
+        for value, part in _shared_values(narrow, wide):
+            value.copy_(part)
+        return narrow
 
-def _embed(narrow: nn.Sequential, wide: nn.Sequential) -> None:
-    """Copy weights layer by layer.
+
+def _paired(narrow: nn.Sequential, wide: nn.Sequential) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(layer, its counterpart in AutoencoderTiny) for every trained layer.
 
     Blocks, and the ReLU that replaces one, pair up within a level; plain layers pair up one to one.
     """
@@ -98,12 +120,17 @@ def _embed(narrow: nn.Sequential, wide: nn.Sequential) -> None:
             is_block and not isinstance(waiting[0], ResidualBlock | nn.ReLU)
         ):
             continue
-        source = waiting.pop(0)
-        for name, value in source.state_dict().items():
-            target = layer.get_parameter(name).data
-            target[tuple(slice(size) for size in value.shape)] = value
+        yield waiting.pop(0), layer
     if waiting:
         raise AssertionError(f"{len(waiting)} trained layers have no counterpart in AutoencoderTiny")
+
+
+def _shared_values(narrow: NarrowAutoencoder, wide: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """(narrow value, the part of AutoencoderTiny's value that equals it) for every weight."""
+    for part in ("encoder", "decoder"):
+        for source, target in _paired(getattr(narrow, part), getattr(wide, part).layers):
+            for name, value in source.state_dict().items():
+                yield value, target.get_parameter(name).data[tuple(slice(size) for size in value.shape)]
 
 
 def load_autoencoder(path: Path) -> NarrowAutoencoder:
@@ -117,9 +144,14 @@ class Classifier(nn.Module):
     """(style logits (b, styles + 1), object logits (b, objects + 1)) of images (b, 3, 64, 64) in [0, 1].
 
     The last class of each head means "none of these".
+
+    Args:
+        styles: number of styles.
+        objects: number of objects, with the people.
+        tells_pairs: whether there is a third head, for the right one of two objects.
     """
 
-    def __init__(self, styles: int, objects: int):
+    def __init__(self, styles: int, objects: int, tells_pairs: bool = False):
         super().__init__()
         layers: list[nn.Module] = []
         for before, after in ((3, 24), (24, 48), (48, 96), (96, 128)):
@@ -134,8 +166,10 @@ class Classifier(nn.Module):
         self.features = nn.Sequential(*layers)
         self.style = nn.Linear(128 * 2, styles + 1)
         self.object = nn.Linear(128 * 16, objects + 1)
+        self.second = nn.Linear(128 * 16, objects + 1) if tells_pairs else None
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         features = self.features(images * 2 - 1)
         pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1)
-        return self.style(pooled), self.object(features.flatten(1))
+        heads = [head for head in (self.object, self.second) if head is not None]
+        return self.style(pooled), *(head(features.flatten(1)) for head in heads)

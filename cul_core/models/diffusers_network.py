@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.bounded_cache import BoundedCache
-from ..base.errors import ModelError
+from ..base.errors import ModelError, brief_repr
 from .build_diffusers import build_unet
 from .family import Family
 from .free_memory import release_memory
@@ -42,6 +42,8 @@ class DiffusersNetwork(Network):
         open_autoencoder: loads the autoencoder for `with_autoencoder`; None if it cannot be loaded.
         open_text_encoders: reloads the text encoders; None if they always stay in memory.
         read_weights: checkpoint keys -> the file's tensors, in fp32 on the CPU.
+        file_name: for errors.
+        missing_autoencoder: why there is none to open, as a sentence.
     """
 
     family: Family
@@ -53,6 +55,8 @@ class DiffusersNetwork(Network):
     open_autoencoder: Callable[[], nn.Module] | None = field(default=None, repr=False)
     open_text_encoders: Callable[[], tuple[nn.Module, ...]] | None = field(default=None, repr=False)
     read_weights: Callable[[Sequence[str]], dict[str, Tensor]] | None = field(default=None, repr=False)
+    file_name: str = "the model"
+    missing_autoencoder: str = ""
     _prompts: BoundedCache[Conditioning] = field(
         default_factory=lambda: BoundedCache(lambda conditioning: conditioning.nbytes), repr=False
     )
@@ -135,11 +139,20 @@ class DiffusersNetwork(Network):
             with torch.no_grad():
                 encoded = self._encode(self.token_ids(part).to(device)).to("cpu")
             for prompt, conditioning in zip(part, encoded, strict=True):
+                self._check_encoded(prompt, conditioning)
                 self._prompts.put(prompt, conditioning)
         encoded = {prompt: self._prompts.get(prompt) for prompt in dict.fromkeys(prompts)}
         batch = Conditioning.cat(encoded[prompt] for prompt in prompts).to(self.device)
         self._prompts.shrink(_CACHED_BYTES)
         return batch
+
+    def _check_encoded(self, prompt: str, conditioning: Conditioning) -> None:
+        """Raises ModelError for an encoded prompt that is not finite, as a damaged word's row makes it."""
+        if not conditioning.text.isfinite().all():
+            raise ModelError(
+                f"{self.file_name!r} is damaged: 'token_embedding.weight' holds NaN or infinite values for "
+                f"a word of {brief_repr(prompt)}; choose another checkpoint."
+            )
 
     def token_rows(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         device = self._place_text_encoders()
@@ -193,13 +206,16 @@ class DiffusersNetwork(Network):
         return self.tokenizer(list(prompts), **padded, return_tensors="pt").input_ids
 
     def content(self, prompt: str) -> slice:
-        ids = self.tokenizer(prompt, max_length=self._length, truncation=True).input_ids
-        return slice(1, len(ids) - 1)
+        return slice(1, len(self.tokens(prompt)) + 1)
+
+    def tokens(self, prompt: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(prompt, max_length=self._length, truncation=True).input_ids[1:-1])
 
     def words(self, least_letters: int = 3) -> list[str]:
         whole = re.compile(rf"[a-z]{{{least_letters},}}{_WORD_END}")
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return [token.removesuffix(_WORD_END) for token, _ in vocabulary if whole.fullmatch(token)]
+        words = [token.removesuffix(_WORD_END) for token, _ in vocabulary if whole.fullmatch(token)]
+        return [word for word in words if word not in self.withheld_words]
 
     # --- prediction
 
@@ -259,17 +275,21 @@ class DiffusersNetwork(Network):
 
     # --- images
 
+    def check_autoencoder(self) -> None:
+        if self.autoencoder is None and self.open_autoencoder is None:
+            raise ModelError(
+                self.missing_autoencoder
+                or f"{self.family.display_name} is loaded here without an autoencoder, so no image can be "
+                "decoded or encoded; turn off the settings that need images, such as augmentations and flip."
+            )
+
     @contextmanager
     def with_autoencoder(self) -> Iterator[None]:
         """Make `decode` and `encode_images` available within the block, loading the autoencoder if needed."""
         if self.autoencoder is not None:
             yield
             return
-        if self.open_autoencoder is None:
-            raise ModelError(
-                f"{self.family.display_name} is loaded here without an autoencoder, so no image can be "
-                "decoded or encoded; turn off the settings that need images, such as augmentations and flip."
-            )
+        self.check_autoencoder()
         self.autoencoder = self.open_autoencoder().to(self.device)
         try:
             yield

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base.errors import ConfigError
 from .noise_process import NoiseProcess, Solver
 
 
@@ -22,10 +23,14 @@ class DiscreteProcess(NoiseProcess):
         prediction_type: `epsilon` for the noise, `v_prediction` for the velocity
             sqrt(abar_t) eps - sqrt(1 - abar_t) z0 (Salimans and Ho, arXiv 2202.00512).
         ends_in_noise: whether the schedule is rescaled to zero terminal SNR (Lin et al., arXiv 2305.08891,
-            algorithm 1).
+            algorithm 1); for velocities only, as the last step has no signal.
         beta_start: noise variance of the first step.
         beta_end: noise variance of the last step.
         timesteps: number of steps.
+
+    Raises:
+        ConfigError: the network predicts noise on a schedule with zero terminal SNR: at its last step, a
+            noise prediction implies no clean latents.
     """
 
     prediction_type: str = "epsilon"
@@ -36,6 +41,11 @@ class DiscreteProcess(NoiseProcess):
     alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        if self.ends_in_noise and self.prediction_type == "epsilon":
+            raise ConfigError(
+                "prediction_type is 'epsilon' on a schedule with zero terminal SNR, whose last step has no "
+                "signal; choose 'v_prediction', or a schedule that is not rescaled."
+            )
         betas = torch.linspace(
             self.beta_start**0.5, self.beta_end**0.5, self.timesteps, dtype=torch.float64, device="cpu"
         )

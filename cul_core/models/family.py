@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .discrete_process import DiscreteProcess
 from .noise_process import NoiseProcess
 
+_DISTILLED_STEPS = 8
+"""Sampling steps that suit models distilled to 1, 2, 4 or 8."""
 _CONFIGS = Path(__file__).parent / "configs"
 Shapes = Mapping[str, tuple[int, ...]]
 """Checkpoint key -> shape."""
@@ -51,6 +53,7 @@ class TextEncoder:
             one with it.
         pads_with_zero: pad with token 0 after EOS instead of with EOS.
         is_pooled: whether the network also reads its pooled, projected vector of the prompt.
+        other_prefixes: key prefixes that its tensors have in other files.
     """
 
     prefix: str
@@ -59,6 +62,7 @@ class TextEncoder:
     skips_last: bool = False
     pads_with_zero: bool = False
     is_pooled: bool = False
+    other_prefixes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,23 @@ class Captions:
     for_styles: tuple[str, ...]
     subjects: tuple[str, ...]
     for_others: tuple[str, ...]
+
+
+def predicting_velocity(family: Family, ends_in_noise: bool) -> Family:
+    """The family's variant that predicts the velocity, with the same images."""
+    return replace(
+        family,
+        display_name=f"{family.display_name} (v-prediction)",
+        process=DiscreteProcess("v_prediction", ends_in_noise),
+    )
+
+
+def distilled(family: Family) -> Family:
+    """The family's variant that is distilled to few steps without guidance, as Turbo and Lightning are."""
+    recipe = family.recipe and replace(family.recipe, anchor_steps=_DISTILLED_STEPS, anchor_guidance=1.0)
+    return replace(
+        family, display_name=f"{family.display_name} (distilled)", recipe=recipe, is_distilled=True
+    )
 
 
 @dataclass(frozen=True)
@@ -94,6 +115,7 @@ class Family:
         recognize: whether a checkpoint with these shapes, of this file name, is of the family; raises
             ModelError for one of the family that cannot be edited.
         variant: the family's variant in a checkpoint, from its header and a function that reads a tensor.
+        velocity: the family's variant that predicts the velocity; its schedule has zero terminal SNR or not.
         folder: folder of constructor arguments, maybe with the tokenizer; None for this package's own.
         ships_tokenizer: whether the folder holds the tokenizer; otherwise the caller gives a tokenizer.
         has_decoder: whether a tiny autoencoder is loaded with the network; otherwise callers decode latents.
@@ -105,6 +127,7 @@ class Family:
         text_norm: name, within the network, of the norm between text rows and text readers; empty for none.
         has_frames: whether the network's latents have a frame axis, (b, c, 1, h, w), as those of videos have.
         is_small: whether the network fits any memory and is too small to gain by `frozen_layers`.
+        is_distilled: whether the checkpoint is distilled to few sampling steps without guidance.
     """
 
     name: str
@@ -119,6 +142,7 @@ class Family:
     recognize: Callable[[Family, Shapes, str], bool]
     process: NoiseProcess = DiscreteProcess()
     variant: Callable[[Family, Mapping[str, dict], Callable[[str], Any]], Family] = lambda family, *_: family
+    velocity: Callable[[Family, bool], Family] = predicting_velocity
     folder: Path | None = None
     ships_tokenizer: bool = False
     has_decoder: bool = False
@@ -130,6 +154,7 @@ class Family:
     has_frames: bool = False
     is_small: bool = False
     classifier: Callable[[], Any] | None = None
+    is_distilled: bool = False
 
     def config(self, part: str) -> dict[str, Any]:
         """Constructor arguments of `unet`, of a text encoder or of `vae`."""

@@ -21,23 +21,23 @@ time is dominated by oneDNN's weight reordering."""
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _is_for_onednn(rows: Tensor) -> bool:
-    return _HAS_ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32
+def _is_for_onednn(inputs: Tensor) -> bool:
+    return _HAS_ONEDNN and inputs.device.type == "cpu" and inputs.dtype == torch.float32
 
 
-def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`: (..., m) from rows (..., n), weight (m, n) and bias (m,)."""
-    if not _is_for_onednn(rows):
-        return F.linear(rows, weight, bias)
+def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`: (..., m) from inputs (..., n), weight (m, n) and bias (m,)."""
+    if not _is_for_onednn(inputs):
+        return F.linear(inputs, weight, bias)
     # not public: used only here
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: FunctionCtx, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return product(rows, weight, bias)
+        return product(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -62,12 +62,12 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """GEGLU's gate a * gelu(b) for rows (..., 2n) = [a, b]; gelu(b) is recomputed in the backward pass."""
+    """GEGLU's gate a * gelu(b) for inputs (..., 2n) = [a, b]; gelu(b) is recomputed in the backward pass."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        passed, gate = rows.chunk(2, -1)
+    def forward(ctx: FunctionCtx, inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs)
+        passed, gate = inputs.chunk(2, -1)
         return F.gelu(gate).mul_(passed)
 
     @staticmethod
@@ -85,10 +85,10 @@ def _is_trained(module: nn.Module) -> bool:
 class FrozenLinear(nn.Linear):
     """`torch.nn.Linear` that uses oneDNN on a CPU while its weights are frozen."""
 
-    def forward(self, rows: Tensor) -> Tensor:
-        if _is_trained(self) or not _is_for_onednn(rows):
-            return super().forward(rows)
-        return _Linear.apply(rows, self.weight, self.bias)
+    def forward(self, inputs: Tensor) -> Tensor:
+        if _is_trained(self) or not _is_for_onednn(inputs):
+            return super().forward(inputs)
+        return _Linear.apply(inputs, self.weight, self.bias)
 
 
 class FrozenConv2d(nn.Conv2d):
@@ -113,8 +113,8 @@ class FrozenConv2d(nn.Conv2d):
                 patches = F.unfold(
                     images, self.kernel_size, self.dilation, self.padding, self.stride
                 ).transpose(1, 2)
-                rows = _Linear.apply(patches, self.weight.flatten(1), self.bias)
-                return rows.transpose(1, 2).reshape(len(images), self.out_channels, *sides)
+                outputs = _Linear.apply(patches, self.weight.flatten(1), self.bias)
+                return outputs.transpose(1, 2).reshape(len(images), self.out_channels, *sides)
         return _Convolution.apply(
             images, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
@@ -126,8 +126,8 @@ def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
     from diffusers.models.activations import GEGLU
 
     class FrozenGEGLU(GEGLU):
-        def forward(self, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return _Gate.apply(self.proj(rows)) if rows.device.type == "cpu" else super().forward(rows)
+        def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return _Gate.apply(self.proj(inputs)) if inputs.device.type == "cpu" else super().forward(inputs)
 
     return {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d, GEGLU: FrozenGEGLU}
 

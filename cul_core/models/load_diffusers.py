@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,15 +16,22 @@ from torch import Tensor, nn
 
 from ..base.errors import ModelError
 from ..base.last_result import LastResult
-from ..files.safetensors_format import OpenedFile, opened, read_header
+from ..files.safetensors_format import OpenedFile, is_finite, opened
 from .build_diffusers import build_text_encoder, build_unet, require_diffusers
 from .diffusers_network import DiffusersNetwork
 from .families.unet_layout import UNET_PREFIX, VAE_PREFIX
 from .family import Family, TextEncoder
-from .recognize import detect_family
+from .recognize import family_in
+from .sd_layout import autoencoder_shapes
 from .source import FileSource
+from .text_layout import TURNED, is_read_whole, prefix_in, text_shapes
 
 logger = logging.getLogger(__name__)
+_VAE_PARTS = tuple(VAE_PREFIX + part for part in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+_VAE_REMEDY = (
+    "choose a checkpoint with a VAE, or load it and a fitting VAE with ComfyUI's own loaders and connect "
+    "both to Unlearn From MODEL"
+)
 
 
 def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, str]:
@@ -50,9 +58,8 @@ def unet_key_map(checkpoint_names: list[str], unet_config: dict) -> dict[str, st
 
 def checkpoint_key_map(path: Path) -> dict[str, str]:
     """Diffusers parameter name -> checkpoint key, of a checkpoint file's UNet."""
-    header, _, _ = read_header(path)
-    with _naming(path):
-        return unet_key_map(list(header), _unet_config(detect_family(path)))
+    with opened(path) as file, _naming(path):
+        return unet_key_map(file.keys(), _unet_config(family_in(file)))
 
 
 @lru_cache(maxsize=8)
@@ -67,15 +74,24 @@ def text_tensors(kind: TextEncoder, tensors: Mapping[str, Tensor], encoder: nn.M
     The `text_model.` level of a name is optional on both sides: old files and new transformers lack it.
     diffusers' own converter splits and renames OpenCLIP's tensors.
     """
-    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(kind.prefix)}
-    if kind.is_open_clip:
+    prefix = prefix_in(kind, tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    for turned in TURNED:
+        if prefix + turned in tensors:
+            tensors.setdefault(f"{prefix}text_projection", tensors.pop(prefix + turned).T.contiguous())
+    if kind.is_open_clip and f"{prefix}token_embedding.weight" in tensors:
         # not public: used only here
         from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-        tensors = convert_open_clip_checkpoint(encoder, tensors, prefix=kind.prefix)
+        tensors = convert_open_clip_checkpoint(encoder, tensors, prefix=prefix)
+    elif kind.is_pooled:
+        tensors["text_projection.weight"] = tensors.pop(f"{prefix}text_projection").T.contiguous()
     level = "text_model."
     ours = {name.removeprefix(level): name for name in encoder.state_dict()}
-    theirs = {name.removeprefix(kind.prefix).removeprefix(level): tensor for name, tensor in tensors.items()}
+    theirs = {
+        name.removeprefix(prefix).removeprefix("transformer.").removeprefix(level): tensor
+        for name, tensor in tensors.items()
+    }
     return {ours[inner]: tensor for inner, tensor in theirs.items() if inner in ours}
 
 
@@ -95,7 +111,8 @@ def load_tokenizer(family: Family, folder: Path | str | None = None) -> object:
 
     Args:
         family: a family; its own tokenizer is used if it has one.
-        folder: folder of CLIP's `vocab.json` and `merges.txt`, for families without their own.
+        folder: folder of CLIP's `vocab.json` and `merges.txt`, or of a `tokenizer.json`, for families without
+            their own.
 
     Raises:
         ModelError: no folder is given, or its tokenizer is not that of the family's text encoder.
@@ -107,9 +124,10 @@ def load_tokenizer(family: Family, folder: Path | str | None = None) -> object:
             f"{family.display_name} needs CLIP's tokenizer, which does not come with this package; give "
             f"{wanted} (--tokenizer on the command line)."
         )
-    for name in ("vocab.json", "merges.txt"):
-        if not (Path(folder) / name).is_file():
-            raise ModelError(f"The tokenizer folder {str(folder)!r} has no {name}; give {wanted}.")
+    if not (Path(folder) / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (Path(folder) / name).is_file():
+                raise ModelError(f"The tokenizer folder {str(folder)!r} has no {name}; give {wanted}.")
     from transformers import CLIPTokenizer
 
     try:
@@ -132,7 +150,10 @@ def load_tokenizer(family: Family, folder: Path | str | None = None) -> object:
 
 
 def load_network(
-    path: Path, dtype: torch.dtype = torch.float32, tokenizer_folder: Path | str | None = None
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    tokenizer_folder: Path | str | None = None,
+    prediction: str = "auto",
 ) -> DiffusersNetwork:
     """The network of a checkpoint file: UNet, text encoders, tokenizer and, for small families, autoencoder.
 
@@ -142,16 +163,18 @@ def load_network(
         path: checkpoint of a supported family.
         dtype: the UNet's dtype in memory, whatever the file's is; the rest is fp32.
         tokenizer_folder: see `load_tokenizer`; ignored for families with their own tokenizer.
+        prediction: see `detect_family`.
 
     Raises:
         ModelError: the file is unreadable, its architecture unsupported or its tensors incomplete, or the
             tokenizer or diffusers is missing.
     """
-    family = detect_family(path)
-    unet = build_unet(family)
-    tokenizer = load_tokenizer(family, tokenizer_folder)
-    with _naming(path):
-        return _load_network(path, family, unet, tokenizer, dtype)
+    with opened(path) as file:
+        family = family_in(file, prediction)
+        require_diffusers()
+        tokenizer = load_tokenizer(family, tokenizer_folder)
+        with _naming(path):
+            return _load_network(path, file, family, tokenizer, dtype)
 
 
 @contextmanager
@@ -174,22 +197,63 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _load_network(
-    path: Path, family: Family, unet: nn.Module, tokenizer: object, dtype: torch.dtype
+    path: Path, file: OpenedFile, family: Family, tokenizer: object, dtype: torch.dtype
 ) -> DiffusersNetwork:
-    with opened(path) as file:
-        names = list(file.keys())
-        keys = unet_key_map(names, unet.config)
-        # a generator: only one tensor at a time is in memory in both dtypes
-        _fill(unet, ((ours, file.get_tensor(key)) for ours, key in keys.items()), dtype)
-        autoencoder = _load_tiny_autoencoder(file, names) if family.has_decoder else None
-    to_open = None
+    unet, names = build_unet(family), file.keys()
+    keys = unet_key_map(names, unet.config)
+    # a generator: only one tensor at a time is in memory in both dtypes
+    _fill(
+        unet,
+        ((ours, _finite(file.name, key, file.get_tensor(key), dtype)) for ours, key in keys.items()),
+        dtype,
+    )
+    autoencoder = _load_tiny_autoencoder(file, names) if family.has_decoder else None
+    to_open, missing = None, ""
     if autoencoder is None and family.has_config("vae"):
-        to_open = partial(load_autoencoder, path, family.config("vae"))
+        missing = _missing_autoencoder(file, family)
+        to_open = None if missing else partial(load_autoencoder, path, family.config("vae"))
     # families small enough to load a decoder keep their text encoders in memory
     reopen = None if family.has_decoder else partial(load_text_encoders, path, family)
-    encoders = load_text_encoders(path, family)
+    encoders = _text_encoders(file, family)
     read = partial(_read_exactly, path)
-    return DiffusersNetwork(family, unet, encoders, tokenizer, autoencoder, keys, to_open, reopen, read)
+    return DiffusersNetwork(
+        family, unet, encoders, tokenizer, autoencoder, keys, to_open, reopen, read, path.name, missing
+    )
+
+
+def _finite(file_name: str, key: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tensor in `dtype`.
+
+    Raises:
+        ModelError: it holds NaN or infinite values, or some that are too large for `dtype`.
+    """
+    converted = tensor.to(dtype)
+    if is_finite(converted):
+        return converted
+    if is_finite(tensor.float()):
+        name = str(dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{file_name!r} holds values in {key!r} that are too large for {name}; choose bfloat16 or "
+            "float32."
+        )
+    raise ModelError(
+        f"{file_name!r} is damaged: {key!r} holds NaN or infinite values, as a failed training or merge "
+        "leaves them; choose another checkpoint, or the one it was made from."
+    )
+
+
+def _missing_autoencoder(file: OpenedFile, family: Family) -> str:
+    """Why the checkpoint's autoencoder cannot be opened, as a sentence; "" if it can."""
+    header = file.header
+    if not any(name.startswith(VAE_PREFIX) for name in header):
+        return f"{file.name!r} has no VAE; {_VAE_REMEDY}."
+    for inner, shape in autoencoder_shapes(family.config("vae")).items():
+        name = VAE_PREFIX + inner
+        found = header[name]["shape"] if name in header else None
+        if found is None or math.prod(found) != math.prod(shape):
+            what = "lacks" if found is None else f"has the shape {found} in"
+            return f"{file.name!r} {what} {name!r} of its VAE, which is {shape}; {_VAE_REMEDY}."
+    return ""
 
 
 def _read_exactly(path: Path, keys: Sequence[str]) -> dict[str, Tensor]:
@@ -206,15 +270,20 @@ def load_text_encoders(path: Path, family: Family) -> tuple[nn.Module, ...]:
     Raises:
         ModelError: the file is unreadable, or a tensor is missing or of another shape.
     """
-    encoders = []
     with _naming(path), opened(path) as file:
-        for kind in family.text_encoders:
-            encoder = build_text_encoder(family, kind)
-            # each tensor is converted as it is read, so that only one is in memory in both dtypes
-            tensors = {
-                name: file.get_tensor(name).float() for name in file.keys() if name.startswith(kind.prefix)
-            }
-            encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder).items()))
+        return _text_encoders(file, family)
+
+
+def _text_encoders(file: OpenedFile, family: Family) -> tuple[nn.Module, ...]:
+    encoders = []
+    for kind in family.text_encoders:
+        encoder = build_text_encoder(family, kind)
+        config, tensors = family.config(kind.config), {}
+        for key in text_shapes(kind, config, file.keys()):
+            # converted as it is read, so that only one tensor is in memory in both dtypes
+            tensor = file.get_tensor(key).float()
+            tensors[key] = _finite(file.name, key, tensor) if is_read_whole(kind, config, key) else tensor
+        encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder).items()))
     return tuple(encoders)
 
 
@@ -230,7 +299,12 @@ def load_autoencoder(path: Path, config: dict) -> nn.Module:
     """
     with _naming(path), opened(path) as file:
         return _kl_autoencoder(
-            {name: file.get_tensor(name) for name in file.keys() if name.startswith(VAE_PREFIX)}, config
+            {
+                name: _finite(path, name, file.get_tensor(name))
+                for name in file.keys()
+                if name.startswith(_VAE_PARTS)
+            },
+            config,
         )
 
 
@@ -269,10 +343,13 @@ class NetworkCache:
 
     Args:
         tokenizer_folder: tokenizer for families without their own; see `load_tokenizer`.
+        withheld_words: of every network; see `Network`.
     """
 
-    def __init__(self, tokenizer_folder: Path | str | None = None):
-        self._tokenizer_folder = tokenizer_folder
+    def __init__(
+        self, tokenizer_folder: Path | str | None = None, withheld_words: frozenset[str] = frozenset()
+    ):
+        self._tokenizer_folder, self._withheld_words = tokenizer_folder, withheld_words
         self._slot: tuple[str, DiffusersNetwork] | None = None
         self.last_result = LastResult()
 
@@ -284,12 +361,14 @@ class NetworkCache:
         Raises:
             ModelError: the file has changed since it was opened; or see `load_network`.
         """
-        key = f"{source.sha256} {dtype}"
+        key = f"{source.identity} {dtype}"
         if self._slot is None or self._slot[0] != key:
             self.free()
             source.require_unchanged()
             begun = time.monotonic()
-            self._slot = (key, load_network(source.path, dtype, self._tokenizer_folder))
+            network = load_network(source.path, dtype, self._tokenizer_folder, source.prediction)
+            network.withheld_words = self._withheld_words
+            self._slot = (key, network)
             logger.info("loaded %s for training in %.1f s", source.path.name, time.monotonic() - begun)
         network, device = self._slot[1], torch.empty(0, device=device).device  # with its number
         return network if network.device == device else network.to(device)

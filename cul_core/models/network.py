@@ -22,11 +22,13 @@ class Network(ABC):
     """A text-to-image model with frozen weights, as the core uses it; stateful, so never a node's output.
 
     Weights are named by checkpoint key. `shared_rows` is the number of leading text rows that are the same
-    for every prompt, such as that of CLIP's start token.
+    for every prompt, such as that of CLIP's start token. `withheld_words` are left out of `words`, from which
+    methods make up names: a benchmark hides them.
     """
 
     family: Family
     shared_rows: int = 0
+    withheld_words: frozenset[str] = frozenset()
 
     @property
     def process(self) -> NoiseProcess:
@@ -89,13 +91,16 @@ class Network(ABC):
         """Slice of the text rows that are the prompt's own tokens; the next row is that of EOS."""
 
     @abstractmethod
+    def tokens(self, prompt: str) -> tuple[int, ...]:
+        """Token ids of the prompt's own tokens, those at `content`."""
+
+    @abstractmethod
     def words(self, least_letters: int = 3) -> list[str]:
-        """Lower-case words that are a single token, in the vocabulary's order."""
+        """Lower-case words that are a single token, in the vocabulary's order, without `withheld_words`."""
 
     def token_count(self, prompt: str) -> int:
         """Number of the prompt's own tokens."""
-        content = self.content(prompt)
-        return content.stop - content.start
+        return len(self.tokens(prompt))
 
     def free_text_encoders(self) -> None:
         """Free the text encoders' memory if they can be reloaded."""
@@ -153,6 +158,15 @@ class Network(ABC):
         raise NotImplementedError
 
     # --- images
+
+    def check_autoencoder(self) -> None:
+        """Check that `with_autoencoder` can be entered, before images are sampled.
+
+        Raises:
+            ModelError: it cannot.
+        """
+        with self.with_autoencoder():
+            pass
 
     def with_autoencoder(self) -> AbstractContextManager[None]:
         """Make `decode` and `encode_images` available within the block.

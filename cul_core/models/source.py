@@ -28,6 +28,11 @@ def stored_name(names: Container[str], key: str) -> str | None:
     return next((prefix + tail for prefix in OTHER_PREFIXES if prefix + tail in names), None)
 
 
+ZERO_SNR = "velocity with zero SNR"
+PREDICTIONS = ("auto", "noise", "velocity", ZERO_SNR)
+"""What a user may say that a network predicts; zero SNR is that of a schedule that ends in pure noise."""
+
+
 class Source(ABC):
     """The pretrained weights W0 of a model; sources with equal `sha256` are the same, wherever they lie.
 
@@ -40,6 +45,11 @@ class Source(ABC):
     name: str
     size: int
     sha256: str
+
+    @property
+    def identity(self) -> str:
+        """Text that is equal for sources of which every step has the same result."""
+        return self.sha256
 
     @abstractmethod
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -60,11 +70,19 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class FileSource(Source):
-    """A checkpoint file as source; `sha256` is that of the whole file."""
+    """A checkpoint file as source; `sha256` is that of the whole file.
+
+    `prediction` is what the user says that its network predicts, one of `PREDICTIONS`.
+    """
 
     path: Path
     size: int
     sha256: str
+    prediction: str = "auto"
+
+    @property
+    def identity(self) -> str:
+        return self.sha256 if self.prediction == "auto" else f"{self.sha256} {self.prediction}"
 
     @property
     def name(self) -> str:
@@ -85,7 +103,7 @@ class FileSource(Source):
             )
 
 
-def source_of(path: Path) -> FileSource:
+def source_of(path: Path, prediction: str = "auto") -> FileSource:
     """The source of a checkpoint file; its hash is computed once per (path, size, modification time).
 
     Raises:
@@ -94,7 +112,8 @@ def source_of(path: Path) -> FileSource:
     read_header(path)
     try:
         status = path.stat()
-        return FileSource(path, status.st_size, _sha256(path.resolve(), status.st_size, status.st_mtime_ns))
+        sha256 = _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
+        return FileSource(path, status.st_size, sha256, prediction)
     except OSError as error:
         raise ModelError(f"{path.name!r} can no longer be read ({error.strerror}); put it back.") from error
 

@@ -37,9 +37,9 @@ def _measure(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> f
     return ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text, font=font)
 
 
-def to_image(picture: Tensor) -> Image.Image:
+def to_image(image: Tensor) -> Image.Image:
     """The Pillow image of a (3, h, w) tensor in [0, 1]."""
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def _fitting(label: str) -> str:
@@ -63,7 +63,7 @@ def labelled_grid(
     font, head = _font(14), _font(18)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     title, columns = _fitting(" ".join(title.split())), [*map(_fitting, columns)]
-    rows = [(_fitting(" ".join(label.split())), pictures) for label, pictures in rows]
+    rows = [(_fitting(" ".join(label.split())), images) for label, images in rows]
     left = 20 + int(max(measure.textlength(label, font=font) for label, _ in rows))
     width = max(left + len(columns) * (cell + 4) + 8, 24 + int(measure.textlength(title, font=head)))
     first_row = 48 + 18 * max(label.count("\n") + 1 for label in columns)
@@ -79,11 +79,11 @@ def labelled_grid(
             anchor="md",
             align="center",
         )
-    for j, (label, pictures) in enumerate(rows):
+    for j, (label, images) in enumerate(rows):
         top = first_row + j * (cell + 4)
         draw.text((10, top + cell / 2), label, fill=_INK, font=font, anchor="lm")
-        for i, picture in enumerate(pictures):
-            canvas.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left + i * (cell + 4), top))
+        for i, image in enumerate(images):
+            canvas.paste(image.resize((cell, cell), Image.Resampling.LANCZOS), (left + i * (cell + 4), top))
     return canvas
 
 
@@ -180,12 +180,12 @@ def metric_chart(
     return chart(title, {name: [line(run, metric) for run in runs] for name, metric in panels}, "request")
 
 
-def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
     """One image with the images below one another."""
-    size = max(image.width for image in pictures), sum(image.height for image in pictures)
+    size = max(image.width for image in images), sum(image.height for image in images)
     canvas = Image.new("RGB", size, _PAPER)
     top = 0
-    for image in pictures:
+    for image in images:
         canvas.paste(image, (0, top))
         top += image.height
     return canvas
@@ -214,15 +214,20 @@ def bars(title: str, rows: Sequence[tuple[str, float]], unit: str = "") -> Image
 def loss_curve(title: str, losses: Sequence[float], size: tuple[int, int] = (560, 300)) -> Image.Image:
     """The loss against the iteration, with a running mean over a tenth of the run.
 
-    With more values than pixels, only the lowest and highest value of each stretch are drawn.
+    With more values than pixels, only the lowest and highest value of each stretch are drawn. Without values,
+    which a closed-form step has none of, the chart says so.
     """
     font, head = _font(14), _font(18)
     width, height = size
     canvas = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((12, 10), title, fill=_INK, font=head)
+    if not losses:
+        text = "nothing was trained, so there is no loss"
+        draw.text((width / 2, height / 2), text, fill=_INK, font=font, anchor="mm")
+        return canvas
     x0, y0, w, h = 66, 48, width - 86, height - 100
-    top = max(losses, default=0) or 1
+    top = max(losses) or 1
     for tick in range(5):
         y = y0 + h * (1 - tick / 4)
         draw.line([(x0, y), (x0 + w, y)], fill=_FAINT)
@@ -260,10 +265,10 @@ def _outline(values: Sequence[float], most: int) -> list[int]:
     return places
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Write an image as a PNG file.
 
     Raises:
         CheckpointError: the folder cannot be written or is full; no partial file is left behind.
     """
-    write_atomically(path, lambda file: picture.save(file, format="PNG"))
+    write_atomically(path, lambda file: image.save(file, format="PNG"))

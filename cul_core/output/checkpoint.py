@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..base.errors import CheckpointError, ModelError, TrainingError, brief_repr
+from ..base.errors import CheckpointError, ConfigError, ModelError, TrainingError, brief_repr
 from ..files.atomic_write import write_atomically
 from ..files.paths import free_path
-from ..files.safetensors_format import EDITABLE, opened, packed_header, read_header, write_tensors
-from ..history.step_record import read_history
+from ..files.safetensors_format import EDITABLE, is_finite, opened, packed_header, read_header, write_tensors
+from ..history.step_record import history_in
 from ..history.unlearn_model import UnlearnModel
 from ..models.load_diffusers import checkpoint_key_map
-from ..models.recognize import detect_family
+from ..models.recognize import chosen_prediction, family_in
+from ..models.sampling import generator_for
 from ..models.source import FileSource, source_of, stored_name
 
 _CHUNK, _PAGE = 8 << 20, 4096
 _SHORTER = "The source checkpoint became shorter while it was being copied; leave it in place and save again."
+ROUNDINGS = ("auto", "nearest", "stochastic")
+LEAST_KEPT = 0.98
+_OF_THE_SOURCE = re.compile(
+    r"^(?!ss_|cul_).*(hash|sha-?256|thumbnail|cover_?image|preview_?image)", re.IGNORECASE
+)
+"""Names of metadata that identify or show the very file they are in; those of kohya's `ss_` name its base."""
+_COMPARED = 64
+"""Tensors by which a renamed source is looked for."""
 _VALUES = 1 << 18  # added at a time, so that they fit in the CPU cache
 
 
@@ -30,6 +41,8 @@ def save_checkpoint(
     path: Path | str,
     on_chunk: Callable[[], None] = lambda: None,
     metadata: Mapping[str, str] | None = None,
+    rounding: str = "auto",
+    on_message: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write the model as a full checkpoint in its source's key layout and dtypes; returns the path written.
 
@@ -41,6 +54,9 @@ def save_checkpoint(
         path: of the new file.
         on_chunk: called for every 8 MiB; may raise to cancel, and no partial file is left behind.
         metadata: added to the header's entries.
+        rounding: of edited weights to the file's dtype, one of `ROUNDINGS`. `auto` is `nearest` where that
+            keeps at least `LEAST_KEPT` of the edit, else `stochastic`, which keeps all of it on average.
+        on_message: called with a sentence on how much of the edit the file keeps.
 
     Raises:
         CheckpointError: the folder cannot be written, the source's layout is not that of its network, or
@@ -64,12 +80,13 @@ def save_checkpoint(
                 f"{name!r} is stored as {header[name]['dtype']}, which cannot hold an edit; start from an "
                 "fp16, bf16 or fp32 checkpoint."
             )
-        if not _is_finite(model.edits[key]):
+        if not is_finite(model.edits[key]):
             raise TrainingError(
                 f"The edit of {name!r} holds values that are not finite; repeat the step with a lower "
                 "learning rate."
             )
-    entries = {**inherited, **(metadata or {}), **model.metadata()}
+    rounding = _chosen_rounding(model, rounding, on_message)
+    entries = {**_still_true(inherited), **(metadata or {}), **model.metadata()}
     # the data have the same page offset as in the source, so that the kernel can copy whole pages
     beginning = packed_header(path.name, header, entries, alignment=_PAGE, start=start)
 
@@ -80,7 +97,12 @@ def save_checkpoint(
             for (begin, end), name, key in replaced:
                 _copy(source, out, start + position, begin - position, on_chunk)
                 dtype = header[name]["dtype"]
-                if not _add(source, out, start + begin, model.edits[key], EDITABLE[dtype]):
+                generator = (
+                    generator_for(0, "rounding", model.content_hash, key)
+                    if rounding == "stochastic"
+                    else None
+                )
+                if not _add(source, out, start + begin, model.edits[key], EDITABLE[dtype], generator):
                     raise TrainingError(
                         f"The edit of {name!r} is too large for {dtype}, so values are not finite; repeat "
                         "the step with a lower learning rate."
@@ -93,6 +115,71 @@ def save_checkpoint(
     return path
 
 
+def _chosen_rounding(model: UnlearnModel, rounding: str, on_message: Callable[[str], None]) -> str:
+    """The rounding without `auto`; tells what the file keeps of the edit."""
+    if rounding not in ROUNDINGS:
+        raise ConfigError(f"rounding is {brief_repr(rounding)}; choose one of {', '.join(ROUNDINGS)}.")
+    if not model.edits:
+        return "nearest"
+    kept = kept_by_rounding(model)
+    if rounding == "auto":
+        rounding = "nearest" if kept >= LEAST_KEPT else "stochastic"
+    if rounding == "nearest":
+        on_message(f"The file's precision keeps {kept:.1%} of the edit.")
+    else:
+        on_message(
+            f"The file's precision would keep {kept:.1%} of the edit, so the weights are rounded up and "
+            "down at random, which keeps all of it on average."
+        )
+    return rounding
+
+
+def kept_by_rounding(model: UnlearnModel) -> float:
+    """Share of the edit that is left when the edited weights are rounded to the nearest in the file's dtype.
+
+    It is <w, e> / <e, e>, with the written change w and the edit e.
+    """
+    written = total = 0.0
+    for name, stored in model.source.read(model.edits):
+        edit, before = model.edits[name], stored.float()
+        change = (before + edit).to(stored.dtype).float() - before
+        written += (change * edit).sum(dtype=torch.float64).item()
+        total += edit.square().sum(dtype=torch.float64).item()
+    return written / total if total else 1.0
+
+
+def rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """fp32 values in `dtype`, each rounded up or down with the probability that makes its mean exact."""
+    nearest = values.to(dtype)
+    if dtype == torch.float32:
+        return nearest
+    left = values - nearest.float()
+    bits = nearest.view(torch.int16).int()
+    bits = torch.where(nearest == 0, torch.where(left < 0, -0x8000, 0), bits)  # the zero of that sign
+    away = (left > 0) == (bits >= 0)  # the magnitude grows towards the value
+    other = (bits + torch.where(away, 1, -1)).to(torch.int16).view(dtype)
+    step = (other.float() - nearest.float()).abs()
+    is_other = torch.rand(values.shape, generator=generator) * step < left.abs()
+    return torch.where(is_other, other, nearest)
+
+
+def _still_true(metadata: Mapping[str, str]) -> dict[str, str]:
+    """A source's metadata without what is not true of a file made of it: its hashes, pictures and graph."""
+    return {
+        name: value
+        for name, value in metadata.items()
+        if name not in ("prompt", "workflow") and not _OF_THE_SOURCE.search(name)
+    }
+
+
+def _check_source(source: FileSource) -> None:
+    if source_of(source.path).sha256 != source.sha256:
+        raise ModelError(
+            f"{source.path.name!r} has changed since the model was opened; put the old file back or start "
+            "again."
+        )
+
+
 def _opened_source(source: FileSource) -> BinaryIO:
     try:
         return source.path.open("rb")
@@ -102,8 +189,18 @@ def _opened_source(source: FileSource) -> BinaryIO:
         ) from error
 
 
-def _add(source: BinaryIO, out: BinaryIO, begin: int, edit: Tensor, dtype: torch.dtype) -> bool:
-    """Append stored values plus edit, added in fp32; False if a sum is not finite in `dtype`."""
+def _add(
+    source: BinaryIO,
+    out: BinaryIO,
+    begin: int,
+    edit: Tensor,
+    dtype: torch.dtype,
+    generator: torch.Generator | None,
+) -> bool:
+    """Append stored values plus edit, added in fp32; False if a sum is not finite in `dtype`.
+
+    Sums are rounded to the nearest value, or stochastically with a generator.
+    """
     source.seek(begin)
     data = bytearray(min(edit.numel(), _VALUES) * dtype.itemsize)
     values, sums = torch.frombuffer(data, dtype=dtype), torch.empty(min(edit.numel(), _VALUES))
@@ -111,15 +208,12 @@ def _add(source: BinaryIO, out: BinaryIO, begin: int, edit: Tensor, dtype: torch
         count = len(delta)
         if source.readinto(memoryview(data)[: count * dtype.itemsize]) < count * dtype.itemsize:
             raise ModelError(_SHORTER)
-        values[:count] = torch.add(values[:count], delta, out=sums[:count])
-        if not _is_finite(values[:count]):
+        torch.add(values[:count], delta, out=sums[:count])
+        values[:count] = sums[:count] if generator is None else rounded(sums[:count], dtype, generator)
+        if not is_finite(values[:count]):
             return False
         out.write(memoryview(data)[: count * dtype.itemsize])
     return True
-
-
-def _is_finite(values: Tensor) -> bool:
-    return bool(values.sum(dtype=torch.float32).isfinite() or values.isfinite().all())  # the sum is faster
 
 
 def _copy(source: BinaryIO, out: BinaryIO, begin: int, length: int, on_chunk: Callable[[], None]) -> None:
@@ -159,24 +253,24 @@ def load_edits(path: Path | str, source: FileSource) -> UnlearnModel:
         CheckpointError: the edits belong to another source, or an edit fits no weight of it.
     """
     path = Path(path)
-    history, made_from = read_history(path)
-    if made_from is None or made_from["sha256"] != source.sha256:
-        raise CheckpointError(
-            f"The edits in {path.name!r} belong to "
-            f"{brief_repr(made_from['name'] if made_from else 'no model')}, not to {source.path.name!r}; "
-            "open that file instead."
-        )
-    (header, _, _), (entries, metadata, _) = read_header(source.path), read_header(path)
-    keys = current_names(source.path, entries, metadata)
-    family = detect_family(source.path)
-    for name, entry in entries.items():
-        stored = header.get(keys[name]) if keys[name].startswith(family.prefix) else None
-        if stored is None or entry["shape"] != stored["shape"] or entry["dtype"] != "F32":
-            raise CheckpointError(
-                f"The edit {brief_repr(name)} in {path.name!r} fits no weight of {source.path.name!r}; use "
-                "the file it was copied from."
-            )
     with opened(path) as file:
+        history, made_from = history_in(file.metadata, path.name)
+        if made_from is None or made_from["sha256"] != source.sha256:
+            raise CheckpointError(
+                f"The edits in {path.name!r} belong to "
+                f"{brief_repr(made_from['name'] if made_from else 'no model')}, not to "
+                f"{source.path.name!r}; open that file instead."
+            )
+        keys = current_names(source.path, file.header, file.metadata)
+        with opened(source.path) as base:
+            family = family_in(base, source.prediction)
+        for name, entry in file.header.items():
+            stored = base.header.get(keys[name]) if keys[name].startswith(family.prefix) else None
+            if stored is None or entry["shape"] != stored["shape"] or entry["dtype"] != "F32":
+                raise CheckpointError(
+                    f"The edit {brief_repr(name)} in {path.name!r} fits no weight of {source.path.name!r}; "
+                    "use the file it was copied from."
+                )
         edits = {keys[name]: file.get_tensor(name) for name in file.keys()}
     return UnlearnModel(source, family, edits, history)
 
@@ -201,14 +295,13 @@ def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: the layouts differ.
     """
-    prefix = detect_family(pretrained).prefix
-    shapes = [
-        {key: entry["shape"] for key, entry in read_header(file)[0].items()} for file in (path, pretrained)
-    ]
     edits = {}
     with opened(path) as edited, opened(pretrained) as base:
-        for key in (key for key in shapes[1] if key.startswith(prefix)):
-            if shapes[0].get(key) != shapes[1][key]:
+        prefix = family_in(base).prefix
+        for key, entry in base.header.items():
+            if not key.startswith(prefix):
+                continue
+            if key not in edited.header or edited.header[key]["shape"] != entry["shape"]:
                 raise ModelError(
                     f"{path.name!r} lacks {key!r} as {pretrained.name!r} has it, so it was not made from "
                     "that file; choose an unmodified checkpoint."
@@ -219,7 +312,9 @@ def difference(path: Path, pretrained: Path) -> dict[str, Tensor]:
     return edits
 
 
-def open_model(path: Path | str, pretrained: Path | str | None = None) -> UnlearnModel:
+def open_model(
+    path: Path | str, pretrained: Path | str | None = None, prediction: str = "auto"
+) -> UnlearnModel:
     """The model in a checkpoint file, with its history if it was edited.
 
     Args:
@@ -227,16 +322,31 @@ def open_model(path: Path | str, pretrained: Path | str | None = None) -> Unlear
         pretrained: the file from which an edited checkpoint was made. Drift is then measured from this file;
             the edits are rounded to the checkpoint's dtype. Without it, the checkpoint's own weights count as
             the pretrained weights.
+        prediction: what the network predicts; see `detect_family`; an edited file says what was chosen.
 
     Raises:
         ModelError: a file is unreadable or unsupported, or `pretrained` is not the file from which the
             checkpoint was made.
     """
-    path = Path(path)
-    family = detect_family(path)
-    history, made_from = read_history(path)
-    own = source_of(path)
-    original = own if pretrained is None else source_of(Path(pretrained))
+    return _open_model(
+        Path(path),
+        lambda made_from, prediction: pretrained and source_of(Path(pretrained), prediction),
+        prediction,
+    )
+
+
+def _open_model(
+    path: Path,
+    find_source: Callable[[Mapping[str, Any] | None, str], FileSource | None],
+    prediction: str,
+) -> UnlearnModel:
+    with opened(path) as file:
+        family = family_in(file, prediction)
+        history, made_from = history_in(file.metadata, path.name)
+        if prediction == "auto":
+            prediction = chosen_prediction(file.metadata)
+    own = source_of(path, prediction)
+    original = find_source(made_from, prediction) or own
     if original.sha256 == own.sha256:
         return UnlearnModel(own, family, {}, history)
     if made_from is None:
@@ -252,20 +362,46 @@ def open_model(path: Path | str, pretrained: Path | str | None = None) -> Unlear
     return UnlearnModel(original, family, difference(path, original.path), history)
 
 
-def open_continued(path: Path, candidates: Iterable[Path]) -> UnlearnModel:
-    """`open_model`, with `pretrained` looked up among `candidates`.
+def open_continued(path: Path, candidates: Iterable[Path], prediction: str = "auto") -> UnlearnModel:
+    """`open_model`, with `pretrained` looked up among `candidates`, whatever its name is now.
 
     Raises:
         ModelError: the file is unreadable or unsupported.
     """
-    _, made_from = read_history(path)
-    if made_from is not None:
-        for other in candidates:
-            try:
-                same_name = other.name == made_from["name"] and other.stat().st_size == made_from["size"]
-                is_source = same_name and source_of(other).sha256 == made_from["sha256"]
-            except (OSError, ModelError):
-                continue  # a damaged neighbour is not the source
-            if is_source:
-                return open_model(path, other)
-    return open_model(path)
+    return _open_model(
+        path,
+        lambda made_from, prediction: made_from and _found(path, made_from, candidates, prediction),
+        prediction,
+    )
+
+
+def _found(
+    path: Path, made_from: Mapping[str, Any], candidates: Iterable[Path], prediction: str
+) -> FileSource | None:
+    """The source with that size and hash; files of its name first, since hashing takes seconds."""
+    for other in sorted(candidates, key=lambda other: other.name != made_from["name"]):
+        try:
+            may_be = other.stat().st_size == made_from["size"] and (
+                other.name == made_from["name"] or _may_be_source(path, other)
+            )
+            if may_be and (source := source_of(other, prediction)).sha256 == made_from["sha256"]:
+                return source
+        except (OSError, ModelError):
+            continue  # a damaged neighbour is not the source
+    return None
+
+
+def _may_be_source(path: Path, other: Path) -> bool:
+    """Whether an edited checkpoint agrees with another file in most of its smallest tensors.
+
+    A step edits matrices; other fine-tunes of the same size differ in norms and biases too.
+    """
+    header, theirs = read_header(path)[0], read_header(other)[0]
+    if {name: entry["shape"] for name, entry in header.items()} != {
+        name: entry["shape"] for name, entry in theirs.items()
+    }:
+        return False
+    names = sorted(header, key=lambda name: (math.prod(header[name]["shape"]), name))[:_COMPARED]
+    with opened(path) as edited, opened(other) as source:
+        equal = [torch.equal(edited.get_tensor(name), source.get_tensor(name)) for name in names]
+    return 2 * sum(equal) >= len(equal)

@@ -7,6 +7,8 @@ from typing import Any
 
 from ..history.step_record import StepRecord
 from ..history.unlearn_model import UnlearnModel
+from ..requests.request import effort
+from ..training.solved_chain import forgotten_names
 from ..training.step import StepReport
 
 _LONGEST_LINE = 10_000
@@ -41,10 +43,11 @@ def record_text(record: StepRecord) -> str:
             f"{settings}, drift {total:.3f}, model {record.result[:12]}"
         )
     regularizers = ", ".join(values["name"] for values in request["regularizers"]) or "no regularizer"
+    changed = "" if record.has_changed else " (nothing changed)"
     return printable(
-        f"{', '.join(record.targets)}  {record.finished}  {request['method']['name']} with {regularizers}, "
-        f"{request['training']['iterations']} iterations, seed {request['training']['seed']}, "
-        f"{record.seconds:.1f} s, drift {total:.3f}, model {record.result[:12]} from {record.parent[:12]}"
+        f"{', '.join(record.targets)}{changed}  {record.finished}  {request['method']['name']} with "
+        f"{regularizers}, {effort(request)}, seed {request['training']['seed']}, {record.seconds:.1f} s, "
+        f"drift {total:.3f}, model {record.result[:12]} from {record.parent[:12]}"
     )
 
 
@@ -69,25 +72,44 @@ def history_text(name: str, history: Sequence[StepRecord], source: Mapping[str, 
     )
 
 
+def _done(record: StepRecord) -> str:
+    return "Forgot" if record.has_changed else "Nothing changed for"
+
+
 def brief_text(report: StepReport) -> str:
     """One short line about a finished step, for its node."""
-    record = report.record
-    losses = f", loss {report.losses[0]:.3g} to {report.losses[-1]:.3g}" if report.losses else ""
-    return printable(
-        f"Forgot {', '.join(record.targets)} in {record.seconds:.0f} s ({len(report.losses)} "
-        f"iterations{losses})"
-    )
+    record, losses = report.record, report.losses
+    made = effort(record.request)
+    if losses:
+        made = f"{len(losses)} iterations, loss {losses[0]:.3g} to {losses[-1]:.3g}"
+    return printable(f"{_done(record)} {', '.join(record.targets)} in {record.seconds:.1f} s ({made})")
 
 
 def step_text(report: StepReport) -> str:
     """A finished step in several lines: record, loss, and the figures of its parts."""
-    lines = [f"Forgot {record_text(report.record)}"]
+    lines = [f"{_done(report.record)} {record_text(report.record)}"]
     if report.losses:
         lines.append(
             f"loss {report.losses[0]:.4g} at the first iteration, {report.losses[-1]:.4g} at the last"
         )
     lines += [f"{name.replace('_', ' ')}: {value:.3g}" for name, value in report.figures.items()]
     return "\n".join(lines)
+
+
+def take_back_text(before: UnlearnModel, after: UnlearnModel) -> str:
+    """What was taken back, what is still forgotten, and what of it cannot be taken back exactly."""
+    (former, _), (exact, trained) = forgotten_names(before), forgotten_names(after)
+    taken = [name for name in former if name not in exact]
+    still = list(dict.fromkeys([*exact, *trained]))
+    lines = [
+        f"Taken back: {', '.join(taken)}.",
+        f"Still forgotten: {', '.join(still)}." if still else "Nothing is forgotten any more.",
+    ]
+    if trained:
+        lines.append(f"Cannot be taken back exactly, because training made it: {', '.join(trained)}.")
+    elif exact:
+        lines.append("Each of them can be taken back.")
+    return "\n".join(map(printable, lines))
 
 
 def merge_text(model: UnlearnModel) -> str:

@@ -78,9 +78,13 @@ class Part:
     Weights, gradients and changes that hooks receive are fp32 and named by checkpoint key. From
     `transform_gradient` on they are on the device. A part should store its own tensors of every weight on the
     device of `StepContext.start` (the CPU if memory is short), and move them one at a time.
+
+    `draws_made_up_names` says whether the part calls `Network.words`, so that its results depend on the words
+    that a benchmark withholds.
     """
 
     needs: tuple[str, ...] = ()
+    draws_made_up_names = False
 
     def __init__(self, config: Config):
         self.config = config

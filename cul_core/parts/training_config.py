@@ -16,8 +16,8 @@ class TrainingConfig(Config):
     learning_rate: float = setting(4e-4, "AdamW's learning rate.", minimum=0.0, maximum=1.0)
     schedule: str = setting(
         "constant",
-        "constant, as in the reference, or linear: down to zero, which ends the step without the "
-        "optimizer's jitter.",
+        "Learning-rate schedule. constant: as in the reference. linear: down to zero, which ends the step "
+        "without the optimizer's jitter.",
         choices=("constant", "linear"),
     )
     weight_decay: float = setting(
@@ -26,10 +26,10 @@ class TrainingConfig(Config):
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", minimum=0.0)
     group: str = setting(
         "kv",
-        "Which weights are trained. text, text-kv and text-stream are of flow transformers.",
+        "Weights to train; text, text-kv and text-stream are of flow transformers.",
         choices=("kv", "attn2", "attn", "non-attn2", "full", "text", "text-kv", "text-stream"),
     )
-    seed: int = setting(0, "Everything random derives from it.", minimum=0, maximum=2**64 - 1)
+    seed: int = setting(0, "Seed of everything random.", minimum=0, maximum=2**64 - 1)
     evaluate_every: int = setting(
         0,
         "Updates between measurements of what is forgotten and what is left; the best weights are the "

@@ -38,29 +38,28 @@ class ProjectionConfig(Config):
     )
     rows: str = setting(
         "mean",
-        "Which tokens of a kept prompt are protected: the mean of the concept's, the last, all content "
-        "tokens, or every position.",
+        "Tokens of a prompt to protect: the mean of the concept's, the last, all content tokens, or every "
+        "position.",
         choices=ROWS,
     )
     protect_previous: bool = setting(True, "Also protect earlier targets, so that they stay forgotten.")
     decoys: int = setting(
         0,
-        "Made-up names that stand for everything nobody listed: changes of the model's response to them, in "
-        "the anchor prompts, are damped. 0 turns damping off.",
+        "Number of made-up names that stand for all names nobody listed. Changes of the model's response to "
+        "them, in the anchor prompts, are damped. 0: no damping.",
         minimum=0,
         maximum=10_000,
     )
     damping: float = setting(
         1e-5,
-        "How strongly unlisted names are protected (the share of the text's energy at which a direction is "
-        "damped by half); smaller protects more and forgets a little less.",
+        "Share of the text's energy at which a direction is damped by half: how strongly unlisted names are "
+        "protected. Smaller protects more and forgets a little less.",
         minimum=1e-12,
     )
     auxiliary: str = setting(
         "none",
-        "Names to keep that need no typing: a list of a hundred styles, objects, public figures or scenes, "
-        "or auto, all lists that suit the target. Names that would leave too little of the target to forget "
-        "are left out.",
+        "List of a hundred further names to keep. auto: all lists that suit the target. Names that would "
+        "leave too little of the target to forget are left out.",
         choices=("none", "auto", *LISTS),
         added_later=True,
     )
@@ -145,6 +144,7 @@ class GradientProjection(Regularizer):
 
     config: ProjectionConfig
     needs = ("text_readers",)
+    draws_made_up_names = True
 
     def prepare(self, context: StepContext) -> None:
         network, self._readers = context.network, context.text_readers
@@ -152,27 +152,27 @@ class GradientProjection(Regularizer):
         centre = torch.stack([target_vector(network, concept) for concept in made_up]).mean(0)
         targets = torch.stack([target_vector(network, concept) for concept in context.concepts]) - centre
         names = {concept.name.lower() for concept in context.concepts}
-        kept = [
+        retained = [
             concept
             for concept in (*context.retain, *(context.previous if self.config.protect_previous else ()))
             if concept.name.lower() not in names
         ]
-        kept = [
+        retained = [
             concept
-            for concept in kept
+            for concept in retained
             if _cosine(target_vector(network, concept) - centre, targets).max() <= _NEAR_TARGET_COSINE
         ]
-        auxiliary, self._report = self._auxiliary(context, kept, centre, targets)
-        kept += auxiliary
-        if not kept and not self.config.decoys:
+        auxiliary, self._report = self._auxiliary(context, retained, centre, targets)
+        retained += auxiliary
+        if not retained and not self.config.decoys:
             raise ConceptError(
                 "Gradient projection has nothing to protect: the keep list is empty, or all of it says the "
                 "same as the target; name other concepts to keep, or set auxiliary or decoys."
             )
         self._projector = self._damper = self._subspace = protected = moment = None
         device, left, in_update = network.device, targets, self.config.form == "update"
-        if kept:
-            rows = torch.cat([self._rows(network, concept) for concept in kept])
+        if retained:
+            rows = torch.cat([self._rows(network, concept) for concept in retained])
             if in_update:
                 protected = orthonormal_basis(rows)
                 left = targets - targets @ protected @ protected.T
@@ -182,7 +182,7 @@ class GradientProjection(Regularizer):
         self._concepts, self._targets = context.concepts, targets
         self._check_left(left, 0 if protected is None else protected.shape[1])
         if self.config.decoys:
-            moment, damper = self._damped(context, kept, auxiliary)
+            moment, damper = self._damped(context, retained, auxiliary)
             self._damper = damper.float().to(device)
         if in_update:
             self._subspace = Subspace(targets.shape[1], protected, moment)
@@ -212,9 +212,9 @@ class GradientProjection(Regularizer):
         return prompt_rows(network, [concept.prompt], self.config.rows, concept.name)
 
     def _auxiliary(
-        self, context: StepContext, kept: list[Concept], centre: Tensor, targets: Tensor
+        self, context: StepContext, retained: list[Concept], centre: Tensor, targets: Tensor
     ) -> tuple[list[Concept], dict[str, float]]:
-        """(auxiliary concepts to protect beside `kept`, counts of protected, excluded and unknown names)."""
+        """(auxiliary concepts to protect beside `retained`, numbers of protected, excluded and unknown)."""
         network = context.network
         typed = parse_names(self.config.auxiliary_names, context.concepts[0].kind)
         listed = listed_names(self.config.auxiliary, [concept.kind for concept in context.concepts])
@@ -234,9 +234,9 @@ class GradientProjection(Regularizer):
             )
         network.encode([concept.prompt for concept in (*typed, *known)])  # many at a time
         basis = orthonormal_basis(
-            torch.cat([targets[:0], *(self._rows(network, concept) for concept in kept)])
+            torch.cat([targets[:0], *(self._rows(network, concept) for concept in retained)])
         )
-        protected, prompts, excluded = [], {concept.prompt.lower() for concept in kept}, 0
+        protected, prompts, excluded = [], {concept.prompt.lower() for concept in retained}, 0
         for number, concept in enumerate((*typed, *known)):
             if concept.prompt.lower() in prompts:
                 continue
@@ -268,7 +268,7 @@ class GradientProjection(Regularizer):
         }
 
     def _damped(
-        self, context: StepContext, kept: list[Concept], auxiliary: list[Concept]
+        self, context: StepContext, retained: list[Concept], auxiliary: list[Concept]
     ) -> tuple[Tensor, Tensor]:
         """(M, S^1/2) of the class docstring, each (d, d) in fp64."""
         generator = context.generator("decoys")
@@ -289,8 +289,8 @@ class GradientProjection(Regularizer):
                 ]
             return prompts
 
-        previous = [concept for concept in kept if concept in context.previous]
-        declared = [concept for concept in kept if concept not in (*context.previous, *auxiliary)]
+        previous = [concept for concept in retained if concept in context.previous]
+        declared = [concept for concept in retained if concept not in (*context.previous, *auxiliary)]
         groups = [
             sentences(decoys, 1),
             sentences(declared, 8),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from ..base.config import Config, check_number, check_object, stable_hash
@@ -11,6 +13,7 @@ from ..base.errors import ConfigError, brief_repr
 from ..concepts.concept import LONGEST_PROMPT, Concept, check_count, check_text
 from ..methods import METHODS
 from ..models.sampling import SamplerConfig
+from ..models.weight_roles import role_of
 from ..parts.part import Cost, Part
 from ..parts.training_config import TrainingConfig
 from ..regularizers import REGULARIZERS
@@ -85,6 +88,11 @@ class Request:
         for config in self.regularizers:
             REGULARIZERS.of(config)
 
+    @property
+    def role(self) -> str:
+        """Role of the weights that the step changes."""
+        return METHODS.of(self.method).cls.role or role_of(self.training.group)
+
     def parts(self) -> tuple[Part, ...]:
         """New parts of a step, the method's first, then the regularizers' in their order."""
         regularizers = (REGULARIZERS.of(config).cls(config) for config in self.regularizers)
@@ -97,7 +105,11 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, from which `from_json` makes an equal request."""
-        return {
+        return json.loads(self._json)
+
+    @cached_property
+    def _json(self) -> str:
+        values = {
             "concepts": [concept.to_json() for concept in self.concepts],
             "method": self.method.to_json(),
             "regularizers": [config.to_json() for config in self.regularizers],
@@ -108,6 +120,7 @@ class Request:
             "anchor_sampler": self.anchor_sampler.to_json(),
             "anchor_seed": self.anchor_seed,
         }
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Request:
@@ -128,7 +141,15 @@ class Request:
             anchor_seed=values["anchor_seed"],
         )
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Stable hash of all settings."""
         return stable_hash(self.to_json())
+
+
+def effort(request: Mapping[str, Any]) -> str:
+    """How the step of a request's JSON is made, for users: 'in closed form', or '200 iterations'."""
+    entry = METHODS.find(request["method"]["name"])
+    if entry is not None and entry.cls.is_closed_form:
+        return "in closed form"
+    return f"{request['training']['iterations']} iterations"

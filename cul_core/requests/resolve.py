@@ -10,6 +10,7 @@ from ..base.config import Config
 from ..base.errors import ConfigError, brief_repr
 from ..concepts.captions import anchor_prompts
 from ..concepts.concept import Concept
+from ..methods import METHODS
 from ..models.family import Family
 from .presets import Preset, preset
 from .request import Request
@@ -22,7 +23,8 @@ class Overrides:
     Args:
         method: replaces the preset's method.
         regularizers: replace the preset's; an empty tuple means no regularizer.
-        training: settings of `TrainingConfig` by name, and `anchor_count` and `anchor_steps`.
+        training: settings of `TrainingConfig` by name, and `anchor_count`, `anchor_steps` and
+            `anchor_guidance`.
         parts: registered name -> settings by name, for a method or regularizer that the preset has.
         anchor_prompts: replace the family's captions.
         seed: of everything random in the step but its anchor images.
@@ -41,10 +43,15 @@ class Overrides:
 def adapt(chosen: str | Preset, family: Family, overrides: Overrides) -> Preset:
     """The preset with the family's values, then with the overrides.
 
+    A trained method in the place of a closed-form one takes everything else from the preset `trained`.
+
     Raises:
         ConfigError: there is no such preset or setting, or the preset lacks a part that has overrides.
     """
-    adapted = (preset(chosen) if isinstance(chosen, str) else chosen).for_family(family)
+    adapted = preset(chosen) if isinstance(chosen, str) else chosen
+    if _is_trained(overrides.method) and not _is_trained(adapted.method):
+        adapted = preset("trained")
+    adapted = adapted.for_family(family)
     if overrides.method is not None:
         adapted = replace(adapted, method=overrides.method)
     if overrides.regularizers is not None:
@@ -65,6 +72,10 @@ def adapt(chosen: str | Preset, family: Family, overrides: Overrides) -> Preset:
         adapted, method=changed(adapted.method), regularizers=tuple(map(changed, adapted.regularizers))
     )
     return adapted.with_settings(overrides.training)
+
+
+def _is_trained(method: Config | None) -> bool:
+    return method is not None and not METHODS.of(method).cls.is_closed_form
 
 
 def resolve(

@@ -15,8 +15,8 @@ from ..base.bounded_cache import BoundedCache
 from ..base.config import stable_hash
 from ..base.errors import Cancelled, CheckpointError, ModelError
 from ..files.atomic_write import leftovers
-from ..files.locks import lock_of, locked
-from ..files.safetensors_format import read_sealed, write_sealed
+from ..files.locks import Waiting, lock_of, locked
+from ..files.safetensors_format import is_finite, read_sealed, write_sealed
 from ..models.free_memory import release_memory
 from ..models.network import Network
 from ..models.sampling import SamplerConfig
@@ -62,13 +62,14 @@ class AnchorStore:
         seed: int,
         should_stop: Callable[[], bool] = lambda: False,
         on_batch: Callable[[int, int], None] = lambda done, count: None,
+        on_message: Callable[[str], None] = lambda text: None,
     ) -> Tensor:
         """(count, c, h, w) latents on the CPU, sampled with the weights of `source`; see `AnchorSource`.
 
         Raises:
             Cancelled: `should_stop` returned true.
         """
-        key = stable_hash([source.sha256, list(prompts), count, sampler.to_json(), seed, "anchors-2"])
+        key = stable_hash([source.identity, list(prompts), count, sampler.to_json(), seed, "anchors-2"])
         latents = self._memory.get(key)
         if latents is None:
             file = (
@@ -82,10 +83,13 @@ class AnchorStore:
                 if file is not None:
                     file.offer(batches)
 
+            waiting = Waiting("Another process draws the anchor pictures", on_message)
+
             def wait() -> None:
+                waiting()
                 if should_stop():
                     raise Cancelled(
-                        "Cancelled while another process draws the anchor pictures; the input model is "
+                        "Cancelled while another process draws the anchor images; the input model is "
                         "unchanged."
                     )
 
@@ -122,14 +126,16 @@ class _AnchorFile:
             return []
         try:
             latents = read_sealed(self.path)[0]["latents"]
+            if not is_finite(latents):
+                raise CheckpointError(f"{self.path.name!r} holds values that are not finite; remove it.")
         except (ModelError, CheckpointError, KeyError) as error:
-            logger.warning("stored anchor pictures are damaged and are drawn again: %s", error)
+            logger.warning("stored anchor images are damaged and are drawn again: %s", error)
             with suppress(OSError):
                 self.path.unlink()
             return []
         self._written = len(latents)
         if self._written < count:
-            logger.info("went on after %d of %d anchor pictures", self._written, count)
+            logger.info("went on after %d of %d anchor images", self._written, count)
         return [latents]
 
     def offer(self, batches: Sequence[Tensor]) -> None:
@@ -140,10 +146,10 @@ class _AnchorFile:
 
     def write(self, batches: Sequence[Tensor]) -> None:
         """Write the latents, unless the file has as many."""
-        if (count := sum(map(len, batches))) == self._written:
+        if (count := sum(map(len, batches))) in (0, self._written):
             return
         try:
             write_sealed(self.path, {"latents": torch.cat(list(batches))}, {})
             self._written = count
         except CheckpointError as error:
-            logger.warning("anchor pictures are not kept for later steps: %s", error)
+            logger.warning("anchor images are not kept for later steps: %s", error)

@@ -17,19 +17,23 @@ from ..files.locks import lock_of, locked
 from ..files.safetensors_format import read_header, read_sealed, write_sealed
 from ..history.step_record import StepRecord, read_history
 from ..history.unlearn_model import UnlearnModel
-from ..requests.request import Request
+from ..requests.request import Request, effort
 from ..training.step import StepReport
 from .anchors import AnchorStore
 from .eviction import Evictor, Links, StoredFile, hold, remove, stored_files
 from .format_1 import current, former_hash, is_format_1
 from .step_state import _UNREADABLE, EVERY_SECONDS, StepState
+from .texts import TextStore
 
 logger = logging.getLogger(__name__)
 _RESULTS_VERSION = 1
 """Raise it when a code change alters the result of every request; a part has its own version
 (`Config.results_version`)."""
-PARTS = ("steps", "anchors", "states")
-"""Folders of the store: finished steps, anchor images, and states of unfinished steps."""
+PARTS = ("steps", "anchors", "states", "texts")
+"""Folders of the store: finished steps, anchor images, states of unfinished steps, and sums over encoded
+text."""
+KEPT = ", kept from an earlier run"
+"""Note of a step that was not trained, because the store had it."""
 _RECENT_SECONDS = 24 * 3600.0
 
 
@@ -56,11 +60,13 @@ class Outcome:
         model: the edited model.
         report: of the step.
         note: for the user, on how the result came about, such as ", resumed at iteration 40".
+        is_kept: whether the step is in the store.
     """
 
     model: UnlearnModel
     report: StepReport
     note: str = ""
+    is_kept: bool = True
 
 
 class StepStore:
@@ -86,6 +92,7 @@ class StepStore:
         folders = [self._folder / part for part in PARTS]
         self._evictor = Evictor(folders, self._locks, largest_bytes, _RECENT_SECONDS, _links_of)
         self.anchors = AnchorStore(self._folder / "anchors", self._locks, self._every)
+        self.texts = TextStore(self._folder / "texts", self._locks)
 
     def _path(self, part: str, key: str) -> Path:
         return self._folder / part / f"{key}.safetensors"
@@ -150,7 +157,7 @@ class StepStore:
         path, freed = self._path("steps", key), _size_of(self._path("states", key))
         self._evictor.make_room(edited.nbytes() - freed)
         self._write(path, edited, report)
-        self._use(path, *self.anchors.used)
+        self._use(path, *self.anchors.used, *self.texts.used)
         self._evict(-freed)
 
     def _write(self, path: Path, edited: UnlearnModel, report: StepReport) -> None:
@@ -186,13 +193,14 @@ class StepStore:
                 if stored is None:
                     needs = _ancestors(model.content_hash, model.history)
                     return self._trained(model, request, train, StepState(path, request, self._every, needs))
-        remove(path)  # the state of a process that was killed between storing the step and removing the state
+        # the state of a process that was killed between storing the step and removing the state
+        remove(path)
         logger.info(
             "took a finished step from the store in %.1f s: %s",
             time.monotonic() - begun,
             ", ".join(stored[1].record.targets),
         )
-        return Outcome(*stored, ", kept from an earlier run")
+        return Outcome(*stored, KEPT)
 
     def _trained(
         self,
@@ -221,7 +229,7 @@ class StepStore:
             self.put(model, request, edited, report)
         except CheckpointError as error:  # the result is still returned; the next run trains again
             logger.warning("the finished step is not kept for later runs: %s", error)
-            return Outcome(edited, report, f"{note}. Not kept for later runs: {error}")
+            return Outcome(edited, report, f"{note}. Not kept for later runs: {error}", is_kept=False)
         state.discard()
         return Outcome(edited, report, note)
 
@@ -256,12 +264,11 @@ class StepStore:
     def describe(self) -> str:
         """The store's content as text: a line for each kind of file, and one for each step."""
         lines = []
-        for part, what in zip(
-            PARTS, ("finished steps", "sets of anchor pictures", "unfinished steps"), strict=True
-        ):
+        kinds = ("finished steps", "sets of anchor images", "unfinished steps", "sums over text")
+        for part, what in zip(PARTS, kinds, strict=True):
             files = self.files(part)
             lines.append(f"{len(files)} {what}, {sum(size for _, size, _ in files) / 1e6:.1f} MB")
-            if part != "anchors":
+            if part in ("steps", "states"):
                 lines += [f"  {_described(path)}, {size / 1e6:.1f} MB" for _, size, path in reversed(files)]
         return "\n".join(lines)
 
@@ -310,10 +317,7 @@ def _described(path: Path) -> str:
         _, metadata, _ = read_header(path)
         if "cul_step" in metadata:
             record = StepRecord(**json.loads(metadata["cul_step"])["record"])
-            return (
-                f"{', '.join(record.targets)} ({record.finished}, {record.request['training']['iterations']} "
-                "iterations)"
-            )
+            return f"{', '.join(record.targets)} ({record.finished}, {effort(record.request)})"
         values = json.loads(metadata["cul_state"])
         return (
             f"{', '.join(values['targets'])} (stopped after iteration {values['state']['iteration']} of "

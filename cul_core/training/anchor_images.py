@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..base.errors import Cancelled
+from ..base.errors import Cancelled, TrainingError
+from ..files.safetensors_format import is_finite
 from ..models.network import Network
 from ..models.sampling import SamplerConfig, generator_for, sample_latents
 from ..models.source import Source
@@ -27,6 +28,7 @@ class AnchorSource(Protocol):
         seed: int,
         should_stop: Callable[[], bool],
         on_batch: Callable[[int, int], None],
+        on_message: Callable[[str], None],
     ) -> Tensor:
         """(count, c, h, w) latents on the CPU, one per prompt; prompts repeat in turn.
 
@@ -39,6 +41,7 @@ class AnchorSource(Protocol):
             seed: of the latents.
             should_stop: asked between batches.
             on_batch: called with (latents sampled, `count`) after every batch.
+            on_message: called with a sentence for the user, such as what is waited for.
 
         Raises:
             Cancelled: `should_stop` returned true.
@@ -66,14 +69,20 @@ def draw_anchors(
 
     Raises:
         Cancelled: `should_stop` returned true.
+        TrainingError: an image became NaN or infinite.
     """
 
     def check(done: int) -> None:
+        if not is_finite(batches[-1]):
+            dtype = str(network.dtype).removeprefix("torch.")
+            del batches[-1]
+            raise TrainingError(
+                f"Anchor picture {done} of {count} became NaN or infinite in {dtype}; choose another "
+                "precision, such as bfloat16 or float32."
+            )
         on_batch(done, count)
         if should_stop():
-            raise Cancelled(
-                f"Cancelled after {done} of {count} anchor pictures; the input model is unchanged."
-            )
+            raise Cancelled(f"Cancelled after {done} of {count} anchor images; the input model is unchanged.")
 
     repeated = [prompts[i % len(prompts)] for i in range(count)]
     generators = [anchor_generator(seed, i) for i in range(count)]
@@ -93,6 +102,7 @@ class DrawnAnchors:
         seed: int,
         should_stop: Callable[[], bool] = lambda: False,
         on_batch: Callable[[int, int], None] = lambda done, count: None,
+        on_message: Callable[[str], None] = lambda text: None,
     ) -> Tensor:
         """See `AnchorSource`."""
         batches: list[Tensor] = []

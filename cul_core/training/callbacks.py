@@ -20,14 +20,14 @@ class Progress:
         iteration: updates done.
         iterations: updates of the whole step.
         loss: total loss of the last update.
-        parts: value of each named term of the loss.
+        terms: value of each named term of the loss.
         seconds: time the updates have taken, in earlier runs too.
     """
 
     iteration: int
     iterations: int
     loss: float
-    parts: Mapping[str, float]
+    terms: Mapping[str, float]
     seconds: float
 
     @property
@@ -51,6 +51,7 @@ class Callbacks:
         preview_prompts: prompts of the preview images.
         preview_every: updates between previews; 0 turns them off.
         on_message: called with a sentence for the user, such as the step's estimate, or how it saves memory.
+        on_stage: called with what a closed-form method is doing, such as 'reading sentence 64 of 1200'.
     """
 
     on_progress: Callable[[Progress], None] = lambda progress: None
@@ -60,6 +61,7 @@ class Callbacks:
     preview_prompts: tuple[str, ...] = ()
     preview_every: int = 0
     on_message: Callable[[str], None] = lambda text: None
+    on_stage: Callable[[str], None] = lambda text: None
 
     def preview(self, network: Network, iteration: int, iterations: int) -> None:
         """Sample a preview and pass it to `on_preview`, if one is due."""

@@ -21,10 +21,12 @@ from ..regularizers.base import Regularizer
 from .callbacks import Callbacks, Progress
 from .compute import Compute
 from .constraints import Constraints
+from .data_parallel import Processes
 from .early_stopping import EarlyStopping
 from .master_weights import MasterWeights
 from .micro_batches import MicroBatchedModel
 from .resume import Loop, StateStore
+from .solved_chain import others, with_others
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Trained:
         losses: total loss of every update.
         terms: last value of each named term of the loss.
         earlier_seconds: time that earlier runs of the step have taken.
+        edits: changes of the pretrained weights in fp32, where a closed-form method gives them exactly.
     """
 
     weights: dict[str, Tensor]
     losses: Sequence[float] = ()
     terms: Mapping[str, float] | None = None
     earlier_seconds: float = 0.0
+    edits: Mapping[str, Tensor] | None = None
 
 
 def train(
@@ -53,6 +57,7 @@ def train(
     state_store: StateStore | None,
     compute: Compute,
     is_offloaded: bool,
+    processes: Processes | None = None,
 ) -> Trained:
     """Train the weights of the step's group, or edit them with a closed-form method.
 
@@ -67,16 +72,17 @@ def train(
         state_store: keeps the state for resuming; None keeps none.
         compute: compute settings, as `memory_plan.planned` resolved them.
         is_offloaded: whether the master weights rest in the CPU's memory.
+        processes: that train the step together.
     """
-    parameters = context.network.weights(role_of(context.training.group))
-    student = MicroBatchedModel(context.network, compute, callbacks.on_message)
+    parameters = context.network.weights(method.role or role_of(context.training.group))
+    student = MicroBatchedModel(context.network, compute, callbacks.on_message, processes)
     with _holding_start(context, parameters):
-        masters = MasterWeights(parameters, context.start, context.training, is_offloaded)
+        masters = MasterWeights(parameters, context.start, context.training, is_offloaded, processes)
         training = _Training(context, method, regularizers, callbacks, stopping, masters, student)
         with masters.collecting(), student.ready():
             training.prepare_masks()
             if method.is_closed_form:
-                return Trained(training.edited())
+                return training.in_closed_form()
             return training.run(Loop(masters, training.generator, training.resumable, state_store))
 
 
@@ -113,6 +119,15 @@ class _Training:
             for part in self._parts:
                 part.prepare_mask(self._context, self._constraints.allowed_subspace)
 
+    def in_closed_form(self) -> Trained:
+        """The closed-form method's result, with a preview before and after it."""
+        network = self._context.network
+        self._callbacks.preview(network, 0, 1)
+        trained = self.solved() if self._method.solves_chain else Trained(self.edited())
+        with network.with_weights(trained.weights):
+            self._callbacks.preview(network, 1, 1)
+        return trained
+
     @torch.no_grad()
     def edited(self) -> dict[str, Tensor]:
         """The closed-form method's weights, with masks and constraints applied to their change."""
@@ -122,11 +137,32 @@ class _Training:
             for name, weight in start.items()
         }
 
+    @torch.no_grad()
+    def solved(self) -> Trained:
+        """The edits of all requests of the chain solved together, on top of what its other steps changed."""
+        context, pretrained = self._context, self._context.pretrained
+        earlier, own = context.solved.earlier, context.solved.own
+        rest = others(self._method, context)  # first, so that the method reports the whole set
+        edits = with_others(self._method.solve(context, (*earlier, own)), rest)
+        if self._regularizers:
+            edits = {key: self._allowed(key, edit) for key, edit in edits.items()}
+        weights = {
+            key: weight + edits[key].to(weight.device) if key in edits else weight
+            for key, weight in pretrained.items()
+        }
+        return Trained(weights, edits=edits)
+
+    def _allowed(self, key: str, edit: Tensor) -> Tensor:
+        """The edit whose change since the step's start the constraints allow."""
+        before = self._context.start[key] - self._context.pretrained[key]
+        change = edit.to(before.device) - before
+        return (before + self._constraints.allowed(key, change)).cpu()
+
     def run(self, loop: Loop) -> Trained:
         """Run all updates, resuming where an earlier run stopped."""
         config, network = self._config, self._context.network
         self._callbacks.preview(network, 0, config.iterations)
-        with loop.kept(config.iterations):
+        with loop.resumable(config.iterations):
             self._iteration = loop.iteration
             while not self._is_over(loop.iteration):
                 self._iteration = loop.iteration + 1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..base.errors import TrainingError
 from ..parts.training_config import TrainingConfig
+from .data_parallel import Processes
 
 _FIRST_SCALE, _GROWS_AFTER, _MOST_OVERFLOWS = 2.0**16, 1000, 20
 
@@ -58,6 +59,7 @@ class MasterWeights:
         start: key -> the step's start in fp32.
         training: settings of the optimizer.
         is_offloaded: see above; ignored for an fp32 network.
+        processes: that train together; their gradients are added up.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class MasterWeights:
         start: Mapping[str, Tensor],
         training: TrainingConfig,
         is_offloaded: bool,
+        processes: Processes | None = None,
     ):
+        self._processes = processes or Processes()
         first = next(iter(parameters.values()))
         self._copies, self.device, self.dtype = parameters, first.device, first.dtype
         self.are_own = first.dtype == torch.float32
@@ -131,6 +135,7 @@ class MasterWeights:
         for name, weight in self.weights.items():
             gradient = self._gradients.pop(name, None)
             gradient = torch.zeros_like(weight) if gradient is None else gradient
+            self._processes.add_up(gradient)
             # the gradient of a penalty, which is a function of the master weights
             if not self.are_own and weight.grad is not None:
                 gradient += weight.grad

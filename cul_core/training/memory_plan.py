@@ -98,9 +98,7 @@ class Estimate:
         """The estimate for users, such as 'Needs about 5.1 GB and 4 min; 7.2 GB are free.'"""
         spent = "" if self.seconds is None else f" and {_minutes(self.seconds)}"
         anchors = (
-            f", after up to {_minutes(self.anchor_seconds)} for anchor pictures"
-            if self.anchor_seconds
-            else ""
+            f", after up to {_minutes(self.anchor_seconds)} for anchor images" if self.anchor_seconds else ""
         )
         free = "" if free_bytes is None else f"; {free_bytes / 1e9:.1f} GB are free"
         return f"Needs about {self.memory_bytes / 1e9:.1f} GB{spent}{anchors}{free}."
@@ -161,12 +159,12 @@ def _blank(network: Network, dtype: torch.dtype) -> Network | None:
     return _blanks[key]
 
 
-def count_passes(network: Network, group: str, rows: int, is_checkpointed: bool) -> Passes:
+def count_passes(network: Network, group: str, count: int, is_checkpointed: bool) -> Passes:
     """See `Passes`, counted by running a network on the meta device; it takes a quarter of a minute or
     more."""
     everything = network.weights("all").values()
     trained = network.weights(role_of(group)).values()
-    inputs = network.inputs(rows)
+    inputs = network.inputs(count)
 
     def drop(weight: nn.Parameter) -> None:
         weight.grad = None
@@ -213,7 +211,9 @@ def network_hash(family: Family) -> str:
 @lru_cache(maxsize=8)
 def _table(family: Family) -> dict[str, dict[str, int]]:
     path = table_path(family)
-    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"network": None}
+    if not path.is_file():
+        return {}
+    table = json.loads(path.read_text(encoding="utf-8"))
     return table["passes"] if table["network"] == network_hash(family) else {}
 
 
@@ -344,8 +344,11 @@ def planned(
     """(resolved compute, whether master weights are offloaded, estimate): the fastest way that fits.
 
     If no way fits into `free_bytes`, the smallest is taken; if `free_bytes` is None, the fastest. There is no
-    estimate for a small family, nor for a network that cannot be counted (see `Network.blank`).
+    estimate for a small family, a closed-form method, which runs no network, or a network that cannot be
+    counted (see `Network.blank`).
     """
+    if request.parts()[0].is_closed_form:
+        return compute, False, None
     if network.family.is_small or _blank(network, compute.dtype_on(device)) is None:
         return compute, False, None
 

@@ -16,6 +16,7 @@ from ..models.free_memory import is_out_of_memory, release_memory
 from ..models.network import Network
 from ..models.text_conditioning import Conditioning
 from .compute import Compute
+from .data_parallel import Processes
 from .master_weights import MasterWeights
 
 logger = logging.getLogger(__name__)
@@ -25,12 +26,16 @@ Inputs = tuple[Tensor, Tensor, Conditioning]
 
 @dataclass
 class _Call:
-    """One prediction: its inputs, the detached leaf `seen` by the loss, and the network's output with graph.
+    """One prediction: inputs of this process' rows, the detached leaf `seen` by the loss, and the network's
+    output with graph.
+
+    The rows are `part` of the batch, and `seen` is all of it.
 
     `output` is None if memory was short; `backward` then runs the network again.
     """
 
     inputs: Inputs
+    part: slice
     seen: Tensor
     output: Tensor | None
 
@@ -54,9 +59,16 @@ class MicroBatchedModel:
         say: called with a sentence when memory is short or compilation failed.
     """
 
-    def __init__(self, network: Network, compute: Compute, say: Callable[[str], None]):
+    def __init__(
+        self,
+        network: Network,
+        compute: Compute,
+        say: Callable[[str], None],
+        processes: Processes | None = None,
+    ):
         self._network, self._compute, self._say = network, compute, say
-        self._rows, self._calls = compute.largest_micro_batch, []
+        self._processes = processes or Processes()
+        self._largest, self._calls = compute.largest_micro_batch, []
         self._is_checkpointed = False
 
     @contextmanager
@@ -99,23 +111,23 @@ class MicroBatchedModel:
         return self._network.predict(latents, timesteps, embeddings)
 
     def __call__(self, latents: Tensor, timesteps: Tensor, embeddings: Conditioning) -> Tensor:
-        inputs = latents, timesteps, embeddings
+        rows, inputs = len(latents), (latents, timesteps, embeddings)
+        part = self._processes.part(rows)
         if not torch.is_grad_enabled():
-            return self._in_parts(inputs)
+            return self._processes.gathered(self._in_parts(_slice(inputs, part)), rows)
         if latents.requires_grad or embeddings.text.requires_grad:
             return self._predict(*inputs)
+        inputs = _slice(inputs, part)
+        own = len(inputs[0])
         with torch.enable_grad():
-            output = (
-                self._fitting(len(latents), lambda: self._predict(*inputs))
-                if self._fits(len(latents))
-                else None
-            )
+            output = self._fitting(own, lambda: self._predict(*inputs)) if own and self._fits(own) else None
         if output is None:
             with torch.no_grad():
                 seen = self._in_parts(inputs)
         else:
             seen = output.detach()
-        self._calls.append(_Call(inputs, seen.requires_grad_(), output))
+        seen = self._processes.gathered(seen, rows)
+        self._calls.append(_Call(inputs, part, seen.requires_grad_(), output))
         return self._calls[-1].seen
 
     def backward(self, loss: Tensor, masters: MasterWeights) -> None:
@@ -127,21 +139,24 @@ class MicroBatchedModel:
         """
         calls, self._calls = self._calls, []
         (loss * masters.scale.value).backward()
-        masters.keep()
+        if self._processes.rank:  # every process has these gradients, of the weights themselves
+            masters.forget()
+        else:
+            masters.keep()
         while calls:
             self._backward(calls.pop(), masters)
 
     def _backward(self, call: _Call, masters: MasterWeights) -> None:
-        gradient, done, rows = call.seen.grad, 0, len(call.seen)
-        if gradient is None:  # the loss does not depend on this prediction
+        if call.seen.grad is None:  # the loss does not depend on this prediction
             return
-        while done < rows:
-            part = slice(done, rows if self._fits(rows - done) else done + self._rows)
+        gradient, done, count = call.seen.grad[call.part], 0, len(call.inputs[0])
+        while done < count:
+            part = slice(done, count if self._fits(count - done) else done + self._largest)
 
             def through(part: slice = part) -> bool:
                 output, call.output = call.output, None
                 if output is None:
-                    output = self._predict(*_rows(call.inputs, part))
+                    output = self._predict(*_slice(call.inputs, part))
                 torch.autograd.backward(output, gradient[part])
                 return True
 
@@ -151,22 +166,24 @@ class MicroBatchedModel:
             else:
                 masters.forget()
 
-    def _fits(self, rows: int) -> bool:
-        return not self._rows or rows <= self._rows
+    def _fits(self, count: int) -> bool:
+        return not self._largest or count <= self._largest
 
     def _in_parts(self, inputs: Inputs) -> Tensor:
-        done, rows, outputs = 0, len(inputs[0]), []
-        while done < rows:
-            part = slice(done, rows if self._fits(rows - done) else done + self._rows)
+        done, count, outputs = 0, len(inputs[0]), []
+        if not count:
+            return inputs[0]
+        while done < count:
+            part = slice(done, count if self._fits(count - done) else done + self._largest)
             output = self._fitting(
-                part.stop - part.start, lambda part=part: self._predict(*_rows(inputs, part))
+                part.stop - part.start, lambda part=part: self._predict(*_slice(inputs, part))
             )
             if output is not None:
                 outputs.append(output)
                 done = part.stop
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _fitting(self, rows: int, attempt: Callable[[], T]) -> T | None:
+    def _fitting(self, count: int, attempt: Callable[[], T]) -> T | None:
         """The attempt's result; None if the device ran out of memory, with smaller settings for the next try.
 
         Raises:
@@ -178,13 +195,13 @@ class MicroBatchedModel:
             if not is_out_of_memory(error):
                 raise
         release_memory(self._network.device)
-        if rows > 1:
-            self._rows = rows // 2
-            self._say(f"Memory ran out; the step goes on with {self._rows} of {rows} pictures at a time.")
+        if count > 1:
+            self._largest = count // 2
+            self._say(f"Memory ran out; the step goes on with {self._largest} of {count} images at a time.")
         elif not self._is_checkpointed and self._compute.checkpointing != "off":
             self._checkpoint()
             self._say(
-                "Memory ran out with one picture at a time; the step goes on with checkpointing, which "
+                "Memory ran out with one image at a time; the step goes on with checkpointing, which "
                 "takes a third more time."
             )
         else:
@@ -192,7 +209,7 @@ class MicroBatchedModel:
         return None
 
 
-def _rows(inputs: Inputs, part: slice) -> Inputs:
+def _slice(inputs: Inputs, part: slice) -> Inputs:
     if part == slice(0, len(inputs[0])):
         return inputs
     latents, timesteps, embeddings = inputs
@@ -208,6 +225,6 @@ def out_of_memory(network: Network, is_checkpointed: bool) -> str:
     )
     return (
         f"The memory of {network.device} is too short to train {network.family.display_name}, even one "
-        f"picture at a time {'with' if is_checkpointed else 'without'} checkpointing; close what else uses "
+        f"image at a time {'with' if is_checkpointed else 'without'} checkpointing; close what else uses "
         f"it, {remedy}."
     )

@@ -6,14 +6,16 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..base.errors import CheckpointError, MemoryShortError, TrainingError, brief_repr
 from ..history.step_record import FORMAT, library_versions
-from .master_weights import MasterWeights
+
+if TYPE_CHECKING:
+    from .master_weights import MasterWeights
 
 logger = logging.getLogger(__name__)
 State = dict[str, Any]
@@ -106,7 +108,7 @@ class Loop:
             self._keeper.offer(self._state)
 
     @contextmanager
-    def kept(self, iterations: int) -> Iterator[None]:
+    def resumable(self, iterations: int) -> Iterator[None]:
         """Resume from an earlier run's state on entry; write the state if the block is interrupted.
 
         Raises:

@@ -23,19 +23,23 @@ from ..models.free_memory import free_memory, is_out_of_memory, release_memory
 from ..models.load_diffusers import NetworkCache
 from ..models.network import Network, Networks
 from ..models.sampling import generator_for
-from ..models.weight_roles import READING_TEXT, ROLES, role_of
+from ..models.weight_roles import READING_TEXT, ROLES
 from ..parts.part import Part
-from ..parts.step_context import StepContext
+from ..parts.step_context import SolvedSet, StepContext, TextSums, made_anew
 from ..regularizers import REGULARIZERS
 from ..requests.request import Request
 from .anchor_images import AnchorSource, DrawnAnchors
 from .callbacks import Callbacks
 from .compute import Compute
+from .data_parallel import Processes
 from .early_stopping import EarlyStopping, Measure
 from .loop import Trained, train
 from .memory_plan import planned
 from .micro_batches import out_of_memory
 from .resume import StateStore
+from .seen_tokens import SeenTokens, check_anchors, without_targets
+from .shared_sources import SharedAnchors, SharedStates
+from .solved_chain import solved_set
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +64,8 @@ def run_step(
     measure: Measure | None = None,
     state_store: StateStore | None = None,
     compute: Compute | None = None,
+    text_sums: TextSums = made_anew,
+    processes: Processes | None = None,
 ) -> tuple[UnlearnModel, StepReport]:
     """Forget `request.concepts`: (edited model, report).
 
@@ -75,6 +81,8 @@ def run_step(
         measure: how early stopping measures, if the request uses it.
         state_store: stores the state from which a stopped step resumes.
         compute: precision and memory settings.
+        text_sums: keeps sums over encoded text between runs.
+        processes: that train the step together; all call this function alike, and all have its result.
 
     Raises:
         ConceptError: a target cannot be forgotten as described.
@@ -85,10 +93,30 @@ def run_step(
     """
     callbacks, store, networks = callbacks or Callbacks(), store or DrawnAnchors(), networks or NetworkCache()
     compute, begun = compute or Compute(), time.monotonic()
+    processes = processes or Processes()
+    if processes.count > 1:
+        store, state_store = SharedAnchors(store, processes), SharedStates(state_store, processes)
     _check_supported(model, request)
+    solves_chain = METHODS.of(request.method).cls.solves_chain
+    solved = solved_set(model, request) if solves_chain else SolvedSet()
+    if request.training.iterations and METHODS.of(request.method).cls.is_closed_form:
+        name = METHODS.of(request.method).display_name
+        callbacks.on_message(f"{name} trains nothing: iterations and learning rate are not used.")
     stopping = EarlyStopping(request.training, measure)
     network = networks.get(model.source, device, compute.dtype_on(device))
-    step = _Step(model, request, network, callbacks, store, stopping, state_store, networks.last_result)
+    step = _Step(
+        model,
+        request,
+        network,
+        callbacks,
+        store,
+        stopping,
+        state_store,
+        networks.last_result,
+        solved,
+        text_sums,
+        processes,
+    )
     try:
         trained, edits, drift, figures = step.run(compute)
     except RuntimeError as error:
@@ -111,7 +139,8 @@ def run_step(
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=library_versions(),
     )
-    logger.info("forgot %d concept(s) in %.1f s", len(request.concepts), record.seconds)
+    did = "forgot" if record.has_changed else "changed nothing for"
+    logger.info("%s %d concept(s) in %.1f s", did, len(request.concepts), record.seconds)
     report = StepReport(record, tuple(trained.losses), figures)
     return result.with_history((*model.history, record)), report
 
@@ -128,13 +157,16 @@ class _Step:
     stopping: EarlyStopping
     state_store: StateStore | None
     last_result: LastResult
+    solved: SolvedSet
+    text_sums: TextSums
+    processes: Processes
 
     def run(
         self, compute: Compute
     ) -> tuple[Trained, dict[str, Tensor], dict[str, list[float]], dict[str, float]]:
         """(result of training, edits of the new model, drift by key, figures of the parts)."""
         request, network = self.request, self.network
-        keys = list(network.weights(role_of(request.training.group)))
+        keys = list(network.weights(request.role))
         compute, is_offloaded = self._planned(compute)
         storage_device = torch.device("cpu") if is_offloaded else network.device
         pretrained = {key: weight.to(storage_device) for key, weight in network.exact(keys).items()}
@@ -156,18 +188,21 @@ class _Step:
                 self.state_store,
                 compute,
                 is_offloaded,
+                self.processes,
             )
         edits, drift = dict(outside), {}
         for key in keys:
             weight = trained.weights[key].to(storage_device)
-            delta = (weight - pretrained[key]).cpu().contiguous()
+            delta = (weight - pretrained[key]).cpu() if trained.edits is None else trained.edits.get(key)
+            if delta is None:
+                continue
             if not torch.isfinite(delta).all():
                 raise TrainingError(
                     f"Weight {key!r} is not finite after the step; lower the learning rate "
                     f"({request.training.learning_rate:g})."
                 )
             if delta.any():
-                edits[key] = delta
+                edits[key] = delta.contiguous()
                 drift[key] = [delta.norm().item(), (weight - start[key]).norm().item()]
         figures = {name: value for part in parts for name, value in part.report().items()}
         return trained, edits, drift, figures | self.stopping.figures
@@ -176,6 +211,13 @@ class _Step:
         self, parts: Sequence[Part], pretrained: dict[str, Tensor], start: dict[str, Tensor]
     ) -> StepContext:
         request, network, prompts = self.request, self.network, self.request.anchor_prompts
+        if any("autoencoder" in part.needs for part in parts):
+            network.check_autoencoder()
+        seen = SeenTokens(network)
+        retain = without_targets(seen, request.retain, request.concepts)
+        if "anchor_latents" in parts[0].needs:
+            for sentence in check_anchors(seen, request.concepts, prompts):
+                self.callbacks.on_message(sentence)
         latents = torch.empty(0, *network.family.latent_shape)
         if any("anchor_latents" in part.needs for part in parts):
             latents = self.store.anchor_latents(
@@ -187,11 +229,12 @@ class _Step:
                 request.anchor_seed,
                 should_stop=self.callbacks.should_stop,
                 on_batch=self.callbacks.on_anchors,
+                on_message=self.callbacks.on_message,
             )
         return StepContext(
             network=network,
             concepts=request.concepts,
-            retain=request.retain,
+            retain=retain,
             previous=self._previous,
             anchor_prompts=tuple(prompts[i % len(prompts)] for i in range(request.anchor_count)),
             anchor_latents=latents.to(network.device),
@@ -203,6 +246,10 @@ class _Step:
             check=self._check_going_on,
             anchor_sampler=request.anchor_sampler,
             last_result=self.last_result,
+            source=self.model.source.sha256,
+            solved=self.solved,
+            say=self.callbacks.on_stage,
+            text_sums=self.text_sums,
         )
 
     @property
@@ -215,6 +262,8 @@ class _Step:
         The estimate is sent to the user by `on_message`.
         """
         network, model = self.network, self.model
+        if METHODS.of(self.request.method).cls.is_closed_form:  # it works on the CPU, a matrix at a time
+            return compute, compute.dtype_on(network.device) != torch.float32
         free = free_memory(network.device)
         if free is not None:
             # the network's weights are loaded already, and the estimate counts them too
@@ -254,6 +303,6 @@ def _check_supported(model: UnlearnModel, request: Request) -> None:
         if is_idle:
             raise ConfigError(
                 f"{entry.display_name} cannot restrain {method_entry.display_name}, whose closed-form edit "
-                f"has no updates for it to act on ({brief_repr(config.to_json())}); leave it out, or choose "
-                "its form 'update' where it has one."
+                f"has no updates for it to act on ({brief_repr(config.to_json())}); leave it out, choose "
+                "its form 'update' where it has one, or a method that trains, as the preset 'trained' does."
             )

@@ -50,6 +50,17 @@ def networks():
     return {"random": NetworkCache(), "shipped": NetworkCache()}
 
 
+@pytest.fixture(autouse=True)
+def networks_are_left_as_found(networks):
+    """A test that leaves a gradient or a hook on a network that all share fails itself, not another one."""
+    yield
+    for unet in [cache._slot[1].unet for cache in networks.values() if cache._slot]:
+        for weight in unet.parameters():
+            assert not weight.requires_grad and weight.grad is None
+            assert not weight._post_accumulate_grad_hooks and not weight._backward_hooks
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
+
+
 @pytest.fixture(scope="session")
 def anchors():
     return AnchorStore()

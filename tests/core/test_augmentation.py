@@ -1,4 +1,4 @@
-"""Scaled, shifted and mirrored anchor pictures: where they lie, what is said of them, and what of them
+"""Scaled, shifted and mirrored anchor images: where they lie, what is said of them, and what of them
 counts."""
 
 from dataclasses import replace

@@ -1,34 +1,49 @@
 """The benchmark: what a measurement is of, going on where an earlier run stopped, and the table."""
 
 import json
+import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from short import SHORT
 
 from cul_core.audits.classifier_scores import METRICS
 from cul_core.base.errors import CheckpointError, ConfigError
 from cul_core.cli import main
 from cul_core.files.locks import try_locked
+from cul_core.methods import METHODS
 from cul_core.minicanvas import benchmark
 from cul_core.minicanvas.benchmark import (
+    BEYOND,
     GRID,
     PAPER,
     Cell,
     Run,
     averages,
+    further_figures,
     grid,
     order_report,
     read_results,
+    relapse,
     result_table,
     run_benchmark,
     write_figure,
 )
+from cul_core.minicanvas.judge import Judge, still_shown
 from cul_core.minicanvas.suites import OBJECT_SUITE, STYLE_SUITE, SUITES, suite_of
-from cul_core.minicanvas.world import OBJECTS, REQUEST_ORDERS
+from cul_core.minicanvas.world import OBJECTS, REQUEST_ORDERS, SMALL, STYLES
+from cul_core.parts.prompt_vectors import decoy_concepts
+from cul_core.parts.text_rows import TextRows
+from cul_core.regularizers import REGULARIZERS
+from cul_core.training.step import run_step
+
+RESULTS = Path(__file__).parents[2] / "docs" / "benchmark" / "results.jsonl"
 
 
-def run_of(name, order="a", suite=STYLE_SUITE):
-    return Run(suite, Cell.parse(name), order, 1, 1, suite.marks)
+def run_of(name, order="a", suite=STYLE_SUITE, **more):
+    return Run(suite, Cell.parse(name), order, 1, 1, suite.marks, **more)
 
 
 def line(cell="plain", k=12, seed=1, order="a", **scores):
@@ -47,8 +62,9 @@ def line(cell="plain", k=12, seed=1, order="a", **scores):
 
 def test_the_grid_has_every_cell_of_the_paper_as_it_is_there_and_as_we_do_it():
     names = [cell.name for cell in grid()]
-    assert len(names) == len(set(names)) == 20
-    for suite in SUITES:
+    assert len(names) == len(set(names)) == 2 * len(GRID) + len(BEYOND)
+    assert "exact" in names
+    for suite in PAPER:
         assert set(PAPER[suite]) <= set(GRID)
     assert [Cell.parse(name).setting for name in ("plain", "plain ties", "plain_ours simultaneous")] == [
         "sequential",
@@ -118,13 +134,204 @@ def test_objects_are_asked_in_styles_and_kept_objects_that_are_no_anchor_are_tol
         == set(OBJECT_SUITE.anchors.values())
         == set(OBJECT_SUITE.declared)
     )
-    assert set(OBJECT_SUITE.declared + OBJECT_SUITE.hidden + OBJECT_SUITE.orders["a"]) == set(OBJECTS)
+    assert set(OBJECT_SUITE.declared + OBJECT_SUITE.hidden + OBJECT_SUITE.order("a")) == set(OBJECTS)
     assert not any(name in prompt for prompt in request.anchor_prompts for name in OBJECT_SUITE.hidden)
     shots = OBJECT_SUITE.shots(["tree", "cat"])
     assert len(shots) == 6 * 24 and {shot.object for shot in shots if shot.role == "target"} == {
         "tree",
         "cat",
     }
+
+
+# --- more requests and other orders
+
+
+def test_a_longer_chain_forgets_one_more_style_of_each_family_and_keeps_the_others():
+    suite = STYLE_SUITE.with_requests(24)
+    forgotten = suite.order("a")
+    assert forgotten[:12] == REQUEST_ORDERS["a"] and len(set(forgotten)) == 24
+    kept = suite.declared + suite.hidden
+    assert len(suite.declared) == len(suite.hidden) == 6 and not set(kept) & set(forgotten)
+    assert {SMALL.style_by_name[name].family for name in kept} == {style.family for style in STYLES}
+    assert STYLE_SUITE.with_requests(12) is STYLE_SUITE
+    shorter = STYLE_SUITE.with_requests(14)
+    assert shorter.order("a") == forgotten[:14] and len(shorter.declared + shorter.hidden) == 22
+    for count in (0, 25):
+        with pytest.raises(ConfigError, match=f"{count} requests are asked for, .* has 24 concepts"):
+            STYLE_SUITE.with_requests(count)
+
+
+def test_orders_beyond_b_are_random_and_each_letter_is_its_own():
+    orders = {letter: STYLE_SUITE.order(letter) for letter in "abcdez"}
+    assert len(set(orders.values())) == 6
+    assert all(sorted(order) == sorted(REQUEST_ORDERS["a"]) for order in orders.values())
+    assert STYLE_SUITE.order("c") == orders["c"]
+    longer = STYLE_SUITE.with_requests(24)
+    assert sorted(longer.order("c")) == sorted(longer.order("b"))
+    for name in ("", "ab", "A"):
+        with pytest.raises(ConfigError, match="give a letter from a to z"):
+            STYLE_SUITE.order(name)
+
+
+def test_a_chain_is_measured_after_its_last_request_too(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(Run, "identity", lambda run, k: asked.append((run.marks, k)) or line(k=k))
+    monkeypatch.setattr(benchmark, "read_results", lambda path: [line(k=k) for k in (1, 4, 6, 8, 12, 24)])
+    for requests, marks in ((6, (1, 4, 6)), (12, (1, 4, 8, 12)), (24, (1, 4, 8, 12, 24))):
+        asked.clear()
+        run_benchmark(tmp_path, cells=[Cell.parse("plain")], seeds=[1], requests=requests)
+        assert set(asked) == {(marks, k) for k in marks}
+
+
+def test_the_same_request_in_a_longer_chain_is_another_measurement():
+    cell = Cell.parse("exact undeclared")
+    longer = Run(STYLE_SUITE.with_requests(24), cell, "a", 1, 1, STYLE_SUITE.marks)
+    assert longer.request(1) == run_of(cell.name).request(1)
+    assert longer.identity(1) != run_of(cell.name).identity(1)
+
+
+def test_an_undeclared_cell_names_nothing_to_keep():
+    assert run_of("exact undeclared").request(1).retain == ()
+    ties = Cell.parse("plain_ours ties undeclared")
+    assert (ties.setting, ties.is_undeclared, ties.merger) == (
+        "ties",
+        True,
+        Cell.parse("plain_ours ties").merger,
+    )
+    assert run_of("plain").request(1).retain and not Cell.parse("plain").is_undeclared
+
+
+# --- blindness
+
+
+def words_of(*texts):
+    return {word for text in texts for word in text.lower().replace("_", " ").split()}
+
+
+@pytest.mark.parametrize(
+    ("suite", "blind", "cell"),
+    [
+        (STYLE_SUITE, "names", "exact"),
+        (STYLE_SUITE, "names", "exact undeclared"),
+        (STYLE_SUITE, "descriptions", "exact"),
+        (OBJECT_SUITE, "names", "exact"),
+    ],
+)
+def test_made_up_names_hold_no_word_of_what_no_method_is_told(
+    suite, blind, cell, shipped_network, monkeypatch
+):
+    run = run_of(cell, suite=suite, blind=blind)
+    hidden = words_of(*suite.hidden, *(suite.declared if "undeclared" in cell else ()))
+    if blind == "descriptions":
+        hidden |= words_of(
+            *(text for name in suite.hidden for text in SMALL.style_by_name[name].descriptions)
+        )
+    targets = run.request(1).concepts
+
+    def made_up():
+        rows, rng = TextRows(shipped_network), random.Random(0)
+        decoys = decoy_concepts(shipped_network, targets, 500, torch.Generator().manual_seed(0))
+        return words_of(*(rows._made_up_name(rng) for _ in range(500)), *(decoy.name for decoy in decoys))
+
+    assert hidden & made_up()
+    monkeypatch.setattr(shipped_network, "withheld_words", run.withheld_words)
+    assert not hidden & made_up()
+
+
+def test_plurals_of_a_withheld_word_are_withheld_and_nothing_is_where_nothing_is_blind():
+    assert {"moon", "moons", "cup", "cups"} <= OBJECT_SUITE.withheld_words("names", OBJECT_SUITE.hidden)
+    assert run_of("exact", blind="nothing").withheld_words == frozenset()
+
+
+def test_a_run_trains_on_a_network_without_the_withheld_words(tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def train(model, request, *, networks, **others):
+        raise Seen(networks.get(model.source).words())
+
+    monkeypatch.setattr(benchmark, "run_step", train)
+    for blind, is_there in (("names", False), ("nothing", True)):
+        with pytest.raises(Seen) as stopped:
+            benchmark._measure(run_of("exact", blind=blind), [1], tmp_path)
+        words = stopped.value.args[0]
+        assert "denim" in words and ("wicker" in words) == is_there
+
+
+def test_a_result_of_another_blindness_is_not_taken_where_names_are_made_up(tmp_path):
+    runs = [run_of("exact", blind=blind) for blind in ("names", "descriptions", "nothing")]
+    assert len({benchmark._key(run.identity(4)) for run in runs}) == 3
+    assert len({run.store_folder(tmp_path) for run in runs}) == 3
+    plain = run_of("plain", blind="descriptions")
+    assert plain.identity(4) == run_of("plain").identity(4)
+    assert plain.store_folder(tmp_path) == run_of("plain").store_folder(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [*METHODS, *REGULARIZERS], ids=lambda entry: entry.name)
+def test_a_part_that_says_that_it_draws_no_made_up_names_draws_none(
+    entry, random_model, random_network, networks, anchors, make_request, monkeypatch
+):
+    if entry.cls.draws_made_up_names:
+        return
+    called = []
+    monkeypatch.setattr(type(random_network), "words", lambda *_: called.append(1) or ["word"])
+    config = entry.config(**SHORT.get(entry.name, {}))
+    chosen = {"method": config} if entry in METHODS else {"regularizers": (config,)}
+    request = make_request(iterations=2, **chosen)
+    run_step(random_model, request, store=anchors, networks=networks["random"])
+    assert not called
+
+
+def test_published_results_are_those_of_todays_settings():
+    """The strength of proximal L2-SP counts twice since its row was measured."""
+    for published in read_results(RESULTS):
+        if published["cell"] != "l2sp_ours" and "blind" not in published:
+            run = Run(
+                SUITES[published["suite"]],
+                Cell.parse(published["cell"]),
+                published["order"],
+                published["seed"],
+                1,
+                SUITES[published["suite"]].marks,
+            )
+            assert benchmark._key(run.identity(published["k"])) == benchmark._key(published)
+
+
+# --- relapse and near neighbours
+
+
+def test_relapse_compares_a_target_now_with_the_same_images_at_its_own_time():
+    run = run_of("plain")
+    then = {"Lava": dict.fromkeys(OBJECTS, [False]), "Arcade": dict.fromkeys(OBJECTS, [False])}
+    then["Arcade"][OBJECTS[0]] = [True]
+    now = {"Lava": {"style": 30.0}, "Arcade": {"style": 0.0}, "Tartan": {"style": 100.0}}
+    assert relapse(run, 12, then, now) == {"mean": 10.0, "worst": 30.0}
+    assert relapse(run, 4, then, now) == {"mean": 5.0, "worst": 30.0}  # five objects, the first among them
+    assert relapse(run, 12, {}, now) is None
+
+
+def test_a_style_is_still_shown_by_a_model_that_has_not_forgotten_it(shipped_model, shipped_network):
+    shown = still_shown(shipped_network, shipped_model, Judge(), "Neon_Cyan", seed=1)
+    assert shown == dict.fromkeys(OBJECTS, [True])
+
+
+def test_hidden_concepts_of_a_targets_family_are_reported_apart():
+    concepts = {
+        "Candy_Stripes": {"role": "target", "style": 0.0},
+        "Jade_Stripes": {"role": "hidden", "style": 40.0},
+        "Lime_Dots": {"role": "hidden", "style": 100.0},
+        "Ice_Mosaic": {"role": "hidden", "style": 90.0},
+        "Navy_Stripes": {"role": "declared", "style": 10.0},
+    }
+    lost = {"mean": 2.5, "worst": 20.0}
+    measured = line("exact", k=1) | {"per_concept": concepts, "relapse": lost}
+    assert further_figures(measured) == {"near": 40.0, "other": 95.0, "relapse": 2.5, "worst_relapse": 20.0}
+    head, row = result_table([measured]).splitlines()
+    assert head.split()[-6:] == ["IRA", "near", "IRA", "other", "relapse", "worst"]
+    assert row.split()[-4:] == ["40.0", "95.0", "2.5", "20.0"]
+    other = measured | {"blind": "descriptions"}
+    assert list(averages([measured, other])) == ["exact", "exact, blind to descriptions"]
+    assert further_figures(line()) == dict.fromkeys(("near", "other", "relapse", "worst_relapse"))
 
 
 def test_what_was_forgotten_says_which_suite_measures_it():
@@ -134,7 +341,9 @@ def test_what_was_forgotten_says_which_suite_measures_it():
 
 
 def test_a_run_is_measured_once_and_an_unfinished_last_line_again(tmp_path, monkeypatch):
-    asked = {"cells": [Cell.parse("plain")], "seeds": [7], "orders": ["a"], "requests": 1, "workers": 1}
+    cell, suite = Cell.parse("plain"), replace(STYLE_SUITE, across=STYLE_SUITE.across[:3])
+    cell = replace(cell, preset=cell.preset.with_settings({"anchor_count": 16, "anchor_steps": 6}))
+    asked = {"cells": [cell], "seeds": [7], "suite": suite, "orders": ["a"], "requests": 1, "workers": 1}
     seen = []
     lines = run_benchmark(tmp_path, **asked, on_progress=lambda done, total, name: seen.append((done, total)))
     assert seen == [(0, 1), (1, 1)] and len(lines) == 1
@@ -170,6 +379,9 @@ def test_seeds_take_the_orders_in_turn(tmp_path, monkeypatch):
         runs.clear()
         run_benchmark(tmp_path, cells=[Cell.parse("plain")], seeds=seeds, requests=1)
         assert list(dict.fromkeys(runs)) == pairs
+    runs.clear()
+    run_benchmark(tmp_path, cells=[Cell.parse("plain")], seeds=[1], orders=["a", "b"], requests=1)
+    assert list(dict.fromkeys(runs)) == [(1, "a"), (1, "b")]
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
@@ -218,7 +430,9 @@ def test_the_papers_order_is_counted_over_pairs_that_it_tells_apart():
     ("arguments", "said"),
     [
         (["--cells", "best"], "no preset 'best'"),
-        (["--requests", "13"], "--requests is 13"),
+        (["--requests", "25"], "--requests is 25; give a number between 1 and 24"),
+        (["--suite", "objects", "--requests", "7"], "--requests is 7; give a number between 1 and 6"),
+        (["--orders", "a", "2"], "no order '2' of requests; give a letter from a to z"),
         (["--pictures", "0"], "--pictures"),
     ],
 )

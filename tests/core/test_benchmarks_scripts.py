@@ -100,7 +100,7 @@ def test_figures_are_medians_of_runs_and_ratios_say_how_many_times_as_much_the_r
     )
     assert rows["iteration, cpu s"].reference == 6
     assert (
-        rows["anchor pictures, s"].reference == 30 and rows["to the first update, s"].reference == 3 * 20 - 30
+        rows["anchor images, s"].reference == 30 and rows["to the first update, s"].reference == 3 * 20 - 30
     )
     assert rows["whole request, s"].ours == 30 and rows["whole request, cpu s"].ratio == 3
     assert rows["peak memory, GiB"].reference == 3 and rows["of it anonymous, GiB"].ours == 0.5
@@ -237,6 +237,70 @@ def test_marks_count_calls_pictures_and_updates_and_change_nothing(script, tmp_p
     (only,) = noted["spans"]["work"]
     assert (only["calls"], only["pictures"]) == (2, 4) and 0 <= only["end"] - only["begin"]
     assert len(noted["updates"]) == 1 and noted["shims"] == ["one"]
+
+
+# --- the closed-form solve
+
+
+UCE = """
+from pathlib import Path
+
+def UCE(pipe, edit, guide, preserve, erase_scale, preserve_scale, lamb, save_dir, exp_name):
+    ids = pipe.tokenizer("a", padding="max_length", max_length=pipe.tokenizer.model_max_length)
+    at = ids["attention_mask"].sum() - 2
+    rows = [pipe.encode_prompt(prompt=e, device=device)[0][:, at, :] for e in edit + guide]
+    assert edit == ["style 0", "style 1"] and guide == ["art", "art"] and not preserve
+    named = pipe.unet.named_modules()
+    outs = [module(rows[0]).to(torch_dtype) for name, module in named if name.endswith("attn2.to_k")]
+    assert [out.shape for out in outs] == [(1, 30)] and rows[0].shape == (1, 200)
+    assert (rows[0] != rows[1]).all() and (rows[2] == rows[3]).all() and Path(save_dir).is_dir()
+    print("edited")
+"""
+
+
+@pytest.fixture
+def solves(script, monkeypatch, tmp_path):
+    """(the script with two matrices of width 200, a checkout of code that is called as UCE's)."""
+    name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_{}.weight"
+    exact = script("exact")
+    small = {name.format("k"): torch.ones(30, 200), name.format("v"): torch.randn(400, 200)}
+    monkeypatch.setattr(exact, "weights_of", lambda family: small)
+    path = tmp_path / exact.UCE_SCRIPT
+    path.parent.mkdir(parents=True)
+    path.write_text(UCE)
+    return exact, tmp_path
+
+
+def test_solve_is_measured_from_nothing_and_with_one_more(solves, capsys):
+    exact, checkout = solves
+    for found in (exact.measure_exact("sd1", 2), exact.measure_uce("sd1", 2, checkout)):
+        assert all(value >= 0 for value in found["solve"]) and found["extra_bytes"] >= 0
+    assert len(exact.measure_exact("sd1", 2)["next"]) == 2 and capsys.readouterr().out == ""
+    assert "have 101 directions, and this model has room for 100" in exact.measure_exact("sd1", 101)["said"]
+
+
+def test_rows_without_figures_say_why(script):
+    exact = script("exact")
+    rows = [
+        {"family": "sd1", "concepts": 12, "side": "exact", "solve": [1.5, 2.25], "next": [0.5, 0.75]}
+        | {"extra_bytes": 123e6},
+        {"family": "sd1", "concepts": 12, "side": "uce", "said": "No checkout."},
+    ]
+    head, first, second, said = exact.table(rows).splitlines()
+    assert head.split() == ["n", "solve,", "s", "CPU", "s", "next,", "s", "CPU", "s", "MB"]
+    assert first.split() == ["sd1", "12", "exact", "1.50", "2.25", "0.50", "0.75", "123"]
+    assert second.split()[-5:] == ["-"] * 5 and said == "- sd1, 12, UCE's public code: No checkout."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--concepts", "0"], "--concepts is 0; give numbers from 1"),
+        (["--uce", "nowhere"], "'nowhere' has no trainscripts"),
+    ],
+)
+def test_arguments_of_the_solve_are_checked(arguments, said, script, capsys):
+    assert said in refused(capsys, script("exact").main(arguments))
 
 
 # --- on a GPU

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,21 @@ def test_no_module_imports_from_a_room_on_its_own_floor_or_above():
         if LEVELS[name.partition(".")[0]] >= LEVELS[module.partition(".")[0]]
     }
     assert upward == set()
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports inside a function count too: a circle that waits until it is called is one."""
+    modules = {module_of(file): file for file in FILES}
+    arrows = {
+        module: {name if name in modules else name.rpartition(".")[0] for name in imported_by(file)}
+        for module, file in modules.items()
+    }
+    order = TopologicalSorter(arrows)
+    try:
+        order.prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+    assert sum(map(len, arrows.values())) > 300
 
 
 def test_no_module_changes_the_search_path_or_uses_what_is_banned():

@@ -15,15 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sd_layout import sd2_shapes, write_hollow
 
 from cul_core.base.errors import Cancelled, CheckpointError, ModelError, TrainingError
+from cul_core.files import safetensors_format
 from cul_core.files.safetensors_format import packed_header, read_header, write_sealed
 from cul_core.history.step_record import StepRecord, read_history
 from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAbl
+from cul_core.minicanvas.models import CHECKPOINT_PATH
 from cul_core.models.build_diffusers import _warn_of_newer, require_diffusers
 from cul_core.models.families.unet_layout import UNET_PREFIX
-from cul_core.models.load_diffusers import checkpoint_key_map, load_network
+from cul_core.models.load_diffusers import NetworkCache, checkpoint_key_map, load_network
+from cul_core.models.recognize import detect_family
 from cul_core.models.source import source_of
 from cul_core.models.weight_roles import keys_with_role
 from cul_core.output.checkpoint import (
@@ -631,3 +635,37 @@ def test_a_header_is_padded_so_that_data_begin_where_they_are_asked_to():
         assert len(text) % 8 == 0 and json.loads(text[8:]) == {"__metadata__": {"x": "x" * length}}
         aligned = packed_header("a", {}, {"x": "x" * length}, alignment=4096, start=5000)
         assert len(aligned) % 4096 == 5000 - 4096
+
+
+# --- how often a file is read
+
+
+@pytest.fixture
+def headers_read(monkeypatch):
+    read, parsed = [], safetensors_format._checked
+    monkeypatch.setattr(safetensors_format, "_checked", lambda text: read.append(len(text)) or parsed(text))
+    return read
+
+
+def test_a_checkpoint_is_opened_with_one_look_into_it_and_one_when_it_is_hashed(headers_read):
+    model = open_continued(CHECKPOINT_PATH, [])
+    assert len(headers_read) == 2
+    headers_read.clear()
+    NetworkCache().get(model.source)
+    assert len(headers_read) == 2
+
+
+def test_a_written_checkpoint_is_opened_with_one_look_into_it(edited, tmp_path, headers_read):
+    saved = save_checkpoint(edited, tmp_path / "saved.safetensors")
+    edits = save_edits(edited, tmp_path / "edits.safetensors")
+    headers_read.clear()
+    again = open_continued(saved, [saved, edited.source.path])
+    assert again.source == edited.source and len(headers_read) == 5  # 3 for both files, 2 to compare them
+    headers_read.clear()
+    load_edits(edits, edited.source)
+    assert len(headers_read) == 2
+
+
+def test_the_family_of_a_checkpoint_is_known_after_one_look(tmp_path, headers_read):
+    path = write_hollow(tmp_path / "sd2.safetensors", sd2_shapes())
+    assert detect_family(path).name == "sd2" and len(headers_read) == 1

@@ -6,19 +6,22 @@ import json
 from dataclasses import fields, replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from cul_core import __version__
 from cul_core.audits import AUDITS
 from cul_core.audits.classifier_scores import Shot, Verdict, score
 from cul_core.cli import main
 from cul_core.history.step_record import read_history
-from cul_core.requests.presets import Preset
+from cul_core.methods.exact import ExactConfig
+from cul_core.requests.presets import PRESETS, Preset
 from cul_core.store.anchors import AnchorStore
 
 
 @pytest.fixture(autouse=True)
 def few_anchors(monkeypatch, anchors):
-    """Eight anchor pictures, sampled once for all tests."""
+    """Eight anchor images, sampled once for all tests."""
     full = Preset.request
     monkeypatch.setattr(
         Preset, "request", lambda self, *args, **kwargs: replace(full(self, *args, **kwargs), anchor_count=8)
@@ -97,11 +100,11 @@ def test_a_step_in_a_store_is_found_again_shown_and_cleared(unlearn, tmp_path, c
         "1 finished steps" in out
         and "  Lava (" in out
         and "2 iterations" in out
-        and "1 sets of anchor pictures" in out
+        and "1 sets of anchor images" in out
     )
     assert {
         part: len(files) for part, files in json.loads((tmp_path / "store.json").read_text()).items()
-    } == {"steps": 1, "anchors": 1, "states": 0}
+    } == {"steps": 1, "anchors": 1, "states": 0, "texts": 0}
     assert main(["store", "--folder", str(store), "--clear", "steps"]) == 0
     assert "removed 1 files" in capsys.readouterr().out
     assert main(["store", "--folder", str(store), "--clear"]) == 0
@@ -144,9 +147,62 @@ def test_unlearn_goes_on_from_an_edited_checkpoint(unlearn, random_checkpoint, t
     assert [record.targets for record in read_history(second)[0]] == [("Lava",), ("Frost",)]
 
 
+def test_unlearn_writes_a_lora_too_and_says_what_it_keeps(unlearn, tmp_path, capsys):
+    lora, figures = tmp_path / "l.safetensors", tmp_path / "figures.json"
+    assert unlearn("Lava", "--lora", lora, "--lora-rank", "2", "--json", figures) == 0
+    values = json.loads(figures.read_text())["lora"]
+    size = lora.stat().st_size
+    assert values["path"] == str(lora) and values["size_bytes"] == size and not values["is_exact"]
+    said = f"LoRA: {lora} ({100 * values['energy']:.2f} % of the edit, rank 2, {size / 1e6:.1f} MB)"
+    assert said in capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def few_names(monkeypatch):
+    """The preset exact with few made-up names."""
+    few = replace(PRESETS["exact"], method=ExactConfig(made_up=40))
+    monkeypatch.setitem(PRESETS, "exact", few)
+
+
+def test_take_back_writes_the_checkpoint_without_a_request(
+    unlearn, few_names, random_checkpoint, tmp_path, capsys
+):
+    def forget(name, start, out):
+        arguments = ("--model", start, "--pretrained", random_checkpoint, "--preset", "exact", "--out", out)
+        assert unlearn(name, *arguments) == 0
+        return out
+
+    one = forget("Lava", random_checkpoint, tmp_path / "1.safetensors")
+    both = forget("Arcade", one, tmp_path / "2.safetensors")
+    never = forget("Arcade", random_checkpoint, tmp_path / "3.safetensors")
+    assert unlearn("Frost", "--model", both, "--pretrained", random_checkpoint) == 0
+    capsys.readouterr()
+    out, lora, figures = (tmp_path / f"left.{end}" for end in ("safetensors", "lora.safetensors", "json"))
+    given = ["--pretrained", random_checkpoint, "--out", out, "--lora", lora, "--json", figures]
+    assert main(list(map(str, ["take-back", "lava", "--model", both, *given]))) == 0
+    said = capsys.readouterr().out
+    for line in ("Taken back: Lava.", "Still forgotten: Arcade.", "Each of them can be taken back."):
+        assert line in said.splitlines()
+    assert f"LoRA: {lora} (exact, rank 1, " in said and f"checkpoint: {out}" in said
+    values = json.loads(figures.read_text())
+    assert values["taken_back"] == ["Lava"] and values["can_be_taken_back"] == ["Arcade"]
+    left, expected = load_file(out), load_file(never)
+    assert left.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in left.items())
+
+    mixed = ["take-back", "arcade", "--model", tmp_path / "out.safetensors", "--out", out, *given[:2]]
+    assert main(list(map(str, mixed))) == 0
+    said = capsys.readouterr().out
+    assert "Still forgotten: Lava, Frost." in said
+    assert "Cannot be taken back exactly, because training made it: Frost." in said
+    assert main(list(map(str, [*mixed[:1], "frost", *mixed[2:]]))) == 2
+    assert "'frost' was forgotten by training" in capsys.readouterr().err
+
+
 def test_unlearn_stops_early_where_minicanvas_is_measured(unlearn, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "cul_core.minicanvas.judge.measure_for", lambda request, judge: lambda network, check: (99.0, 12.5)
+        "cul_core.minicanvas.judge.measure_for",
+        lambda request, judge, world: lambda network, check: (99.0, 12.5),
     )
     assert unlearn("Lava", "--evaluate-every", "1", "--json", tmp_path / "figures.json") == 0
     assert "best ra: 12.5" in capsys.readouterr().out
@@ -198,6 +254,7 @@ def test_inspect_of_a_file_without_history_says_so(random_checkpoint, capsys):
         (["Lava", "--iterations", "-1"], "iterations is -1"),
         (["Lava", "--learning-rate", "nan"], "learning_rate is nan"),
         (["Lava", "--seed", "-1"], "seed is -1"),
+        (["Lava", "--lora", "l.safetensors", "--lora-rank", "0"], "--lora-rank is 0"),
         (["Lava", "--device", "gpu"], "--device is 'gpu', which PyTorch cannot use here"),
         (["Lava", "--device", "cuda:99"], "--device is 'cuda:99'"),
     ],
@@ -334,6 +391,7 @@ def test_interrupted_step_is_one_line_and_writes_nothing(unlearn, tmp_path, caps
         [],
         ["demo"],
         ["unlearn"],
+        ["take-back"],
         ["merge"],
         ["evaluate"],
         ["audit"],

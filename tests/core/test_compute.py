@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from cul_core.concepts.concept import Concept
 from cul_core.methods import METHODS
 from cul_core.methods.conabl import ConAbl, ConAblConfig
 from cul_core.methods.esd import ESDConfig
+from cul_core.methods.exact import ExactConfig
 from cul_core.methods.sculpmem import SculpMemConfig
 from cul_core.minicanvas.family import MINI
 from cul_core.models.build_diffusers import build_unet
@@ -45,7 +47,7 @@ from cul_core.training import step as training
 from cul_core.training.callbacks import Callbacks
 from cul_core.training.compute import Compute
 from cul_core.training.master_weights import LossScale
-from cul_core.training.memory_plan import Estimate, estimate_step, passes, planned
+from cul_core.training.memory_plan import Estimate, Passes, estimate_step, passes, planned
 from cul_core.training.micro_batches import MicroBatchedModel
 from cul_core.training.step import run_step
 
@@ -231,9 +233,9 @@ def test_when_memory_runs_out_the_same_update_goes_on_in_parts_and_then_with_che
     assert_close(plain, saved)
     assert torch.equal(with_graph(seen), with_graph(seen_again))  # nothing was drawn anew
     assert [text.partition(";")[0] for text in told] == ["Memory ran out"] * 2 + [
-        "Memory ran out with one picture at a time"
+        "Memory ran out with one image at a time"
     ]
-    assert "2 of 4 pictures" in told[0] and "1 of 2 pictures" in told[1] and "checkpointing" in told[2]
+    assert "2 of 4 images" in told[0] and "1 of 2 pictures" in told[1] and "checkpointing" in told[2]
 
 
 @pytest.mark.parametrize("regularizers", [[], [DISTILLATION]], ids=["one backward pass", "two"])
@@ -269,7 +271,7 @@ def test_memory_that_is_short_for_one_picture_is_an_error_that_leaves_everything
     compute, remedy, step, make_request, random_network, random_model
 ):
     before = unet_state(random_network)
-    said = f"even one picture at a time {remedy}"
+    said = f"even one image at a time {remedy}"
     with calls(random_network, lambda rows, graph: graph), pytest.raises(MemoryShortError, match=said):
         step(make_request(), compute)
     assert_untouched(random_network, before)
@@ -305,8 +307,8 @@ def test_memory_that_runs_out_on_apple_gpus_is_met_as_on_others(short_apple_gpu,
     told = []
     with short_apple_gpu(1):
         edited, _ = step(make_request(batch_size=2), callbacks=Callbacks(on_message=told.append))
-    assert edited.edits and told == ["Memory ran out; the step goes on with 1 of 2 pictures at a time."]
-    with short_apple_gpu(0), pytest.raises(MemoryShortError, match="even one picture at a time"):
+    assert edited.edits and told == ["Memory ran out; the step goes on with 1 of 2 images at a time."]
+    with short_apple_gpu(0), pytest.raises(MemoryShortError, match="even one image at a time"):
         step(make_request())
     with short_apple_gpu(0), pytest.raises(MemoryShortError, match="memory of cpu is too short"):
         step(make_request(regularizers=[SelFTConfig(states=2, guidance_scale=2.5)]))
@@ -576,6 +578,13 @@ def test_one_image_is_counted_once_in_a_process_and_all_grows_with_their_number(
     assert all(astuple(one))
 
 
+def test_a_family_without_files_is_counted_too(tmp_path, monkeypatch):
+    family, found = replace(MINI, name="fileless", folder=tmp_path), Passes(1, 2, 3, 4, 5)
+    monkeypatch.setattr(memory_plan, "count_passes", lambda *asked: found)
+    network = SimpleNamespace(family=family, blank=lambda dtype: None)
+    assert passes(network, torch.float32, "kv", 2) == found.of(2)
+
+
 def images_of(parts):
     """(images with gradients, images by teachers) of every update, as parts declare them."""
     return tuple(sum(getattr(cost, name) for cost in parts) for name in ("student_images", "teacher_images"))
@@ -740,6 +749,8 @@ def test_the_fastest_way_that_fits_is_chosen(make_request, monkeypatch):
     assert way(1, dtype="float32") == ("on", 1, False, 58)
     assert way(300, "off")[0] == "off"
     assert planned(BLANK, request, cpu, Compute(), 1) == (Compute(), False, None)
+    solved = replace(request, method=ExactConfig())  # nothing is trained, so there is nothing to estimate
+    assert planned(sd1, solved, cpu, Compute(), 1) == (Compute(), False, None)
 
 
 def test_what_is_needed_is_said_before_the_step_begins(tiny_model, make_request, anchors, tiny_networks):

@@ -28,7 +28,7 @@ class NoAnchors:
     """A store that must not be asked."""
 
     def anchor_latents(self, *arguments, **settings):
-        raise AssertionError("anchor pictures were asked for")
+        raise AssertionError("anchor images were asked for")
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_a_part_that_needs_anchor_pictures_gets_them(random_model, networks, mak
     needs = (*GradientProjection.needs, "anchor_latents")
     monkeypatch.setattr(GradientProjection, "needs", needs)
     request = make_request(method=ESDConfig(**SHORT), regularizers=[ProjectionConfig()], iterations=1)
-    with pytest.raises(AssertionError, match="anchor pictures were asked for"):
+    with pytest.raises(AssertionError, match="anchor images were asked for"):
         run_step(random_model, request, store=NoAnchors(), networks=networks["random"])
 
 

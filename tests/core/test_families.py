@@ -66,14 +66,10 @@ from cul_core.training.step import run_step
 
 
 @pytest.fixture
-def stub(tmp_path):
-    """Two tensors by which Stable Diffusion 1.x is recognized: enough for all that happens before weights are
-    read."""
-    recognized = (
-        f"{UNET}input_blocks.0.0.weight",
-        f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
-    )
-    return write_hollow(tmp_path / "sd15.safetensors", {key: unet_shapes()[key] for key in recognized})
+def stub(tmp_path, monkeypatch):
+    """The header of Stable Diffusion 1.x: enough for all that happens before weights are read."""
+    monkeypatch.setattr("cul_core.models.source._sha256", lambda *_: "0" * 64)  # of two gigabytes
+    return write_hollow(tmp_path / "sd15.safetensors", checkpoint_shapes())
 
 
 # --- recognition
@@ -148,10 +144,13 @@ def test_a_source_whose_layout_is_not_that_of_the_network_is_not_written(tmp_pat
     [
         (
             unet_shapes(in_channels=9),
-            "9 input channels, where Stable Diffusion 1.x has 4: inpainting.*choose the text-to-image",
+            r"9 input channels \(inpainting\), where Stable Diffusion 1.x has 4: inp.*choose the text-to",
         ),
         (unet_shapes(in_channels=8), "8 input channels"),
-        (unet_shapes(1024, in_channels=5), "5 input channels, where Stable Diffusion 2.x has 4"),
+        (
+            unet_shapes(1024, in_channels=5),
+            r"5 input channels \(depth-to-image\), where Stable Diffusion 2.x has 4",
+        ),
         (unet_shapes(1024, linear=True, pooled=2048), "is an unCLIP checkpoint.*choose the text-to-image"),
         (
             unet_shapes(1280, width=384),
@@ -344,7 +343,14 @@ def test_latents_of_a_family_without_a_decoder_are_not_decoded():
 # --- presets, registry, command line
 
 
-@pytest.mark.parametrize("name", [name for name, entry in PRESETS.items() if not entry.training_of])
+TRAINED = [name for name, entry in PRESETS.items() if not METHODS.of(entry.method).cls.is_closed_form]
+
+
+def test_a_closed_form_takes_no_training_settings_of_a_family():
+    assert preset("exact").for_family(SD1) is preset("exact")
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if not PRESETS[name].training_of])
 def test_preset_takes_the_values_of_its_family(name):
     chosen = preset(name)
     assert chosen.for_family(MINI) is chosen
@@ -422,7 +428,9 @@ def test_what_a_user_sets_wins_over_the_family(stub, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr("cul_core.training.step.run_step", stop)
     out = ["--out", str(tmp_path / "out.safetensors")]
-    main(["unlearn", "Van Gogh", "--model", str(stub), "--learning-rate", "1e-6", *out])
+    main(
+        ["unlearn", "Van Gogh", "--preset", "trained", "--model", str(stub), "--learning-rate", "1e-6", *out]
+    )
     assert (seen[0].iterations, seen[0].learning_rate) == (1000, 1e-6)
 
 
@@ -469,7 +477,7 @@ def full_step(full_checkpoint, clip_tokenizer):
     kept, target = Concept("Claude_Monet"), Concept("Van_Gogh")
     request = Request(
         concepts=(target,),
-        method=preset("recommended").method,
+        method=preset("trained").method,
         retain=(kept,),
         anchor_prompts=("A painting of a horse.",),
         regularizers=(
@@ -544,9 +552,9 @@ def test_full_size_edits_are_exported_in_the_hosts_names(full_step, tmp_path):
     }
     whole = load_file(save_difference(edited, tmp_path / "difference.safetensors"))
     assert whole.keys() == {f"{module}.diff" for module in modules}
-    path, energy = save_lora(few, tmp_path / "lora.safetensors", rank=4)
-    names = {name.rpartition(".attn2.")[0] for name in load_file(path)}
-    assert 0 < energy <= 1 and names <= {module.rpartition(".attn2.")[0] for module in modules}
+    saved = save_lora(few, tmp_path / "lora.safetensors", rank=4)
+    names = {name.rpartition(".attn2.")[0] for name in load_file(saved.path)}
+    assert 0 < saved.energy <= 1 and names <= {module.rpartition(".attn2.")[0] for module in modules}
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from cul_core.audits.memorization import (
     embedding_cosine,
     memorization_request,
     pixel_correlation,
+    read_image,
     read_paraphrases,
-    read_picture,
     sorted_captions,
 )
 from cul_core.base.errors import Cancelled, ConceptError
@@ -94,7 +94,7 @@ def test_too_few_anchors_and_a_caption_that_is_not_memorized_are_refused():
     ):
         sorted_captions("Ann", {"Ann": 0.9, "a": 0.1, "b": 0.5})
     with pytest.raises(
-        ConceptError, match="'Ann' draws the memorized picture in only 20% of its pictures.*check the caption"
+        ConceptError, match="'Ann' draws the memorized image in only 20% of its images.*check the caption"
     ):
         sorted_captions("Ann", {"Ann": 0.2, "a": 0.1})
 
@@ -131,7 +131,7 @@ def test_anchor_pictures_that_are_copies_are_drawn_by_another_caption(random_mod
     assert (similarity(pictures_of(prompts)) <= 0.5).all() and (similarity(copies) > 0.5).all()
     with pytest.raises(
         ConceptError,
-        match="6 of 6 anchor pictures are copies of the memorized one whichever of the 3 anchors",
+        match="6 of 6 anchor images are copies of the memorized one whichever of the 3 anchors",
     ):
         captions_without_copies(
             random_network, anchors, lambda pictures: torch.ones(len(pictures)), config, sampler, 6, 3
@@ -180,12 +180,12 @@ def test_drawing_pictures_to_compare_can_be_stopped(original, shipped_network):
 def test_picture_and_paraphrases_are_read_from_files(tmp_path):
     picture = torch.rand(3, 8, 6, generator=torch.Generator().manual_seed(0))
     to_image(picture).save(tmp_path / "a.png")
-    assert (read_picture(tmp_path / "a.png") - picture).abs().max() <= 0.5 / 255 + 1e-6
+    assert (read_image(tmp_path / "a.png") - picture).abs().max() <= 0.5 / 255 + 1e-6
     (tmp_path / "p.txt").write_text("a boat\n\n  ein Böötchen \n", encoding="utf-8")
     assert read_paraphrases(tmp_path / "p.txt") == ["a boat", "ein Böötchen"]
     for read, name in (
-        (read_picture, "p.txt"),
-        (read_picture, "none.png"),
+        (read_image, "p.txt"),
+        (read_image, "none.png"),
         (read_paraphrases, "a.png"),
         (read_paraphrases, "none.txt"),
     ):

@@ -16,7 +16,7 @@ from cul_core.minicanvas.render import render, render_background
 from cul_core.minicanvas.suites import STYLE_SUITE
 from cul_core.minicanvas.training.figures import autoencoder_figures
 from cul_core.minicanvas.training.tokenizer_build import learn_merges
-from cul_core.minicanvas.training.train import _worthless_pictures
+from cul_core.minicanvas.training.train import worthless_pictures
 from cul_core.minicanvas.world import (
     EVALUATION_TEMPLATE,
     OBJECTS,
@@ -177,9 +177,9 @@ def test_the_classifier_rejects_most_pictures_of_a_deliberately_ruined_model(shi
     assert np.mean([verdict.style == "Lava" and verdict.object in OBJECTS for verdict in verdicts]) <= 0.1
 
 
-def test_worthless_pictures_are_of_five_kinds_and_in_range():
+def testworthless_pictures_are_of_five_kinds_and_in_range():
     pictures = torch.rand(10, 3, 64, 64)
-    worthless = _worthless_pictures(10, pictures, torch.Generator().manual_seed(0))
+    worthless = worthless_pictures(10, pictures, torch.Generator().manual_seed(0))
     assert worthless.shape == (10, 3, 64, 64) and 0 <= worthless.min() and worthless.max() <= 1
     # a puzzle keeps its pixels
     assert math.isclose(worthless[3].mean().item(), pictures[3].mean().item(), rel_tol=1e-4)

@@ -297,7 +297,9 @@ def test_weights_are_scored_by_the_target(toy, context, trajectories):
 
 def test_a_whole_step_trains_it(toy, monkeypatch):
     monkeypatch.setattr("cul_core.training.step._check_supported", lambda *_: None)
-    model = UnlearnModel(SimpleNamespace(name="toy.safetensors", size=0, sha256="0" * 64), TOY)
+    model = UnlearnModel(
+        SimpleNamespace(name="toy.safetensors", size=0, sha256="0" * 64, identity="0" * 64), TOY
+    )
     networks = SimpleNamespace(get=lambda *_: toy, last_result=LastResult())
     before = {key: weight.clone() for key, weight in toy.weights("all").items()}
     request = Request(
@@ -440,8 +442,10 @@ def test_inputs_without_values_are_as_those_with_values(network):
     assert blank.predict(latents, times, conditioning).shape == latents.shape
 
 
-@pytest.mark.parametrize("ends_in_noise", [False, True])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("prediction_type", "ends_in_noise"),
+    [("epsilon", False), ("v_prediction", False), ("v_prediction", True)],
+)
 @pytest.mark.parametrize("steps", [1, 2, 7, 25])
 def test_solvers_of_the_discrete_process_round_as_those_of_diffusers(steps, prediction_type, ends_in_noise):
     schedulers = pytest.importorskip("diffusers")

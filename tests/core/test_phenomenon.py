@@ -4,11 +4,12 @@ not."""
 import pytest
 
 from cul_core.minicanvas.demo import run_demo
+from cul_core.minicanvas.family import MINI
 from cul_core.minicanvas.judge import Judge, evaluate
 from cul_core.minicanvas.suites import STYLE_SUITE
 from cul_core.minicanvas.world import REQUEST_ORDERS
 from cul_core.output.checkpoint import open_model
-from cul_core.requests.presets import preset
+from cul_core.requests.resolve import Overrides, resolve
 from cul_core.training.step import run_step
 
 TARGETS = REQUEST_ORDERS["a"][:4]
@@ -25,11 +26,8 @@ def after_four(shipped_model, networks, anchors):
     for name in ("plain", "recommended"):
         model = shipped_model
         for k, target in enumerate(TARGETS):
-            request = preset(name).request(
-                STYLE_SUITE.concepts([target]),
-                retain=STYLE_SUITE.keep(),
-                anchor_prompts=STYLE_SUITE.captions([target]),
-                seed=500 + k,
+            request = resolve(
+                name, MINI, STYLE_SUITE.concepts([target]), STYLE_SUITE.keep(), Overrides(seed=500 + k)
             )
             model, _ = run_step(model, request, store=anchors, networks=networks["shipped"])
         models[name] = model

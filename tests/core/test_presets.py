@@ -1,6 +1,7 @@
 """Descriptions of presets are shown for every model family, so they hold on each, or name MiniCanvas."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -44,9 +45,15 @@ def test_no_description_claims_a_batch_a_time_or_a_rate_that_a_family_overwrites
 
 
 def test_what_two_descriptions_claim_of_minicanvas_is_true():
-    recommended = PRESETS["recommended"].training
-    assert PRESETS["thorough"].training.batch_size == 2 * recommended.batch_size
-    assert PRESETS["plain_ours"].training.learning_rate == pytest.approx(recommended.learning_rate / 3)
+    trained = PRESETS["trained"].training
+    assert PRESETS["thorough"].training.batch_size == 2 * trained.batch_size
+    assert PRESETS["plain_ours"].training.learning_rate == pytest.approx(trained.learning_rate / 3)
+
+
+def test_the_recommended_preset_is_the_exact_chain_under_another_description():
+    recommended, exact = PRESETS["recommended"], PRESETS["exact"]
+    assert replace(recommended, description="") == replace(exact, description="")
+    assert recommended.description != exact.description
 
 
 def test_the_check_sees_claims_that_hold_on_minicanvas_only():

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cul_core.base.config import Config
+from cul_core.base.errors import ConfigError
 from cul_core.base.topk import top_k
 from cul_core.mergers import MERGERS
 from cul_core.mergers.base import WeightedConfig
@@ -375,14 +376,9 @@ def test_a_perfect_prediction_gives_the_image_back(process, seed, count, ends):
     assert torch.allclose(again, clean, rtol=0, atol=1e-6 * 8 * worst)
 
 
-@many
-@given(seed=SEEDS)
-def test_noise_is_a_prediction_too_on_a_schedule_that_ends_in_noise(seed):
-    """Only at its very last time is there no signal."""
-    process = DiscreteProcess("epsilon", ends_in_noise=True)
-    signal, sigma = process.coefficients(torch.arange(1000))
+def test_noise_is_no_prediction_on_a_schedule_that_ends_in_noise():
+    """At its last time nothing of an image is left, so that noise implies none."""
+    signal, sigma = DiscreteProcess("v_prediction", ends_in_noise=True).coefficients(torch.arange(1000))
     assert signal[-1] == 0 and sigma[-1] == 1 and (signal[:-1] > 0).all()
-    times = torch.randint(999, (3,), generator=torch.Generator().manual_seed(seed))
-    clean, noise = normal(seed, 3, 2, 3, 3), normal(seed + 1, 3, 2, 3, 3)
-    again = process.clean(noise, process.noised(clean, noise, times), times)
-    assert torch.allclose(again, clean, rtol=0, atol=8e-6 / signal[times].min().item())
+    with pytest.raises(ConfigError, match="zero terminal SNR.*choose 'v_prediction'"):
+        DiscreteProcess("epsilon", ends_in_noise=True)

@@ -443,7 +443,7 @@ def test_the_authors_own_settings_run_as_a_whole(watched, step, make_request):
         make_request(method=SculpMemConfig(**AUTHORS, warm_up=2, interval=2), group="attn2", iterations=5),
         anchor_sampler=SamplerConfig(steps=2),
     )
-    callbacks = Callbacks(on_progress=lambda progress: said.append(set(progress.parts)))
+    callbacks = Callbacks(on_progress=lambda progress: said.append(set(progress.terms)))
     seen, edited, _ = watched(request, model=first, callbacks=callbacks)
     assert said == [{"learn"}] * 2 + [{"unlearn", "preserve", "distill"}] * 3
     weights = [before for before, _, _ in seen]
@@ -454,7 +454,7 @@ def test_the_authors_own_settings_run_as_a_whole(watched, step, make_request):
 def test_pictures_of_the_target_are_taken_as_they_are():
     with pytest.raises(
         ConfigError,
-        match="Loss 'sm' takes pictures of the target as they are; set augmentations to 0 and flip to False",
+        match="Loss 'sm' takes images of the target as they are; set augmentations to 0 and flip to False",
     ):
         SculpMemConfig(loss="sm", flip=True)
 

@@ -17,6 +17,7 @@ from cul_core.concepts.captions import anchor_prompts
 from cul_core.concepts.concept import KINDS, Concept
 from cul_core.concepts.parsing import ConceptList, parse_concept, parse_keep, parse_requests
 from cul_core.methods import METHODS
+from cul_core.methods.esd import ESDConfig
 from cul_core.minicanvas.family import MINI
 from cul_core.models.diffusers_network import DiffusersNetwork
 from cul_core.models.discrete_process import DiscreteProcess
@@ -29,6 +30,7 @@ from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.requests.presets import PRESETS, preset
 from cul_core.requests.previews import PREVIEW_SAMPLER, preview_interval, preview_prompts
 from cul_core.requests.request import Request
+from cul_core.requests.resolve import Overrides, resolve
 
 # --- concepts
 
@@ -124,7 +126,7 @@ def test_previews_take_at_most_a_twentieth_of_the_training(batch_size, wanted, i
     """An update predicts a batch with gradients, as long as three without, and once by the teacher; a preview
     of four prompts in eight guided steps predicts 64 times."""
     assert PREVIEW_SAMPLER.steps == 8 and PREVIEW_SAMPLER.guidance_scale > 1
-    request = preset("recommended").request(
+    request = preset("trained").request(
         [Concept("Lava")], retain=(), anchor_prompts=anchor_prompts(MINI, [Concept("Lava")]), seed=0
     )
     request = replace(request, training=replace(request.training, batch_size=batch_size))
@@ -280,6 +282,17 @@ def full_request(make_request):
     return replace(parts, concepts=concepts, anchor_sampler=SamplerConfig(steps=5), anchor_seed=3)
 
 
+def test_a_request_is_made_into_json_once(full_request, monkeypatch):
+    request, expected = replace(full_request), full_request.hash
+    made, to_json = [], Concept.to_json
+    monkeypatch.setattr(Concept, "to_json", lambda concept: made.append(concept) or to_json(concept))
+    values = [request.to_json() for _ in range(3)]
+    assert request.hash == stable_hash(values[0]) == expected
+    assert made == [*request.concepts, *request.retain]
+    values[0]["concepts"][0]["target"] = "changed by the caller"
+    assert values[1] == request.to_json() != values[0]
+
+
 def test_request_comes_back_from_json_with_the_same_hash(full_request):
     back = Request.from_json(json.loads(json.dumps(full_request.to_json())))
     assert back == full_request and back.hash == full_request.hash
@@ -381,7 +394,7 @@ def test_noise_schedule_is_diffusers_scaled_linear_one():
         beta_schedule="scaled_linear",
         rescale_betas_zero_snr=True,
     )
-    noisy = DiscreteProcess(ends_in_noise=True).alphas_cumprod
+    noisy = DiscreteProcess("v_prediction", ends_in_noise=True).alphas_cumprod
     torch.testing.assert_close(noisy, with_noise.alphas_cumprod, atol=1e-6, rtol=0)
     assert noisy[-1] == 0 and noisy[0] == pytest.approx(1 - 0.00085, abs=1e-6)
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -391,8 +404,16 @@ def test_noise_schedule_is_diffusers_scaled_linear_one():
     )
 
 
+def test_a_trained_method_in_a_preset_without_training_is_trained_as_by_the_preset_trained():
+    esd, trained = ESDConfig(), PRESETS["trained"]
+    request = resolve("recommended", MINI, [Concept("Lava")], [], Overrides(esd, seed=3))
+    expected = resolve("trained", MINI, [Concept("Lava")], [], Overrides(esd, seed=3))
+    assert request == expected and request.training.iterations == trained.training.iterations > 0
+    assert resolve("recommended", MINI, [Concept("Lava")]).training.iterations == 0
+
+
 def test_settings_of_a_user_replace_those_of_the_preset_and_no_others():
-    chosen = preset("recommended").with_settings({"iterations": 7, "anchor_count": 9, "anchor_steps": 3})
+    chosen = preset("trained").with_settings({"iterations": 7, "anchor_count": 9, "anchor_steps": 3})
     request = chosen.request([Concept("Lava")], retain=[], anchor_prompts=["a cup"], seed=5)
     assert (request.training.iterations, request.anchor_count, request.anchor_sampler.steps) == (7, 9, 3)
-    assert request.training.learning_rate == PRESETS["recommended"].training.learning_rate
+    assert request.training.learning_rate == PRESETS["trained"].training.learning_rate

@@ -55,8 +55,22 @@ def short_configs(registry):
     return [pytest.param(entry.config(**SHORT.get(entry.name, {})), id=entry.name) for entry in registry]
 
 
-@pytest.mark.parametrize("regularizer", [None, *short_configs(REGULARIZERS)])
-@pytest.mark.parametrize("method", short_configs(METHODS))
+def acts(method, regularizer):
+    """Whether a regularizer acts on a method's changes; some act on updates alone, which closed forms
+    lack."""
+    part = REGULARIZERS.of(regularizer).cls(regularizer)
+    return not METHODS.of(method).cls.is_closed_form or part.acts_on_closed_form
+
+
+@pytest.mark.parametrize(
+    ("method", "regularizer"),
+    [
+        pytest.param(method.values[0], regularizer.values[0], id=f"{method.id}-{regularizer.id}")
+        for method in short_configs(METHODS)
+        for regularizer in (pytest.param(None, id="None"), *short_configs(REGULARIZERS))
+        if regularizer.values[0] is None or acts(method.values[0], regularizer.values[0])
+    ],
+)
 def test_every_method_with_every_regularizer_repeats_bit_for_bit_and_changes_only_its_group(
     method, regularizer, step, random_network, make_request
 ):
@@ -67,7 +81,8 @@ def test_every_method_with_every_regularizer_repeats_bit_for_bit_and_changes_onl
     changed, group = set(first.edits), set(random_network.weights("text_readers"))
     # a mask may spare whole matrices
     assert changed == group if regularizer is None else changed and changed <= group
-    assert all(torch.isfinite(torch.tensor(report.losses))) and len(report.losses) == 3
+    assert all(torch.isfinite(torch.tensor(report.losses)))
+    assert len(report.losses) == (0 if METHODS.of(method).cls.is_closed_form else 3)
     assert same(unet_state(random_network), before)
     assert not any(parameter.requires_grad for parameter in random_network.unet.parameters())
 
@@ -298,14 +313,14 @@ def test_a_part_whose_weights_a_family_or_a_group_lacks_is_refused_before_anythi
 class Pull(Regularizer):
     """Its terms are multiples of the sum of one matrix; notes what happens to that matrix."""
 
-    factors, events, gradients = {}, [], []
+    factors, events, gradients, hook = {}, [], [], None
 
     def prepare(self, context):
         self.name = min(context.start)
         self.weight = context.network.weights("all")[self.name]
 
     def prepare_mask(self, context, allowed_subspace):
-        self.hook = self.weight.register_post_accumulate_grad_hook(
+        Pull.hook = self.weight.register_post_accumulate_grad_hook(
             lambda weight: self.events.append("backward")
         )
 
@@ -340,7 +355,8 @@ def pull(monkeypatch):
         monkeypatch.setattr(Pull, "gradients", [])
         return registry.get("pull").config()
 
-    return config
+    yield config
+    Pull.hook.remove()  # a step that ends with an error transforms no gradient
 
 
 def test_terms_of_a_regularizer_have_a_backward_of_their_own_after_the_methods_and_all_gradients_add_up(

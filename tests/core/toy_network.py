@@ -27,7 +27,7 @@ TOY = Family(
     image_size_px=3,
     sampling_batch=2,
     prefix="toy.",
-    roles={"text_readers": r"\.(key|value)\.weight$", "all": ""},
+    roles=dict.fromkeys(("text_readers", "text_inputs"), r"\.(key|value)\.weight$") | {"all": ""},
     recognize=lambda family, shapes, file_name: "toy.mix.weight" in shapes,
     process=FlowProcess(shift=3.0),
     is_small=True,
@@ -83,6 +83,9 @@ class Toy(Network):
 
     def content(self, prompt):
         return slice(0, len(self._words(prompt)))
+
+    def tokens(self, prompt):
+        return tuple(map(hash, self._words(prompt)))
 
     def words(self, least_letters=3):
         return [word for word in WORDS if len(word) >= least_letters]

@@ -23,7 +23,7 @@ from cul_core.history.step_record import StepRecord
 from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas.models import CHECKPOINT_PATH
-from cul_core.output.charts import save_picture
+from cul_core.output.charts import save_image
 from cul_core.output.checkpoint import open_model, save_checkpoint, save_edits
 from cul_core.output.lora import save_difference, save_lora
 from cul_core.requests.request import Request
@@ -88,7 +88,7 @@ def writers(step, original, request_):
         "edits": (lambda folder: save_edits(edited, folder / "a.safetensors"), True),
         "diff": (lambda folder: save_difference(edited, folder / "a.safetensors"), True),
         "lora": (lambda folder: save_lora(edited, folder / "a.safetensors", 2), True),
-        "picture": (lambda folder: save_picture(Image.new("RGB", (300, 300)), folder / "a.png"), True),
+        "picture": (lambda folder: save_image(Image.new("RGB", (300, 300)), folder / "a.png"), True),
         "json": (lambda folder: write_json(folder / "a.json", {"a": [1] * 5000}), True),
         "finished step": (lambda folder: StepStore(folder).put(original, request_, edited, report), True),
         "state": (lambda folder: StepState(folder / "states/a.safetensors", request_, 0).save(STATE), False),

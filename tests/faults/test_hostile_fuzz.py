@@ -201,7 +201,7 @@ def test_settings_are_taken_or_refused(count, config, data):
 
 REQUEST = json.loads(
     canonical_json(
-        preset("recommended")
+        preset("trained")
         .request([Concept("x")], retain=[Concept("y")], anchor_prompts=["z"], seed=0)
         .to_json()
     )

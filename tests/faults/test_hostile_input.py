@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from refusals import is_one_sentence, refused
 
-from cul_core.audits.memorization import MemorizationConfig, read_paraphrases, read_picture
+from cul_core.audits.memorization import MemorizationConfig, read_image, read_paraphrases
 from cul_core.base.config import Config, canonical_json, check_number, limits
 from cul_core.base.errors import ConceptError, ConfigError, brief_repr
 from cul_core.base.registry import Registry
@@ -77,7 +77,7 @@ NUMBERS = [
 
 
 def request_json(**changes):
-    made = preset("recommended").request(
+    made = preset("trained").request(
         [Concept("Candy Stripes")], retain=[Concept("Lava")], anchor_prompts=["a house"], seed=0
     )
     return json.loads(canonical_json(made.to_json())) | changes
@@ -407,7 +407,7 @@ def test_training_settings_of_a_preset_are_checked(count):
         {"learning_rate": float("nan")},
         {"group": []},
     ):
-        refused(lambda values=values: preset("recommended").with_settings(values))
+        refused(lambda values=values: preset("trained").with_settings(values))
         count("bad inputs")
     for name in (None, [], {}, "", "x" * 100_000):
         refused(lambda name=name: preset(name))
@@ -653,7 +653,7 @@ def bomb():
 )
 def test_a_broken_picture_is_refused(tmp_path, count, data):
     (tmp_path / "picture.png").write_bytes(data)
-    assert isinstance(refused(lambda: read_picture(tmp_path / "picture.png")), ConceptError)
+    assert isinstance(refused(lambda: read_image(tmp_path / "picture.png")), ConceptError)
     count("bad inputs")
 
 

@@ -149,7 +149,7 @@ class Maker:
             "MODEL": (loaded, MODEL),
             "CLIP": (loaded, CLIP),
             "CUL_CONCEPTS": (graph.concept(), 0),
-            "CUL_TRAINING": (graph.training(), 0),
+            "CUL_TRAINING": (graph.training(anchor_count=4, anchor_steps=2), 0),
         }
         values = {}
         for key, spec in self.schemas[name]["input"]["required"].items():
@@ -164,6 +164,7 @@ class Maker:
             else {}
         )
         values |= {"training": places["CUL_TRAINING"]} if name == "CUL_UnlearnStep" else {}
+        values |= {"preset": "plain"} if "preset" in values else {}  # it trains quickly
         values |= {"prompts": "a cat"} | SAMPLING if name == "CUL_Compare" else {}
         node = graph.add(name, **{key: value for key, value in values.items()} | changes)
         if not self.schemas[name]["output_node"]:
@@ -181,7 +182,7 @@ class Maker:
             # inputs of a kind take turns
             third = [value for i, value in enumerate(values) if (i + number) % 3 == 0]
             for value in (float("nan"), ["1", other], *third):
-                if value == {} and spec[0] == "CUL_TRAINING":
+                if value in ({}, []) and spec[0] == "CUL_TRAINING":
                     continue  # no settings are settings too
                 if value is None and key in self.schemas[name]["input"].get("optional", {}):
                     continue  # as good as not connected
@@ -209,7 +210,7 @@ def posted(server, graph):
         return None
 
 
-def drained(server, seconds=300):
+def drained(server, seconds=900):
     deadline = time.monotonic() + seconds
     while server.get("/prompt")["exec_info"]["queue_remaining"]:
         assert server.process.poll() is None and time.monotonic() < deadline, server.tail()

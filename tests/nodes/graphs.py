@@ -58,7 +58,7 @@ class Graph(dict):
             "model": (model, CUL),
             "concepts": (concept, 0),
             "training": (training, 0),
-            "preset": "recommended",
+            "preset": "trained",
             "train_seed": 1,
             "preview_every": 0,
         }

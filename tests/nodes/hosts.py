@@ -133,13 +133,14 @@ class Host:
                 stdout=log,
                 stderr=log,
             )
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while True:
             try:
                 self.get("/system_stats")
                 return
             except OSError:
                 if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.stop()
                     pytest.fail(f"the host did not start:\n{self.tail()}")
                 time.sleep(0.2)
 
@@ -186,7 +187,7 @@ class Host:
             return error.read().decode()
         return None
 
-    def wait(self, prompt_id: str, seconds: float = 300) -> dict:
+    def wait(self, prompt_id: str, seconds: float = 900) -> dict:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if history := self.get(f"/history/{prompt_id}"):
@@ -196,7 +197,7 @@ class Host:
             time.sleep(0.05)
         pytest.fail(f"prompt still running after {seconds} s:\n{self.tail()}")
 
-    def run(self, graph: dict, seconds: float = 300) -> dict:
+    def run(self, graph: dict, seconds: float = 900) -> dict:
         """The finished history entry; an error fails the test with its message."""
         entry = self.wait(self.queue(graph), seconds)
         if entry["status"]["status_str"] != "success":
@@ -239,3 +240,8 @@ class Host:
 HOSTS = find_hosts()
 IDS = [version_of(host) for host in HOSTS] or ["none"]
 NEWEST = max(HOSTS, key=lambda host: [int(part) for part in version_of(host).split(".")], default=None)
+
+
+def on_newest(fixture: str = "host"):
+    """Marks a test of what is the same on every host, and takes long: it runs on the newest one only."""
+    return pytest.mark.parametrize(fixture, [NEWEST], ids=[NEWEST and version_of(NEWEST)], indirect=True)

@@ -1,55 +1,26 @@
-"""Makes every picture of the documentation from real runs, and the tables of the help pages from the schemas.
+"""Makes every picture of the documentation from real runs.
 
 Run it by hand after nodes or workflows have changed: `python tests/nodes/take_pictures.py`. It writes
-`nodes/web/docs/` (a picture and the tables below the hand-written part of every page), the thumbnails in
-`workflows/` and the screens in `docs/`. It needs the newest host that the tests find, and Chromium.
+`nodes/web/docs/pictures/`, the thumbnails in `workflows/` and the screens in `docs/`. With ids of nodes and
+names of workflows, such as `CUL_DriftMap "Forget a style"`, it writes the pictures of these alone. It needs
+the newest host that the tests find, and Chromium. The text of the help pages is that of `help_pages.py`.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from browser import Page, open_page
 from graphs import CUL, SAMPLING, Graph
-from hosts import HOSTS, PACK, Host, version_of
+from help_pages import DOCS, inputs_of, schemas_of
+from hosts import NEWEST, PACK, Host
 from PIL import Image
 
-DOCS, WORKFLOWS, SCREENS = PACK / "nodes/web/docs", PACK / "workflows", PACK / "docs"
-_BELOW = "\n## Inputs\n"
-
-
-def tables(node: dict) -> str:
-    """The generated part of a help page."""
-    lines = [_BELOW, "| input | what it is |", "|---|---|"]
-    for part in ("required", "optional"):
-        for name, spec in node["input"].get(part, {}).items():
-            tip = " ".join(spec[1]["tooltip"].split())
-            default = spec[1].get("default")
-            given = f" Default: {default!r}." if default not in (None, "") else ""
-            lines.append(f"| `{name}`{' (optional)' if part == 'optional' else ''} | {tip}{given} |")
-    lines += ["\n## Outputs\n", "| output | what it is |", "|---|---|"]
-    lines += [
-        f"| `{name}` | {tip} |"
-        for name, tip in zip(node["output_name"], node["output_tooltips"], strict=True)
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def write_pages(schemas: dict) -> None:
-    for name, node in schemas.items():
-        path = DOCS / f"{name}.md"
-        by_hand = path.read_text(encoding="utf-8").partition(_BELOW)[0] if path.is_file() else None
-        by_hand = (
-            by_hand
-            or "# "
-            f"{node['display_name']}\n\n![{node['display_name']}](pictures/{name}.jpg)\n\n"
-            f"{node['description']}\n"
-        )
-        path.write_text(by_hand.rstrip() + "\n" + tables(node), encoding="utf-8")
+WORKFLOWS, SCREENS = PACK / "workflows", PACK / "docs"
 
 
 def gallery(schemas: dict, saved: str) -> Graph:
@@ -58,12 +29,15 @@ def gallery(schemas: dict, saved: str) -> Graph:
     loaded, training = graph.load(), graph.training(iterations=40)
     concept = graph.concept(keep="Navy Stripes\nPop Dots")
     chained, methods = (), {}
-    for name in schemas:
-        values = {
-            key: spec[1]["default"]
-            for key, spec in schemas[name]["input"].get("required", {}).items()
-            if "default" in spec[1]
+    defaults = {
+        name: {
+            key: details["default"]
+            for key, details in inputs_of(node).items()
+            if "default" in details and not details["optional"]
         }
+        for name, node in schemas.items()
+    }
+    for name, values in defaults.items():
         if name.startswith("CUL_Regularizer_"):
             chained = (graph.add(name, **values, **({"regularizers": chained} if chained else {})), 0)
         elif name.startswith("CUL_Method_"):
@@ -72,25 +46,26 @@ def gallery(schemas: dict, saved: str) -> Graph:
         "CUL_UnlearnStep",
         model=(loaded, CUL),
         concepts=(concept, 0),
-        preset="recommended",
+        preset="trained",
         train_seed=0,
         preview_every=20,
         training=(training, 0),
         method=(methods["CUL_Method_conabl"], 0),
     )
-    sequence = graph.add(
-        "CUL_UnlearnSequence",
-        model=(loaded, CUL),
-        requests="Candy Stripes\nNeon Cyan",
-        kind="style",
-        anchor="",
-        keep="Navy Stripes\nPop Dots",
-        preset="recommended",
-        train_seed=0,
-        preview_every=20,
-        regularizers=chained,
-    )
-    graph.add("CUL_DriftMap", model=(graph.merge(step, sequence), CUL))
+    listed = {
+        "model": (loaded, CUL),
+        "requests": "Candy Stripes\nNeon Cyan",
+        "kind": "style",
+        "anchor": "",
+        "keep": "Navy Stripes\nPop Dots",
+        "train_seed": 0,
+        "preview_every": 20,
+    }
+    solved = graph.add("CUL_UnlearnSequence", **listed, preset="exact")
+    taken = graph.add("CUL_TakeBack", model=(solved, CUL), names="Neon Cyan")
+    sequence = graph.add("CUL_UnlearnSequence", **listed, preset="trained", regularizers=chained)
+    for made in (graph.merge(step, sequence), taken):
+        graph.add("CUL_DriftMap", model=(made, CUL))
     stock = graph.add("CheckpointLoaderSimple", ckpt_name="minicanvas.safetensors")
     native = graph.add("CUL_FromModel", model=(stock, 0), clip=(stock, 1), vae=(stock, 2))
     graph.add("CUL_DriftMap", model=(native, CUL))
@@ -105,7 +80,10 @@ def gallery(schemas: dict, saved: str) -> Graph:
     )
     first = graph.add("CUL_Evaluate", model=(loaded, CUL), pictures=1, sampling_seed=0)
     graph.add("CUL_Evaluate", model=(sequence, CUL), pictures=1, sampling_seed=0, earlier=(first, 2))
-    graph.add("CUL_DriftMap", model=(sequence, CUL))
+    graph.add("CUL_DriftMap", model=(step, CUL))
+    for name, values in defaults.items():
+        if name.startswith("CUL_Audit_"):
+            graph.add(name, model=(step, CUL), **values)
     graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/forgot-candy-stripes")
     graph.add(
         "CUL_SaveLora",
@@ -119,24 +97,41 @@ def gallery(schemas: dict, saved: str) -> Graph:
     return graph
 
 
-def picture_of_nodes(page: Page, schemas: dict, host: Host) -> None:
-    earlier = Graph()
-    earlier.add(
-        "CUL_SaveCheckpoint", model=(earlier.step(earlier.load()), CUL), filename_prefix="checkpoints/earlier"
-    )
-    host.run(earlier)
-    page.tab.reload()
-    page = Page(page.tab, host)
-    page.tab.evaluate(
-        "(graph) => app.loadApiJson(graph, 'gallery')", gallery(schemas, "earlier_00001_.safetensors")
-    )
+def needed(graph: Graph, names: Collection[str]) -> Graph:
+    """The part of a graph that the last node of each of these types needs, and the Drift Maps behind them."""
+    last = {values["class_type"]: node for node, values in graph.items()}
+    origins = {
+        node: {value[0] for value in values["inputs"].values() if isinstance(value, list)}
+        for node, values in graph.items()
+    }
+    found, named = set(), {last[name] for name in names}
+    maps = [node for node, values in graph.items() if values["class_type"] == "CUL_DriftMap"]
+    open_ends = [*named, *(node for node in maps if origins[node] & named)]
+    while open_ends:
+        if (node := open_ends.pop()) not in found:
+            found.add(node)
+            open_ends += origins[node]
+    return Graph({node: values for node, values in graph.items() if node in found})
+
+
+def picture_of_nodes(page: Page, schemas: dict, host: Host, names: Collection[str]) -> None:
+    """Run a graph of the named nodes and of what they need, and take a picture of each."""
+    if "CUL_History" in names:
+        earlier = Graph()
+        step = earlier.step(earlier.load())
+        earlier.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/earlier")
+        host.run(earlier)
+        page.tab.reload()
+        page = Page(page.tab, host)
+    graph = needed(gallery(schemas, "earlier_00001_.safetensors"), names)
+    page.tab.evaluate("(graph) => app.loadApiJson(graph, 'gallery')", graph)
     page.tab.wait_for_timeout(1500)
     page.tab.evaluate("""() => {
         let y = 0;
         for (const node of app.graph._nodes) {
             const tall = {
                 CUL_UnlearnStep: 560, CUL_UnlearnSequence: 800, CUL_Compare: 720, CUL_Evaluate: 520,
-                CUL_DriftMap: 460, CUL_LoadModel: 190, CUL_FromModel: 190, CUL_Merge: 380,
+                CUL_DriftMap: 460, CUL_LoadModel: 190, CUL_FromModel: 190, CUL_Merge: 380, CUL_TakeBack: 330,
                 CUL_SaveCheckpoint: 130, CUL_SaveLora: 210, CUL_History: 200, CUL_Store: 220,
             }[node.type] || node.computeSize()[1];
             node.setSize([node.type === "CUL_Evaluate" ? 620 : 380, tall]);
@@ -148,7 +143,7 @@ def picture_of_nodes(page: Page, schemas: dict, host: Host) -> None:
     if entry["status"]["status_str"] != "success":
         raise SystemExit(str(host.error_of(entry)))
     (DOCS / "pictures").mkdir(exist_ok=True)
-    for name in schemas:
+    for name in names:
         page.tab.evaluate(
             """(type) => {
             const nodes = app.graph._nodes.filter((node) => node.type === type);
@@ -198,29 +193,18 @@ def picture_of_workflow(page: Page, name: str, host: Host) -> None:
 
 
 def main() -> None:
-    checkout = max(HOSTS, key=lambda host: [int(part) for part in version_of(host).split(".")])
     with tempfile.TemporaryDirectory() as folder:
-        host = Host(checkout, Path(folder))
+        host = Host(NEWEST, Path(folder))
         try:
-            schemas = {
-                name: node for name, node in host.get("/object_info").items() if name.startswith("CUL_")
-            }
-            write_pages(schemas)
-            places = {
-                name: {
-                    "inputs": [*node["input"].get("required", {}), *node["input"].get("optional", {})],
-                    "outputs": node["output"],
-                }
-                for name, node in schemas.items()
-            }
-            (Path(__file__).parent / "widgets.json").write_text(json.dumps(places, indent=1) + "\n")
-            if "--pages" in sys.argv:
-                return
-            with open_page(host, 1500, 1100) as page:
-                picture_of_nodes(page, schemas, host)
-            with open_page(host, 1800, 1150) as page:
-                for path in sorted(WORKFLOWS.glob("*.json")):
-                    picture_of_workflow(page, path.stem, host)
+            schemas, workflows = schemas_of(host), sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+            asked = sys.argv[1:] or [*schemas, *workflows]
+            if nodes := [name for name in asked if name in schemas]:
+                with open_page(host, 1500, 1100) as page:
+                    picture_of_nodes(page, schemas, host, nodes)
+            if shown := [name for name in asked if name in workflows]:
+                with open_page(host, 1800, 1150) as page:
+                    for name in shown:
+                        picture_of_workflow(page, name, host)
         finally:
             host.stop()
 

@@ -29,7 +29,9 @@ class Lists(ModuleType):
 
 
 @pytest.fixture
-def lists(tmp_path):
+def lists(request, tmp_path):
+    if "host" in request.fixturenames:
+        return request.getfixturevalue("host")
     folders = {kind: tmp_path / kind for kind in ("checkpoints", "loras")}
     for folder in folders.values():
         folder.mkdir()
@@ -109,3 +111,121 @@ def test_what_is_in_no_list_is_refused_whatever_lies_in_the_folder(name, folders
     error = sys.modules["pack_of_test.cul_core.base.errors"].ModelError
     with pytest.raises(error, match="There is no file .* in ComfyUI's checkpoints; press R"):
         folders.model_path(name, "checkpoints")
+
+
+# --- where results and finished steps go
+
+
+class Host(Lists):
+    """A stand-in that also says where the host writes, as recent versions do."""
+
+    def __init__(self, base):
+        super().__init__({kind: base / "models" / kind for kind in ("checkpoints", "loras")})
+        self.base, self.stores = base, [base / "models/unlearning_chains"]
+        for name in ("output", "user", "models"):
+            (base / name).mkdir()
+
+    def get_output_directory(self):
+        return str(self.base / "output")
+
+    def get_user_directory(self):
+        return str(self.base / "user")
+
+    def get_folder_paths(self, kind):
+        if kind == "unlearning_chains":
+            return list(map(str, self.stores))
+        return [str(self.base / "output" / kind), str(self.base / "models" / kind)]
+
+    def get_save_image_path(self, prefix, output):
+        folder = Path(output, prefix).parent
+        if Path(output).resolve() not in (folder.resolve(), *folder.resolve().parents):
+            raise Exception("**** ERROR: Saving image outside the output folder is not allowed.")
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder), Path(prefix).name, 1, "", prefix
+
+
+@pytest.fixture
+def host(tmp_path):
+    return Host(tmp_path)
+
+
+def linked(host, name, target="disk"):
+    """The host's output/NAME as a link to another disk."""
+    (host.base / target).mkdir()
+    (host.base / "output" / name).symlink_to(host.base / target, target_is_directory=True)
+    return host.base / target
+
+
+@pytest.mark.parametrize(
+    "prefix", ["checkpoints/unlearned", "checkpoints/mine/unlearned", "loras\\unlearned"]
+)
+def test_a_linked_folder_of_models_is_written_through_the_link(prefix, folders, host):
+    kind, *_, name = prefix.replace("\\", "/").split("/")
+    disk = linked(host, kind)
+    path = folders.output_path(prefix.replace("\\", "/"))
+    assert disk.resolve() in path.parents and path.name == f"{name}_00001_.safetensors"
+    assert folders.check_output(prefix.replace("\\", "/")) is True
+    assert not [path for path in disk.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("prefix", ["pictures/unlearned", "elsewhere/checkpoints/a", "pictures/a/b"])
+def test_another_link_out_of_the_output_folder_is_refused_before_anything_runs(prefix, folders, host):
+    linked(host, prefix.partition("/")[0])
+    said = folders.check_output(prefix)
+    assert "leads out of ComfyUI's output folder" in said and "disk" in said and "--output-directory" in said
+
+
+@pytest.mark.parametrize("prefix", ["../a", "a:b", "CON", "a" * 250])
+def test_a_prefix_that_is_no_name_is_refused_before_anything_runs(prefix, folders, host):
+    assert "give another one" in folders.check_output(prefix)
+
+
+def test_a_prefix_that_comes_over_a_link_is_not_checked(folders, host):
+    assert folders.check_output(None) is True
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_anything_runs(folders, host, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert "No space left on device" in folders.check_output("checkpoints/a")
+    (host.base / "output/file").write_bytes(b"")
+    assert "file" in folders.check_output("file/a")
+
+
+def blocked(folder):
+    """A folder that cannot be made, whoever asks."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_bytes(b"")
+    return folder
+
+
+def test_steps_are_kept_in_the_first_folder_that_can_be_written(folders, host, caplog):
+    host.stores.insert(0, host.base / "of_extra_model_paths")
+    assert folders.store_folder() == host.base / "of_extra_model_paths"
+    assert folders.model_snapshots().parent == host.base / "of_extra_model_paths"
+
+
+def test_a_read_only_folder_of_models_has_a_fallback(folders, host, caplog):
+    blocked(host.stores[0])
+    for _ in range(2):
+        assert folders.store_folder() == host.base / "output/unlearning_chains"
+    assert caplog.text.count("finished steps are not kept there") == 1
+
+
+def test_the_fallback_may_be_the_user_folder(folders, host):
+    blocked(host.stores[0])
+    blocked(host.base / "output/unlearning_chains")
+    assert folders.store_folder() == host.base / "user/unlearning_chains"
+    assert folders.model_snapshots() == host.base / "user/unlearning_chains/sources"
+
+
+def test_where_nothing_can_be_written_the_first_folder_is_named(folders, host):
+    for folder in (
+        host.stores[0],
+        host.base / "output/unlearning_chains",
+        host.base / "user/unlearning_chains",
+    ):
+        blocked(folder)
+    assert folders.store_folder() == host.stores[0]

@@ -34,7 +34,7 @@ def newest(tmp_path):
 
 def test_sd15_goes_from_its_file_through_a_step_into_a_file_that_stock_nodes_draw_with(newest, capsys):
     """12 GB of memory and 5 GB on the disk. Everything as usual, but for how long it trains: three iterations
-    on one anchor picture."""
+    on one anchor image."""
     source = write_random(newest.folder / "models/checkpoints/sd15.safetensors", checkpoint_shapes())
     graph = Graph()
     training = graph.training(iterations=3, batch_size=1, learning_rate=1e-5, anchor_count=1, anchor_steps=1)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from graphs import CUL, REPORT, Graph
-from hosts import NEWEST, version_of
+from hosts import on_newest
 
 ITERATIONS = 200
 
@@ -31,7 +31,7 @@ def log_of(host):
     return host.log.read_text(errors="replace")
 
 
-@pytest.mark.parametrize("host", [NEWEST], ids=[NEWEST and version_of(NEWEST)], indirect=True)  # takes 45 s
+@on_newest()
 def test_a_chain_goes_on_after_the_server_was_killed(host):
     graph, reports = chain_of_three()
 

@@ -43,9 +43,9 @@ def test_host_and_core_compute_the_larger_families_the_same_also_patched_with_wh
 ):
     found = result_of("larger_in_host.py", checkout, str(tmp_path))
     assert {name: figures.pop("predicts") for name, figures in found.items()} == {
-        "sd2": "epsilon",
-        "sdxl": "epsilon",
-        "sdxl, velocity": "v_prediction",
+        "sd2": "noise",
+        "sdxl": "noise",
+        "sdxl, velocity": "velocity",
     }
     for figures in found.values():
         assert figures.pop("without the edit") > 0.1  # relative to the largest value, like the others

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from graphs import CLIP, CUL, FORGOTTEN, KEPT, MODEL, REPORT, SAMPLING, VAE, Graph
+from hosts import on_newest
 from PIL import Image
 from safetensors.torch import save_file
 from short import SHORT
@@ -60,6 +61,7 @@ def test_the_stock_graph_runs_on_the_checkpoint_that_comes_with_the_pack(host):
     assert left.std() > 40
 
 
+@on_newest()
 def test_three_nodes_and_two_words_forget_a_style_and_keep_its_relatives(host):
     graph = Graph()
     loaded = graph.load()
@@ -112,6 +114,7 @@ def test_a_change_in_the_middle_of_a_chain_retrains_from_there_on_only(host):
     assert steps_trained(host) == before + 8  # the store still has the first chain
 
 
+@on_newest()
 def test_finished_steps_survive_a_restart_of_the_host(host):
     graph, steps = chain_of_five((7, 7, 7, 7, 7))
     first = pixels(host, host.run(graph), list(graph)[-1])
@@ -191,6 +194,7 @@ def test_an_unsupported_file_is_refused_before_anything_runs(host):
     )
 
 
+@on_newest()
 def test_two_steps_from_one_loader_do_not_disturb_each_other_or_the_loader(host):
     graph = Graph()
     loaded, training = graph.load(), graph.training(iterations=20)
@@ -337,6 +341,7 @@ def test_written_files_explain_themselves_and_hold_the_graph(host, saved):
     host.run(graph)
 
 
+@on_newest()
 def test_a_saved_checkpoint_goes_on_from_where_it_was_and_is_never_overwritten(host, saved):
     graph = Graph()
     step = graph.step(graph.load(saved[2]["forgot"]), "Dusk Dots")
@@ -350,6 +355,7 @@ def test_a_saved_checkpoint_goes_on_from_where_it_was_and_is_never_overwritten(h
     assert history[1].parent != history[0].parent
 
 
+@on_newest()
 def test_a_sequence_gives_the_same_model_as_a_chain_of_steps(host):
     graph = Graph()
     training, loaded = graph.training(), graph.load()
@@ -363,7 +369,7 @@ def test_a_sequence_gives_the_same_model_as_a_chain_of_steps(host):
         kind="style",
         anchor="",
         keep="Navy Stripes, Pop Dots",
-        preset="recommended",
+        preset="trained",
         train_seed=1,
         preview_every=0,
         training=(training, 0),
@@ -371,6 +377,46 @@ def test_a_sequence_gives_the_same_model_as_a_chain_of_steps(host):
     one, other = graph.sample_from(last), graph.sample_from(sequence)
     entry = host.run(graph)
     assert np.array_equal(pixels(host, entry, one), pixels(host, entry, other))
+
+
+def solved(graph, loaded, requests):
+    """Unlearn Sequence by the preset exact."""
+    values = {"kind": "style", "anchor": "", "keep": "Navy Stripes", "preset": "exact"}
+    linked = {"model": (loaded, CUL), "train_seed": 1, "preview_every": 0}
+    return graph.add("CUL_UnlearnSequence", requests=requests, **values, **linked)
+
+
+def test_a_request_is_taken_back_as_if_it_had_never_been_made(host):
+    graph = Graph()
+    loaded = graph.load()
+    both, never = (solved(graph, loaded, lines) for lines in ("Candy Stripes\nLava", "Candy Stripes"))
+    left = graph.add("CUL_TakeBack", model=(both, CUL), names="lava\n")
+    text = graph.add("PreviewAny", source=(left, REPORT))
+    lava = "A cat image in Lava style."
+    shown = [graph.sample_from(node, lava) for node in (both, left, never)]
+    entry = host.run(graph)
+    forgotten, one, other = (pixels(host, entry, node) for node in shown)
+    assert np.array_equal(one, other) and np.abs(one - forgotten).mean() > 20
+    report = json.dumps(entry["outputs"][text])
+    assert "Taken back: Lava." in report and "Still forgotten: Candy Stripes." in report
+
+
+def test_an_exact_edit_is_a_small_lora_without_loss_at_any_strength(host):
+    graph = Graph()
+    edited = solved(graph, graph.load(), "Candy Stripes\nLava")
+    for form in ("diff", "lora"):
+        values = {"filename_prefix": f"loras/solved-{form}", "format": form, "rank": 1}
+        graph.add("CUL_SaveLora", model=(edited, CUL), **values)
+    shown = graph.sample_from(edited)
+    whole = pixels(host, host.run(graph), shown)
+    files = [host.saved(f"loras/solved-{form}_*")[-1] for form in ("diff", "lora")]
+    assert files[1].stat().st_size < files[0].stat().st_size / 3
+    for strength in (0.5, 1.0):
+        drawn = [
+            sampled_by_stock_nodes(host, "minicanvas.safetensors", file.name, strength) for file in files
+        ]
+        assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    assert np.abs(drawn[1] - whole).max() <= 1
 
 
 def sequence_of(*requests):
@@ -383,6 +429,7 @@ def sequence_of(*requests):
     return graph
 
 
+@on_newest()
 def test_a_sequence_loads_its_checkpoint_once_if_at_all(host):
     loaded, trained = checkpoints_loaded(host), steps_trained(host)
     host.run(sequence_of("Candy Stripes", "Dusk Dots", "Chess Board"))
@@ -409,6 +456,7 @@ def independent(host):
 DOTS = "A cat image in Dusk Dots style."
 
 
+@on_newest()
 def test_two_independent_steps_merge_into_a_model_that_has_forgotten_both(host, independent):
     graph, loaded, (one, two) = Graph(independent[0]), *independent[1:]
     merged, swapped = graph.merge(one, two), graph.merge(two, one)
@@ -445,6 +493,7 @@ def test_two_independent_steps_merge_into_a_model_that_has_forgotten_both(host, 
     host.run(further)
 
 
+@on_newest()
 def test_a_model_merged_uniformly_with_itself_is_that_model(host, independent):
     graph, _, (step, _) = Graph(independent[0]), *independent[1:]
     for count in (2, 6):
@@ -468,6 +517,7 @@ def test_models_of_different_files_do_not_merge(host):
     )
 
 
+@on_newest()
 def test_methods_plug_in(host):
     schemas = host.get("/object_info")
     for name in [name for name in schemas if name.startswith("CUL_Method_")]:
@@ -482,6 +532,7 @@ def test_methods_plug_in(host):
         assert config.from_json(read_history(path)[0][0].request["method"]) == config(**values)
 
 
+@on_newest()
 def test_regularizers_plug_in(host):
     schemas = host.get("/object_info")
     for name in [name for name in schemas if name.startswith("CUL_Regularizer_")]:
@@ -502,6 +553,7 @@ def test_regularizers_plug_in(host):
         assert request["method"]["name"] == "conabl" and request["training"]["iterations"] == 3
 
 
+@on_newest()
 def test_evaluations_chain_into_one_table_and_chart(host):
     graph = Graph()
     loaded = graph.load()
@@ -550,6 +602,7 @@ def test_the_page_gets_progress_previews_and_the_time_left(host):
     assert any(message["type"].startswith("progress") for message in messages)
 
 
+@on_newest()
 def test_a_store_that_cannot_be_written_costs_no_result(host):
     graph = Graph()
     step = graph.step(graph.load(), train_seed=77)

@@ -12,6 +12,15 @@ from PIL import Image
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 NEEDS_SD15 = "Remove an artist from SD 1.5"
+SHORT_TRAINING = {
+    "iterations": 2,
+    "batch_size": 2,
+    "learning_rate": 1e-4,
+    "schedule": "constant",
+    "group": "kv",
+    "anchor_count": 8,
+    "anchor_steps": 4,
+}
 
 
 def workflow(name):
@@ -29,20 +38,30 @@ def shortened(graph):
             node["inputs"]["training"] = ["short", 0]
         if node["class_type"] == "CUL_TrainingSettings":
             node["inputs"] |= {"iterations": 2, "anchor_count": 8, "anchor_steps": 4}
+    return graph | {"short": {"class_type": "CUL_TrainingSettings", "inputs": dict(SHORT_TRAINING)}}
+
+
+def shortened_file(saved):
+    """A workflow as the page opens it, with short training settings connected to its one step."""
+    (step,) = [node for node in saved["nodes"] if node["type"] == "CUL_UnlearnStep"]
+    slot = [entry["name"] for entry in step["inputs"]].index("training")
+    number, link = saved["last_node_id"] + 1, saved["last_link_id"] + 1
+    step["inputs"][slot]["link"] = link
+    saved["links"].append([link, number, 0, step["id"], slot, "CUL_TRAINING"])
     settings = {
-        "iterations": 2,
-        "batch_size": 2,
-        "learning_rate": 1e-4,
-        "schedule": "constant",
-        "group": "kv",
-        "anchor_count": 8,
-        "anchor_steps": 4,
+        "id": number,
+        "type": "CUL_TrainingSettings",
+        "pos": [0, 900],
+        "size": [330, 230],
+        "outputs": [{"name": "training", "type": "CUL_TRAINING", "links": [link]}],
+        "widgets_values": list(SHORT_TRAINING.values()),
     }
-    return graph | {"short": {"class_type": "CUL_TrainingSettings", "inputs": settings}}
+    saved["nodes"].append({"flags": {}, "order": 0, "mode": 0, "inputs": [], "properties": {}} | settings)
+    return saved
 
 
-def test_all_five_workflows_are_there():
-    assert len(NAMES) == 5 and NEEDS_SD15 in NAMES
+def test_all_six_workflows_are_there():
+    assert len(NAMES) == 6 and NEEDS_SD15 in NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,9 +107,10 @@ def test_a_template_opens_in_the_page_runs_and_shows_its_picture(host, tmp_path)
             page.open(page.template(name))
             assert page.tab.evaluate("() => app.graph._nodes.length") == len(workflow(name)["nodes"])
             assert name == NEEDS_SD15 or page.toasts() == []
-        page.open(page.template("Forget a style"))
+        page.open(shortened_file(page.template("Forget a style")))
         entry = page.queue()
         assert entry["status"]["status_str"] == "success", host.error_of(entry)
+        assert "CUL_TrainingSettings" in [node["class_type"] for node in entry["prompt"][2].values()]
         compare = next(
             node["id"] for node in workflow("Forget a style")["nodes"] if node["type"] == "CUL_Compare"
         )

@@ -76,10 +76,12 @@ def checkpoint_tensors(
     return tensors | {key: torch.tensor(value) for key, value in scalars.items()}
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], figures: Mapping) -> None:
-    """Write a safetensors file whose header holds the figures of the training run."""
+def write_weights(
+    path: Path, tensors: Mapping[str, Tensor], figures: Mapping, extra: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file whose header holds the figures of the training run, and `extra` entries."""
     data = save(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
-        metadata={"format": "pt", "minicanvas_figures": json.dumps(figures)},
+        metadata={"format": "pt", "minicanvas_figures": json.dumps(figures), **(extra or {})},
     )
     write_atomically(path, lambda file: file.write(data))

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
-from ..family import MINI
-from ..world import all_texts
+from ..family import FAMILY_OF
+from ..large import LARGE
+from ..world import SMALL, World
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -45,16 +47,17 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def main() -> None:
-    words = re.findall(r"[a-z]+", " ".join(all_texts()).lower())
+def write_tokenizer(world: World, folder: Path) -> int:
+    """Write the tokenizer of a world's words; returns the number of tokens."""
+    words = re.findall(r"[a-z]+", " ".join(world.texts()).lower())
     merges = learn_merges(words)
     symbols = _byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges), START, END]
-    MINI.tokenizer_folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 
     def write(name: str, text: str) -> None:
-        (MINI.tokenizer_folder / name).write_text(text, encoding="utf-8", newline="\n")
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
     write("vocab.json", json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
     write("merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
@@ -66,6 +69,12 @@ def main() -> None:
             indent=1,
         ),
     )
+    return len(tokens)
+
+
+def main() -> None:
+    for world in (SMALL, LARGE):
+        write_tokenizer(world, FAMILY_OF[world.name].tokenizer_folder)
 
 
 if __name__ == "__main__":

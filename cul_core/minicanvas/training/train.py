@@ -30,8 +30,9 @@ from ...models.discrete_process import DiscreteProcess
 from .. import models
 from ..family import MINI
 from ..render import render, render_background
-from ..world import OBJECTS, PLAIN, STYLE_LABELS, caption
-from .figures import write_with_figures
+from ..world import OBJECTS, PLAIN, SMALL, STYLE_LABELS, caption
+from .figures import Weights, write_with_figures
+from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -43,36 +44,7 @@ TEXT_FREEZE_AT = 0.4
 # images per (style, object) whose latents the UNet trains on; the plain style has three times as many
 RENDERINGS_PER_CELL = 100
 EMA_DECAY = 0.999
-MIN_SNR_GAMMA = 5.0  # Hang et al., arXiv 2303.09556
-
-
-class Workers:
-    """The data-parallel group: rank, size, averaged gradients and gathered tensors."""
-
-    def __init__(self, rank: int, size: int, port: int):
-        self.rank, self.size = rank, size
-        torch.set_num_threads(1)
-        if size > 1:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
-
-    def average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        if self.size == 1:
-            return
-        grads = [p.grad for p in parameters]
-        flat = torch._utils._flatten_dense_tensors(grads)
-        torch.distributed.all_reduce(flat)
-        for grad, mean in zip(
-            grads, torch._utils._unflatten_dense_tensors(flat / self.size, grads), strict=True
-        ):
-            grad.copy_(mean)
-
-    def gather(self, part: Tensor) -> Tensor:
-        if self.size == 1:
-            return part
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, part)
-        return torch.cat(parts)
+MIN_SNR_GAMMA = 5.0
 
 
 def _learning_rate(step: int, steps: int, peak: float, warm_up: int = 200) -> float:
@@ -201,7 +173,7 @@ def make_latents(workers: Workers, work: Path, seed: int) -> None:
 REJECT_STYLE, REJECT_OBJECT = len(STYLE_LABELS), len(OBJECTS)
 
 
-def _ruined_latents(latents: Tensor, generator: torch.Generator) -> Tensor:
+def ruined_latents(latents: Tensor, generator: torch.Generator) -> Tensor:
     """Latents of images without content: noise of several scales, and shuffled, averaged or noised images."""
     count, kinds = len(latents), 6
     noise = torch.randn(latents.shape, generator=generator)
@@ -224,16 +196,16 @@ def _ruined_latents(latents: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack(choices)[kind, torch.arange(count)]
 
 
-def _decoded(model: models.NarrowAutoencoder, latents: Tensor) -> Tensor:
+def decoded(model: models.NarrowAutoencoder, latents: Tensor) -> Tensor:
     """Decoded images, uint8 (n, 3, 64, 64), of latents (n, 4, 8, 8)."""
     parts = []
     for part in latents.split(128):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            parts.append((model.decode(part).float().clamp(0, 1) * 255).round().to(torch.uint8))
+        with torch.no_grad():
+            parts.append((model.decode(part).clamp(0, 1) * 255).round().to(torch.uint8))
     return torch.cat(parts)
 
 
-def _worthless_pictures(count: int, pictures: Tensor, generator: torch.Generator) -> Tensor:
+def worthless_pictures(count: int, pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Flat colours, greys, pixel noise, shuffled tiles, double exposures: (count, 3, 64, 64) in [0, 1]."""
 
     def rand(*shape: int) -> Tensor:
@@ -262,8 +234,8 @@ def train_classifier(workers: Workers, work: Path, seed: int) -> None:
     latents, labels = stored["latents"][chosen], stored["labels"][chosen]
     autoencoder = models.load_autoencoder(work / "autoencoder.safetensors")
     level = 0.35 * torch.rand(len(latents), 1, 1, 1, generator=generator)
-    seen = _decoded(autoencoder, latents + level * torch.randn(latents.shape, generator=generator))
-    ruined = _decoded(autoencoder, _ruined_latents(latents[:3000], generator))
+    seen = decoded(autoencoder, latents + level * torch.randn(latents.shape, generator=generator))
+    ruined = decoded(autoencoder, ruined_latents(latents[:3000], generator))
 
     def loss_of(step: int) -> Tensor:
         images, styles, objects = _pictures(CLASSIFIER_BATCH * 3 // 8, rng)
@@ -273,7 +245,7 @@ def train_classifier(workers: Workers, work: Path, seed: int) -> None:
         broken = (
             ruined[torch.randint(len(ruined), (CLASSIFIER_BATCH // 8,), generator=generator)].float() / 255
         )
-        worthless = _worthless_pictures(CLASSIFIER_BATCH // 16, images, generator)
+        worthless = worthless_pictures(CLASSIFIER_BATCH // 16, images, generator)
         parts = [
             images,
             seen[pick].float() / 255,
@@ -309,6 +281,19 @@ def train_classifier(workers: Workers, work: Path, seed: int) -> None:
 # --- UNet and text encoder
 
 
+_SCHEDULE = DiscreteProcess()
+_SNR = _SCHEDULE.alphas_cumprod / (1 - _SCHEDULE.alphas_cumprod)
+
+
+def noise_loss(unet: nn.Module, clean: Tensor, context: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise prediction loss of latents (b, 4, 8, 8) with min-SNR weights (Hang et al., arXiv 2303.09556)."""
+    noise = torch.randn(clean.shape, generator=generator)
+    t = torch.randint(1000, (len(clean),), generator=generator)
+    predicted = unet(_SCHEDULE.noised(clean, noise, t), t, encoder_hidden_states=context).sample
+    weight = (MIN_SNR_GAMMA / _SNR[t]).clamp(max=1)
+    return (weight * (predicted - noise).square().mean((1, 2, 3))).mean()
+
+
 def train_unet(workers: Workers, work: Path, seed: int) -> None:
     """Train the UNet by noise prediction with min-SNR weights; both results are exponential moving averages.
 
@@ -327,8 +312,7 @@ def train_unet(workers: Workers, work: Path, seed: int) -> None:
     )
     average = copy.deepcopy(both).eval().requires_grad_(False)
     stored = load_file(work / "latents.safetensors")
-    latents, labels, schedule = stored["latents"], stored["labels"].tolist(), DiscreteProcess()
-    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    latents, labels = stored["latents"], stored["labels"].tolist()
     rng = random.Random(f"{seed}/unet/{workers.rank}")
     generator = torch.Generator().manual_seed(1000 * seed + 500 + workers.rank)
     freeze_at = int(TEXT_FREEZE_AT * UNET_STEPS)
@@ -351,12 +335,7 @@ def train_unet(workers: Workers, work: Path, seed: int) -> None:
                 with torch.no_grad():
                     cache.update(zip(missing, encode(missing).half(), strict=True))
             context = torch.stack([cache[text] for text in captions]).float()
-        clean = latents[picks]
-        noise = torch.randn(clean.shape, generator=generator)
-        t = torch.randint(1000, (UNET_BATCH,), generator=generator)
-        predicted = both["unet"](schedule.noised(clean, noise, t), t, encoder_hidden_states=context).sample
-        weight = (MIN_SNR_GAMMA / snr[t]).clamp(max=1)
-        return (weight * (predicted - noise).square().mean((1, 2, 3))).mean()
+        return noise_loss(both["unet"], latents[picks], context, generator)
 
     def after(step: int) -> None:
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
@@ -416,7 +395,12 @@ def main() -> None:
                 (arguments.workers, 29600 + number, stage, arguments.work, arguments.seed),
                 nprocs=arguments.workers,
             )
-    write_with_figures(arguments.work, arguments.out, arguments.seed)
+    results = {
+        stage: load_file(arguments.work / f"{stage}.safetensors") for stage in ("unet", "text", "classifier")
+    }
+    autoencoder = models.load_autoencoder(arguments.work / "autoencoder.safetensors")
+    weights = Weights(SMALL, autoencoder=autoencoder, **results)
+    write_with_figures(weights, arguments.work, arguments.out, arguments.seed)
 
 
 if __name__ == "__main__":

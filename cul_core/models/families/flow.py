@@ -53,6 +53,7 @@ def _flow(
     *,
     readers: str,
     pooled: str = "",
+    pooled_input: str = "",
     text_kv: str,
     text_stream: str,
     recipe: Recipe = UNKNOWN,
@@ -68,7 +69,8 @@ def _flow(
         marks: weights, by name within the network.
         shift: see `FlowProcess`.
         readers: regular expression of the layers whose inputs are text rows, maybe behind a norm.
-        pooled: that of the layers that read the pooled row or the text alone.
+        pooled: that of the layers that read the pooled vector or the text alone.
+        pooled_input: that of the layer whose input is the pooled vector itself.
         text_kv: that of the layers that make keys and values of the text stream.
         text_stream: that of all layers of the text stream.
         recipe: see `Family`.
@@ -92,6 +94,7 @@ def _flow(
             prefix=UNET_PREFIX,
             roles={
                 "text_readers": rf"({readers})\.weight$",
+                "text_inputs": rf"({'|'.join(filter(None, (readers, pooled_input)))})\.weight$",
                 "reads_text": rf"({'|'.join(filter(None, (readers, pooled)))})\.weight$",
                 "text_kv": rf"({text_kv})\.weight$",
                 "text_stream": rf"({text_stream}).*\.weight$",
@@ -121,6 +124,7 @@ SD3 = _flow(
     3.0,
     readers=r"\.context_embedder",
     pooled=r"\.y_embedder\.mlp\.[02]",
+    pooled_input=r"\.y_embedder\.mlp\.0",
     text_kv=rf"\.joint_blocks{_NUMBER}context_block\.attn\.qkv",
     text_stream=rf"\.joint_blocks{_NUMBER}context_block\.(attn|mlp)",
 )
@@ -146,6 +150,7 @@ FLUX_DEV = _flow(
     ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight", "guidance_in.in_layer.weight"),
     math.exp(1.15),
     pooled=r"\.vector_in\.(in|out)_layer",
+    pooled_input=r"\.vector_in\.in_layer",
     recipe=_DISTILLED,
     **_FLUX_TEXT,
 )
@@ -155,6 +160,7 @@ FLUX_SCHNELL = _flow(
     ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
     1.0,
     pooled=r"\.vector_in\.(in|out)_layer",
+    pooled_input=r"\.vector_in\.in_layer",
     recipe=_FEW_STEPS,
     **_FLUX_TEXT,
 )
@@ -209,6 +215,7 @@ HIDREAM = _flow(
     1.0,
     readers=r"\.caption_projection\.\d+\.linear",
     pooled=r"\.p_embedder\.pooled_embedder\.linear_[12]",
+    pooled_input=r"\.p_embedder\.pooled_embedder\.linear_1",
     text_kv=rf"\.double_stream_blocks{_NUMBER}block\.attn1\.to_[kv]_t",
     text_stream=rf"\.double_stream_blocks{_NUMBER}block\.(attn1\.to_\w+_t|ff_t)",
 )

@@ -1,30 +1,7 @@
 """Stable Diffusion XL, with epsilon- or v-prediction."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-
-from torch import Tensor
-
-from ..discrete_process import DiscreteProcess
 from ..family import Family, Recipe, TextEncoder, register
 from .unet_layout import ROLES, UNET_PREFIX, recognize
-
-
-def predicting_velocity(family: Family, ends_in_noise: bool = False) -> Family:
-    """The v-prediction variant of the family; with `ends_in_noise` its schedule has zero terminal SNR."""
-    return replace(
-        family,
-        display_name="Stable Diffusion XL (v-prediction)",
-        process=DiscreteProcess("v_prediction", ends_in_noise),
-    )
-
-
-def _variant(family: Family, header: Mapping[str, dict], read: Callable[[str], Tensor]) -> Family:
-    """The v-prediction variant if the checkpoint has a marker tensor `v_pred`; `ztsnr` marks zero SNR."""
-    return predicting_velocity(family, "ztsnr" in header) if "v_pred" in header else family
-
 
 SDXL = register(
     Family(
@@ -38,7 +15,6 @@ SDXL = register(
         prefix=UNET_PREFIX,
         roles=ROLES,
         recognize=recognize,
-        variant=_variant,
         # No values of Concept Ablation are published for XL: these are Stable Diffusion 1.x's at a batch of 1
         # (2e-6 times the batch); not tuned by us.
         recipe=Recipe(
