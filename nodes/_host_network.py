@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import comfy.model_management as memory
@@ -314,20 +314,24 @@ class HostNetwork(Network):
         return Conditioning.cat(parts).to(self.device)
 
     def _token_ids(self, prompt: str) -> list[int]:
-        """Token ids of a prompt's text rows, from the text encoder that made them, without padding at the end.
-
-        Where several encoders' rows stand one after the other, they are those of the first.
-        """
-        count = self.encode([prompt]).text.shape[1]
-        own = [
-            [int(token[0]) for part in parts for token in part]
-            for parts in self.clip.tokenize(prompt).values()
-        ]
-        ids = next((ids for ids in own if len(ids) == count), own[0])
-        ids = ids[max(len(ids) - count, 0) :]  # the beginning of a template is left out of the rows
+        """Token ids of a prompt's text rows, from the text encoder that made them, without padding at the end."""
+        encoder, without_rows = self._row_tokens
+        parts = self.clip.tokenize(prompt)[encoder]
+        ids = [int(token[0]) for part in parts for token in part][without_rows:]
         while len(ids) > 1 and ids[-1] == ids[-2]:
             ids.pop()
         return ids
+
+    @cached_property
+    def _row_tokens(self) -> tuple[str, int]:
+        """(text encoder of the text rows, number of its first tokens, those of a template, that have no rows).
+
+        Where several encoders' rows stand one after the other, it is the first.
+        """
+        rows = self.encode([""]).text.shape[1]
+        counts = {encoder: sum(map(len, parts)) for encoder, parts in self.clip.tokenize("").items()}
+        encoder = next((name for name, count in counts.items() if count == rows), next(iter(counts)))
+        return encoder, max(counts[encoder] - rows, 0)
 
     def tokens(self, prompt: str) -> tuple[int, ...]:
         return tuple(self._token_ids(prompt)[self.content(prompt)])

@@ -91,7 +91,7 @@ def test_family_is_recognized_by_shapes(random_checkpoint):
 
 def test_every_family_is_told_apart_and_complete():
     loadable = [family for family in FAMILIES.values() if family.text_encoders]
-    assert {family.name for family in loadable} == {"sd1", "sd2", "sdxl", "mini"}
+    assert {family.name for family in loadable} == {"sd1", "sd2", "sdxl", "mini", "mini_large"}
     assert len({family.signature for family in loadable}) == len(loadable)
     for family in loadable:
         unet = family.config("unet")

@@ -14,6 +14,7 @@ import logging
 import math
 import re
 import sys
+import types
 from pathlib import Path
 
 host, pack, folder = map(Path, sys.argv[1:4])
@@ -41,7 +42,7 @@ asyncio.run(module.comfy_entrypoint())
 (
     hosted,
     native,
-    types,
+    kinds,
     models,
     sources,
     recognize,
@@ -256,11 +257,15 @@ BUILT = {
         False,
     ),
 }
+WORDS = [f"{first}{second}</w>" for first in ("ba", "lo", "mi") for second in ("ker", "nto", "sal", "vin")]
 PROMPTS = ["", "A cat in the style of Van Gogh", "a house"]
 
 
 class Text:
     """A CLIP whose rows depend on the words; with `is_padded` all prompts have equally many."""
+
+    # the vocabulary from which closed forms make names up
+    tokenizer = types.SimpleNamespace(own=types.SimpleNamespace(inv_vocab=dict(enumerate(WORDS))))
 
     def __init__(self, family, width, is_padded):
         self._family, self._width, self._length = family, width, 16 if is_padded else 0
@@ -384,6 +389,33 @@ def trained(loaded, networks, method):
     return stepping.run_step(loaded.value, request, networks=networks, compute=compute.Compute("float32"))[0]
 
 
+@torch.no_grad()
+def solved(loaded, networks, latents, times):
+    """(number of matrices that `exact` moves, left of the response to the concept, lost of other text).
+
+    Both are relative to the distance between the predictions for the concept's prompt and for its anchor's.
+    """
+    concept = concepts.Concept("Van Gogh", "style")
+    request = resolving.resolve("exact", loaded.value.family, [concept])
+    edited = stepping.run_step(loaded.value, request, networks=networks, compute=compute.Compute("float32"))[
+        0
+    ]
+    network = networks.get(loaded.value.source)
+    target, anchor, other = (
+        network.encode([prompt] * len(latents))
+        for prompt in (concept.prompt, "An image", "An image of a cat")
+    )
+    before = [network.predict(latents, times, text) for text in (target, anchor, other)]
+    with network.with_weights(models.weights_of(edited, network.exact(list(edited.edits)))):
+        after = [network.predict(latents, times, text) for text in (target, anchor, other)]
+    whole = (before[0] - before[1]).norm()
+    return (
+        len(edited.edits),
+        ((after[0] - before[1]).norm() / whole).item(),
+        ((after[2] - before[2]).norm() / whole).item(),
+    )
+
+
 def compare(name):
     kind, config, is_recognized = BUILT[name]
     kind = getattr(supported_models, kind)
@@ -401,7 +433,7 @@ def compare(name):
     family = dataclasses.replace(family, latent_shape=(channels, 8, 8), image_size_px=64)
     text = Text(name, ROWS, is_padded=name in ("sd3", "flux", "flux-schnell", "hidream"))
     value = models.UnlearnModel(sources.source_of(path), family)
-    loaded = types.LoadedModel(value, model, text, None)
+    loaded = kinds.LoadedModel(value, model, text, None)
     networks = hosted.HostNetworks(loaded)
     network = networks.get(value.source)
     roles = {role: len(network.weights(role)) for role in family.roles}
@@ -463,6 +495,7 @@ def compare(name):
     with torch.no_grad(), network.with_weights(models.weights_of(edited, network.exact(list(edited.edits)))):
         truth = network.predict(latents, times, prompts)
     figures["the edit"] = distance(truth, together)
+    closed_form = solved(loaded, networks, latents, times)
     networks.free()
 
     def predicted(patched):
@@ -477,11 +510,11 @@ def compare(name):
     figures["as a file"] = predicted(loaded_from(saved, kind, config, is_recognized))
     files = {
         "as a difference": lora.save_difference(edited, folder / f"{name}-d.safetensors"),
-        "as a LoRA": lora.save_lora(edited, folder / f"{name}-l.safetensors", rank=4096)[0],
+        "as a LoRA": lora.save_lora(edited, folder / f"{name}-l.safetensors", rank=4096).path,
     }
     for how, file in files.items():
         figures[how] = predicted(comfy.sd.load_lora_for_models(model, None, load_file(file), 1.0, 0.0)[0])
-    return figures, roles, moved
+    return figures, roles, moved, closed_form
 
 
 if hasattr(supported_models, "Anima"):  # the size of its adapter is no setting
