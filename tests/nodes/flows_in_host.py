@@ -391,29 +391,22 @@ def trained(loaded, networks, method):
 
 @torch.no_grad()
 def solved(loaded, networks, latents, times):
-    """(number of matrices that `exact` moves, left of the response to the concept, lost of other text).
-
-    Both are relative to the distance between the predictions for the concept's prompt and for its anchor's.
-    """
+    """(number of matrices that `exact` moves, its largest residue, change of other text by the concept's)."""
     concept = concepts.Concept("Van Gogh", "style")
     request = resolving.resolve("exact", loaded.value.family, [concept])
-    edited = stepping.run_step(loaded.value, request, networks=networks, compute=compute.Compute("float32"))[
-        0
-    ]
+    edited, report = stepping.run_step(
+        loaded.value, request, networks=networks, compute=compute.Compute("float32")
+    )
     network = networks.get(loaded.value.source)
-    target, anchor, other = (
-        network.encode([prompt] * len(latents))
-        for prompt in (concept.prompt, "An image", "An image of a cat")
-    )
-    before = [network.predict(latents, times, text) for text in (target, anchor, other)]
+    prompts = concept.prompt, "An image of a cat"
+    texts = [network.encode([prompt] * len(latents)) for prompt in prompts]
+    before = [network.predict(latents, times, text) for text in texts]
     with network.with_weights(models.weights_of(edited, network.exact(list(edited.edits)))):
-        after = [network.predict(latents, times, text) for text in (target, anchor, other)]
-    whole = (before[0] - before[1]).norm()
-    return (
-        len(edited.edits),
-        ((after[0] - before[1]).norm() / whole).item(),
-        ((after[2] - before[2]).norm() / whole).item(),
-    )
+        of_concept, of_other = (
+            (network.predict(latents, times, text) - prediction).norm().item()
+            for text, prediction in zip(texts, before, strict=True)
+        )
+    return len(edited.edits), report.figures["largest_residue"], of_other / of_concept
 
 
 def compare(name):
