@@ -172,9 +172,9 @@ def load_network(
     with opened(path) as file:
         family = family_in(file, prediction)
         require_diffusers()
-        tokenizer = load_tokenizer(family, tokenizer_folder)
+        unet, tokenizer = build_unet(family), load_tokenizer(family, tokenizer_folder)
         with _naming(path):
-            return _load_network(path, file, family, tokenizer, dtype)
+            return _load_network(path, file, family, unet, tokenizer, dtype)
 
 
 @contextmanager
@@ -197,9 +197,9 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _load_network(
-    path: Path, file: OpenedFile, family: Family, tokenizer: object, dtype: torch.dtype
+    path: Path, file: OpenedFile, family: Family, unet: nn.Module, tokenizer: object, dtype: torch.dtype
 ) -> DiffusersNetwork:
-    unet, names = build_unet(family), file.keys()
+    names = file.keys()
     keys = unet_key_map(names, unet.config)
     # a generator: only one tensor at a time is in memory in both dtypes
     _fill(
