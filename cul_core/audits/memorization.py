@@ -110,7 +110,7 @@ def read_paraphrases(path: Path) -> list[str]:
     """The non-empty lines of a text file.
 
     Raises:
-        ConceptError: the file cannot be read, has too many lines, or a line is no caption.
+        ConceptError: the file cannot be read, has no line or too many, or a line is no caption.
     """
     try:
         lines = read_text(path).splitlines()
@@ -119,6 +119,10 @@ def read_paraphrases(path: Path) -> list[str]:
             f"The paraphrases in {path.name!r} cannot be read ({error}); give a text file with one a line."
         ) from error
     paraphrases = [line.strip() for line in lines if line.strip()]
+    if not paraphrases:
+        raise ConceptError(
+            f"The file of paraphrases {path.name!r} is empty; give a text file with one a line."
+        )
     check_count("paraphrases", paraphrases)
     for line in paraphrases:
         check_text("paraphrase", line)

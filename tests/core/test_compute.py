@@ -235,7 +235,7 @@ def test_when_memory_runs_out_the_same_update_goes_on_in_parts_and_then_with_che
     assert [text.partition(";")[0] for text in told] == ["Memory ran out"] * 2 + [
         "Memory ran out with one image at a time"
     ]
-    assert "2 of 4 images" in told[0] and "1 of 2 pictures" in told[1] and "checkpointing" in told[2]
+    assert "2 of 4 images" in told[0] and "1 of 2 images" in told[1] and "checkpointing" in told[2]
 
 
 @pytest.mark.parametrize("regularizers", [[], [DISTILLATION]], ids=["one backward pass", "two"])
