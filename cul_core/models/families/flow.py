@@ -7,6 +7,7 @@ Shifts are those of ComfyUI. They cannot be loaded by `load_diffusers`; a host's
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from ..family import Family, Recipe, Shapes, register
 from ..flow_process import FlowProcess
@@ -25,24 +26,8 @@ UNKNOWN = Recipe(
     anchor_guidance=4.0,
     is_guess=True,
 )
-_DISTILLED = Recipe(
-    iterations=300,
-    batch_size=1,
-    learning_rate=1e-4,
-    anchor_count=50,
-    anchor_steps=20,
-    anchor_guidance=1.0,
-    is_guess=True,
-)
-_FEW_STEPS = Recipe(
-    iterations=300,
-    batch_size=1,
-    learning_rate=1e-4,
-    anchor_count=50,
-    anchor_steps=4,
-    anchor_guidance=1.0,
-    is_guess=True,
-)
+_DISTILLED = replace(UNKNOWN, anchor_guidance=1.0)
+_FEW_STEPS = replace(_DISTILLED, anchor_steps=4)
 
 
 def _flow(
