@@ -326,35 +326,53 @@ def distance(mine, theirs):
 
 
 def gradient_error(network, latents, times, text):
-    """Relative error of a directional derivative, by autograd, against central differences."""
+    """Relative error of directional derivatives, by autograd, against central differences.
+
+    One direction is random, which shows what has no gradient; rounding moves its differences by a percent, so
+    it counts a tenth. The other is the gradient's, by random factors, along which much changes.
+    """
     generator = torch.Generator().manual_seed(2)
     exact = network.exact(list(network.weights("all")))
-    direction = {
-        key: torch.randn(weight.shape, generator=generator) * weight.std(correction=0).clamp(min=0.02)
-        for key, weight in exact.items()
-    }
     probe = torch.randn(latents.shape, generator=generator)
 
-    def value(step):
-        with network.with_weights({key: weight + step * direction[key] for key, weight in exact.items()}):
-            with torch.no_grad():
-                return (network.predict(latents, times, text) * probe).double().sum().item()
+    def value(direction, step):
+        moved = {key: weight + step * direction[key] for key, weight in exact.items()}
+        with network.with_weights(moved), torch.no_grad():
+            return (network.predict(latents, times, text) * probe).double().sum().item()
 
+    gradient = {}
     with network.with_weights({key: weight.clone() for key, weight in exact.items()}):
         parameters = network.weights("all")
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         (network.predict(latents, times, text) * probe).sum().backward()
-        found = 0.0
         for key, parameter in parameters.items():
-            found += (
-                0.0 if parameter.grad is None else (parameter.grad * direction[key]).double().sum().item()
-            )
+            gradient[key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.requires_grad_(False)
             parameter.grad = None
-    # a wide step is off by curvature, a narrow one by rounding
-    truths = [(value(step) - value(-step)) / (2 * step) for step in (4e-3, 1e-3, 2.5e-4)]
-    return min(abs(found - truth) / abs(truth) for truth in truths)
+
+    def error(direction):
+        found = sum((gradient[key] * direction[key]).double().sum().item() for key in exact)
+        # a wide step is off by curvature, a narrow one by rounding
+        truths = [
+            (value(direction, step) - value(direction, -step)) / (2 * step)
+            for step in (4e-3, 1e-3, 2.5e-4, 6e-5)
+        ]
+        return min(abs(found - truth) / abs(truth) for truth in truths)
+
+    anywhere = {key: torch.randn(weight.shape, generator=generator) for key, weight in exact.items()}
+    steepest = {
+        key: slope
+        / slope.std(correction=0).clamp(min=1e-12)
+        * (0.5 + torch.rand(slope.shape, generator=generator))
+        for key, slope in gradient.items()
+    }
+    sizes = {key: weight.std(correction=0).clamp(min=0.02) for key, weight in exact.items()}
+    by_random, by_gradient = (
+        error({key: size * direction[key] for key, size in sizes.items()})
+        for direction in (anywhere, steepest)
+    )
+    return max(by_random / 10, by_gradient)
 
 
 @torch.no_grad()
