@@ -20,7 +20,10 @@ from PIL import Image
 from server import PromptServer
 
 from ..cul_core.base.errors import ModelError, brief_repr
+from ..cul_core.models.discrete_process import DiscreteProcess
+from ..cul_core.models.flow_process import FlowProcess
 from ..cul_core.models.free_memory import is_out_of_memory
+from ..cul_core.models.noise_process import NoiseProcess
 from ..cul_core.output.lora import patch_names
 from ._types import LoadedModel
 
@@ -48,11 +51,6 @@ def load_native(path: Path) -> tuple[Any, Any, Any]:
             f"ComfyUI cannot load {path.name!r} ({brief_repr(reason)}); choose an unmodified checkpoint."
         ) from error
     return model, clip, vae
-
-
-def clip_tokenizer() -> Path:
-    """The host's copy of CLIP's tokenizer, for families whose own does not come with this pack."""
-    return Path(comfy.sd.__file__).parent / "sd1_tokenizer"
 
 
 def native(loaded: LoadedModel) -> tuple[Any, Any, Any]:
@@ -102,15 +100,19 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
     return {f"model.{name}": tuple(tensor.shape) for name, tensor in model.model.state_dict().items()}
 
 
-def weights_of(model: Any, clip: Any, vae: Any | None) -> dict[str, torch.Tensor]:
+def weights_of(model: Any, clip: Any | None, vae: Any | None) -> dict[str, torch.Tensor]:
     """All weights, LoRAs applied, under the keys and in the precision in which the host's own node would save
     them.
 
-    Recent hosts apply a LoRA when the tensor is moved to the CPU; older ones have done so on the device.
+    Recent hosts apply a LoRA when the tensor is moved to the CPU; older ones have done so on the device. Without
+    CLIP and VAE they are the network's alone.
     """
     is_lazy = hasattr(model, "state_dict_for_saving")
-    memory.load_models_gpu([model, clip.load_model()], **({} if is_lazy else {"force_patch_weights": True}))
-    text = clip.state_dict_for_saving() if hasattr(clip, "state_dict_for_saving") else clip.get_sd()
+    patchers = [model] if clip is None else [model, clip.load_model()]
+    memory.load_models_gpu(patchers, **({} if is_lazy else {"force_patch_weights": True}))
+    text = None
+    if clip is not None:
+        text = clip.state_dict_for_saving() if hasattr(clip, "state_dict_for_saving") else clip.get_sd()
     save = model.state_dict_for_saving if is_lazy else model.model.state_dict_for_saving
     weights = save(text, None if vae is None else vae.get_sd())
     if "v_pred" in weights and getattr(model.get_model_object("model_sampling"), "zsnr", False):
@@ -118,10 +120,39 @@ def weights_of(model: Any, clip: Any, vae: Any | None) -> dict[str, torch.Tensor
     return weights
 
 
-def prediction_type(model: Any) -> str:
-    """What a MODEL predicts, as `DiscreteProcess` calls it; the host's own word if it is another thing."""
-    name = model.model.model_type.name
-    return {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}.get(name, name)
+def process_of(model: Any) -> NoiseProcess:
+    """The noise process of a MODEL.
+
+    Raises:
+        ModelError: it is of another kind than those that can be trained.
+    """
+    kind, sampling = model.model.model_type.name, model.model.model_sampling
+    if kind in _PREDICTED:
+        process = DiscreteProcess(_PREDICTED[kind], bool(getattr(sampling, "zsnr", False)))
+        abar = 1 / (sampling.sigmas.cpu() ** 2 + 1)
+        if abar.shape == process.alphas_cumprod.shape and (abar - process.alphas_cumprod).abs().max() < 1e-3:
+            return process
+        kind = f"{kind} with another noise schedule"
+    if kind in ("FLOW", "FLUX"):
+        middle = float(sampling.percent_to_sigma(0.5))  # s / (s + 1)
+        return FlowProcess(middle / (1 - middle))
+    raise ModelError(
+        f"The MODEL predicts {kind}, which cannot be trained; choose a model that predicts noise, velocity "
+        "or flow."
+    )
+
+
+_PREDICTED = {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}
+
+
+def file_of(model: Any) -> Path | None:
+    """The file from which the host has loaded a MODEL that no LoRA has changed; None where it does not say."""
+    made_by = getattr(model, "cached_patcher_init", None)
+    if made_by is None or model.patches:
+        return None
+    first = made_by[1][0] if made_by[1] else None
+    path = Path(first) if isinstance(first, str) else None
+    return path if path is not None and path.suffix == ".safetensors" and path.is_file() else None
 
 
 @contextmanager
@@ -204,10 +235,8 @@ def preview(loaded: LoadedModel, latents: torch.Tensor) -> list[Image.Image] | s
     if loaded.vae is None:
         return "no VAE is connected"
     try:
-        decoded = [
-            _decode(loaded.vae, latent) for latent in loaded.model.model.process_latent_out(latents).split(1)
-        ]
-        return to_images(torch.cat(decoded))
+        images = [decoded(loaded.model, loaded.vae, latent) for latent in latents.split(1)]
+        return to_images(torch.cat(images))
     except memory.InterruptProcessingException:
         raise
     except Exception as error:  # whatever a VAE cannot do, it must not cost the training
@@ -217,13 +246,22 @@ def preview(loaded: LoadedModel, latents: torch.Tensor) -> list[Image.Image] | s
         memory.soft_empty_cache()
 
 
-def _decode(vae: Any, latent: torch.Tensor) -> torch.Tensor:
+def decoded(model: Any, vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The host's IMAGE (b, h, w, 3) of model-space latents (b, c, h, w), in tiles when memory does not suffice."""
+    if getattr(model.model.latent_format, "latent_dimensions", 2) == 3:
+        latents = latents[:, :, None]  # of videos, here with one frame
+    latents = model.model.process_latent_out(latents)
     try:
-        return vae.decode(latent)
+        return one_frame(vae.decode(latents))
     except memory.OOM_EXCEPTION:
         pass  # the exception holds tensors: they go before the next attempt
     memory.soft_empty_cache()
-    return vae.decode_tiled(latent, tile_x=32, tile_y=32, overlap=8)
+    return one_frame(vae.decode_tiled(latents, tile_x=32, tile_y=32, overlap=8))
+
+
+def one_frame(images: torch.Tensor) -> torch.Tensor:
+    """Images (b, h, w, 3) of what a VAE gives, which for one of videos is (b, 1, h, w, 3)."""
+    return images.flatten(0, 1) if images.ndim == 5 else images
 
 
 def sample(
@@ -255,7 +293,7 @@ def sample(
         (latent,) = stock.common_ksampler(
             model, seed, steps, cfg, sampler, scheduler, wanted, refused, latent
         )
-        yield to_images(vae.decode(latent["samples"]))[0]
+        yield to_images(one_frame(vae.decode(latent["samples"])))[0]
 
 
 def samplers() -> tuple[list[str], list[str]]:

@@ -6,11 +6,11 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..cul_core.audits.classification import classifier_of
 from ..cul_core.audits.classifier_scores import LABELS, METRICS, table
-from ..cul_core.models.load_diffusers import NetworkCache
 from ..cul_core.output.charts import metric_chart
 from ..cul_core.output.drift import drift_map, drift_of, total_drift
 from ..cul_core.output.report import model_text
 from . import _host
+from ._host_network import HostNetworks
 from ._node import UnlearningNode
 from ._types import CulModel, Scores
 
@@ -61,7 +61,7 @@ class EvaluateForgetting(UnlearningNode):
     def execute(cls, model, pictures, sampling_seed, earlier=()):
         classifier = classifier_of(model.value.family)
         names = [concept["target"] for concept in model.value.forgotten]
-        total, networks = classifier.count(names, pictures), NetworkCache()
+        total, networks = classifier.count(names, pictures), HostNetworks(model)
         progress = _host.Progress(total)
 
         def on_batch(done: int) -> None:
@@ -69,9 +69,9 @@ class EvaluateForgetting(UnlearningNode):
             progress.update(done)
             progress.say(f"image {done} of {total}", now=False)
 
-        with _host.normal_tensors(), _host.training_device(networks.free) as device:
+        with _host.normal_tensors(), _host.training_device(networks.free):
             scores = classifier.evaluate(
-                networks.get(model.value.source, device),
+                networks.get(model.value.source),
                 model.value,
                 names,
                 seed=sampling_seed,

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from comfy_api.v0_0_2 import io
 
 from ..cul_core.base.errors import CulError, ModelError
+from ..cul_core.files.safetensors_format import read_header
 from ..cul_core.history.unlearn_model import UnlearnModel
+from ..cul_core.models.families.unet_layout import is_unet
+from ..cul_core.models.family import Family
 from ..cul_core.models.recognize import detect_family, family_of, stored_dtypes
-from ..cul_core.models.source import PREDICTIONS
-from ..cul_core.output.checkpoint import open_continued
+from ..cul_core.models.source import PREDICTIONS, stored_name
+from ..cul_core.output.checkpoint import open_continued, open_model
 from ..cul_core.output.report import model_text
 from ..cul_core.store.eviction import hold
 from ..cul_core.store.model_snapshots import snapshot_model
 from . import _folders, _host
+from ._host_network import unknown_family
 from ._node import UnlearningNode
 from ._types import LoadedModel, model_outputs
 
 _SAMPLING_NOTE = (
     "ComfyUI takes it for another prediction: put ModelSamplingDiscrete with {} behind the model output."
 )
+_HOST_NAMES = {"noise": "eps", "velocity": "v_prediction"}
 _made: set[Path] = set()
 """Files of kept weights that outputs in the host's cache may stand on."""
 
 
 def _described(value: UnlearnModel) -> str:
-    predicted = {"epsilon": "noise", "v_prediction": "velocity"}[value.family.process.prediction_type]
-    return (
-        f"{model_text(value)}\n{stored_dtypes(value.source.path, value.family)}, predicts {predicted}, "
-        f"{value.family.image_size_px} px"
-    )
+    family, lines = value.family, []
+    if family.name == "unknown":
+        lines.append("an architecture that this pack does not know: what reads text was found by tracing")
+    if family.recipe is not None and family.recipe.is_guess:
+        lines.append("nobody has tuned forgetting on it: the preset's rate and iterations are guesses")
+    text = f"{stored_dtypes(value.source.path, family)}, predicts {family.process.predicts}, {family.image_size_px} px"
+    return "\n".join([model_text(value), text, *lines])
 
 
 class LoadModel(UnlearningNode):
@@ -90,9 +100,15 @@ class LoadModel(UnlearningNode):
                 path, itertools.chain(listed, _folders.model_snapshots().glob("*.safetensors")), prediction
             )
         hold(value.source.path, value.source)  # it may be one of the kept weights
-        loaded = LoadedModel(value, *_host.load_native(value.source.path))
-        predicted, theirs = value.family.process.prediction_type, _host.prediction_type(loaded.model)
-        note = "" if predicted == theirs else f"\n{_SAMPLING_NOTE.format(predicted)}"
+        model, clip, vae = _host.load_native(value.source.path)
+        if model is None or clip is None:
+            raise ModelError(
+                f"{path.name!r} has no {'text encoder' if clip is None else 'network'}; load its parts with their "
+                "own loaders and connect them to Unlearn From MODEL."
+            )
+        loaded = LoadedModel(value, model, clip, vae)
+        predicted, theirs = value.family.process.predicts, _host.process_of(model).predicts
+        note = "" if predicted == theirs else f"\n{_SAMPLING_NOTE.format(_HOST_NAMES[predicted])}"
         _host.Progress(1).say(_described(value) + note)
         return io.NodeOutput(loaded, *_host.native(loaded))
 
@@ -106,12 +122,12 @@ class UnlearnFromModel(UnlearningNode):
             category="unlearning",
             description="Begins an unlearning graph with a model that other nodes have loaded, LoRAs "
             "included: what comes in counts as the pretrained model. Its weights are kept as a "
-            "file, once for each model.",
+            "file, once for each model, unless they are those of a file of a diffusion model.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Stable Diffusion 1.x, 2.x or XL model or MiniCanvas, with or without LoRAs "
-                    "and merges. Nodes that change sampling or attention go behind this one.",
+                    tooltip="Any text-to-image model that ComfyUI has loaded, in fp16, bf16 or fp32, with or "
+                    "without LoRAs and merges. Nodes that change sampling or attention go behind this one.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -135,7 +151,7 @@ class UnlearnFromModel(UnlearningNode):
     @classmethod
     def execute(cls, model, clip, vae=None):
         _host.require_weights_only(model, clip)
-        family = family_of(_host.shapes_of(model), "MODEL")
+        family = _family_of(model, clip)
         if vae is None and family.has_decoder:
             raise ModelError(
                 f"{family.display_name} cannot do without its VAE here; connect the one that came with the "
@@ -147,27 +163,64 @@ class UnlearnFromModel(UnlearningNode):
             _host.raise_if_cancelled()
             progress.say(f"keeping the weights: {100 * done // count} %", now=False)
 
-        weights = _host.weights_of(model, clip, vae)
-        if any(
-            not any(name.startswith(encoder.prefix) for name in weights) for encoder in family.text_encoders
-        ):
+        path, where = _whole_file(model, family), ""
+        if path is None:
+            weights = _host.weights_of(model, *((clip, vae) if family.text_encoders else (None, None)))
+            _require_text_encoders(family, weights)
+            source = snapshot_model(_folders.model_snapshots(), weights, on_tensor)
+            _made.add(source.path)
+            where = f"\nkept in {'/'.join(source.path.parts[-3:-1])} as {source.path.name[:12]}..."
+            value = UnlearnModel(source, detect_family(source.path) if family.text_encoders else family)
+        else:
+            value = replace(open_model(path), family=family)
+        process = _host.process_of(model)
+        if value.family.process.predicts != process.predicts:
             raise ModelError(
-                f"The CLIP is not one of {family.display_name}; connect the CLIP that came with the MODEL."
-            )
-        source = snapshot_model(_folders.model_snapshots(), weights, on_tensor)
-        _made.add(source.path)
-        value = UnlearnModel(source, detect_family(source.path))
-        if value.family.process.prediction_type != _host.prediction_type(model):
-            raise ModelError(
-                f"The MODEL predicts {_host.prediction_type(model)!r}, where {value.family.display_name} "
-                f"predicts {value.family.process.prediction_type!r}; choose another model."
+                f"The MODEL predicts {process.predicts}, where {value.family.display_name} predicts "
+                f"{value.family.process.predicts}; choose another model."
             )
         loaded = LoadedModel(value, model, clip, vae)
         progress.update(1)
-        progress.say(
-            f"{_described(value)}\nkept in {'/'.join(source.path.parts[-3:-1])} as {source.path.name[:12]}..."
-        )
+        progress.say(f"{_described(value)}{where}")
         return io.NodeOutput(loaded, *_host.native(loaded))
+
+
+def _family_of(model: Any, clip: Any) -> Family:
+    """The family of a MODEL, with the process that the host gives a flow transformer; made for an unknown one.
+
+    Raises:
+        ModelError: it is of a kind that cannot be edited.
+    """
+    shapes = _host.shapes_of(model)
+    try:
+        family = family_of(shapes, "MODEL")
+    except ModelError:
+        if is_unet(shapes):
+            raise
+        with _host.normal_tensors():
+            return unknown_family(model, clip)
+    return family if family.text_encoders else replace(family, process=_host.process_of(model))
+
+
+def _whole_file(model: Any, family: Family) -> Path | None:
+    """The file of a flow transformer's MODEL, if it holds every matrix of the network under its own name."""
+    path = _host.file_of(model)
+    if path is None or family.text_encoders or family.name == "unknown":
+        return None
+    header, _, _ = read_header(path)
+    for key, shape in _host.shapes_of(model).items():
+        if key.startswith(family.prefix) and len(shape) > 1:  # a host may rename norms
+            name = stored_name(header, key)
+            if name is None or tuple(header[name]["shape"]) != shape:
+                return None
+    return path
+
+
+def _require_text_encoders(family: Family, weights: Mapping[str, object]) -> None:
+    if any(not any(name.startswith(encoder.prefix) for name in weights) for encoder in family.text_encoders):
+        raise ModelError(
+            f"The CLIP is not one of {family.display_name}; connect the CLIP that came with the MODEL."
+        )
 
 
 NODES = (LoadModel, UnlearnFromModel)

@@ -12,10 +12,10 @@ from ..cul_core.audits import AUDITS
 from ..cul_core.base.config import Config, limits
 from ..cul_core.base.registry import Entry
 from ..cul_core.methods import METHODS
-from ..cul_core.models.load_diffusers import NetworkCache
 from ..cul_core.regularizers import REGULARIZERS
 from ..cul_core.requests.presets import PRESETS
 from . import _host
+from ._host_network import HostNetworks
 from ._node import UnlearningNode
 from ._types import CulModel, Method, Regularizers
 
@@ -139,14 +139,14 @@ def _audit_node(entry: Entry) -> type[io.ComfyNode]:
         @classmethod
         def execute(cls, model, sampling_seed=0, **values):
             audit = entry.cls(entry.config(seed=sampling_seed, **values))
-            networks, progress = NetworkCache(_host.clip_tokenizer()), _host.Progress(1)
+            networks, progress = HostNetworks(model), _host.Progress(1)
 
             def on_progress(done: int, total: int) -> None:
                 _host.raise_if_cancelled()
                 progress.say(f"{done} of {total}", now=False)
 
-            with _host.normal_tensors(), _host.training_device(networks.free) as device:
-                report = audit.run(networks.get(model.value.source, device), model.value, (), on_progress)
+            with _host.normal_tensors(), _host.training_device(networks.free):
+                report = audit.run(networks.get(model.value.source), model.value, (), on_progress)
             progress.say(report.verdict)
             return io.NodeOutput(f"{report.verdict}\n{report.text}")
 

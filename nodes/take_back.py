@@ -5,11 +5,11 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..cul_core.base.errors import ConceptError
-from ..cul_core.models.load_diffusers import NetworkCache, require_diffusers
 from ..cul_core.output.report import take_back_text
 from ..cul_core.store.steps import StepStore
 from ..cul_core.training.solved_chain import take_back
 from . import _folders, _host
+from ._host_network import HostNetworks
 from ._node import UnlearningNode
 from ._types import CulModel, model_outputs
 
@@ -52,8 +52,7 @@ class TakeBack(UnlearningNode):
         wanted = [name.strip() for name in names.splitlines() if name.strip()]
         if not wanted:
             raise ConceptError("No name is given; type what to take back, one name per line.")
-        require_diffusers()
-        networks, progress = NetworkCache(_host.clip_tokenizer()), _host.Progress(1)
+        networks, progress = HostNetworks(model), _host.Progress(1)
         with _host.normal_tensors(), _host.training_device(networks.free) as device:
             value = take_back(
                 model.value,

@@ -15,7 +15,6 @@ from ..cul_core.concepts.parsing import ConceptList, parse_keep, parse_requests
 from ..cul_core.files.locks import Waiting
 from ..cul_core.history.unlearn_model import UnlearnModel
 from ..cul_core.methods import METHODS
-from ..cul_core.models.load_diffusers import NetworkCache, require_diffusers
 from ..cul_core.output.charts import labelled_grid, loss_curve
 from ..cul_core.output.report import brief_text, step_text
 from ..cul_core.requests.presets import PRESETS
@@ -27,6 +26,7 @@ from ..cul_core.training.callbacks import Callbacks
 from ..cul_core.training.resume import StateStore
 from ..cul_core.training.step import StepReport, run_step
 from . import _folders, _host
+from ._host_network import HostNetworks
 from ._node import UnlearningNode
 from ._types import Concepts, CulModel, LoadedModel, Method, Regularizers, Training, model_outputs
 from .concepts import ANCHOR_TIP, KEEP_TIP, KIND_TIP
@@ -177,13 +177,8 @@ class _Watch:
 
 
 def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int) -> io.NodeOutput:
-    require_diffusers()
-    store, networks, value, reports = (
-        StepStore(_folders.store_folder()),
-        NetworkCache(_host.clip_tokenizer()),
-        loaded.value,
-        [],
-    )
+    store, networks = StepStore(_folders.store_folder()), HostNetworks(loaded)
+    value, reports = loaded.value, []
     watch = _Watch(loaded, requests, preview_every)
     with _host.normal_tensors(), ExitStack() as until_the_last:
 

@@ -16,7 +16,6 @@ from ..base.config import Config, setting
 from ..base.errors import ConceptError
 from ..concepts.concept import Concept
 from ..models.network import Network
-from ..models.weight_roles import keys_with_role
 from ..parts.step_context import SolvedRequest, StepContext
 from ..parts.text_maps import TextMap, expected_collateral
 from ..parts.text_rows import POOLED, TEXT, Pairs, Responses, TextRows, kept_concepts
@@ -214,11 +213,10 @@ class Residues:
 def _readers(context: StepContext) -> dict[str, dict[str, Tensor]]:
     """What is read (`text`, `pooled`) -> key -> pretrained matrix (out, d), without columns for other
     inputs."""
-    family, keys, readers = context.network.family, sorted(context.pretrained), context.text_readers
+    keys, readers = sorted(context.pretrained), context.text_readers
     found = {TEXT: {key: context.pretrained[key] for key in keys if key in readers}}
-    if "pooled_readers" in family.roles and any(kind.is_pooled for kind in family.text_encoders):
+    if pooled := [key for key in keys if key not in readers]:
         width = context.network.encode([""]).pooled.shape[1]
-        pooled = keys_with_role(family, "pooled_readers", keys)
         found[POOLED] = {key: context.pretrained[key][:, :width] for key in pooled}
     return found
 

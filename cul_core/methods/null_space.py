@@ -14,7 +14,7 @@ from ..base.errors import ConceptError
 from ..concepts.concept import display_name
 from ..parts.subspace import complement_basis, orthonormal_basis
 from ..parts.text_maps import TextMap, ridge_map
-from ..parts.text_rows import POOLED, TEXT
+from ..parts.text_rows import POOLED, TEXT, encoded
 from .base import METHODS
 from .closed_form import ClosedForm, Problem, made_up_names
 
@@ -159,7 +159,7 @@ def _held_rows(problem: Problem) -> dict[str, Tensor]:
     prompts = list(dict.fromkeys([*anchors, *(concept.prompt for concept in problem.kept)]))
     held = dict(zip(prompts, rows.words(source, prompts), strict=True))
     if source != POOLED and rows.network.shared_rows:
-        shared = rows.network.encode([""]).text[0, : rows.network.shared_rows].cpu().double()
+        shared = encoded(rows.network, [""]).text[0, : rows.network.shared_rows].cpu().double()
         held[""] = torch.cat([shared, held[""]])
     return held
 

@@ -21,8 +21,8 @@ _OLDEST_DIFFUSERS, _NEWEST_DIFFUSERS = (0, 33), (0, 42)
 _WANTED_DIFFUSERS = "diffusers>=0.33,<0.36"
 """Requirement to install where diffusers is missing.
 
-Later versions bound huggingface_hub, so that pip may change a host's packages. README.md, pyproject.toml and
-requirements.txt state the same requirement.
+Later versions bound huggingface_hub, so that pip may change a host's packages. pyproject.toml states the
+same requirement. ComfyUI needs none: there the nodes use the host's own networks.
 """
 
 
@@ -67,8 +67,12 @@ def build_unet(family: Family) -> nn.Module:
     """The family's UNet without weights, on the meta device.
 
     Raises:
-        ModelError: see `require_diffusers`.
+        ModelError: the family has no UNet of diffusers; or see `require_diffusers`.
     """
+    if not family.has_config("unet"):
+        raise ModelError(
+            f"{family.display_name} runs only in ComfyUI, which has its network; use the nodes there."
+        )
     require_diffusers()
     from diffusers import UNet2DConditionModel
 

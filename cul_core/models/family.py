@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .noise_process import DiscreteProcess, NoiseProcess
+from .discrete_process import DiscreteProcess
+from .noise_process import NoiseProcess
 
 _DISTILLED_STEPS = 8
 """Sampling steps that suit models distilled to 1, 2, 4 or 8."""
@@ -28,6 +29,7 @@ class Recipe:
         anchor_count: anchor images, sampled from the pretrained model.
         anchor_steps: sampling steps of an anchor image.
         anchor_guidance: classifier-free guidance scale of the anchor images.
+        is_guess: whether nobody has published or tuned such values for the family.
     """
 
     iterations: int
@@ -36,6 +38,7 @@ class Recipe:
     anchor_count: int
     anchor_steps: int
     anchor_guidance: float
+    is_guess: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ class Family:
         text_encoders: text encoders, whose rows the network reads side by side.
         captions: caption templates for anchor prompts; None for the common ones.
         classifier: makes the classifier of its images (`audits.classification.Classifier`); None without one.
+        text_norm: name, within the network, of the norm between text rows and text readers; empty for none.
+        has_frames: whether the network's latents have a frame axis, (b, c, 1, h, w), as those of videos have.
         is_small: whether the network fits any memory and is too small to gain by `frozen_layers`.
         is_distilled: whether the checkpoint is distilled to few sampling steps without guidance.
     """
@@ -145,6 +150,8 @@ class Family:
     closed_vocabulary: bool = False
     text_encoders: tuple[TextEncoder, ...] = ()
     captions: Captions | None = None
+    text_norm: str = ""
+    has_frames: bool = False
     is_small: bool = False
     classifier: Callable[[], Any] | None = None
     is_distilled: bool = False

@@ -30,6 +30,10 @@ class FlowProcess(NoiseProcess):
 
     shift: float = 1.0
 
+    @property
+    def predicts(self) -> str:
+        return "flow"
+
     def _shifted(self, uniform: Tensor) -> Tensor:
         return self.shift * uniform / (1 + (self.shift - 1) * uniform)
 

@@ -23,7 +23,7 @@ from .families.unet_layout import UNET_PREFIX, VAE_PREFIX
 from .family import Family, TextEncoder
 from .recognize import family_in
 from .sd_layout import autoencoder_shapes
-from .source import FileSource, source_of
+from .source import FileSource
 from .text_layout import TURNED, is_read_whole, prefix_in, text_shapes
 
 logger = logging.getLogger(__name__)
@@ -172,9 +172,9 @@ def load_network(
     with opened(path) as file:
         family = family_in(file, prediction)
         require_diffusers()
-        tokenizer = load_tokenizer(family, tokenizer_folder)
+        unet, tokenizer = build_unet(family), load_tokenizer(family, tokenizer_folder)
         with _naming(path):
-            return _load_network(path, file, family, tokenizer, dtype)
+            return _load_network(path, file, family, unet, tokenizer, dtype)
 
 
 @contextmanager
@@ -197,9 +197,9 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _load_network(
-    path: Path, file: OpenedFile, family: Family, tokenizer: object, dtype: torch.dtype
+    path: Path, file: OpenedFile, family: Family, unet: nn.Module, tokenizer: object, dtype: torch.dtype
 ) -> DiffusersNetwork:
-    unet, names = build_unet(family), file.keys()
+    names = file.keys()
     keys = unet_key_map(names, unet.config)
     # a generator: only one tensor at a time is in memory in both dtypes
     _fill(
@@ -364,10 +364,7 @@ class NetworkCache:
         key = f"{source.identity} {dtype}"
         if self._slot is None or self._slot[0] != key:
             self.free()
-            if source_of(source.path).sha256 != source.sha256:
-                raise ModelError(
-                    f"{source.path.name!r} has changed since the model was opened; open it again."
-                )
+            source.require_unchanged()
             begun = time.monotonic()
             network = load_network(source.path, dtype, self._tokenizer_folder, source.prediction)
             network.withheld_words = self._withheld_words

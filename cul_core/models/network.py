@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..base.errors import ModelError
+from ..base.last_result import LastResult
 from .family import Family
 from .noise_process import NoiseProcess
+from .source import Source
 from .text_conditioning import Conditioning
 
 
@@ -48,6 +51,8 @@ class Network(ABC):
     def weights(self, role: str) -> dict[str, nn.Parameter]:
         """Checkpoint key -> parameter of all weights with a role, in the network's order.
 
+        Its value is that of `with_weights`; outside, only its shape and dtype mean anything, see `exact`.
+
         Raises:
             ConfigError: the role is unknown, or no weight has it.
         """
@@ -68,6 +73,10 @@ class Network(ABC):
     @abstractmethod
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Conditioning:
         """Encoded prompts on the network's device; with `grad`, uncached and with gradients."""
+
+    def rows_read(self, rows: Tensor) -> Tensor:
+        """Text rows (..., d) as text readers get them: the same, unless a norm is in between."""
+        return rows
 
     @abstractmethod
     def token_rows(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
@@ -188,3 +197,22 @@ class Network(ABC):
         raise ModelError(
             f"{self.family.display_name} is loaded without an autoencoder; turn off what encodes images."
         )
+
+
+class Networks(Protocol):
+    """Loads the networks of sources; steps that follow one another share it.
+
+    `last_result` caches a result that a part computed with the network that was asked for last.
+    """
+
+    last_result: LastResult
+
+    def get(self, source: Source, device: torch.device | str, dtype: torch.dtype) -> Network:
+        """The network of a source on a device, which computes in `dtype` if it has a choice.
+
+        Raises:
+            ModelError: the source has changed since it was opened, or cannot be loaded.
+        """
+
+    def free(self) -> None:
+        """Drop the cached network and result, so that their memory can be freed."""

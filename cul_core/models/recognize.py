@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..base.errors import ConfigError, ModelError, brief_repr
@@ -11,7 +11,7 @@ from ..files.safetensors_format import OpenedFile, opened, read_header
 from . import families as families  # registers them
 from .families.unet_layout import VAE_PREFIX, refusal
 from .family import FAMILIES, Family, Shapes, distilled
-from .source import PREDICTIONS, ZERO_SNR
+from .source import NETWORK_PREFIX, OTHER_PREFIXES, PREDICTIONS, ZERO_SNR
 from .text_layout import check_text_encoders
 
 _DISTILLED = re.compile(
@@ -28,10 +28,27 @@ def family_of(shapes: Shapes, file_name: str) -> Family:
     Raises:
         ModelError: no registered family recognizes the checkpoint, or its family cannot edit it.
     """
-    for family in FAMILIES.values():
-        if family.recognize(family, shapes, file_name):
-            return family
+    for variant in (shapes, *_as_in_checkpoint(shapes)):
+        for family in FAMILIES.values():
+            # of a file with a network alone, the text encoders are another file
+            if variant is not shapes and family.text_encoders:
+                continue
+            if family.recognize(family, variant, file_name):
+                return family
     raise refusal(shapes, file_name)
+
+
+def _as_in_checkpoint(shapes: Shapes) -> Iterator[Shapes]:
+    """The shapes of a file that holds a network alone, named as in a checkpoint, for each possible prefix."""
+    for prefix in OTHER_PREFIXES:
+        tails = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+        yield {f"{NETWORK_PREFIX}{tail}": shape for tail, shape in tails.items()}
+
+
+def _dtypes(header: Mapping[str, dict], family: Family) -> set[str]:
+    """Dtypes of the network's tensors in a file."""
+    of_network = [entry["dtype"] for name, entry in header.items() if name.startswith(family.prefix)]
+    return set(of_network or (entry["dtype"] for entry in header.values()))
 
 
 def detect_family(path: Path, prediction: str = "auto") -> Family:
@@ -64,8 +81,7 @@ def family_in(file: OpenedFile, prediction: str = "auto") -> Family:
         raise ModelError(
             f"{file.name!r} has no VAE, which {family.display_name} needs; choose a complete checkpoint."
         )
-    dtypes = {entry["dtype"] for name, entry in header.items() if name.startswith(family.prefix)}
-    if other := sorted(dtypes - {"F16", "BF16", "F32"}):
+    if other := sorted(_dtypes(header, family) - {"F16", "BF16", "F32"}):
         is_wide = other[0] == "F64"
         width = f"8 bits ({other[0]})" if other[0].startswith("F8") else other[0]
         reason = "is not supported" if is_wide else "cannot hold what a step changes"
@@ -110,6 +126,5 @@ def _is_marked(header: Mapping[str, dict], metadata: Mapping[str, str]) -> bool:
 def stored_dtypes(path: Path, family: Family) -> str:
     """Dtypes in which a checkpoint stores its network, such as "fp16" or "fp16 and fp32"."""
     header, _, _ = read_header(path)
-    dtypes = {entry["dtype"] for name, entry in header.items() if name.startswith(family.prefix)}
     names = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
-    return " and ".join(sorted(names.get(dtype, dtype) for dtype in dtypes))
+    return " and ".join(sorted(names.get(dtype, dtype) for dtype in _dtypes(header, family)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +13,20 @@ from torch import Tensor
 
 from ..base.errors import ModelError
 from ..files.safetensors_format import opened, read_header
+
+NETWORK_PREFIX = "model.diffusion_model."
+"""Prefix of a network's keys in a checkpoint."""
+OTHER_PREFIXES = ("diffusion_model.", "net.", "model.", "")
+"""Prefixes in files that hold a network alone."""
+
+
+def stored_name(names: Container[str], key: str) -> str | None:
+    """The name of a checkpoint key's tensor in a file with these names; None if its layout is another one."""
+    if key in names:
+        return key
+    tail = key.removeprefix(NETWORK_PREFIX)
+    return next((prefix + tail for prefix in OTHER_PREFIXES if prefix + tail in names), None)
+
 
 ZERO_SNR = "velocity with zero SNR"
 PREDICTIONS = ("auto", "noise", "velocity", ZERO_SNR)
@@ -45,6 +59,14 @@ class Source(ABC):
             ModelError: the source can no longer be read.
         """
 
+    @abstractmethod
+    def require_unchanged(self) -> None:
+        """Check that the source still holds the weights that it was opened with.
+
+        Raises:
+            ModelError: it does not, or it can no longer be read.
+        """
+
 
 @dataclass(frozen=True)
 class FileSource(Source):
@@ -68,8 +90,17 @@ class FileSource(Source):
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         with opened(self.path) as file:
+            names = set(file.keys())
             for key in keys:
-                yield key, file.get_tensor(key)
+                if (name := stored_name(names, key)) is None:
+                    raise ModelError(f"{self.name!r} has no weight {key!r}; choose an unmodified file.")
+                yield key, file.get_tensor(name)
+
+    def require_unchanged(self) -> None:
+        if source_of(self.path).sha256 != self.sha256:
+            raise ModelError(
+                f"{self.name!r} has changed since the model was opened; put the old file back or start again."
+            )
 
 
 def source_of(path: Path, prediction: str = "auto") -> FileSource:

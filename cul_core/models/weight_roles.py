@@ -14,12 +14,15 @@ GROUPS = {
     "attn": "attention",
     "non-attn2": "no_cross_attention",
     "full": "all",
+    "text": "reads_text",
+    "text-kv": "text_kv",
+    "text-stream": "text_stream",
 }
 """Name of a parameter group -> role of its weights."""
 
 ROLES = frozenset(GROUPS.values())
 
-READING_TEXT = ("kv", "attn2", "attn", "full")
+READING_TEXT = ("kv", "attn2", "attn", "full", "text")
 """Parameter groups that contain the text readers."""
 
 

@@ -21,7 +21,7 @@ from ..history.unlearn_model import UnlearnModel
 from ..models.load_diffusers import checkpoint_key_map
 from ..models.recognize import chosen_prediction, family_in
 from ..models.sampling import generator_for
-from ..models.source import FileSource, source_of
+from ..models.source import FileSource, source_of, stored_name
 
 _CHUNK, _PAGE = 8 << 20, 4096
 _SHORTER = "The source checkpoint became shorter while it was being copied; leave it in place and save again."
@@ -59,22 +59,28 @@ def save_checkpoint(
         on_message: called with a sentence on how much of the edit the file keeps.
 
     Raises:
-        CheckpointError: the folder cannot be written, or an edited tensor has a dtype that cannot hold the
-            edit.
+        CheckpointError: the folder cannot be written, the source's layout is not that of its network, or
+            an edited tensor has a dtype that cannot hold the edit.
         ModelError: the source file has changed since the model was opened.
         TrainingError: an edit is not finite, or too large for the source's dtype.
     """
     path = free_path(Path(path))
-    _check_source(model.source)
+    model.source.require_unchanged()
     header, inherited, start = read_header(model.source.path)
-    replaced = sorted((tuple(header[name]["data_offsets"]), name) for name in model.edits)
-    for _, name in replaced:
+    stored = {key: stored_name(header, key) for key in model.edits}
+    if other := [key for key, name in stored.items() if name is None]:
+        raise CheckpointError(
+            f"{model.source.name!r} has another layout than its network, without {other[0]!r}; save a LoRA "
+            "instead."
+        )
+    replaced = sorted((tuple(header[name]["data_offsets"]), name, key) for key, name in stored.items())
+    for _, name, key in replaced:
         if header[name]["dtype"] not in EDITABLE:
             raise CheckpointError(
                 f"{name!r} is stored as {header[name]['dtype']}, which cannot hold an edit; start from an "
                 "fp16, bf16 or fp32 checkpoint."
             )
-        if not is_finite(model.edits[name]):
+        if not is_finite(model.edits[key]):
             raise TrainingError(
                 f"The edit of {name!r} holds values that are not finite; repeat the step with a lower "
                 "learning rate."
@@ -88,22 +94,22 @@ def save_checkpoint(
         out.write(beginning)
         with _opened_source(model.source) as source:
             position = 0
-            for (begin, end), name in replaced:
+            for (begin, end), name, key in replaced:
                 _copy(source, out, start + position, begin - position, on_chunk)
-                stored = header[name]["dtype"]
+                dtype = header[name]["dtype"]
                 generator = (
-                    generator_for(0, "rounding", model.content_hash, name)
+                    generator_for(0, "rounding", model.content_hash, key)
                     if rounding == "stochastic"
                     else None
                 )
-                if not _add(source, out, start + begin, model.edits[name], EDITABLE[stored], generator):
+                if not _add(source, out, start + begin, model.edits[key], EDITABLE[dtype], generator):
                     raise TrainingError(
-                        f"The edit of {name!r} is too large for {stored}, so values are not finite; repeat "
+                        f"The edit of {name!r} is too large for {dtype}, so values are not finite; repeat "
                         "the step with a lower learning rate."
                     )
                 position = end
             _copy(source, out, start + position, model.source.size - start - position, on_chunk)
-        _check_source(model.source)  # it may have changed while it was copied
+        model.source.require_unchanged()  # it may have changed while it was copied
 
     write_atomically(path, write)
     return path

@@ -15,7 +15,9 @@ ROWS = ("mean", "last", "content", "all")
 
 
 def prompt_rows(network: Network, prompts: Sequence[str], rows: str, name: str | None = None) -> Tensor:
-    """Text rows (n, d) of prompts, in fp64 on the CPU: some devices have no fp64, and most are slow at it.
+    """Text rows (n, d) of prompts as text readers get them.
+
+    They are in fp64 on the CPU: some devices have no fp64, and most are slow at it.
 
     Args:
         network: the model.
@@ -24,7 +26,7 @@ def prompt_rows(network: Network, prompts: Sequence[str], rows: str, name: str |
             all content tokens and EOS, `all` takes every row except the shared ones.
         name: with `mean`, only the tokens of this name are averaged; every prompt ends with it.
     """
-    text = network.encode(prompts).text.cpu().double()
+    text = network.rows_read(network.encode(prompts).text).cpu().double()
     spans = [network.content(prompt) for prompt in prompts]
     if rows == "all":
         return text[:, network.shared_rows :].flatten(0, 1)

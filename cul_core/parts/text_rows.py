@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cache, lru_cache
 
@@ -81,6 +81,12 @@ class Responses:
             yield whole + (pair.targets @ solution.down.T) @ up, whole
 
 
+def encoded(network: Network, prompts: Sequence[str]) -> Conditioning:
+    """Encoded prompts, their text rows as text readers get them."""
+    conditioning = network.encode(prompts)
+    return replace(conditioning, text=network.rows_read(conditioning.text))
+
+
 def rows_of(conditioning: Conditioning, shared: int, source: str = TEXT) -> Tensor:
     """All rows (n, d) that count, in fp64 on the CPU: text rows after the shared ones, or pooled vectors."""
     if source == POOLED:
@@ -101,9 +107,9 @@ def sums_of_squares(
     totals: dict[str, Tensor] = {}
     for start in range(0, len(prompts), _BATCH):
         on_batch(start, len(prompts))
-        encoded = network.encode(prompts[start : start + _BATCH])
-        for source in INPUTS if encoded.pooled is not None else (TEXT,):
-            rows = rows_of(encoded, network.shared_rows, source)
+        read = encoded(network, prompts[start : start + _BATCH])
+        for source in INPUTS if read.pooled is not None else (TEXT,):
+            rows = rows_of(read, network.shared_rows, source)
             totals[source] = totals.get(source, 0.0) + rows.T @ rows
     return totals
 
@@ -302,20 +308,20 @@ class TextRows:
         for start in range(0, len(prompts), _BATCH):
             self._check()
             part = prompts[start : start + _BATCH]
-            encoded = self.network.encode(part)
+            read = encoded(self.network, part)
             if source == POOLED:
-                found += rows_of(encoded, 0, POOLED)[:, None]
+                found += rows_of(read, 0, POOLED)[:, None]
                 continue
             spans = [self.network.content(prompt) for prompt in part]
-            text = encoded.text.cpu().double()
+            text = read.text.cpu().double()
             found += [rows[at.start : at.stop + 1] for rows, at in zip(text, spans, strict=True)]
         return found
 
     def _paired(self, source: str, concept: Concept, captions: Sequence[str], count: int) -> Pairs:
         network = self.network
         prompts, chosen = self.prompts(concept, captions, count)
-        encoded = network.encode([*prompts, *chosen])
-        both = encoded[: len(prompts)], encoded[len(prompts) :]
+        read = encoded(network, [*prompts, *chosen])
+        both = read[: len(prompts)], read[len(prompts) :]
         if source == POOLED:
             targets, goals = (rows_of(side, 0, POOLED) for side in both)
             return Pairs(_components(targets - goals), targets, goals)

@@ -24,7 +24,11 @@ class TrainingConfig(Config):
         0.0, "AdamW's decay toward zero; the references' 0.01 shrinks even masked entries.", minimum=0.0
     )
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", minimum=0.0)
-    group: str = setting("kv", "Weights to train.", choices=("kv", "attn2", "attn", "non-attn2", "full"))
+    group: str = setting(
+        "kv",
+        "Weights to train; text, text-kv and text-stream are of flow transformers.",
+        choices=("kv", "attn2", "attn", "non-attn2", "full", "text", "text-kv", "text-stream"),
+    )
     seed: int = setting(0, "Seed of everything random.", minimum=0, maximum=2**64 - 1)
     evaluate_every: int = setting(
         0,

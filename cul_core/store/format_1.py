@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..base.errors import CheckpointError
+from ..base.errors import CheckpointError, ModelError
 from ..history.step_record import StepRecord
 from ..history.unlearn_model import UnlearnModel
 from ..models.load_diffusers import checkpoint_key_map
@@ -23,12 +23,15 @@ def is_format_1(metadata: Mapping[str, str]) -> bool:
 
 
 def former_hash(model: UnlearnModel) -> str | None:
-    """The model's content hash in format 1; None if format 1 has no name for its source or for an edit."""
+    """The model's content hash in format 1; None if it has no name there for its source or for an edit."""
     if not model.edits:
         return model.content_hash
     if not isinstance(model.source, FileSource):
         return None
-    names = {key: name for name, key in checkpoint_key_map(model.source.path).items()}
+    try:
+        names = {key: name for name, key in checkpoint_key_map(model.source.path).items()}
+    except ModelError:  # without diffusers, whose names these are, such a step is trained again
+        return None
     if not model.edits.keys() <= names.keys():
         return None
     return _hash(model, {names[key]: delta for key, delta in model.edits.items()})

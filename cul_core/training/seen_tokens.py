@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import cache
 
 from ..base.errors import ConceptError, brief_repr
 from ..concepts.concept import Concept
 from ..models.network import Network
-
-_AT_ONCE = 16
 
 
 class SeenTokens:
@@ -20,30 +18,13 @@ class SeenTokens:
     """
 
     def __init__(self, network: Network):
-        self._network = network
-        self._seen: dict[str, bytes] = {}
-        self._length = 0
-
-    def of(self, prompt: str) -> bytes:
-        """A value that is equal for prompts of which the network reads the same tokens."""
-        self.read([prompt])
-        return self._seen[prompt]
-
-    def read(self, prompts: Iterable[str]) -> None:
-        """Read prompts that are asked for later, many at once."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._seen]
-        for start in range(0, len(new), _AT_ONCE):
-            part = new[start : start + _AT_ONCE]
-            rows = self._network.token_rows(part)[0].detach().float().cpu()
-            self._length = rows.shape[1]
-            for prompt, row in zip(part, rows, strict=True):
-                self._seen[prompt] = hashlib.sha256(row.contiguous().numpy()).digest()
+        self.of = cache(network.tokens)
 
     def is_cut(self, prompt: str) -> bool:
         """Whether the prompt is so long that its end is not read."""
-        prompt, seen = prompt.strip(), self.of(prompt.strip())
-        # a token is at least one byte, and two of the rows are the start's and the end's
-        return len(prompt.encode()) > self._length - 2 and seen == self.of(prompt[:-1])
+        prompt = prompt.strip()
+        is_full = self.of(f"{prompt} {prompt}") == self.of(prompt)
+        return bool(prompt) and is_full and self.of(prompt[:-1]) == self.of(prompt)
 
 
 def check_anchors(seen: SeenTokens, concepts: Sequence[Concept], prompts: Sequence[str]) -> list[str]:
@@ -66,7 +47,6 @@ def check_anchors(seen: SeenTokens, concepts: Sequence[Concept], prompts: Sequen
         ]
         pairs = list(dict.fromkeys(pairs))
         every |= dict.fromkeys(prompt for pair in pairs for prompt in pair)
-        seen.read(prompt for pair in pairs for prompt in pair)
         same = [pair for pair in pairs if seen.of(pair[0]) == seen.of(pair[1])]
         if same and len(same) == len(pairs):
             is_cut = any(map(seen.is_cut, same[0]))

@@ -16,7 +16,7 @@ from ..history.unlearn_model import UnlearnModel, weights_of
 from ..methods import METHODS
 from ..methods.base import Method
 from ..models.load_diffusers import NetworkCache
-from ..models.network import Network
+from ..models.network import Network, Networks
 from ..models.sampling import generator_for
 from ..parts.step_context import SolvedRequest, SolvedSet, StepContext, TextSums, made_anew
 from ..requests.request import Request
@@ -109,7 +109,7 @@ def take_back(
     names: Sequence[str],
     *,
     device: torch.device | str = "cpu",
-    networks: NetworkCache | None = None,
+    networks: Networks | None = None,
     check: Callable[[], None] = lambda: None,
     on_stage: Callable[[str], None] = lambda text: None,
     text_sums: TextSums = made_anew,
@@ -183,7 +183,7 @@ def _solved_anew(
     indices: Sequence[int],
     remaining: Sequence[StepRecord],
     device: torch.device | str,
-    networks: NetworkCache,
+    networks: Networks,
     watch: Mapping[str, Callable],
 ) -> dict[str, Tensor]:
     requests = [Request.from_json(record.request) for record in remaining]
@@ -201,7 +201,7 @@ def closed_form_context(
     model: UnlearnModel,
     request: Request,
     network: Network,
-    networks: NetworkCache,
+    networks: Networks,
 ) -> StepContext:
     """Context of a closed-form solve on `model` without a step of its own."""
     pretrained = network.exact(list(network.weights(request.role)))

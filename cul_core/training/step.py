@@ -21,7 +21,7 @@ from ..history.unlearn_model import UnlearnModel, weights_of
 from ..methods import METHODS
 from ..models.free_memory import free_memory, is_out_of_memory, release_memory
 from ..models.load_diffusers import NetworkCache
-from ..models.network import Network
+from ..models.network import Network, Networks
 from ..models.sampling import generator_for
 from ..models.weight_roles import READING_TEXT, ROLES
 from ..parts.part import Part
@@ -60,7 +60,7 @@ def run_step(
     device: torch.device | str = "cpu",
     callbacks: Callbacks | None = None,
     store: AnchorSource | None = None,
-    networks: NetworkCache | None = None,
+    networks: Networks | None = None,
     measure: Measure | None = None,
     state_store: StateStore | None = None,
     compute: Compute | None = None,

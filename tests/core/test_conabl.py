@@ -12,8 +12,8 @@ from cul_core.base.errors import ConceptError, ModelError
 from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAbl, ConAblConfig, masked_error
 from cul_core.minicanvas.family import MINI
+from cul_core.models.discrete_process import DiscreteProcess
 from cul_core.models.families.sd1 import SD1
-from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.sampling import generator_for
 from cul_core.parts.part import Teachers
 from cul_core.parts.step_context import StepContext

@@ -8,8 +8,8 @@ import torch
 from cul_core.base.errors import Cancelled, ConfigError
 from cul_core.concepts.concept import Concept
 from cul_core.methods.esd import ESD, ESDConfig, erasing_goal
+from cul_core.models.discrete_process import DiscreteProcess
 from cul_core.models.flow_process import FlowProcess
-from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.sampling import generator_for
 from cul_core.models.text_conditioning import Conditioning
 from cul_core.models.trajectory_buffer import TrajectoryBuffer, run_trajectory

@@ -23,10 +23,10 @@ from cul_core.methods.conabl import ConAblConfig
 from cul_core.methods.esd import ESDConfig
 from cul_core.models.build_diffusers import build_unet
 from cul_core.models.diffusers_network import DiffusersNetwork
+from cul_core.models.discrete_process import DiscreteProcess
 from cul_core.models.families.sdxl import SDXL
 from cul_core.models.family import FAMILIES
 from cul_core.models.load_diffusers import load_network
-from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.recognize import detect_family
 from cul_core.models.sampling import SamplerConfig, generator_for, sample_latents
 from cul_core.models.text_conditioning import Conditioning

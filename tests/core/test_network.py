@@ -16,9 +16,9 @@ from cul_core.concepts.concept import Concept
 from cul_core.history.unlearn_model import UnlearnModel
 from cul_core.methods.conabl import ConAbl, ConAblConfig
 from cul_core.methods.esd import ESD, ESDConfig
+from cul_core.models.discrete_process import DiscreteProcess
 from cul_core.models.family import FAMILIES
 from cul_core.models.flow_process import FlowProcess
-from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.recognize import family_of
 from cul_core.models.sampling import SamplerConfig, generator_for, predict_guided, run_solver, sample_latents
 from cul_core.models.text_conditioning import Conditioning
@@ -440,3 +440,44 @@ def test_inputs_without_values_are_as_those_with_values(network):
     assert (conditioning.pooled is None) == (real.pooled is None)
     assert real.pooled is None or conditioning.pooled.shape == real.pooled.shape
     assert blank.predict(latents, times, conditioning).shape == latents.shape
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "ends_in_noise"),
+    [("epsilon", False), ("v_prediction", False), ("v_prediction", True)],
+)
+@pytest.mark.parametrize("steps", [1, 2, 7, 25])
+def test_solvers_of_the_discrete_process_round_as_those_of_diffusers(steps, prediction_type, ends_in_noise):
+    schedulers = pytest.importorskip("diffusers")
+    common = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": prediction_type,
+        "rescale_betas_zero_snr": ends_in_noise,
+    }
+    ddim = {"clip_sample": False, "set_alpha_to_one": False}
+    process = DiscreteProcess(prediction_type, ends_in_noise)
+    pairs = [
+        (
+            process.sampler(steps),
+            schedulers.DPMSolverMultistepScheduler(**common, timestep_spacing="trailing"),
+        ),
+        *(
+            (
+                process.trajectory(steps, spacing),
+                schedulers.DDIMScheduler(**common, **ddim, timestep_spacing=spacing),
+            )
+            for spacing in ("trailing", "leading")
+        ),
+    ]
+    predictions = noise(7, 3, 1, 4, 3, 3)
+    for solver, theirs in pairs:
+        theirs.set_timesteps(steps)
+        assert torch.equal(solver.times, theirs.timesteps)
+        mine = other = noise(6, 1, 4, 3, 3)
+        for number, time in enumerate(solver.times):
+            predicted = predictions[number % 3]
+            mine, other = solver.step(predicted, time, mine), theirs.step(predicted, time, other).prev_sample
+            # noise that is divided by a signal of zero is not a number, on both sides
+            torch.testing.assert_close(mine, other, atol=0, rtol=0, equal_nan=True)

@@ -14,8 +14,8 @@ from cul_core.base.topk import top_k
 from cul_core.mergers import MERGERS
 from cul_core.mergers.base import WeightedConfig
 from cul_core.mergers.ties import TiesConfig
+from cul_core.models.discrete_process import DiscreteProcess
 from cul_core.models.flow_process import FlowProcess
-from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.sampling import combine, predict_guided
 from cul_core.models.text_conditioning import Conditioning
 from cul_core.parts.part import Part

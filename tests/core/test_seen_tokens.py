@@ -12,7 +12,7 @@ from cul_core.training.seen_tokens import SeenTokens, check_anchors, without_tar
 from cul_core.training.step import run_step
 
 
-class ClipRows:
+class ClipTokens:
     """The part of a network that reads prompts, with CLIP's own tokenizer."""
 
     def __init__(self, folder):
@@ -21,14 +21,13 @@ class ClipRows:
 
         self._tokenizer = load_tokenizer(FAMILIES["sd1"], folder)
 
-    def token_rows(self, prompts):
-        padded = {"padding": "max_length", "max_length": 77, "truncation": True}
-        return (self._tokenizer(list(prompts), **padded, return_tensors="pt").input_ids[..., None],)
+    def tokens(self, prompt):
+        return tuple(self._tokenizer(prompt, max_length=77, truncation=True).input_ids[1:-1])
 
 
 @pytest.fixture(scope="module")
 def seen(clip_tokenizer):
-    return SeenTokens(ClipRows(clip_tokenizer))
+    return SeenTokens(ClipTokens(clip_tokenizer))
 
 
 PHOTOS = "one {}", "a photo of a {}", "a {} in the city"

@@ -11,8 +11,8 @@ import torch
 from cul_core.base.errors import Cancelled, ConfigError, TrainingError
 from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAblConfig
+from cul_core.models.discrete_process import DiscreteProcess
 from cul_core.models.families.sd1 import SD1
-from cul_core.models.noise_process import DiscreteProcess
 from cul_core.parts.part import Part
 from cul_core.parts.prompt_vectors import prompt_rows, target_vector
 from cul_core.regularizers.projection import GradientProjection, ProjectionConfig

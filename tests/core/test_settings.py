@@ -20,8 +20,8 @@ from cul_core.methods import METHODS
 from cul_core.methods.esd import ESDConfig
 from cul_core.minicanvas.family import MINI
 from cul_core.models.diffusers_network import DiffusersNetwork
+from cul_core.models.discrete_process import DiscreteProcess
 from cul_core.models.families.sd1 import SD1
-from cul_core.models.noise_process import DiscreteProcess
 from cul_core.models.sampling import SamplerConfig
 from cul_core.parts.prompt_vectors import decoy_concepts
 from cul_core.parts.training_config import TrainingConfig

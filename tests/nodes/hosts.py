@@ -44,13 +44,33 @@ def python_of(host: Path) -> str:
     return sys.executable
 
 
+def without_diffusers(folder: Path) -> dict[str, str]:
+    """Environment variables with which Python cannot find diffusers, whatever is installed."""
+    (folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        "from importlib import metadata\n\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'diffusers':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n\n"
+        "version = metadata.version\n\n"
+        "def present(name):\n"
+        "    if name == 'diffusers':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return version(name)\n\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "metadata.version = present\n"
+    )
+    return {"PYTHONPATH": str(folder)}
+
+
 class Host:
     """A running server. Its models, outputs and user files lie in `folder`; the pack is linked into its
     custom nodes."""
 
     def __init__(self, checkout: Path, folder: Path, environment: dict[str, str] | None = None):
         self.checkout, self.folder, self.version = checkout, folder, version_of(checkout)
-        self._environment = environment or {}
+        self.environment = environment or {}
         for name in (
             "elsewhere",
             "models/checkpoints",
@@ -103,7 +123,7 @@ class Host:
                 "PYTHONUNBUFFERED": "1",
                 "OMP_WAIT_POLICY": "PASSIVE",
             }
-            | self._environment
+            | self.environment
         )
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

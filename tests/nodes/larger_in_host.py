@@ -105,7 +105,7 @@ def compare(path, name):
         patched.unpatch_model()
         return distance(ours, theirs)
 
-    figures |= {"predicts": process.prediction_type, "picture": pictures(model)}
+    figures |= {"predicts": process.predicts, "picture": pictures(model)}
     generator = torch.Generator().manual_seed(1)
     readers = network.weights("text_readers")
     edits = {key: torch.randn(weight.shape, generator=generator) / 8 for key, weight in readers.items()}
@@ -129,7 +129,7 @@ def compare(path, name):
                 distance(kept.encode(PROMPTS).text, rows),
             )
             assert kept.family == network.family
-            assert hosted.prediction_type(patched) == process.prediction_type
+            assert hosted.process_of(patched).predicts == process.predicts
     return figures
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...models.noise_process import DiscreteProcess
+from ...models.discrete_process import DiscreteProcess
 from .. import models
 from ..family import MINI
 from ..render import render, render_background

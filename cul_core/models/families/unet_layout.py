@@ -14,8 +14,8 @@ VAE_PREFIX = "first_stage_model."
 
 ROLES = {
     "text_readers": r"\.attn2\.to_[kv]\.weight$",  # ESD: esd-x-strict; CUIG: kv-xattn
+    # label_emb reads the pooled vector before the image's sizes
     "text_inputs": r"\.attn2\.to_[kv]\.weight$|\.label_emb\.0\.0\.weight$",
-    "pooled_readers": r"\.label_emb\.0\.0\.weight$",  # reads the pooled vector before the image's sizes
     "cross_attention": r"\.attn2\.",
     "attention": r"\.attn[12]\.to_(q|k|v|out)\b",  # CUIG calls this xattn
     "no_cross_attention": r"^(?!.*\.attn2\.)",
@@ -55,6 +55,11 @@ def _widths(shapes: Shapes) -> tuple[int, int, int] | None:
     if first is None or context is None or len(first) != 4 or len(context) != 2:
         return None
     return first[0], first[1], context[1]
+
+
+def is_unet(shapes: Shapes) -> bool:
+    """Whether a checkpoint with these shapes has a UNet in Stable Diffusion's layout, of whatever size."""
+    return f"{UNET_PREFIX}input_blocks.0.0.weight" in shapes
 
 
 def recognize(family: Family, shapes: Shapes, file_name: str) -> bool:
