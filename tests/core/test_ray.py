@@ -71,7 +71,7 @@ def swept(folder, plan, *options):
 
 def test_ten_kills_of_workers_cost_no_command_and_change_no_result(two_nodes, tmp_path):
     plan = tmp_path / "plan.txt"
-    options = "--preset plain_ours --iterations 60"
+    options = "--preset esd --iterations 16"
     plan.write_text("\n".join(f"unlearn '{name}' {options}" for name in NAMES))
     undisturbed = swept(tmp_path / "undisturbed", plan, "--workers", "1")
     killer = Killer(tmp_path / "disturbed")
