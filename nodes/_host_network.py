@@ -22,13 +22,14 @@ from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._pytree import tree_map
 
 from ..cul_core.base.bounded_cache import BoundedCache
-from ..cul_core.base.errors import ModelError
+from ..cul_core.base.errors import ModelError, brief_repr
 from ..cul_core.base.last_result import LastResult
+from ..cul_core.files.safetensors_format import is_finite
 from ..cul_core.models.discrete_process import DiscreteProcess
 from ..cul_core.models.families.flow import ATTENTION, UNKNOWN
 from ..cul_core.models.family import Family
 from ..cul_core.models.network import Network
-from ..cul_core.models.source import Source
+from ..cul_core.models.source import Source, finite
 from ..cul_core.models.text_conditioning import Conditioning
 from ..cul_core.models.weight_roles import keys_with_role
 from . import _host
@@ -42,6 +43,8 @@ except ImportError:  # an older host, which has none
 
 logger = logging.getLogger(__name__)
 _PREFIX = "model.diffusion_model."
+_PROMPTS = 64
+"""Largest number of prompts that are encoded in one pass."""
 _CACHED_BYTES = 512 << 20
 _TRAINING_MEMORY = 4
 """Activations of a prediction with gradients, as a multiple of what the host plans for one without; a guess."""
@@ -214,7 +217,7 @@ class HostNetwork(Network):
     def exact(self, keys: Sequence[str]) -> dict[str, Tensor]:
         if missing := [key for key in keys if key not in self._exact]:
             for key, tensor in self._source.read(missing):
-                self._exact[key] = tensor.to(self.device, torch.float32)
+                self._exact[key] = finite(self._source.name, key, tensor).to(self.device)
         return {key: self._exact[key] for key in keys}
 
     @contextmanager
@@ -254,14 +257,40 @@ class HostNetwork(Network):
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Conditioning:
         if grad:
             return self.encode_rows(prompts, ())
-        for prompt in sorted(set(prompts)):
-            if prompt not in self._prompts:
-                with torch.no_grad():
-                    self._prompts.put(prompt, self._encoded(prompt).to("cpu"))
+        missing = sorted(prompt for prompt in set(prompts) if prompt not in self._prompts)
+        for start in range(0, len(missing), _PROMPTS):
+            part = missing[start : start + _PROMPTS]
+            with torch.no_grad():
+                encoded = self._encoded_together(part)
+            for prompt, conditioning in zip(part, encoded, strict=True):
+                self._check_encoded(prompt, conditioning)
+                self._prompts.put(prompt, conditioning.to("cpu"))
         encoded = {prompt: self._prompts.get(prompt) for prompt in dict.fromkeys(prompts)}
         batch = Conditioning.cat(encoded[prompt] for prompt in prompts).to(self.device)
         self._prompts.shrink(_CACHED_BYTES)
         return batch
+
+    def _check_encoded(self, prompt: str, conditioning: Conditioning) -> None:
+        """Raises ModelError for an encoded prompt that is not finite, as a damaged word's row makes it."""
+        if not is_finite(conditioning.text):
+            raise ModelError(
+                f"The CLIP of {self.family.display_name} is damaged: its text rows of {brief_repr(prompt)} hold "
+                "NaN or infinite values; load another one."
+            )
+
+    def _encoded_together(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Each prompt encoded: in one pass where a family reads no more of CLIP than the rows of one encoder.
+
+        The host's CLIP takes a long prompt in sections and encodes them as one batch; here every prompt is one.
+        """
+        kinds = self.family.text_encoders
+        tokens = [self.clip.tokenize(prompt) for prompt in prompts]
+        sections = [parts for of_prompt in tokens for parts in of_prompt.values()]
+        if len(kinds) != 1 or kinds[0].is_pooled or {len(parts) for parts in sections} != {1}:
+            return [self._encoded(prompt) for prompt in prompts]
+        (encoder,) = tokens[0]
+        text = self.clip.encode_from_tokens({encoder: [parts[0] for parts in sections]})
+        return [Conditioning(rows.clone()) for rows in text.view(len(prompts), -1, text.shape[-1]).split(1)]
 
     def _encoded(self, prompt: str) -> Conditioning:
         values = dict(self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_dict=True))

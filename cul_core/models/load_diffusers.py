@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ..base.errors import ModelError
 from ..base.last_result import LastResult
-from ..files.safetensors_format import OpenedFile, is_finite, opened
+from ..files.safetensors_format import OpenedFile, opened
 from .build_diffusers import build_text_encoder, build_unet, require_diffusers
 from .diffusers_network import DiffusersNetwork
 from .families.unet_layout import UNET_PREFIX, VAE_PREFIX
 from .family import Family, TextEncoder
 from .recognize import family_in
 from .sd_layout import autoencoder_shapes
-from .source import FileSource
+from .source import FileSource, finite
 from .text_layout import TURNED, is_read_whole, prefix_in, text_shapes
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ def _load_network(
     # a generator: only one tensor at a time is in memory in both dtypes
     _fill(
         unet,
-        ((ours, _finite(file.name, key, file.get_tensor(key), dtype)) for ours, key in keys.items()),
+        ((ours, finite(file.name, key, file.get_tensor(key), dtype)) for ours, key in keys.items()),
         dtype,
     )
     autoencoder = _load_tiny_autoencoder(file, names) if family.has_decoder else None
@@ -218,27 +218,6 @@ def _load_network(
     read = partial(_read_exactly, path)
     return DiffusersNetwork(
         family, unet, encoders, tokenizer, autoencoder, keys, to_open, reopen, read, path.name, missing
-    )
-
-
-def _finite(file_name: str, key: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The tensor in `dtype`.
-
-    Raises:
-        ModelError: it holds NaN or infinite values, or some that are too large for `dtype`.
-    """
-    converted = tensor.to(dtype)
-    if is_finite(converted):
-        return converted
-    if is_finite(tensor.float()):
-        name = str(dtype).removeprefix("torch.")
-        raise ModelError(
-            f"{file_name!r} holds values in {key!r} that are too large for {name}; choose bfloat16 or "
-            "float32."
-        )
-    raise ModelError(
-        f"{file_name!r} is damaged: {key!r} holds NaN or infinite values, as a failed training or merge "
-        "leaves them; choose another checkpoint, or the one it was made from."
     )
 
 
@@ -282,7 +261,7 @@ def _text_encoders(file: OpenedFile, family: Family) -> tuple[nn.Module, ...]:
         for key in text_shapes(kind, config, file.keys()):
             # converted as it is read, so that only one tensor is in memory in both dtypes
             tensor = file.get_tensor(key).float()
-            tensors[key] = _finite(file.name, key, tensor) if is_read_whole(kind, config, key) else tensor
+            tensors[key] = finite(file.name, key, tensor) if is_read_whole(kind, config, key) else tensor
         encoders.append(_fill(encoder, text_tensors(kind, tensors, encoder).items()))
     return tuple(encoders)
 
@@ -300,7 +279,7 @@ def load_autoencoder(path: Path, config: dict) -> nn.Module:
     with _naming(path), opened(path) as file:
         return _kl_autoencoder(
             {
-                name: _finite(path, name, file.get_tensor(name))
+                name: finite(path, name, file.get_tensor(name))
                 for name in file.keys()
                 if name.startswith(_VAE_PARTS)
             },

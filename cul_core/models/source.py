@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..base.errors import ModelError
-from ..files.safetensors_format import opened, read_header
+from ..files.safetensors_format import is_finite, opened, read_header
 
 NETWORK_PREFIX = "model.diffusion_model."
 """Prefix of a network's keys in a checkpoint."""
@@ -31,6 +32,27 @@ def stored_name(names: Container[str], key: str) -> str | None:
 ZERO_SNR = "velocity with zero SNR"
 PREDICTIONS = ("auto", "noise", "velocity", ZERO_SNR)
 """What a user may say that a network predicts; zero SNR is that of a schedule that ends in pure noise."""
+
+
+def finite(file_name: str, key: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tensor in `dtype`.
+
+    Raises:
+        ModelError: it holds NaN or infinite values, or some that are too large for `dtype`.
+    """
+    converted = tensor.to(dtype)
+    if is_finite(converted):
+        return converted
+    if is_finite(tensor.float()):
+        name = str(dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{file_name!r} holds values in {key!r} that are too large for {name}; choose bfloat16 or "
+            "float32."
+        )
+    raise ModelError(
+        f"{file_name!r} is damaged: {key!r} holds NaN or infinite values, as a failed training or merge "
+        "leaves them; choose another checkpoint, or the one it was made from."
+    )
 
 
 class Source(ABC):

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+import re
 import threading
 import time
 
@@ -14,7 +15,7 @@ import torch
 from graphs import CLIP, CUL, FORGOTTEN, KEPT, MODEL, REPORT, SAMPLING, VAE, Graph
 from hosts import on_newest
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from short import SHORT
 
 from cul_core.history.step_record import read_history
@@ -197,6 +198,25 @@ def test_an_unsupported_file_is_refused_before_anything_runs(host):
             "choose a full checkpoint of",
         )
     )
+
+
+@on_newest()
+@pytest.mark.parametrize(
+    ("damaged", "said"),
+    [
+        ("attn2.to_k.weight", r"'damaged.safetensors' is damaged: '.*attn2.to_k.weight' holds NaN"),
+        ("token_embedding.weight", "CLIP of MiniCanvas is damaged: its text rows of .* hold NaN"),
+    ],
+)
+def test_a_damaged_model_is_refused_with_what_is_damaged(damaged, said, host):
+    tensors = load_file(CHECKPOINT_PATH)
+    for name, tensor in tensors.items():
+        if name.endswith(damaged):
+            tensor[:] = float("nan")
+    save_file(tensors, host.folder / "models/checkpoints/damaged.safetensors")
+    graph = Graph()
+    graph.step(graph.load("damaged.safetensors"))
+    assert re.search(said, host.error_of(host.wait(host.queue(graph)))["exception_message"])
 
 
 @on_newest()
