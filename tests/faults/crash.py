@@ -95,7 +95,7 @@ def requests() -> list[Request]:
             retain=(Concept("Navy_Stripes"),),
             anchor_prompts=PROMPTS,
             anchor_count=24,
-            anchor_sampler=SamplerConfig(steps=1),
+            anchor_sampler=SamplerConfig(steps=2),
             anchor_seed=number // 3,
         )
         for number, (target, (method, regularizers, settings)) in enumerate(zip(TARGETS, how, strict=True))

@@ -9,7 +9,7 @@ import pytest
 from graphs import CUL, REPORT, Graph
 from hosts import on_newest
 
-ITERATIONS = 100
+ITERATIONS = 150
 
 
 def chain_of_three():
