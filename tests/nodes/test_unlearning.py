@@ -446,7 +446,8 @@ def independent(host):
     """(graph, id of the loader, ids of two steps behind it), to be added to."""
     graph = Graph()
     loaded = graph.load()
-    how = {"training": graph.training(iterations=40, anchor_count=32), "preset": "trained"}
+    training = graph.training(iterations=50, anchor_count=32, anchor_steps=8)
+    how = {"training": training, "preset": "trained"}
     return graph, loaded, [graph.step(loaded, target, **how) for target in ("Candy Stripes", "Dusk Dots")]
 
 
