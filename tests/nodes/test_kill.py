@@ -9,7 +9,7 @@ import pytest
 from graphs import CUL, REPORT, Graph
 from hosts import on_newest
 
-ITERATIONS = 150
+ITERATIONS = 200
 
 
 def chain_of_three():
@@ -19,7 +19,7 @@ def chain_of_three():
         last = graph.step(
             last,
             target,
-            training=graph.training(iterations=iterations),
+            training=graph.training(iterations=iterations, anchor_count=16, anchor_steps=4),
             train_seed=5,
         )
         reports.append(graph.add("PreviewAny", source=(last, REPORT)))
