@@ -595,7 +595,11 @@ def progress_of(host, graph):
 def test_the_page_gets_progress_previews_and_the_time_left(host):
     graph = Graph()
     step = graph.step(
-        graph.load(), training=graph.training(iterations=8, batch_size=64), train_seed=31, preview_every=5
+        graph.load(),
+        training=graph.training(iterations=8, batch_size=64),
+        preset="trained",
+        train_seed=31,
+        preview_every=5,
     )
     graph.add("CUL_DriftMap", model=(step, CUL))
     binary, messages = progress_of(host, graph)
