@@ -260,7 +260,7 @@ from cul_core.files.safetensors_format import read_header
 
 mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + 600_000_000,) * 2)
-resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
 for path in sys.argv[1:]:
     try:
         read_header(Path(path))

@@ -335,7 +335,7 @@ def test_a_strangers_history_reaches_the_page_as_text(server, count):
     graph = Graph()
     graph.add("PreviewAny", source=(graph.add("CUL_History", file="markup.safetensors"), 0))
     graph.add("CUL_DriftMap", model=(graph.load("markup.safetensors"), CUL))
-    link = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=hostile", timeout=10)
+    link = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=hostile", timeout=60)
     prompt, said = server.post("/prompt", {"prompt": graph, "client_id": "hostile"})["prompt_id"], []
     try:
         while True:

@@ -47,7 +47,7 @@ class Page:
     def __init__(self, tab, host):
         self.tab, self.host = tab, host
         tab.goto(host.url)
-        tab.wait_for_function(_READY, timeout=60_000)
+        tab.wait_for_function(_READY, timeout=120_000)
         tab.wait_for_timeout(1500)
 
     def template(self, name: str) -> dict:

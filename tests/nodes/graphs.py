@@ -43,22 +43,23 @@ class Graph(dict):
             "learning_rate": 6e-4,
             "schedule": "linear",
             "group": "kv",
-            "anchor_count": 0,
-            "anchor_steps": 0,
+            "anchor_count": 8,
+            "anchor_steps": 4,
         }
         return self.add("CUL_TrainingSettings", **(settings | inputs))
 
     def step(
         self, model: str, target: str = "Candy Stripes", *, training: str | None = None, **inputs
     ) -> str:
-        """An Unlearn Step behind `model`, of three iterations unless `training` says otherwise."""
+        """An Unlearn Step behind `model`, of three iterations from eight anchors unless `training` says
+        otherwise; the preset plain, as preparing a projection takes far longer than that."""
         concept = self.concept(target)
         training = training or self.training()
         values = {
             "model": (model, CUL),
             "concepts": (concept, 0),
             "training": (training, 0),
-            "preset": "trained",
+            "preset": "plain",
             "train_seed": 1,
             "preview_every": 0,
         }

@@ -160,7 +160,7 @@ class Host:
         return f"http://127.0.0.1:{self.port}"
 
     def get(self, path: str, raw: bool = False):
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=120) as answer:
             data = answer.read()
         return data if raw else json.loads(data)
 
@@ -168,7 +168,7 @@ class Host:
         request = urllib.request.Request(
             self.url + path, json.dumps(values).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             data = answer.read()
         return json.loads(data) if data else {}
 

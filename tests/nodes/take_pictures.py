@@ -26,7 +26,7 @@ WORKFLOWS, SCREENS = PACK / "workflows", PACK / "docs"
 def gallery(schemas: dict, saved: str) -> Graph:
     """One graph with every node of the pack."""
     graph = Graph()
-    loaded, training = graph.load(), graph.training(iterations=40)
+    loaded, training = graph.load(), graph.training(iterations=40, anchor_count=0, anchor_steps=0)
     concept = graph.concept(keep="Navy Stripes\nPop Dots")
     chained, methods = (), {}
     defaults = {

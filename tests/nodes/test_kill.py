@@ -20,6 +20,7 @@ def chain_of_three():
             last,
             target,
             training=graph.training(iterations=iterations, anchor_count=16, anchor_steps=4),
+            preset="trained",
             train_seed=5,
         )
         reports.append(graph.add("PreviewAny", source=(last, REPORT)))

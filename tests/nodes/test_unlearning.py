@@ -189,15 +189,8 @@ def test_an_unsupported_file_is_refused_before_anything_runs(host):
     )
     answer = json.loads(host.rejected(graph))
     (reason,) = [error["details"] for error in answer["node_errors"][unsupported]["errors"]]
-    assert all(
-        said in reason
-        for said in (
-            "'flux.safetensors' is",
-            "Flux",
-            "no Stable Diffusion UNet",
-            "choose a full checkpoint of",
-        )
-    )
+    parts = ("'flux.safetensors' is", "Flux", "no Stable Diffusion UNet", "choose a full checkpoint of")
+    assert all(said in reason for said in parts)
 
 
 @on_newest()
@@ -222,7 +215,7 @@ def test_a_damaged_model_is_refused_with_what_is_damaged(damaged, said, host):
 @on_newest()
 def test_two_steps_from_one_loader_do_not_disturb_each_other_or_the_loader(host):
     graph = Graph()
-    loaded, training = graph.load(), graph.training(iterations=20)
+    loaded, training = graph.load(), graph.training(iterations=10)
     one, two = (
         graph.step(loaded, "Candy Stripes", training=training),
         graph.step(loaded, "Dusk Dots", training=training),
@@ -234,7 +227,7 @@ def test_two_steps_from_one_loader_do_not_disturb_each_other_or_the_loader(host)
         copy = alone.load()
         if node != loaded:
             copy = alone.step(
-                copy, "Candy Stripes" if node == one else "Dusk Dots", training=alone.training(iterations=20)
+                copy, "Candy Stripes" if node == one else "Dusk Dots", training=alone.training(iterations=10)
             )
         picture = alone.sample_from(copy)
         assert np.array_equal(pixels(host, host.run(alone), picture), pixels(host, together, shown[node])), (
@@ -386,7 +379,7 @@ def test_a_sequence_gives_the_same_model_as_a_chain_of_steps(host):
     training, loaded = graph.training(), graph.load()
     last = loaded
     for target in ("Candy Stripes", "Dusk Dots"):
-        last = graph.step(last, target, training=training)
+        last = graph.step(last, target, training=training, preset="trained")
     sequence = graph.add(
         "CUL_UnlearnSequence",
         model=(loaded, CUL),
@@ -411,6 +404,7 @@ def solved(graph, loaded, requests):
     return graph.add("CUL_UnlearnSequence", requests=requests, **values, **linked)
 
 
+@on_newest()
 def test_a_request_is_taken_back_as_if_it_had_never_been_made(host):
     graph = Graph()
     loaded = graph.load()
@@ -426,6 +420,7 @@ def test_a_request_is_taken_back_as_if_it_had_never_been_made(host):
     assert "Taken back: Lava." in report and "Still forgotten: Candy Stripes." in report
 
 
+@on_newest()
 def test_an_exact_edit_is_a_small_lora_without_loss_at_any_strength(host):
     graph = Graph()
     edited = solved(graph, graph.load(), "Candy Stripes\nLava")
@@ -470,12 +465,10 @@ def test_a_sequence_loads_its_checkpoint_once_if_at_all(host):
 def independent(host):
     """(graph, id of the loader, ids of two steps behind it), to be added to."""
     graph = Graph()
-    loaded, training = graph.load(), graph.training(iterations=60)
-    return (
-        graph,
-        loaded,
-        [graph.step(loaded, target, training=training) for target in ("Candy Stripes", "Dusk Dots")],
-    )
+    loaded = graph.load()
+    training = graph.training(iterations=50, anchor_count=32, anchor_steps=8)
+    how = {"training": training, "preset": "trained"}
+    return graph, loaded, [graph.step(loaded, target, **how) for target in ("Candy Stripes", "Dusk Dots")]
 
 
 DOTS = "A cat image in Dusk Dots style."
@@ -580,13 +573,19 @@ def test_regularizers_plug_in(host):
 
 @on_newest()
 def test_evaluations_chain_into_one_table_and_chart(host):
+    """After objects were forgotten: half as many pictures as after styles."""
     graph = Graph()
-    loaded = graph.load()
-    step = graph.step(loaded)
-    first = graph.add("CUL_Evaluate", model=(loaded, CUL), pictures=1, sampling_seed=3)
-    second = graph.add("CUL_Evaluate", model=(step, CUL), pictures=1, sampling_seed=3, earlier=(first, 2))
-    entry = host.run(graph, seconds=900)  # some 600 pictures
-    assert pixels(host, entry, second).shape[0] > 200
+    objects = graph.concept("cat", kind="object", anchor="flower", keep="house")
+    step, scores = graph.step(graph.load(), concepts=(objects, 0)), {}
+    objects = graph.concept("star", kind="object", anchor="flower", keep="house")
+    for model in (step, graph.step(step, concepts=(objects, 0))):
+        last = graph.add("CUL_Evaluate", model=(model, CUL), pictures=1, sampling_seed=3, **scores)
+        scores = {"earlier": (last, 2)}
+    table = graph.add("PreviewAny", source=(last, 0))
+    entry = host.run(graph, seconds=900)  # 240 pictures
+    assert pixels(host, entry, last).shape[0] > 200
+    text = json.dumps(entry["outputs"][table])
+    assert "after 1" in text and "after 2" in text
 
 
 def progress_of(host, graph):
@@ -616,7 +615,11 @@ def progress_of(host, graph):
 def test_the_page_gets_progress_previews_and_the_time_left(host):
     graph = Graph()
     step = graph.step(
-        graph.load(), training=graph.training(iterations=8, batch_size=64), train_seed=31, preview_every=5
+        graph.load(),
+        training=graph.training(iterations=8, batch_size=64),
+        preset="trained",
+        train_seed=31,
+        preview_every=5,
     )
     graph.add("CUL_DriftMap", model=(step, CUL))
     binary, messages = progress_of(host, graph)
@@ -719,9 +722,10 @@ def test_compare_without_a_prompt_says_so(host):
     assert "type at least one" in host.error_of(host.wait(host.queue(graph)))["exception_message"]
 
 
+@on_newest()
 def test_the_report_names_what_was_done(host):
     graph = Graph()
-    step = graph.step(graph.load())
+    step = graph.step(graph.load(), preset="trained")
     shown = graph.add("PreviewAny", source=(step, REPORT))
     entry = host.run(graph)
     text = json.dumps(entry["outputs"][shown])

@@ -114,7 +114,7 @@ def test_a_template_opens_in_the_page_runs_and_shows_its_picture(host, tmp_path)
         compare = next(
             node["id"] for node in workflow("Forget a style")["nodes"] if node["type"] == "CUL_Compare"
         )
-        page.tab.wait_for_function(f"() => (app.nodeOutputs || {{}})['{compare}']", timeout=20_000)
+        page.tab.wait_for_function(f"() => (app.nodeOutputs || {{}})['{compare}']", timeout=120_000)
         page.fit()
         page.tab.screenshot(path=tmp_path / "canvas.png")
         # the grid is light, the page dark
