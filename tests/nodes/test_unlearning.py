@@ -208,7 +208,7 @@ def test_a_damaged_model_is_refused_with_what_is_damaged(damaged, said, host):
             tensor[:] = float("nan")
     save_file(tensors, host.folder / "models/checkpoints/damaged.safetensors")
     graph = Graph()
-    graph.step(graph.load("damaged.safetensors"))
+    graph.add("PreviewAny", source=(graph.step(graph.load("damaged.safetensors")), REPORT))
     assert re.search(said, host.error_of(host.wait(host.queue(graph)))["exception_message"])
 
 
