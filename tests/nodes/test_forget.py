@@ -59,7 +59,7 @@ def test_between_stock_nodes_it_changes_what_is_forgotten_and_shows_it(host):
 @on_newest()
 def test_in_a_row_they_are_one_set_also_with_a_lora_between(host, lora):  # noqa: F811
     def patched(graph, model):
-        return graph.add("LoraLoaderModelOnly", model=(model, 0), lora_name=lora, strength_model=0.5)
+        return graph.add("LoraLoaderModelOnly", model=(model, 0), lora_name=lora, strength_model=1.0)
 
     graph = Graph()
     stock = stock_loader(graph)
