@@ -13,6 +13,7 @@ def node_classes() -> list[type[io.ComfyNode]]:
         compare,
         concepts,
         evaluate,
+        forget,
         history,
         load_model,
         merge,
@@ -25,6 +26,7 @@ def node_classes() -> list[type[io.ComfyNode]]:
     )
 
     modules = (
+        forget,
         load_model,
         concepts,
         settings,

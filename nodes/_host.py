@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,80 @@ def load_native(path: Path) -> tuple[Any, Any, Any]:
     return model, clip, vae
 
 
+_HISTORY = "continual_unlearning"
+"""Key of a MODEL's attachment; the host's clones carry it along."""
+
+
+@dataclass(frozen=True)
+class _Edited:
+    """What a MODEL with edits carries: the model that it shows, and the patch of its edits by the host's names."""
+
+    loaded: LoadedModel
+    patch: Mapping[str, tuple]
+
+    def others(self, model: Any) -> dict[str, list[tuple]]:
+        """The patches of a MODEL without this one, by the host's names."""
+        others = {
+            name: [patch for patch in patches if patch[1] is not self.patch.get(name)]
+            for name, patches in model.patches.items()
+        }
+        return {name: patches for name, patches in others.items() if patches}
+
+
 def native(loaded: LoadedModel) -> tuple[Any, Any, Any]:
-    """(MODEL with all edits as one patch on the source's weights, CLIP, VAE)."""
+    """(MODEL with all edits as one patch on the source's weights, CLIP, VAE).
+
+    A MODEL that the model was taken from keeps all else that it carries; the patch takes its former one's place.
+    """
+    patched = (loaded.model if loaded.carrier is None else loaded.carrier).clone()
+    if loaded.carrier is not None:
+        patched.patches = patched.get_attachment(_HISTORY).others(patched)
     edits, names = loaded.value.edits, patch_names(loaded.value)
-    patched = loaded.model.clone()
-    done = patched.add_patches({name: ("diff", (edits[ours],)) for ours, name in names.items()})
-    if missing := set(names.values()) - set(done):
+    patch = {name: ("diff", (edits[ours],)) for ours, name in names.items()}
+    done = patched.add_patches(patch, loaded.strength)
+    if missing := patch.keys() - set(done):
         raise ModelError(
             f"The host's model has no weight {min(missing)!r}, so the edit cannot be applied; load the "
             "checkpoint again."
         )
+    patched.set_attachments(_HISTORY, _Edited(replace(loaded, carrier=None), patch))
     return patched, loaded.clip, loaded.vae
+
+
+def has_history(model: Any) -> bool:
+    """Whether a MODEL comes from one of our nodes, whatever stock nodes have added to it."""
+    return model.get_attachment(_HISTORY) is not None
+
+
+def with_history(model: Any) -> LoadedModel:
+    """The model that a MODEL carries.
+
+    Raises:
+        ModelError: it carries none, or it was merged with another model since.
+    """
+    if not has_history(model):
+        raise ModelError(
+            "The MODEL has no history: none of this pack's nodes has made it. Put Forget, or Unlearn From MODEL, "
+            "in front of this node."
+        )
+    if any(isinstance(patch[1], list) or patch[2] != 1 for patch in _added(model)):
+        raise ModelError(
+            "The MODEL was merged with another one after it forgot, so only a part of what was forgotten is in "
+            "it; merge first, and put Forget behind the merge."
+        )
+    return replace(model.get_attachment(_HISTORY).loaded, carrier=model)
+
+
+def has_additions(loaded: LoadedModel) -> bool:
+    """Whether other nodes have added patches, such as LoRAs, to the MODEL that a model was taken from."""
+    return loaded.carrier is not None and next(_added(loaded.carrier), None) is not None
+
+
+def _added(model: Any) -> Iterator[tuple]:
+    """Patches of a MODEL with history that neither its source has nor are its edits."""
+    edited = model.get_attachment(_HISTORY)
+    for name, patches in edited.others(model).items():
+        yield from patches[len(edited.loaded.model.patches.get(name, ())) :]
 
 
 def require_weights_only(model: Any, clip: Any) -> None:
@@ -146,7 +210,8 @@ _PREDICTED = {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}
 
 
 def file_of(model: Any) -> Path | None:
-    """The file from which the host has loaded a MODEL that no LoRA has changed; None where it does not say."""
+    """The file from which the host has loaded a MODEL, or another patcher, that no LoRA has changed; None where it
+    does not say."""
     made_by = getattr(model, "cached_patcher_init", None)
     if made_by is None or model.patches:
         return None
@@ -265,7 +330,10 @@ def one_frame(images: torch.Tensor) -> torch.Tensor:
 
 
 def sample(
-    loaded: LoadedModel,
+    model: Any,
+    clip: Any,
+    vae: Any,
+    side: int,
     prompts: Sequence[str],
     *,
     seed: int,
@@ -275,16 +343,13 @@ def sample(
     scheduler: str,
     negative: str = "",
 ) -> Iterator[Image.Image]:
-    """One image per prompt by the host's own sampler, all from the same seed, at the size the model was
-    trained on."""
+    """One image of `side` pixels per prompt by the host's own sampler, all from the same seed."""
     import nodes as stock  # the host's module of that name, not this package
 
-    model, clip, vae = native(loaded)
     if vae is None:
         raise ModelError(
-            "The model came without a VAE, so no image can be drawn; connect one to Unlearn From MODEL."
+            "The model came without a VAE, so no image can be drawn; connect one to Forget or Unlearn From MODEL."
         )
-    side = loaded.value.family.image_size_px
     encode, empty = stock.CLIPTextEncode().encode, stock.EmptyLatentImage().generate
     (refused,) = encode(clip, negative)
     for prompt in prompts:

@@ -10,7 +10,8 @@ from comfy_api.v0_0_2 import io
 
 from ..cul_core.base.config import check_number
 from ..cul_core.base.errors import ConfigError, CulError, brief_repr
-from ._types import CARRIED
+from ._host import with_history
+from ._types import CARRIED, CulModel
 
 
 @functools.cache
@@ -18,6 +19,11 @@ def _short_named(kind: type[CulError]) -> type[CulError]:
     """The same error under its bare name: hosts show a class with its module, which for a node pack is a path
     on the disk."""
     return type(kind.__name__, (kind,), {"__module__": "builtins"})
+
+
+def search_aliases(*words: str) -> dict[str, list[str]]:
+    """Words by which the page finds a node, as an argument of `io.Schema`; none on hosts that know no aliases."""
+    return {"search_aliases": list(words)} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
 
 
 class UnlearningNode(io.ComfyNode):
@@ -43,18 +49,22 @@ def _with_short_errors(execute: Callable) -> Callable:
 
 
 def _checked(cls: type[io.ComfyNode], values: dict[str, Any]) -> dict[str, Any]:
-    """The inputs without those that are not connected. Hosts check neither what comes over links, nor NaN,
-    nor sockets given a constant.
+    """The inputs without those that are not connected, and a MODEL's history where one is asked for. Hosts
+    check neither what comes over links, nor NaN, nor sockets given a constant.
 
     Raises:
         ConfigError: one is not of its type, or a number is not between its limits.
+        ModelError: a MODEL has no history.
     """
     for entry in (cls.SCHEMA or cls.GET_SCHEMA()).inputs:
-        value, kind = values.get(entry.id), CARRIED.get(entry.get_io_type())
+        value, types = values.get(entry.id), entry.get_io_type().split(",")
+        if CulModel.io_type in types and isinstance(value, CARRIED["MODEL"]):
+            value = values[entry.id] = with_history(value)
+        kind = CARRIED.get(types[0])
         if entry.id not in values or kind is None or (value is None and entry.optional):
             continue
         if kind in (int, float):
             check_number(entry.id, value, entry.min, entry.max, kind)
         elif type(value) is not kind if kind in (str, bool) else not isinstance(value, kind):
-            raise ConfigError(f"{entry.id} is {brief_repr(value)}; give or connect a {entry.get_io_type()}.")
+            raise ConfigError(f"{entry.id} is {brief_repr(value)}; give or connect a {' or '.join(types)}.")
     return {name: value for name, value in values.items() if value is not None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
@@ -23,16 +24,35 @@ Scores = io.Custom("CUL_SCORES")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a CUL_MODEL socket carries: the value, and the host's own objects of its source, without its
-    edits; the VAE may be None."""
+    """What a CUL_MODEL socket carries, and a MODEL with history beside its weights.
+
+    Args:
+        value: the edits and their history.
+        model: the host's MODEL of its source, without the edits.
+        clip: CLIP of its source.
+        vae: VAE of its source; None without one.
+        strength: factor of the edits where the model is drawn with or saved.
+        carrier: the MODEL with history that this was taken from, with what other nodes have added to it.
+    """
 
     value: UnlearnModel
     model: Any
     clip: Any
     vae: Any
+    strength: float = 1.0
+    carrier: Any = field(default=None, repr=False)
 
     def with_value(self, value: UnlearnModel) -> LoadedModel:
         return replace(self, value=value)
+
+    @cached_property
+    def at_strength(self) -> UnlearnModel:
+        """The value with its edits times `strength`: what the model draws with."""
+        if self.strength == 1:
+            return self.value
+        return replace(
+            self.value, edits={key: edit * self.strength for key, edit in self.value.edits.items()}
+        )
 
     def get_ram_usage(self) -> int:
         """Bytes held; recent hosts evict cached results by this."""
@@ -55,6 +75,11 @@ CARRIED = {
     "FLOAT": float,
 }
 """What the sockets and widgets of our nodes carry."""
+
+
+def model_input(name: str, tooltip: str, optional: bool = False) -> io.Input:
+    """An input for a CUL_MODEL, or for a MODEL with history."""
+    return io.MultiType.Input(name, [CulModel, io.Model], optional=optional, tooltip=tooltip)
 
 
 def model_outputs() -> list:

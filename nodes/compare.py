@@ -9,7 +9,7 @@ from ..cul_core.concepts.concept import check_count, check_text
 from ..cul_core.output.charts import labelled_grid
 from . import _host
 from ._node import UnlearningNode
-from ._types import CulModel
+from ._types import model_input
 
 _WRAP = 18
 _MOST, _LONGEST = 100, 10_000
@@ -35,12 +35,10 @@ class Compare(UnlearningNode):
             description="Draws the same prompts from the same seed with two or three models and puts the "
             "images in one labelled grid.",
             inputs=[
-                CulModel.Input(
+                model_input(
                     "before", tooltip="Model of the first row, usually from Load Model for Unlearning."
                 ),
-                CulModel.Input(
-                    "after", tooltip="Model of the second row, usually from the last Unlearn Step."
-                ),
+                model_input("after", tooltip="Model of the second row, usually from the last Unlearn Step."),
                 io.String.Input(
                     "prompts",
                     default="",
@@ -63,7 +61,7 @@ class Compare(UnlearningNode):
                     "scheduler", options=schedulers, default="karras", tooltip="The host's noise schedule."
                 ),
                 io.String.Input("negative", default="", tooltip="Negative prompt of every image."),
-                CulModel.Input(
+                model_input(
                     "other",
                     optional=True,
                     tooltip="Model of a third row, such as that of a step without regularizers.",
@@ -107,7 +105,8 @@ class Compare(UnlearningNode):
         for label, model in zip(labels, models, strict=False):
             rows.append((label, []))
             for image in _host.sample(
-                model,
+                *_host.native(model),
+                model.value.family.image_size_px,
                 wanted,
                 seed=sampling_seed,
                 steps=steps,

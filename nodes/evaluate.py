@@ -12,7 +12,7 @@ from ..cul_core.output.report import model_text
 from . import _host
 from ._host_network import HostNetworks
 from ._node import UnlearningNode
-from ._types import CulModel, Scores
+from ._types import Scores, model_input
 
 
 class EvaluateForgetting(UnlearningNode):
@@ -26,7 +26,7 @@ class EvaluateForgetting(UnlearningNode):
             "of the styles (IRA) and of the objects (CRA). Chain one after every step to see "
             "the curves. Works for MiniCanvas, which has a classifier.",
             inputs=[
-                CulModel.Input("model", tooltip="The model to score."),
+                model_input("model", tooltip="The model to score."),
                 io.Int.Input(
                     "pictures",
                     default=1,
@@ -72,7 +72,7 @@ class EvaluateForgetting(UnlearningNode):
         with _host.normal_tensors(), _host.training_device(networks.free):
             scores = classifier.evaluate(
                 networks.get(model.value.source),
-                model.value,
+                model.at_strength,
                 names,
                 seed=sampling_seed,
                 per_cell=pictures,
@@ -108,7 +108,7 @@ class DriftMap(UnlearningNode):
             display_name="Drift Map",
             category="unlearning/look",
             description="Shows which layers forgetting has moved, and how far from the pretrained weights.",
-            inputs=[CulModel.Input("model", tooltip="The model to look into.")],
+            inputs=[model_input("model", tooltip="The model to look into.")],
             outputs=[
                 io.Image.Output(
                     display_name="map",
@@ -122,7 +122,7 @@ class DriftMap(UnlearningNode):
     @classmethod
     def execute(cls, model):
         with _host.normal_tensors():
-            drifts = drift_of(model.value)
+            drifts = drift_of(model.at_strength)
         chart = drift_map(f"Drift from the pretrained weights: {total_drift(drifts):.3f} in all", drifts)
         text = "\n".join(
             [

@@ -8,6 +8,7 @@ from ..cul_core.history.step_record import read_history
 from ..cul_core.output.report import history_text
 from . import _folders, _host
 from ._node import UnlearningNode
+from ._types import model_input
 
 _KINDS = ("checkpoints", "loras")
 
@@ -19,27 +20,37 @@ class UnlearningHistory(UnlearningNode):
             node_id="CUL_History",
             display_name="Unlearning History",
             category="unlearning/look",
-            description="Reads from any file this pack has written what was forgotten, when, how, and from "
-            "which parent.",
+            description="Reads from any file this pack has written, or from a model, what was forgotten, when, how, "
+            "and from which parent.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=_folders.model_files(*_KINDS),
                     tooltip="A checkpoint, LoRA or diff. Press R to see new files.",
-                )
+                ),
+                model_input(
+                    "model",
+                    optional=True,
+                    tooltip="A model to read in the place of the file, such as Forget's.",
+                ),
             ],
             outputs=[io.String.Output(display_name="history", tooltip="One line per step.")],
             is_output_node=True,
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file):
+    def fingerprint_inputs(cls, file, model=None):
         status = _folders.model_path(file, *_KINDS).stat()
         return f"{status.st_size} {status.st_mtime_ns}"
 
     @classmethod
-    def execute(cls, file):
-        text = history_text(file, *read_history(_folders.model_path(file, *_KINDS)))
+    def execute(cls, file, model=None):
+        if model is None:
+            text = history_text(file, *read_history(_folders.model_path(file, *_KINDS)))
+        else:
+            value = model.value
+            source = {"name": value.source.name, "sha256": value.source.sha256}
+            text = history_text("This model", value.history, source)
         _host.Progress(1).say(text)
         return io.NodeOutput(text)
 

@@ -122,7 +122,8 @@ class UnlearnFromModel(UnlearningNode):
             category="unlearning",
             description="Begins an unlearning graph with a model that other nodes have loaded, LoRAs "
             "included: what comes in counts as the pretrained model. Its weights are kept as a "
-            "file, once for each model, unless they are those of a file of a diffusion model.",
+            "file, once for each model, unless a file has them already. A model that Forget or another of "
+            "these nodes has made goes on with its history.",
             inputs=[
                 io.Model.Input(
                     "model",
@@ -137,8 +138,8 @@ class UnlearnFromModel(UnlearningNode):
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="Its VAE. Without one there are no previews and comparisons, and saved "
-                    "checkpoints have none either.",
+                    tooltip="Its VAE. Without one there are no previews and comparisons, and checkpoints saved "
+                    "of a model that no file holds have none either.",
                 ),
             ],
             outputs=model_outputs(),
@@ -146,43 +147,71 @@ class UnlearnFromModel(UnlearningNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_):
-        return sorted(path.name for path in _made if not path.is_file())  # deleted meanwhile: written anew
+        return deleted_snapshots()
 
     @classmethod
     def execute(cls, model, clip, vae=None):
-        _host.require_weights_only(model, clip)
-        family = _family_of(model, clip)
-        if vae is None and family.has_decoder:
-            raise ModelError(
-                f"{family.display_name} cannot do without its VAE here; connect the one that came with the "
-                "MODEL."
-            )
-        progress = _host.Progress(1)
-
-        def on_tensor(done: int, count: int) -> None:
-            _host.raise_if_cancelled()
-            progress.say(f"keeping the weights: {100 * done // count} %", now=False)
-
-        path, where = _whole_file(model, family), ""
-        if path is None:
-            weights = _host.weights_of(model, *((clip, vae) if family.text_encoders else (None, None)))
-            _require_text_encoders(family, weights)
-            source = snapshot_model(_folders.model_snapshots(), weights, on_tensor)
-            _made.add(source.path)
-            where = f"\nkept in {'/'.join(source.path.parts[-3:-1])} as {source.path.name[:12]}..."
-            value = UnlearnModel(source, detect_family(source.path) if family.text_encoders else family)
-        else:
-            value = replace(open_model(path), family=family)
-        process = _host.process_of(model)
-        if value.family.process.predicts != process.predicts:
-            raise ModelError(
-                f"The MODEL predicts {process.predicts}, where {value.family.display_name} predicts "
-                f"{value.family.process.predicts}; choose another model."
-            )
-        loaded = LoadedModel(value, model, clip, vae)
-        progress.update(1)
-        progress.say(f"{_described(value)}{where}")
+        loaded, where = opened(model, clip, vae)
+        _host.Progress(1).say(_described(loaded.value) + where)
         return io.NodeOutput(loaded, *_host.native(loaded))
+
+
+def deleted_snapshots() -> list[str]:
+    """Names of files of kept weights that were deleted meanwhile: outputs that stand on them are made anew."""
+    return sorted(path.name for path in _made if not path.is_file())
+
+
+def opened(model: Any, clip: Any, vae: Any) -> tuple[LoadedModel, str]:
+    """(the model that a MODEL with history carries, or a new one with the MODEL as pretrained model; a note on
+    where its weights are kept).
+
+    Args:
+        model: MODEL of the host.
+        clip: CLIP that belongs to a MODEL without history.
+        vae: VAE that belongs to it, in the place of the one that a history names; None without one.
+
+    Raises:
+        ModelError: it cannot be edited, or carries more than weights.
+    """
+    if _host.has_history(model):
+        loaded = _host.with_history(model)
+        return (loaded if vae is None else replace(loaded, vae=vae)), ""
+    _host.require_weights_only(model, clip)
+    family = _family_of(model, clip)
+    process, where = _host.process_of(model), ""
+    path = _whole_file(model, clip, vae, family)
+    if path is not None:
+        value = open_model(path)
+        value = value if family.text_encoders else replace(value, family=family)
+    else:
+        value, where = _snapshot(model, clip, vae, family)
+    if value.family.process.predicts != process.predicts:
+        raise ModelError(
+            f"The MODEL predicts {process.predicts}, where {value.family.display_name} predicts "
+            f"{value.family.process.predicts}; choose another model."
+        )
+    return LoadedModel(value, model, clip, vae), where
+
+
+def _snapshot(model: Any, clip: Any, vae: Any, family: Family) -> tuple[UnlearnModel, str]:
+    """(a model whose source is a file with the MODEL's weights, written if there is none; a note on where)."""
+    if vae is None and family.has_decoder:
+        raise ModelError(
+            f"{family.display_name} cannot do without its VAE here; connect the one that came with the MODEL."
+        )
+    progress = _host.Progress(1)
+
+    def on_tensor(done: int, count: int) -> None:
+        _host.raise_if_cancelled()
+        progress.say(f"keeping the weights: {100 * done // count} %", now=False)
+
+    weights = _host.weights_of(model, *((clip, vae) if family.text_encoders else (None, None)))
+    _require_text_encoders(family, weights)
+    source = snapshot_model(_folders.model_snapshots(), weights, on_tensor)
+    _made.add(source.path)
+    progress.update(1)
+    where = f"\nkept in {'/'.join(source.path.parts[-3:-1])} as {source.path.name[:12]}..."
+    return UnlearnModel(source, detect_family(source.path) if family.text_encoders else family), where
 
 
 def _family_of(model: Any, clip: Any) -> Family:
@@ -202,11 +231,19 @@ def _family_of(model: Any, clip: Any) -> Family:
     return family if family.text_encoders else replace(family, process=_host.process_of(model))
 
 
-def _whole_file(model: Any, family: Family) -> Path | None:
-    """The file of a flow transformer's MODEL, if it holds every matrix of the network under its own name."""
+def _whole_file(model: Any, clip: Any, vae: Any, family: Family) -> Path | None:
+    """The file of a MODEL, if it holds every matrix of the network under its own name, and the CLIP and VAE if the
+    family's checkpoints hold them."""
     path = _host.file_of(model)
-    if path is None or family.text_encoders or family.name == "unknown":
+    if path is None or family.name == "unknown":
         return None
+    if family.text_encoders:
+        parts = [clip.patcher, *([] if vae is None else [vae.patcher])]
+        predicted = detect_family(path).process.predicts
+        if predicted != _host.process_of(model).predicts or any(
+            _host.file_of(part) != path for part in parts
+        ):
+            return None
     header, _, _ = read_header(path)
     for key, shape in _host.shapes_of(model).items():
         if key.startswith(family.prefix) and len(shape) > 1:  # a host may rename norms

@@ -12,7 +12,7 @@ from ..cul_core.mergers.ties import TiesConfig
 from ..cul_core.output.report import merge_text
 from . import _host
 from ._node import UnlearningNode
-from ._types import CulModel, model_outputs
+from ._types import model_input, model_outputs
 
 _MOST = 6
 
@@ -33,12 +33,12 @@ class MergeUnlearnedModels(UnlearningNode):
             "each on its own. It has forgotten what each of them has, in whatever order; "
             "nothing is trained.",
             inputs=[
-                CulModel.Input(
+                model_input(
                     "model_1",
                     tooltip="The first model, from an Unlearn Step. All models must come from the same "
                     "checkpoint file.",
                 ),
-                CulModel.Input(
+                model_input(
                     "model_2",
                     tooltip="The second model, usually from another Unlearn Step behind the same loader.",
                 ),
@@ -74,7 +74,7 @@ class MergeUnlearnedModels(UnlearningNode):
                     tooltip=f"{rules['trim']['help']} Only for ties.",
                 ),
                 *(
-                    CulModel.Input(
+                    model_input(
                         f"model_{number}",
                         optional=True,
                         tooltip=f"Model number {number}, of the same checkpoint file.",
@@ -106,8 +106,8 @@ class MergeUnlearnedModels(UnlearningNode):
 
         with _host.normal_tensors():
             config = entry.config(**{name: value for name, value in settings.items() if name in used})
-            value = merge([model.value for model in given], config, on_tensor)
-        text, result = merge_text(value), model_1.with_value(value)
+            value = merge([model.at_strength for model in given], config, on_tensor)
+        text, result = merge_text(value), dataclasses.replace(model_1, value=value, strength=1.0)
         progress.update(1)
         progress.say(text)
         return io.NodeOutput(result, *_host.native(result), text)

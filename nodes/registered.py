@@ -17,7 +17,7 @@ from ..cul_core.requests.presets import PRESETS
 from . import _host
 from ._host_network import HostNetworks
 from ._node import UnlearningNode
-from ._types import CulModel, Method, Regularizers
+from ._types import Method, Regularizers, model_input
 
 _TRAINED = PRESETS["trained"]
 
@@ -131,7 +131,7 @@ def _audit_node(entry: Entry) -> type[io.ComfyNode]:
                 display_name=f"Audit: {entry.display_name}",
                 category="unlearning/audits",
                 description=_described(entry),
-                inputs=[CulModel.Input("model", tooltip="The model to audit; it is not changed."), *widgets],
+                inputs=[model_input("model", tooltip="The model to audit; it is not changed."), *widgets],
                 outputs=[io.String.Output(display_name="report", tooltip="What was found, as text.")],
                 is_output_node=True,
             )
@@ -146,7 +146,7 @@ def _audit_node(entry: Entry) -> type[io.ComfyNode]:
                 progress.say(f"{done} of {total}", now=False)
 
             with _host.normal_tensors(), _host.training_device(networks.free):
-                report = audit.run(networks.get(model.value.source), model.value, (), on_progress)
+                report = audit.run(networks.get(model.value.source), model.at_strength, (), on_progress)
             progress.say(report.verdict)
             return io.NodeOutput(f"{report.verdict}\n{report.text}")
 

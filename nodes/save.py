@@ -8,13 +8,20 @@ from ..cul_core.output.checkpoint import ROUNDINGS, save_checkpoint
 from ..cul_core.output.lora import save_difference, save_lora
 from . import _folders, _host
 from ._node import UnlearningNode
-from ._types import CulModel
+from ._types import LoadedModel, model_input
 
 _HIDDEN = (io.Hidden.prompt, io.Hidden.extra_pnginfo)
 
 
 def _header(cls: type[io.ComfyNode]) -> dict[str, str]:
     return _folders.workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+
+
+def _left_out(model: LoadedModel) -> list[str]:
+    """What the node says of a MODEL to which other nodes have added more than was forgotten."""
+    if not _host.has_additions(model):
+        return []
+    return ["LoRAs that were added after Forget are not in the file."]
 
 
 class SaveCheckpoint(UnlearningNode):
@@ -28,7 +35,7 @@ class SaveCheckpoint(UnlearningNode):
             "edited weights differ from the original file. Press R afterwards: the stock Load "
             "Checkpoint lists it.",
             inputs=[
-                CulModel.Input("model", tooltip="The model to save."),
+                model_input("model", tooltip="The model to save."),
                 io.String.Input(
                     "filename_prefix",
                     default="checkpoints/unlearned",
@@ -60,9 +67,9 @@ class SaveCheckpoint(UnlearningNode):
         said, path = [], _folders.output_path(filename_prefix)
         with _host.normal_tensors():
             path = save_checkpoint(
-                model.value, path, _host.raise_if_cancelled, _header(cls), rounding, said.append
+                model.at_strength, path, _host.raise_if_cancelled, _header(cls), rounding, said.append
             )
-        _host.Progress(1).say("\n".join([f"Saved: {path}", *said]))
+        _host.Progress(1).say("\n".join([f"Saved: {path}", *said, *_left_out(model)]))
         return io.NodeOutput(str(path))
 
 
@@ -76,7 +83,7 @@ class SaveLora(UnlearningNode):
             description="Writes what was forgotten as a small file that the stock Load LoRA applies to the "
             "original checkpoint, at any strength.",
             inputs=[
-                CulModel.Input("model", tooltip="The model whose edits are saved."),
+                model_input("model", tooltip="The model whose edits are saved."),
                 io.String.Input(
                     "filename_prefix",
                     default="loras/unlearned",
@@ -121,12 +128,12 @@ class SaveLora(UnlearningNode):
 
         with _host.normal_tensors():
             if format == "lora":
-                saved = save_lora(model.value, path, rank, _header(cls), on_tensor)
+                saved = save_lora(model.at_strength, path, rank, _header(cls), on_tensor)
                 path, note = saved.path, f"\n{saved.sentence}"
             else:
-                path = save_difference(model.value, path, _header(cls))
+                path = save_difference(model.at_strength, path, _header(cls))
         progress.update(1)
-        progress.say(f"Saved: {path}{note}")
+        progress.say("\n".join([f"Saved: {path}{note}", *_left_out(model)]))
         return io.NodeOutput(str(path))
 
 

@@ -11,7 +11,7 @@ from ..cul_core.training.solved_chain import take_back
 from . import _folders, _host
 from ._host_network import HostNetworks
 from ._node import UnlearningNode
-from ._types import CulModel, model_outputs
+from ._types import model_input, model_outputs
 
 
 class TakeBack(UnlearningNode):
@@ -25,8 +25,9 @@ class TakeBack(UnlearningNode):
             "and exact: the model knows these concepts again, as if they had never been asked "
             "for. All other requests stay. What was forgotten by training cannot be taken back.",
             inputs=[
-                CulModel.Input(
-                    "model", tooltip="Model whose requests to take back, from an Unlearn Step or Sequence."
+                model_input(
+                    "model",
+                    tooltip="Model whose requests to take back, from Forget, an Unlearn Step or Sequence.",
                 ),
                 io.String.Input(
                     "names",

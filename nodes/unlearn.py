@@ -28,7 +28,7 @@ from ..cul_core.training.step import StepReport, run_step
 from . import _folders, _host
 from ._host_network import HostNetworks
 from ._node import UnlearningNode
-from ._types import Concepts, CulModel, LoadedModel, Method, Regularizers, Training, model_outputs
+from ._types import Concepts, LoadedModel, Method, Regularizers, Training, model_input, model_outputs
 from .concepts import ANCHOR_TIP, KEEP_TIP, KIND_TIP
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,10 @@ class _Watch:
         )
 
 
-def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int) -> io.NodeOutput:
+def forgotten(
+    loaded: LoadedModel, requests: Sequence[Request], preview_every: int = 0
+) -> tuple[LoadedModel, list[StepReport]]:
+    """The model after the requests, one after another, and a report on each; shown on the node that runs."""
     store, networks = StepStore(_folders.store_folder()), HostNetworks(loaded)
     value, reports = loaded.value, []
     watch = _Watch(loaded, requests, preview_every)
@@ -197,8 +200,12 @@ def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int
             value = outcome.model
             reports.append(outcome.report)
             watch.finished(request, outcome.report, outcome.note)
+    return loaded.with_value(value), reports
+
+
+def _forget(loaded: LoadedModel, requests: Sequence[Request], preview_every: int) -> io.NodeOutput:
+    result, reports = forgotten(loaded, requests, preview_every)
     plot = loss_curve("Loss", [loss for report in reports for loss in report.losses])
-    result = loaded.with_value(value)
     text = "\n\n".join(map(step_text, reports))
     return io.NodeOutput(result, *_host.native(result), text, _host.to_image_tensor(plot))
 
@@ -214,7 +221,7 @@ class UnlearnStep(UnlearningNode):
             "to forget one request after another. A finished step is kept: the same graph takes "
             "it instead of computing it again, after a restart too.",
             inputs=[
-                CulModel.Input(
+                model_input(
                     "model", tooltip="Model to edit, from Load Model for Unlearning or from the step before."
                 ),
                 Concepts.Input("concepts", tooltip="Concepts to forget and to keep, from Concept to Forget."),
@@ -241,7 +248,7 @@ class UnlearnSequence(UnlearningNode):
             description="Forgets a list of requests one after another, as a chain of Unlearn Steps would. "
             "Every finished line is kept: adding a line at the end computes only that line.",
             inputs=[
-                CulModel.Input(
+                model_input(
                     "model", tooltip="Model to edit, from Load Model for Unlearning or from an Unlearn Step."
                 ),
                 io.String.Input(

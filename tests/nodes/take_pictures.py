@@ -69,6 +69,10 @@ def gallery(schemas: dict, saved: str) -> Graph:
     stock = graph.add("CheckpointLoaderSimple", ckpt_name="minicanvas.safetensors")
     native = graph.add("CUL_FromModel", model=(stock, 0), clip=(stock, 1), vae=(stock, 2))
     graph.add("CUL_DriftMap", model=(native, CUL))
+    names = {"forget": "Candy Stripes\nNeon Cyan", "keep": "Navy Stripes\nPop Dots"}
+    sockets = {"model": (stock, 0), "clip": (stock, 1), "vae": (stock, 2)}
+    forgot = graph.add("CUL_Forget", **sockets, **names, how="fast", strength=1.0)
+    graph.add("CUL_DriftMap", model=(forgot, 0))
     prompts = "A cat image in Candy Stripes style.\nA house image in Navy Stripes style.\nA tree image."
     graph.add(
         "CUL_Compare",
@@ -132,7 +136,7 @@ def picture_of_nodes(page: Page, schemas: dict, host: Host, names: Collection[st
             const tall = {
                 CUL_UnlearnStep: 560, CUL_UnlearnSequence: 800, CUL_Compare: 720, CUL_Evaluate: 520,
                 CUL_DriftMap: 460, CUL_LoadModel: 190, CUL_FromModel: 190, CUL_Merge: 380, CUL_TakeBack: 330,
-                CUL_SaveCheckpoint: 130, CUL_SaveLora: 210, CUL_History: 200, CUL_Store: 220,
+                CUL_SaveCheckpoint: 130, CUL_Forget: 760, CUL_SaveLora: 210, CUL_History: 200, CUL_Store: 220,
             }[node.type] || node.computeSize()[1];
             node.setSize([node.type === "CUL_Evaluate" ? 620 : 380, tall]);
             node.pos = [0, y];

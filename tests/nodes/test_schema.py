@@ -18,6 +18,7 @@ def ours(host):
 
 def test_every_node_of_the_pack_is_there_and_only_once(ours):
     plain = {
+        "Forget",
         "LoadModel",
         "FromModel",
         "Concept",

@@ -60,8 +60,8 @@ def shortened_file(saved):
     return saved
 
 
-def test_all_six_workflows_are_there():
-    assert len(NAMES) == 6 and NEEDS_SD15 in NAMES
+def test_all_seven_workflows_are_there():
+    assert len(NAMES) == 7 and NEEDS_SD15 in NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
