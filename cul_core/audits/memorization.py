@@ -120,7 +120,9 @@ def read_paraphrases(path: Path) -> list[str]:
         ) from error
     paraphrases = [line.strip() for line in lines if line.strip()]
     if not paraphrases:
-        raise ConceptError(f"The file of paraphrases {path.name!r} is empty; give a text file with one a line.")
+        raise ConceptError(
+            f"The file of paraphrases {path.name!r} is empty; give a text file with one a line."
+        )
     check_count("paraphrases", paraphrases)
     for line in paraphrases:
         check_text("paraphrase", line)

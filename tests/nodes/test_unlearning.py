@@ -190,7 +190,12 @@ def test_an_unsupported_file_is_refused_before_anything_runs(host):
     (reason,) = [error["details"] for error in answer["node_errors"][unsupported]["errors"]]
     assert all(
         said in reason
-        for said in ("'flux.safetensors' is", "Flux", "no Stable Diffusion UNet", "choose a full checkpoint of")
+        for said in (
+            "'flux.safetensors' is",
+            "Flux",
+            "no Stable Diffusion UNet",
+            "choose a full checkpoint of",
+        )
     )
 
 
