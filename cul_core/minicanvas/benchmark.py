@@ -27,7 +27,6 @@ from ..base.errors import CheckpointError, ConfigError, brief_repr
 from ..files.atomic_write import write_atomically
 from ..files.locks import Waiting, try_locked
 from ..files.paths import free_path
-from ..history.unlearn_model import UnlearnModel
 from ..mergers.merge import merge
 from ..mergers.ties import TiesConfig
 from ..models.load_diffusers import NetworkCache
@@ -37,8 +36,7 @@ from ..requests.presets import PRESETS, Preset, preset
 from ..requests.request import Request
 from ..requests.resolve import Overrides, resolve
 from ..store.steps import StepStore
-from ..training.early_stopping import Measure
-from ..training.step import StepReport, run_step
+from ..training.step import run_step
 from . import models
 from .family import FAMILY_OF
 from .judge import Judge, evaluate, measure_for, still_shown
@@ -46,7 +44,7 @@ from .suites import BLIND, STYLE_SUITE, SUITES, Suite
 from .workers import prepare_worker
 
 logger = logging.getLogger(__name__)
-SETTINGS = ("sequential", "simultaneous", "ties", "polished")
+SETTINGS = ("sequential", "simultaneous", "ties")
 UNDECLARED = "undeclared"
 
 PAPER = {
@@ -74,9 +72,6 @@ The reading error is about one point. The paper's retained concepts are told to 
 with our IRA hidden.
 """
 
-_POLISH = {"preset": "trained", "residue": 0.7}
-"""How `polished` trains on top of a closed-form chain, and the residue of the targets that it trains."""
-
 _TIES = {
     "styles": {1: (1.25, 0.8), 4: (1.75, 0.8), 8: (2.25, 0.8), 12: (2.75, 0.4)},
     "objects": {1: (1.25, 0.2), 3: (1.25, 0.8), 5: (1.25, 0.4)},
@@ -91,8 +86,7 @@ class Cell:
     `sequential` trains request k from the model after request k-1. `simultaneous` trains the first k targets
     together from the pretrained model, with at most k times the iterations of one request. It stops early at
     a UA of 99 and returns the best weights. `ties` trains every request from the pretrained model and merges
-    the first k results. `polished` is `sequential`, but what is measured has a step of the preset `trained`
-    on top, for those targets whose residue in the last request's report is above 0.7.
+    the first k results.
 
     Args:
         name: label in result lines, tables and charts.
@@ -204,25 +198,6 @@ class Run:
         family = FAMILY_OF[self.suite.world.name]
         return resolve(chosen, family, self.suite.concepts(targets), keep, overrides)
 
-    def polish(self, k: int, figures: Mapping[str, float]) -> Request | None:
-        """The trained request for those of the first k targets that a report says to be left; None for none.
-
-        Args:
-            k: number of requests.
-            figures: of the report on the k-th one.
-        """
-        concepts = self.suite.concepts(self.suite.order(self.order)[:k])
-        left = [of for of in concepts if figures.get(f"residue_of_{of.name}", 0.0) > _POLISH["residue"]]
-        if not left:
-            return None
-        chosen = preset(_POLISH["preset"])
-        iterations = self.suite.iterations_factor * chosen.training.iterations * len(left)
-        overrides = Overrides(
-            training={"iterations": iterations}, seed=self.seed * 1000 + k, anchor_seed=self.seed
-        )
-        keep = () if self.cell.is_undeclared else self.suite.keep()
-        return resolve(chosen, FAMILY_OF[self.suite.world.name], left, keep, overrides)
-
     def merger(self, k: int) -> TiesConfig:
         """The settings by which `ties` merges the first k results."""
         if self.cell.merger is not None:
@@ -245,8 +220,6 @@ class Run:
         ]
         if self.cell.setting == "ties":
             asked.append(self.merger(k).to_json())
-        if self.cell.setting == "polished":
-            asked.append(_POLISH)
         optional = {}
         if self.blindness != "nothing":
             optional["blind"] = self.blindness
@@ -279,10 +252,12 @@ def _measure(run: Run, marks: Sequence[int], folder: Path) -> list[dict]:
     )
     model, trained, lines, setting = pretrained, [], [], run.cell.setting
     at_own_time: dict[str, dict[str, list[bool]]] = {}
-
-    def finished(
-        begun: UnlearnModel, request: Request, measure: Measure | None = None
-    ) -> tuple[UnlearnModel, StepReport]:
+    for k in range(1, max(marks) + 1):
+        if setting == "simultaneous" and k not in marks:
+            continue
+        begun, request = model if setting == "sequential" else pretrained, run.request(k)
+        stops_early = bool(request.training.evaluate_every)
+        measure = measure_for(request, judge, run.suite.world) if stops_early else None
         train = partial(
             run_step,
             begun,
@@ -295,28 +270,18 @@ def _measure(run: Run, marks: Sequence[int], folder: Path) -> list[dict]:
         outcome = store.get_or_train(
             begun,
             request,
-            lambda state_store: train(state_store=state_store),
+            lambda state_store, train=train: train(state_store=state_store),
             Waiting("Another process trains a step of this benchmark", logger.warning),
         )
-        return outcome.model, outcome.report
-
-    for k in range(1, max(marks) + 1):
-        if setting == "simultaneous" and k not in marks:
-            continue
-        begun, request = model if setting in ("sequential", "polished") else pretrained, run.request(k)
-        stops_early = bool(request.training.evaluate_every)
-        measure = measure_for(request, judge, run.suite.world) if stops_early else None
-        model, report = finished(begun, request, measure)
+        model, report = outcome.model, outcome.report
         trained.append(model)
         if setting == "ties" and k in marks:
             model = merge(trained, run.merger(k))
         targets, network = run.suite.order(run.order)[:k], networks.get(model.source)
         if k in marks:
-            polish = run.polish(k, report.figures) if setting == "polished" else None
-            measured, report = (model, report) if polish is None else finished(model, polish)
             scores = evaluate(
                 network,
-                measured,
+                model,
                 judge,
                 targets,
                 seed=run.seed,
@@ -324,7 +289,7 @@ def _measure(run: Run, marks: Sequence[int], folder: Path) -> list[dict]:
                 per_cell=run.pictures,
                 across=run.across(k),
             )
-            drift = sum(delta.square().sum().item() for delta in measured.edits.values()) ** 0.5
+            drift = sum(delta.square().sum().item() for delta in model.edits.values()) ** 0.5
             lines.append(
                 {
                     **run.identity(k),
@@ -333,7 +298,7 @@ def _measure(run: Run, marks: Sequence[int], folder: Path) -> list[dict]:
                     "per_concept": scores.per_concept,
                     **_hidden_apart(run.suite, targets, scores.per_concept),
                     "relapse": relapse(run, k, at_own_time, scores.per_concept),
-                    "model": measured.content_hash,
+                    "model": model.content_hash,
                     "drift": round(drift, 3),
                     "seconds": report.record.seconds,
                 }

@@ -201,16 +201,6 @@ def test_an_undeclared_cell_names_nothing_to_keep():
     assert run_of("plain").request(1).retain and not Cell.parse("plain").is_undeclared
 
 
-def test_a_polished_cell_trains_what_is_left_alone():
-    run = run_of("exact polished", suite=OBJECT_SUITE)
-    figures = {"residue_of_star": 0.9, "residue_of_fish": 0.69, "residue_of_tree": 0.9, "rank": 3.0}
-    polish = run.polish(4, figures)
-    assert [concept.name for concept in polish.concepts] == ["star"] and polish.retain
-    assert polish.method.registry_name == "conabl" and polish.training.iterations == 120
-    assert run.polish(4, {"residue_of_star": 0.2}) is None
-    assert run.identity(4)["requests"] != run_of("exact", suite=OBJECT_SUITE).identity(4)["requests"]
-
-
 # --- blindness
 
 
