@@ -66,7 +66,7 @@ def random_rows(widths: dict[str, int]) -> Any:
         widths: what is read (`text`, `pooled`) -> width of its rows.
     """
     from cul_core.models.sampling import generator_for
-    from cul_core.parts.text_rows import Pairs, TextRows
+    from cul_core.parts.text_rows import ENDS, TEXT, Pairs, TextRows
 
     def factor(source: str) -> Tensor:
         width = widths[source]
@@ -79,6 +79,16 @@ def random_rows(widths: dict[str, int]) -> Any:
     class RandomRows(TextRows):
         def moment(self, source, *others):
             return moments[source]
+
+        def _sum_of_squares(self, group, prompts, source):
+            return moments[source]
+
+        def _made_up(self, is_style, count):
+            z = torch.randn(count, widths[TEXT], dtype=torch.float64, generator=generator_for(0, "made up"))
+            return dict.fromkeys(map(str, range(count))), {TEXT: moments[TEXT], ENDS: z @ factors[TEXT].T}
+
+        def words(self, source, prompts):
+            return list(_ROW_NORM * factors[source].T[: len(prompts), None] * len(prompts[0]))
 
         def _paired(self, source, concept, captions, count):
             generator, own = generator_for(0, source, concept.target), factors[source]
@@ -149,13 +159,13 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 def measure_exact(family: str, count: int) -> dict:
     """Figures of n concepts from nothing and of one more; `said` instead where they are refused."""
     from cul_core.base.errors import ConceptError
+    from cul_core.methods.closed_form import Problem
     from cul_core.methods.exact import Exact, ExactConfig
 
     context, requests = context_of(family, weights_of(family)), requests_of(count + 1)
-    rows, captions = context.last_result.of(("text rows", "random"), lambda: None), requests[0].anchor_prompts
+    rows = context.last_result.of(("text rows", "random"), lambda: None)
     for source in ("text", "pooled") if family == "sdxl" else ("text",):
-        for request in requests:
-            rows.pairs(source, request.concepts[0], captions, 24)
+        _ = Problem(rows, source, requests, {}, Exact.mixes_captions).pairs
     warm_up()
     before = reset_peak()
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -52,12 +53,15 @@ class Problem:
         source: what the matrices read, `text` or `pooled`.
         requests: of the chain, in its order.
         readers: checkpoint key -> pretrained matrix (out, d).
+        mixes_captions: whether the captions of `pairs` are drawn; else they are every k-th one, which may all
+            show the same few subjects.
     """
 
     rows: TextRows
     source: str
     requests: Sequence[SolvedRequest]
     readers: Mapping[str, Tensor]
+    mixes_captions: bool = False
 
     @property
     def width(self) -> int:
@@ -84,15 +88,32 @@ class Problem:
         """Anchor prompts of all requests."""
         return sorted({caption for request in self.requests for caption in request.anchor_prompts})
 
-    def moment(self, made_up: int) -> Tensor:
+    def moment(self, made_up: int, described: Collection[str] = (), random_words: float = 0.0) -> Tensor:
         """Mean second moment (d, d) of kept text; see `TextRows.moment`."""
-        return self.rows.moment(self.source, self.targets, self.kept, self.captions, made_up)
+        return self.rows.moment(
+            self.source, self.targets, self.kept, self.captions, made_up, described, random_words
+        )
+
+    def described(self, made_up: int, damping: float, share: float) -> set[str]:
+        """The sentences with made-up names that may describe a target; see `TextRows.described`."""
+        if not made_up or share > 1:
+            return set()
+        found = (
+            self.rows.described(concept, self.captions_for(request), _CAPTIONS, made_up, damping, share)
+            for concept, request in self.named
+        )
+        return set().union(*found)
+
+    def captions_for(self, request: SolvedRequest) -> Sequence[str]:
+        """Anchor prompts of a request, in the order in which `TextRows.pairs` spreads its picks over them."""
+        captions = request.anchor_prompts
+        return random.Random("captions").sample(captions, len(captions)) if self.mixes_captions else captions
 
     @cached_property
     def pairs(self) -> list[Pairs]:
         """Rows of each target beside their goals."""
         return [
-            self.rows.pairs(self.source, concept, request.anchor_prompts, _CAPTIONS)
+            self.rows.pairs(self.source, concept, self.captions_for(request), _CAPTIONS)
             for concept, request in self.named
         ]
 
@@ -140,6 +161,7 @@ class ClosedForm(Method):
     needs = ("text_readers",)
     draws_made_up_names = True  # at least for the rows of objects, of which some stand in a made-up style
     role = "text_inputs"
+    mixes_captions = False  # see `Problem`
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -153,6 +175,10 @@ class ClosedForm(Method):
         """Number of directions that are held exactly."""
         return 0
 
+    def removed(self, problem: Problem, solution: TextMap) -> int:
+        """Number of directions that are removed."""
+        return solution.up.shape[1]
+
     def solve(self, context: StepContext, requests: Sequence[SolvedRequest]) -> dict[str, Tensor]:
         rows = context.last_result.of(
             ("text rows", context.source), lambda: TextRows(context.network, context.source)
@@ -161,7 +187,7 @@ class ClosedForm(Method):
         _check_names(context.network, requests)
         edits, self._report = {}, {}
         for source, readers in _readers(context).items():
-            problem = Problem(rows, source, requests, readers)
+            problem = Problem(rows, source, requests, readers, self.mixes_captions)
             solution = self.fit(problem)
             self._note(problem, solution)
             for key, weight in readers.items():
@@ -178,7 +204,9 @@ class ClosedForm(Method):
         self._report |= {
             f"rank{end}": rank,
             f"rank_there_is{end}": (problem.width - held) // 2,
-            f"expected_collateral{end}": expected_collateral(rank, problem.width, held),
+            f"expected_collateral{end}": expected_collateral(
+                self.removed(problem, solution), problem.width, held
+            ),
             f"largest_residue{end}": max(residues),
         }
         if source == TEXT:

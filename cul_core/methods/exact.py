@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base.config import Config, setting
-from ..parts.text_maps import TextMap, removal
+from ..parts.text_maps import TextMap, removal, with_goals
 from .base import METHODS
 from .closed_form import ClosedForm, Problem, Residues, made_up_names
 
@@ -42,7 +42,27 @@ class ExactConfig(Config):
         minimum=1e-9,
         maximum=1.0,
     )
-    SHARED: ClassVar[tuple[str, ...]] = ("made_up", "damping")
+    described: float = setting(
+        0.3,
+        "Made-up names whose text goes this share of a concept's way from its anchor may describe it, and "
+        "are not kept. Above 1: all are kept.",
+        minimum=0.05,
+        maximum=2.0,
+    )
+    random_words: float = setting(
+        0.5,
+        "Share of kept text that has random words for names, in chains that forget more than styles.",
+        minimum=0.0,
+        maximum=0.9,
+    )
+    anchor_weight: float = setting(
+        0.03,
+        "Weight with which what is left of a style's text becomes that of its anchor, against all other "
+        "text. 0: it is left as it is. Not used if a request of the chain has a residue above 0.",
+        minimum=0.0,
+        maximum=1e3,
+    )
+    SHARED: ClassVar[tuple[str, ...]] = ("made_up", "damping", "described", "random_words")
 
 
 @METHODS.register(
@@ -61,7 +81,11 @@ class Exact(ClosedForm):
     concept, u is the first left singular vector of L^-1 (F - A)^T, where rows F of target prompts stand
     beside their goals A (`TextRows.pairs`). M = -L Q Q^T L^-1, where Q is an orthonormal basis of all u: of
     all maps that remove these directions, I + M changes text distributed like S least (`text_maps.removal`).
-    The edit's rank is the number of directions.
+
+    What is left of a style's text then becomes that of its anchor as far as `anchor_weight` pays for the
+    change of other text (`text_maps.with_goals`), which adds two directions a style to the edit's rank.
+
+    Made-up names that may describe a target are not kept (`TextRows.described`).
 
     With a wanted residue above 0, the concept's directions are removed in part, by strengths at which the
     residues are as wanted.
@@ -71,10 +95,16 @@ class Exact(ClosedForm):
     """
 
     config: ExactConfig
+    mixes_captions = True
+
+    def removed(self, problem: Problem, solution: TextMap) -> int:
+        return min(solution.up.shape[1], sum(request.method.directions for _, request in problem.named))
 
     def fit(self, problem: Problem) -> TextMap:
-        moment = problem.moment(self.config.made_up)
-        whitening = problem.rows.whitening(problem.source, moment, self.config.damping)
+        config = self.config
+        described = problem.described(config.made_up, config.damping, config.described)
+        moment = problem.moment(config.made_up, described, config.random_words)
+        whitening = problem.rows.whitening(problem.source, moment, config.damping)
         found = [
             whitening.directions(pair, request.method.directions)
             for pair, (_, request) in zip(problem.pairs, problem.named, strict=True)
@@ -83,7 +113,20 @@ class Exact(ClosedForm):
         problem.check_room(directions.shape[1])
         owners = torch.tensor([i for i, own in enumerate(found) for _ in range(own.shape[1])])
         wanted = [request.method.residue for _, request in problem.named]
-        return _settled(problem.residues, directions, whitening.factor, owners, wanted)
+        solution = _settled(problem.residues, directions, whitening.factor, owners, wanted)
+        weights = [
+            request.method.anchor_weight if concept.kind == "style" else 0.0
+            for concept, request in problem.named
+        ]
+        if any(wanted) or not any(weights):
+            return solution
+        main = [
+            [weight**0.5 * side for side in pair.main]
+            for pair, weight in zip(problem.pairs, weights, strict=True)
+            if weight
+        ]
+        rows, goals = map(torch.cat, zip(*main, strict=True))
+        return with_goals(solution, directions, whitening.factor, rows, goals)
 
 
 def _settled(

@@ -87,6 +87,29 @@ def removal(directions: Tensor, factor: Tensor, strengths: Tensor) -> TextMap:
     return TextMap(up, down.contiguous())
 
 
+def with_goals(removed: TextMap, directions: Tensor, factor: Tensor, rows: Tensor, goals: Tensor) -> TextMap:
+    """A `removal` at strength 1, and what brings rows nearer to their goals without undoing it.
+
+    I + M + N has the least sum_i ||(I + M + N) c_i - a_i||^2 + tr(N S N^T), of all N with N L Q = 0.
+
+    Args:
+        removed: I + M, which annihilates L Q; see `removal`.
+        directions: U (d, n), which Q is an orthonormal basis of.
+        factor: L (d, d), with S = L L^T.
+        rows: C (r, d); a weighted row is a row times the square root of its weight.
+        goals: A (r, d).
+    """
+    left, values, _ = torch.linalg.svd(directions, full_matrices=False)
+    basis = left[:, values > _INDEPENDENT * values[:1]]
+    whitened = torch.linalg.solve_triangular(factor, rows.T, upper=False)
+    whitened = whitened - basis @ (basis.T @ whitened)
+    gram = whitened.T @ whitened + torch.eye(len(rows), dtype=rows.dtype)
+    weights = torch.cholesky_solve(whitened.T, torch.linalg.cholesky(gram))
+    down = torch.linalg.solve_triangular(factor.T, weights.T, upper=True).T
+    up = (goals - removed(rows)).T
+    return TextMap(torch.cat([removed.up, up], 1), torch.cat([removed.down, down]))
+
+
 def ridge_map(targets: Tensor, goals: Tensor, metric: Tensor, free: Tensor | None = None) -> TextMap:
     """The map I + M that takes rows C to their goals A by ridge regression, for every matrix W at once.
 

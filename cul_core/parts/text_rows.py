@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache, partial
+from itertools import compress
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from ..base.last_result import LastResult
 from ..concepts.captions import anchor_prompts
 from ..concepts.concept import Concept, display_name
 from ..models.network import Network
+from ..models.sampling import generator_for
 from ..models.text_conditioning import Conditioning
 from .step_context import StepContext, TextSums, made_anew
 from .text_maps import TextMap, principal_directions, whitener
@@ -23,10 +26,16 @@ from .text_maps import TextMap, principal_directions, whitener
 TEXT, POOLED = "text", "pooled"
 INPUTS = (TEXT, POOLED)
 """What layers read of a prompt: its text rows, or its pooled vector."""
+ENDS = "ends"
+"""Key of the EOS rows of sentences beside their sums of squares."""
 
 _COMPONENTS = 64
 """Largest number of rows that are kept of a concept's differences, as their principal components."""
+_MAIN_ROWS = 2
+"""Rows of `Pairs.main`."""
 _BATCH = 64
+_MOST_WORDS = 2000
+"""Words of the vocabulary that random words are mixed of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +53,15 @@ class Pairs:
     differences: Tensor
     targets: Tensor
     goals: Tensor
+
+    @cached_property
+    def main(self) -> tuple[Tensor, Tensor]:
+        """Combinations (k, d) of `targets` and those of `goals` in which they differ most, in units of the
+        norm of all differences."""
+        differences = self.targets - self.goals
+        mix = torch.linalg.svd(differences, full_matrices=False)[0][:, :_MAIN_ROWS].T
+        mix = mix / differences.norm().clamp_min(1e-12)
+        return mix @ self.targets, mix @ self.goals
 
 
 class Whitening:
@@ -83,7 +101,10 @@ class Responses:
 
 def encoded(network: Network, prompts: Sequence[str]) -> Conditioning:
     """Encoded prompts, their text rows as text readers get them."""
-    conditioning = network.encode(prompts)
+    return _as_read(network, network.encode(prompts))
+
+
+def _as_read(network: Network, conditioning: Conditioning) -> Conditioning:
     return replace(conditioning, text=network.rows_read(conditioning.text))
 
 
@@ -98,19 +119,34 @@ def rows_of(conditioning: Conditioning, shared: int, source: str = TEXT) -> Tens
 
 
 def sums_of_squares(
-    network: Network, prompts: Sequence[str], on_batch: Callable[[int, int], None] = lambda done, count: None
+    network: Network,
+    prompts: Sequence[str],
+    on_batch: Callable[[int, int], None] = lambda done, count: None,
+    *,
+    ends: list[Tensor] | None = None,
+    encode: Callable[[Sequence[str]], Conditioning] | None = None,
 ) -> dict[str, Tensor]:
     """Sum of x x^T (d, d) over all rows x of the prompts, in fp64 on the CPU, by what is read of them.
 
-    `on_batch` is called before each batch with (prompts encoded, their number); it may raise to stop.
+    Args:
+        network: whose text encoders are used.
+        prompts: the prompts.
+        on_batch: called before each batch with (prompts encoded, their number); it may raise to stop.
+        ends: the EOS rows (b, d) of each batch are added to it.
+        encode: encodes a batch of prompts; the network if None.
     """
     totals: dict[str, Tensor] = {}
     for start in range(0, len(prompts), _BATCH):
         on_batch(start, len(prompts))
-        read = encoded(network, prompts[start : start + _BATCH])
+        part = prompts[start : start + _BATCH]
+        read = (encode or partial(encoded, network))(part)
         for source in INPUTS if read.pooled is not None else (TEXT,):
             rows = rows_of(read, network.shared_rows, source)
             totals[source] = totals.get(source, 0.0) + rows.T @ rows
+        if ends is not None:
+            text = read.text.cpu().double()
+            last = [min(network.content(prompt).stop, text.shape[1] - 1) for prompt in part]
+            ends.append(text[range(len(part)), last])
     return totals
 
 
@@ -163,6 +199,7 @@ class TextRows:
         self._squares: dict[str, LastResult] = {}
         self._whitenings: dict[str, Whitening] = {}
         self._responses: dict[str, Responses] = {}
+        self._described: dict[tuple, frozenset[str]] = {}
         self._vocabulary = network.words() or ["thing"]
         self._made_up = cache(self._made_up)
         self._tokens = lru_cache(maxsize=4096)(network.tokens)  # captions come again with each request
@@ -185,11 +222,15 @@ class TextRows:
         retain: Sequence[Concept],
         captions: Sequence[str],
         made_up: int,
+        described: Collection[str] = (),
+        random_words: float = 0.0,
     ) -> Tensor:
         """Mean second moment (d, d) of four groups of kept text, each of trace 1, in fp64 on the CPU.
 
         The groups are made-up names in sentences, which stand for all that nobody lists; the concepts to
-        retain in sentences; captions of anchor images; and the empty prompt.
+        retain in sentences; captions of anchor images; and the empty prompt. Where a target is no style, a
+        share `random_words` of the moment is that of sentences with random words: names of objects are single
+        words, and those of the vocabulary that made-up names hold are few of them.
 
         Args:
             source: `text` or `pooled`.
@@ -197,13 +238,19 @@ class TextRows:
             retain: concepts to retain.
             captions: anchor prompts of the requests.
             made_up: number of made-up names of each kind; 0 leaves them out.
+            described: sentences with made-up names that are left out too.
+            random_words: share of the sentences with random words.
         """
         declared = self.sentences(kept_concepts(retain, targets))
         groups = {"declared": declared, "captions": sorted(set(captions)), "empty": [""]}
         sums = [self._sum_of_squares(name, prompts, source) for name, prompts in groups.items() if prompts]
         if made_up:
-            sums += [self._of_made_up(source, targets, made_up)]
-        return sum(total / total.trace() for total in sums) / len(sums)
+            sums += [self._of_made_up(source, targets, made_up, described)]
+        mean = sum(total / total.trace() for total in sums) / len(sums)
+        if not random_words or not made_up or all(map(_is_style, targets)):
+            return mean
+        words = self._of_random_words(source, made_up)
+        return (1 - random_words) * mean + random_words * words / words.trace()
 
     def _sum_of_squares(self, group: str, prompts: Sequence[str], source: str) -> Tensor:
         """`sums_of_squares` of the prompts of a group; the last ones of each group are kept."""
@@ -228,15 +275,55 @@ class TextRows:
         """Mean over prompts of the sum of x x^T (d, d) over the rows x of each, in fp64 on the CPU."""
         return self._sum_of_squares("mean", prompts, source) / len(prompts)
 
-    def _of_made_up(self, source: str, targets: Sequence[Concept], count: int) -> Tensor:
+    def _of_made_up(
+        self, source: str, targets: Sequence[Concept], count: int, described: Collection[str] = ()
+    ) -> Tensor:
         taken, total = {word for concept in targets for word in _words(concept.name)}, 0.0
         for is_style in sorted({_is_style(concept) for concept in targets}):
             prompts, sums = self._made_up(is_style, count)
-            dropped = [prompt for prompt, words in prompts.items() if words & taken]
+            dropped = [prompt for prompt, words in prompts.items() if words & taken or prompt in described]
             total = total + sums[source]
             if dropped:
                 total = total - self._sum_of_squares(f"dropped {is_style}", dropped, source)
         return total
+
+    def _of_random_words(self, source: str, count: int) -> Tensor:
+        """Sum of squares of the sentences with made-up names of objects, whose words are random ones here.
+
+        A random word's embedding has the mean and covariance of the vocabulary's.
+        """
+        network, (prompts, _) = self.network, self._made_up(False, count)
+
+        def made() -> dict[str, Tensor]:
+            tables, generator = self._embeddings(), generator_for(0, "random words")
+
+            @torch.no_grad()
+            def encode(part: Sequence[str]) -> Conditioning:
+                rows = [of.clone() for of in network.token_rows(part)]
+                for i, prompt in enumerate(part):
+                    own = {self._tokens(word) for word in prompts[prompt]}
+                    at = [j for j, token in enumerate(self._tokens(prompt)) if (token,) in own]
+                    drawn = torch.randn(len(at), len(tables[0]), generator=generator) / len(tables[0]) ** 0.5
+                    places = [self._content(prompt).start + j for j in at]
+                    for of, table in zip(rows, tables, strict=True):
+                        mean = table.mean(0)
+                        of[i, places] = (mean + drawn.to(table) @ (table - mean)).to(of)
+                return _as_read(network, network.encode_rows(part, rows))
+
+            return sums_of_squares(network, list(prompts), self._on_batch, encode=encode)
+
+        key = stable_hash(["random words", self.origin, network.device.type, list(prompts)])
+        return self._kept(key, made, self._check)[source]
+
+    def _embeddings(self) -> list[Tensor]:
+        """Embeddings (n, e) of at most 2000 words of the vocabulary, one tensor for each text encoder."""
+        words = self._vocabulary[:: ceil(len(self._vocabulary) / _MOST_WORDS)]
+        parts = [words[start : start + _BATCH] for start in range(0, len(words), _BATCH)]
+        found = [
+            [of[range(len(part)), [self._content(word).start for word in part]] for of in rows]
+            for part, rows in ((part, self.network.token_rows(part)) for part in parts)
+        ]
+        return [torch.cat(of).float() for of in zip(*found, strict=True)]
 
     def _made_up(self, is_style: bool, count: int) -> tuple[dict[str, set[str]], dict[str, Tensor]]:
         """(sentence -> words of the made-up names in it, `sums_of_squares` of the sentences).
@@ -256,9 +343,63 @@ class TextRows:
             prompt = rng.choice(Concept(style).target_prompts(caption)) if style else caption
             prompts[prompt] = set(f"{name} {style}".split())
         sentences = list(prompts)
-        key = stable_hash(["sums of squares", self.origin, self.network.device.type, sentences])
-        sums = self._kept(key, lambda: sums_of_squares(self.network, sentences, self._on_batch), self._check)
-        return prompts, sums
+        key = stable_hash(["sums of squares, ends", self.origin, self.network.device.type, sentences])
+
+        def made() -> dict[str, Tensor]:
+            ends: list[Tensor] = []
+            sums = sums_of_squares(self.network, sentences, self._on_batch, ends=ends)
+            return sums | {ENDS: torch.cat(ends)}
+
+        return prompts, self._kept(key, made, self._check)
+
+    def described(
+        self,
+        concept: Concept,
+        captions: Sequence[str],
+        count: int,
+        made_up: int,
+        damping: float,
+        share: float,
+    ) -> frozenset[str]:
+        """The sentences with made-up names whose text goes a large share of a concept's way from its anchor.
+
+        Such a sentence may describe the concept. Its way is that of its EOS row along the one text direction
+        that tells the concept from its anchor best, in the metric of the sentences and captions.
+
+        Args:
+            concept: the target.
+            captions: anchor prompts of its request.
+            count: captions in which it stands beside its anchor.
+            made_up: number of made-up names of each kind.
+            damping: see `text_maps.damped`.
+            share: of the concept's own way.
+        """
+        key = (concept, tuple(captions), count, made_up, damping, share)
+        if key not in self._described:
+            self._described[key] = self._found(*key)
+        return self._described[key]
+
+    def _found(
+        self,
+        concept: Concept,
+        captions: Sequence[str],
+        count: int,
+        made_up: int,
+        damping: float,
+        share: float,
+    ) -> frozenset[str]:
+        sentences, sums = self._made_up(_is_style(concept), made_up)
+        plain = self._sum_of_squares("plain", sorted(set(captions)), TEXT)
+        moment = sums[TEXT] / sums[TEXT].trace() + plain / plain.trace()
+        whitening = self.whitening(ENDS, moment, damping)
+        direction = whitening.directions(self.pairs(TEXT, concept, captions, count), 1)
+        reading = torch.linalg.solve_triangular(whitening.factor.T, direction, upper=True)[:, 0]
+        own, anchor = (
+            torch.stack([rows[-1] for rows in self.words(TEXT, prompts)]).mean(0)
+            for prompts in self.prompts(concept, captions, count)
+        )
+        way = (sums[ENDS] - anchor) @ reading
+        return frozenset(compress(sentences, (way / ((own - anchor) @ reading) >= share).tolist()))
 
     def _made_up_name(self, rng: random.Random) -> str:
         return " ".join(rng.choices(self._vocabulary, k=rng.randint(1, 3)))

@@ -76,10 +76,13 @@ def solved_set(model: UnlearnModel, request: Request | None = None) -> SolvedSet
 def _check_alike(earlier: Request, request: Request) -> None:
     former, config = earlier.method, request.method
     shared = {name: getattr(former, name, None) for name in config.SHARED}
-    if type(former) is not type(config) or any(getattr(config, name) != shared[name] for name in shared):
+    is_other = type(former) is not type(config)
+    different = {name: value for name, value in shared.items() if is_other or getattr(config, name) != value}
+    if is_other or different:
         raise ConfigError(
-            f"Earlier requests of this chain were solved by {brief_repr(former.to_json())}, and all are "
-            "solved together; give this request the same method and settings, or take the earlier ones back."
+            f"Earlier requests of this chain were solved by {former.registry_name} with "
+            f"{brief_repr(different)}, and all are solved together; give this request the same method and "
+            "settings, or take the earlier ones back."
         )
     names = {concept.name.lower() for concept in earlier.concepts}
     if again := [concept.name for concept in request.concepts if concept.name.lower() in names]:

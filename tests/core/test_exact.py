@@ -12,11 +12,15 @@ import torch
 from toy_network import Toy
 
 from cul_core.base.errors import ConceptError, ConfigError
+from cul_core.concepts.captions import anchor_prompts
 from cul_core.concepts.concept import Concept
+from cul_core.methods.closed_form import Problem
 from cul_core.methods.exact import ExactConfig
+from cul_core.minicanvas.world import OBJECTS
 from cul_core.output.report import brief_text, step_text
-from cul_core.parts.text_maps import expected_collateral, principal_directions, removal, whitener
-from cul_core.parts.text_rows import TEXT, TextRows, aligned
+from cul_core.parts.step_context import SolvedRequest
+from cul_core.parts.text_maps import expected_collateral, principal_directions, removal, whitener, with_goals
+from cul_core.parts.text_rows import TEXT, TextRows, aligned, sums_of_squares
 from cul_core.regularizers.projection import ProjectionConfig
 from cul_core.requests.resolve import Overrides, resolve
 from cul_core.store.steps import StepStore
@@ -106,6 +110,28 @@ def test_unrelated_text_changes_as_expected():
     assert change == pytest.approx(expected_collateral(count, width), rel=0.05)
 
 
+def test_goals_undo_no_removal_and_no_other_map_comes_nearer_to_them():
+    generator = torch.Generator().manual_seed(6)
+    factor, directions = whitener(random_moment(), 1e-3), random_directions()
+    removed = removal(directions, factor, torch.ones(3).double())
+    rows, goals = (torch.randn(5, 12, dtype=torch.float64, generator=generator) for _ in range(2))
+    found = with_goals(removed, directions, factor, rows, goals)
+    lost = factor @ directions
+    assert found(lost.T).abs().max() < 1e-10 and found.up.shape[1] == 3 + 5
+    metric, basis = factor @ factor.T, torch.linalg.qr(lost).Q
+
+    def loss(change):
+        moved = removed(rows) + rows @ change.T
+        return ((moved - goals).square().sum() + (change @ metric @ change.T).trace()).item()
+
+    own = found.up @ found.down - removed.up @ removed.down
+    for _ in range(20):
+        other = torch.randn(12, 12, dtype=torch.float64, generator=generator)
+        assert loss(own + 1e-2 * (other - other @ basis @ basis.T)) > loss(own)
+    heavy = with_goals(removed, directions, factor, 1e4 * rows, 1e4 * goals)
+    assert torch.allclose(heavy(rows), goals, atol=1e-4)
+
+
 # --- rows
 
 
@@ -128,6 +154,53 @@ def test_a_made_up_name_never_holds_a_word_of_a_target(shipped_network):
     encoded = shipped_network.encode(allowed).text[:, 1:].double().flatten(0, 1)
     own = encoded.T @ encoded / encoded.square().sum()
     assert torch.allclose(with_names, (expected + own) / 2, atol=1e-12)
+
+
+def test_the_captions_of_a_concept_show_more_than_every_fifth_object(shipped_model, shipped_network):
+    """Every fifth of the 120 captions of styles shows a star or a cat."""
+    concept = Concept("Lava")
+    captions = anchor_prompts(shipped_model.family, [concept])
+    request = SolvedRequest((concept,), (), captions, FEW)
+    problem = Problem(TextRows(shipped_network), TEXT, [request], {}, mixes_captions=True)
+    _, chosen = problem.rows.prompts(concept, problem.captions_for(request), 24)
+    assert len({name for name in OBJECTS for caption in chosen if name in caption}) > 7
+
+
+def test_made_up_names_that_describe_a_target_are_not_kept(shipped_model, shipped_network):
+    rows, concept = TextRows(shipped_network), Concept("Starry Night")
+    captions = anchor_prompts(shipped_model.family, [concept])
+    found = {share: rows.described(concept, captions, 24, 300, 1e-3, share) for share in (0.3, 1.5)}
+    assert 0 < len(found[0.3]) < 60 and found[1.5] < found[0.3]
+    describing = {"little", "stars", "sparks"}  # words of its descriptions
+    sentences, _ = rows._made_up(True, 300)
+    assert any(words & describing for sentence, words in sentences.items() if sentence in found[0.3])
+    kept = [
+        sentence
+        for sentence, words in sentences.items()
+        if sentence not in found[0.3] and not words & {"starry", "night"}
+    ]
+    own = sums_of_squares(shipped_network, kept)[TEXT]
+    moment = rows.moment(TEXT, [concept], [], [], 300, found[0.3])
+    nothing = rows.moment(TEXT, [concept], [], [], 0)
+    assert torch.allclose(moment, (nothing + own / own.trace()) / 2, atol=1e-12)
+
+
+def test_random_words_are_kept_beside_names_of_objects_alone(shipped_network):
+    rows = TextRows(shipped_network)
+    style, thing = Concept("Lava"), Concept("cat", "object", "fish")
+
+    def moment(*targets, share):
+        return rows.moment(TEXT, targets, [], [], 60, (), share)
+
+    assert torch.equal(moment(style, share=0.5), moment(style, share=0.0))
+    half, most = (moment(thing, share=share) for share in (0.5, 0.9))
+    none, again = (
+        moment(thing, share=0.0),
+        TextRows(shipped_network).moment(TEXT, [thing], [], [], 60, (), 0.5),
+    )
+    assert torch.equal(half, again) and torch.allclose(most - none, 1.8 * (half - none), atol=1e-12)
+    words = 2 * half - none
+    assert words.trace() == pytest.approx(1.0) and torch.linalg.eigvalsh(words)[0] > -1e-12
 
 
 # --- the chain
@@ -173,7 +246,7 @@ def test_a_trained_step_stays_when_an_exact_one_before_it_is_taken_back(
     mixed = chain(trained, model=exact)
     training = {key: mixed.edits[key] - exact.edits[key] for key in mixed.edits}
     both, report = run_step(mixed, request_of("Arcade"), networks=networks["shipped"])
-    assert report.figures["rank"] == 2
+    assert report.figures["rank"] == 6
     expected = chain("Candy Stripes", "Arcade")
     for key, delta in both.edits.items():
         assert torch.allclose(delta, expected.edits[key] + training[key], atol=1e-6)
@@ -197,7 +270,7 @@ def test_a_step_that_is_restrained_is_not_solved_anew(chain, request_of, network
         assert (delta @ row).norm() < 1e-4 * (network.exact([key])[key] @ row).norm()
 
 
-@pytest.mark.parametrize("wanted", [0.5, 0.8])
+@pytest.mark.parametrize("wanted", [0.6, 0.8])
 def test_a_wanted_residue_is_reached(shipped_model, request_of, networks, wanted):
     model, report = run_step(
         shipped_model, request_of("Lava", config=replace(FEW, residue=wanted)), networks=networks["shipped"]
@@ -223,7 +296,7 @@ def test_a_name_far_from_the_target_is_kept_and_the_target_is_not(shipped_model,
     forgotten = change("a star in Candy Stripes style")
     others = [change(f"a star in {name} style") for name in ("Jade Stripes", "Starry Night", "Blueprint")]
     assert max(others) < forgotten / 4
-    assert report.figures["rank"] == 1 and report.losses == ()
+    assert report.figures["rank"] == 3 and report.losses == ()
 
 
 # --- how it is watched, and what is kept
@@ -323,7 +396,9 @@ def test_more_directions_than_there_is_room_are_refused(shipped_model, request_o
 
 def test_requests_of_a_chain_share_the_settings_of_what_is_kept(chain, request_of):
     model = chain("Lava")
-    with pytest.raises(ConfigError, match="Earlier requests of this chain were solved by .*'made_up': 60"):
+    with pytest.raises(
+        ConfigError, match="Earlier requests of this chain were solved by exact with .'made_up': 60}"
+    ):
         chain(request_of("Arcade", config=ExactConfig(made_up=50)), model=model)
     chain(request_of("Arcade", config=replace(FEW, residue=0.5)), model=model)
 
