@@ -12,6 +12,7 @@ def node_classes() -> list[type[io.ComfyNode]]:
     from . import (
         compare,
         concepts,
+        does_it_hold,
         evaluate,
         forget,
         history,
@@ -36,6 +37,7 @@ def node_classes() -> list[type[io.ComfyNode]]:
         merge,
         compare,
         evaluate,
+        does_it_hold,
         save,
         history,
         store,

@@ -1,4 +1,4 @@
-"""One node factory for what the registries hold: a node per method, per regularizer and per audit."""
+"""One node factory for what the registries hold: a node per method and per regularizer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..cul_core.audits import AUDITS
 from ..cul_core.base.config import Config, limits
 from ..cul_core.base.registry import Entry
 from ..cul_core.methods import METHODS
 from ..cul_core.regularizers import REGULARIZERS
 from ..cul_core.requests.presets import PRESETS
-from . import _host
-from ._host_network import HostNetworks
 from ._node import UnlearningNode
-from ._types import Method, Regularizers, model_input
+from ._types import Method, Regularizers
 
 _TRAINED = PRESETS["trained"]
 
@@ -115,46 +112,7 @@ def _regularizer_node(entry: Entry) -> type[io.ComfyNode]:
     return RegularizerNode
 
 
-_OWN_NODE = {"classification"}
-"""Audits with a node of their own: Evaluate Forgetting."""
-
-
-def _audit_node(entry: Entry) -> type[io.ComfyNode]:
-    class AuditNode(UnlearningNode):
-        @classmethod
-        def define_schema(cls):
-            widgets = _widgets(entry.config())
-            for widget in widgets:  # the page would randomize one that is called `seed`
-                widget.id = "sampling_seed" if widget.id == "seed" else widget.id
-            return io.Schema(
-                node_id=f"CUL_Audit_{entry.name}",
-                display_name=f"Audit: {entry.display_name}",
-                category="unlearning/audits",
-                description=_described(entry),
-                inputs=[model_input("model", tooltip="The model to audit; it is not changed."), *widgets],
-                outputs=[io.String.Output(display_name="report", tooltip="What was found, as text.")],
-                is_output_node=True,
-            )
-
-        @classmethod
-        def execute(cls, model, sampling_seed=0, **values):
-            audit = entry.cls(entry.config(seed=sampling_seed, **values))
-            networks, progress = HostNetworks(model), _host.Progress(1)
-
-            def on_progress(done: int, total: int) -> None:
-                _host.raise_if_cancelled()
-                progress.say(f"{done} of {total}", now=False)
-
-            with _host.normal_tensors(), _host.training_device(networks.free):
-                report = audit.run(networks.get(model.value.source), model.at_strength, (), on_progress)
-            progress.say(report.verdict)
-            return io.NodeOutput(f"{report.verdict}\n{report.text}")
-
-    return AuditNode
-
-
 NODES = (
     *map(_method_node, METHODS),
     *map(_regularizer_node, REGULARIZERS),
-    *(_audit_node(entry) for entry in AUDITS if entry.name not in _OWN_NODE),
 )

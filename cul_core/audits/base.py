@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 from PIL import Image
 
 from ..base.config import Config, setting
+from ..base.errors import ConfigError, brief_repr
 from ..base.registry import Registry
 from ..concepts.concept import Concept
 from ..history.unlearn_model import UnlearnModel
 from ..models.network import Network
+
+BUDGETS = ("quick", "standard", "thorough")
+"""How long audits search."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,23 @@ class AuditReport:
 
 @dataclass(frozen=True)
 class AuditConfig(Config):
-    """Settings of all audits; each audit adds its own, such as its budget."""
+    """Settings of all audits; each audit adds its own, whose defaults are the budget `standard`."""
+
+    OF_BUDGET: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Budget -> the settings that it changes."""
 
     seed: int = setting(0, "Everything random of the audit derives from it.", minimum=0, maximum=2**53 - 1)
+
+    @classmethod
+    def of(cls, budget: str, **values: Any) -> Self:
+        """The settings of a budget, with some replaced.
+
+        Raises:
+            ConfigError: the budget is unknown, or a value is invalid.
+        """
+        if budget not in BUDGETS:
+            raise ConfigError(f"The budget is {brief_repr(budget)}; choose one of {', '.join(BUDGETS)}.")
+        return cls(**{**cls.OF_BUDGET.get(budget, {}), **values})
 
 
 class Audit:

@@ -25,6 +25,10 @@ class Classifier(ABC):
     def check(self, names: Sequence[str]) -> None:
         """Raises ConceptError for a name the classifier does not know, or for names of several domains."""
 
+    def names(self, kind: str) -> tuple[str, ...]:
+        """Names of a kind of concepts that the classifier knows."""
+        return ()
+
     @abstractmethod
     def count(self, names: Sequence[str], per_cell: int) -> int:
         """Number of images that `evaluate` samples."""

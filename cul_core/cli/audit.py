@@ -14,6 +14,7 @@ from .common import JSON_HELP, ProgressLine, add_command, say, write_json
 def add(commands: Any) -> None:
     """Add the command to argparse's group, with a subcommand for every registered audit."""
     from ..audits import AUDITS
+    from ..audits.base import BUDGETS
     from ..models.source import PREDICTIONS
 
     parser = add_command(
@@ -44,6 +45,12 @@ def add(commands: Any) -> None:
             default=[],
             help="forgotten concepts; those in the file's history if not given",
         )
+        audit.add_argument(
+            "--budget",
+            choices=BUDGETS,
+            default="standard",
+            help="how long to search; sets what is not given below",
+        )
         # also behind the audit's name; without a default, which would undo one before it
         audit.add_argument("--json", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=JSON_HELP)
         _add_settings(audit, entry.config())
@@ -53,14 +60,15 @@ def _add_settings(parser: argparse.ArgumentParser, defaults: Config) -> None:
     for field in fields(defaults):
         rules, default = field.metadata, getattr(defaults, field.name)
         option = f"--{field.name.replace('_', '-')}"
+        text = f"{rules['help']} Standard: {default!r}."
         if isinstance(default, bool):
             parser.add_argument(
-                option, action=argparse.BooleanOptionalAction, default=default, help=rules["help"]
+                option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
             )
         else:
             choices = rules.get("choices")
             parser.add_argument(
-                option, type=type(default), choices=choices, default=default, help=rules["help"]
+                option, type=type(default), choices=choices, default=argparse.SUPPRESS, help=text
             )
 
 
@@ -71,7 +79,10 @@ def run(arguments: argparse.Namespace) -> None:
     from ..output.checkpoint import open_model
 
     entry = AUDITS.get(arguments.audit)
-    config = entry.config(**{field.name: getattr(arguments, field.name) for field in fields(entry.config)})
+    given = {
+        field.name: vars(arguments)[field.name] for field in fields(entry.config) if field.name in arguments
+    }
+    config = entry.config.of(arguments.budget, **given)
     model = open_model(arguments.model, arguments.pretrained, arguments.prediction)
     show, network = ProgressLine(), NetworkCache(arguments.tokenizer).get(model.source)
     concepts = [parse_concept(target) for target in arguments.target]

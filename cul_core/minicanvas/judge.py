@@ -195,6 +195,11 @@ class MiniCanvasClassifier(Classifier):
                 f"only, among {choice}."
             )
 
+    def names(self, kind: str) -> tuple[str, ...]:
+        if kind == "style":
+            return tuple(self._world.style_by_name)
+        return self._world.objects if kind == "object" else self._world.people_labels
+
     def count(self, names: Sequence[str], per_cell: int) -> int:
         suite, targets = suite_of(names, self._world)
         return len(suite.shots(targets, per_cell))

@@ -156,7 +156,7 @@ def kept_concepts(retain: Iterable[Concept], targets: Iterable[Concept]) -> list
     return sorted({concept for concept in retain if concept.name.lower() not in names}, key=repr)
 
 
-def _name_at(name: Sequence[int], tokens: Sequence[int]) -> range:
+def name_at(name: Sequence[int], tokens: Sequence[int]) -> range:
     """Positions of a name's tokens in a prompt's; empty if it does not contain them."""
     for start in range(len(tokens) - len(name) + 1 if name else 0):
         if list(tokens[start : start + len(name)]) == list(name):
@@ -174,7 +174,7 @@ def aligned(target: Sequence[int], goal: Sequence[int], name: Sequence[int]) -> 
     """
     blocks = SequenceMatcher(None, list(goal), list(target), autojunk=False).get_matching_blocks()
     same = {block.b + i: block.a + i for block in blocks for i in range(block.size)}
-    own = [i for i in _name_at(name, target) if i not in same]
+    own = [i for i in name_at(name, target) if i not in same]
     return same, own or [i for i in range(len(target)) if i not in same]
 
 
@@ -502,7 +502,7 @@ class TextRows:
         at, goal_at = self._content(target), self._content(goal)
         ids, goal_ids = self._tokens(target), self._tokens(goal)
         same, own = aligned(ids, goal_ids, self._tokens(concept.name))
-        anchor = _name_at(self._tokens(display_name(concept.anchor)), goal_ids)
+        anchor = name_at(self._tokens(display_name(concept.anchor)), goal_ids)
         padding = self._padding(goal_text, goal_at, theirs.mask)
         of_name = goal_text[[goal_at.start + i for i in anchor]].mean(0) if anchor else padding.mean(0)
         pairs = [(at.start + i, goal_text[goal_at.start + j]) for i, j in same.items()]

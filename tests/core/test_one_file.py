@@ -355,7 +355,8 @@ def iterated(tree):
 @pytest.mark.parametrize(
     ("module", "registries"),
     (
-        ("nodes/registered.py", {"METHODS", "REGULARIZERS", "AUDITS"}),
+        ("nodes/registered.py", {"METHODS", "REGULARIZERS"}),
+        ("cul_core/audits/ladder.py", {"AUDITS"}),
         ("nodes/merge.py", {"MERGERS"}),
         ("cul_core/cli/audit.py", {"AUDITS"}),
         ("cul_core/cli/merge.py", {"MERGERS"}),

@@ -85,9 +85,7 @@ def gallery(schemas: dict, saved: str) -> Graph:
     first = graph.add("CUL_Evaluate", model=(loaded, CUL), pictures=1, sampling_seed=0)
     graph.add("CUL_Evaluate", model=(sequence, CUL), pictures=1, sampling_seed=0, earlier=(first, 2))
     graph.add("CUL_DriftMap", model=(step, CUL))
-    for name, values in defaults.items():
-        if name.startswith("CUL_Audit_"):
-            graph.add(name, model=(step, CUL), **values)
+    graph.add("CUL_DoesItHold", model=(solved, CUL), **defaults["CUL_DoesItHold"])
     graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/forgot-candy-stripes")
     graph.add(
         "CUL_SaveLora",
@@ -135,8 +133,9 @@ def picture_of_nodes(page: Page, schemas: dict, host: Host, names: Collection[st
         for (const node of app.graph._nodes) {
             const tall = {
                 CUL_UnlearnStep: 560, CUL_UnlearnSequence: 800, CUL_Compare: 720, CUL_Evaluate: 520,
-                CUL_DriftMap: 460, CUL_LoadModel: 190, CUL_FromModel: 190, CUL_Merge: 380, CUL_TakeBack: 330,
-                CUL_SaveCheckpoint: 130, CUL_Forget: 760, CUL_SaveLora: 210, CUL_History: 200, CUL_Store: 220,
+                CUL_DriftMap: 460, CUL_DoesItHold: 620, CUL_Forget: 760, CUL_TakeBack: 330,
+                CUL_LoadModel: 190, CUL_FromModel: 190, CUL_Merge: 380,
+                CUL_SaveCheckpoint: 130, CUL_SaveLora: 210, CUL_History: 200, CUL_Store: 220,
             }[node.type] || node.computeSize()[1];
             node.setSize([node.type === "CUL_Evaluate" ? 620 : 380, tall]);
             node.pos = [0, y];
