@@ -108,7 +108,7 @@ def weights_hash(model: UnlearnModel) -> str:
 def step_keys() -> dict[str, str]:
     """Family and preset -> key of that step on an untouched model."""
     keys = {}
-    for family in FAMILIES.values():
+    for family in (family for family in FAMILIES.values() if family.text_encoders):  # not the guessed recipes
         model = UnlearnModel(FileSource(Path("model.safetensors"), 0, "0" * 64), family)
         for name, entry in PRESETS.items():
             keys[f"{family.name} {name}"] = step_key(model, request_of(entry.for_family(family), family))
