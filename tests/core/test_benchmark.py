@@ -341,7 +341,7 @@ def test_what_was_forgotten_says_which_suite_measures_it():
 
 
 def test_a_run_is_measured_once_and_an_unfinished_last_line_again(tmp_path, monkeypatch):
-    cell, suite = Cell.parse("plain"), replace(STYLE_SUITE, across=STYLE_SUITE.across[:3])
+    cell, suite = Cell.parse("plain"), replace(STYLE_SUITE, across=STYLE_SUITE.across[:1])
     cell = replace(cell, preset=cell.preset.with_settings({"anchor_count": 16, "anchor_steps": 6}))
     asked = {"cells": [cell], "seeds": [7], "suite": suite, "orders": ["a"], "requests": 1, "workers": 1}
     seen = []

@@ -52,7 +52,7 @@ def kept(host):
 
 def test_what_comes_in_is_drawn_kept_trained_and_saved_with_its_loras(host, lora):
     graph, patched, begun = behind_lora(lora)
-    step = graph.step(begun, training=graph.training(iterations=25))
+    step = graph.step(begun, training=graph.training(iterations=10))
     native = graph.sample((patched, 0), (patched, 1), (begun, VAE))
     before, after = graph.sample_from(begun), graph.sample_from(step)
     graph.add("CUL_SaveCheckpoint", model=(step, CUL), filename_prefix="checkpoints/from-model")

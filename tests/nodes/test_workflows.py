@@ -38,6 +38,12 @@ def shortened(graph):
             node["inputs"]["training"] = ["short", 0]
         if node["class_type"] == "CUL_TrainingSettings":
             node["inputs"] |= {"iterations": 2, "anchor_count": 8, "anchor_steps": 4}
+        if node["class_type"] == "CUL_UnlearnSequence":
+            node["inputs"]["requests"] = "\n".join(node["inputs"]["requests"].splitlines()[:2])
+        if node["class_type"] == "CUL_Regularizer_projection":
+            node["inputs"]["decoys"] = 30
+        if node["class_type"] == "CUL_Compare":
+            node["inputs"]["steps"] = 4
     return graph | {"short": {"class_type": "CUL_TrainingSettings", "inputs": dict(SHORT_TRAINING)}}
 
 
