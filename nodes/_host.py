@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -218,6 +219,15 @@ def file_of(model: Any) -> Path | None:
     first = made_by[1][0] if made_by[1] else None
     path = Path(first) if isinstance(first, str) else None
     return path if path is not None and path.suffix == ".safetensors" and path.is_file() else None
+
+
+def text_identity(clip: Any) -> str:
+    """A hash that is equal for CLIPs that encode alike, with their LoRAs: of one sentence's rows, to 0.01."""
+    tokens = clip.tokenize("a portrait of a cat in the style of Van Gogh")
+    with normal_tensors(), torch.no_grad():
+        rows = clip.encode_from_tokens(tokens, return_dict=True)["cond"]
+    hundredths = (rows.float().cpu() * 100).round() + 0.0  # no negative zeros
+    return hashlib.sha256(hundredths.numpy().tobytes()).hexdigest()
 
 
 @contextmanager

@@ -185,6 +185,8 @@ def opened(model: Any, clip: Any, vae: Any) -> tuple[LoadedModel, str]:
         value = value if family.text_encoders else replace(value, family=family)
     else:
         value, where = _snapshot(model, clip, vae, family)
+    if not family.text_encoders:
+        value = replace(value, source=replace(value.source, text=_host.text_identity(clip)))
     if value.family.process.predicts != process.predicts:
         raise ModelError(
             f"The MODEL predicts {process.predicts}, where {value.family.display_name} predicts "

@@ -94,17 +94,24 @@ class Source(ABC):
 class FileSource(Source):
     """A checkpoint file as source; `sha256` is that of the whole file.
 
-    `prediction` is what the user says that its network predicts, one of `PREDICTIONS`.
+    Args:
+        path: of the file.
+        size: see `Source`.
+        sha256: see `Source`.
+        prediction: what the user says that its network predicts, one of `PREDICTIONS`.
+        text: identity of the text encoder of a network whose file has none; empty where the file has it.
     """
 
     path: Path
     size: int
     sha256: str
     prediction: str = "auto"
+    text: str = ""
 
     @property
     def identity(self) -> str:
-        return self.sha256 if self.prediction == "auto" else f"{self.sha256} {self.prediction}"
+        prediction = "" if self.prediction == "auto" else self.prediction
+        return " ".join(filter(None, (self.sha256, prediction, self.text)))
 
     @property
     def name(self) -> str:

@@ -442,7 +442,10 @@ def compare(name):
     figures = {"shift": abs(process.shift - family.process.shift)}
     channels = family.latent_shape[0]
     family = dataclasses.replace(family, latent_shape=(channels, 8, 8), image_size_px=64)
-    text = Text(name, ROWS, is_padded=name in ("sd3", "flux", "flux-schnell", "hidream"))
+    is_padded = name in ("sd3", "flux", "flux-schnell", "hidream")
+    text = Text(name, ROWS, is_padded)
+    others = Text(name, ROWS, is_padded), Text(name, ROWS, not is_padded)  # the same again, and another one
+    assert [native.text_identity(text) == native.text_identity(other) for other in others] == [True, False]
     value = models.UnlearnModel(sources.source_of(path), family)
     loaded = kinds.LoadedModel(value, model, text, None)
     networks = hosted.HostNetworks(loaded)
