@@ -76,7 +76,7 @@ def test_flow_transformers_of_the_host_are_trained_and_saved_as_it_computes_them
         assert (
             min(roles.values()) >= 1 and roles["text_readers"] <= roles["text_inputs"] <= roles["reads_text"]
         )
-        assert solved == roles["text_inputs"] and residue < 0.9 and change < 0.1, (name, residue, change)
+        assert solved == roles["text_inputs"] and residue < 1 and change < 0.3, (name, residue, change)
         assert moved == {"conabl": roles["text_readers"], "esd": roles["text_readers"]}
         assert figures.pop("the edit") > 5e-3
         assert max(figures.pop("gradient"), figures.pop("gradient, checkpointing")) < 2e-3, name
