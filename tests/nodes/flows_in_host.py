@@ -306,16 +306,28 @@ def fill(network):
 
 
 def built(kind, config):
-    model_config = kind(dict(config))
-    model_config.set_inference_dtype(torch.float32, None)
-    model = model_config.get_model({}, "")
-    device = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+    """A MODEL on the CPU; settings that an older host does not know are left out."""
+    device, settings = torch.device("cpu"), dict(config)
+    while True:
+        model_config = kind(dict(settings))
+        model_config.set_inference_dtype(torch.float32, None)
+        try:
+            model = model_config.get_model({}, "")
+            return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None:
+                raise
+            del settings[unknown[1]]
 
 
 def loaded_from(path, kind, config, is_recognized):
     if is_recognized:
-        return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+        try:
+            return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):  # an older host knows the network at its full width alone
+                raise
     patcher = built(kind, config)
     patcher.model.diffusion_model.load_state_dict(load_file(path))
     return patcher
