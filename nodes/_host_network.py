@@ -575,6 +575,7 @@ def unknown_family(model: Any, clip: Any) -> Family:
         recognize=lambda *_: False,
         process=_host.process_of(model),
         recipe=UNKNOWN,
+        is_known=False,
         has_frames=getattr(latents, "latent_dimensions", 2) == 3,
     )
     small = replace(family, latent_shape=(latents.latent_channels, 16, 16))

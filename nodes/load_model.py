@@ -36,7 +36,7 @@ _made: set[Path] = set()
 
 def _described(value: UnlearnModel) -> str:
     family, lines = value.family, []
-    if family.name == "unknown":
+    if not family.is_known:
         lines.append("an architecture that this pack does not know: what reads text was found by tracing")
     if family.recipe is not None and family.recipe.is_guess:
         lines.append("nobody has tuned forgetting on it: the preset's rate and iterations are guesses")
@@ -237,7 +237,7 @@ def _whole_file(model: Any, clip: Any, vae: Any, family: Family) -> Path | None:
     """The file of a MODEL, if it holds every matrix of the network under its own name, and the CLIP and VAE if the
     family's checkpoints hold them."""
     path = _host.file_of(model)
-    if path is None or family.name == "unknown":
+    if path is None or not family.is_known:
         return None
     if family.text_encoders:
         parts = [clip.patcher, *([] if vae is None else [vae.patcher])]

@@ -126,6 +126,7 @@ class Family:
         classifier: makes the classifier of its images (`audits.classification.Classifier`); None without one.
         text_norm: name, within the network, of the norm between text rows and text readers; empty for none.
         has_frames: whether the network's latents have a frame axis, (b, c, 1, h, w), as those of videos have.
+        is_known: whether its roles and latents are of a table, and not found by tracing.
         is_small: whether the network fits any memory and is too small to gain by `frozen_layers`.
         is_distilled: whether the checkpoint is distilled to few sampling steps without guidance.
     """
@@ -152,6 +153,7 @@ class Family:
     captions: Captions | None = None
     text_norm: str = ""
     has_frames: bool = False
+    is_known: bool = True
     is_small: bool = False
     classifier: Callable[[], Any] | None = None
     is_distilled: bool = False

@@ -6,15 +6,14 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-import torch
 from hosts import HOW, find_hosts
+from mini_checkpoint import write_random_checkpoint
 from sd_layout import shrunken, tiny_shapes, write_random
 
 from cul_core.concepts.concept import Concept
 from cul_core.methods.conabl import ConAblConfig
 from cul_core.minicanvas import models
 from cul_core.minicanvas.family import MINI
-from cul_core.minicanvas.training.pack import checkpoint_tensors, write_weights
 from cul_core.models.family import FAMILIES
 from cul_core.models.load_diffusers import NetworkCache, load_tokenizer
 from cul_core.output.checkpoint import open_model
@@ -23,20 +22,6 @@ from cul_core.requests.request import Request
 from cul_core.store.anchors import AnchorStore
 
 ANCHOR_PROMPTS = ("A star image.", "a house", "an image of a cat", "a picture of a boat")
-
-
-def write_random_checkpoint(path, dtype=torch.float16, seed=0):
-    """A checkpoint of MiniCanvas' shape with random weights."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(seed)
-    unet = UNet2DConditionModel(**MINI.config("unet"))
-    text = CLIPTextModel(CLIPTextConfig(**MINI.config("text_encoder")))
-    write_weights(
-        path, checkpoint_tensors(unet, text.state_dict(), models.NarrowAutoencoder().widened(), dtype), {}
-    )
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -183,7 +183,7 @@ def test_take_back_writes_the_checkpoint_without_a_request(
     said = capsys.readouterr().out
     for line in ("Taken back: Lava.", "Still forgotten: Arcade.", "Each of them can be taken back."):
         assert line in said.splitlines()
-    assert f"LoRA: {lora} (exact, rank 1, " in said and f"checkpoint: {out}" in said
+    assert f"LoRA: {lora} (exact, rank 3, " in said and f"checkpoint: {out}" in said
     values = json.loads(figures.read_text())
     assert values["taken_back"] == ["Lava"] and values["can_be_taken_back"] == ["Arcade"]
     left, expected = load_file(out), load_file(never)

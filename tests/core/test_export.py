@@ -88,11 +88,13 @@ def test_an_exact_edit_is_written_exactly_at_its_own_rank_whatever_rank_is_asked
     whole = count_decompositions(monkeypatch)
     saved = save_lora(solved, tmp_path / "l.safetensors", 1)
     tensors = load_file(saved.path)
-    assert saved.is_exact and saved.sentence == f"exact, rank 3, {saved.size_bytes / 1e6:.1f} MB"
+    assert saved.is_exact and saved.sentence == f"exact, rank 9, {saved.size_bytes / 1e6:.1f} MB"
     assert saved.size_bytes == saved.path.stat().st_size
     for ours, name in patch_names(solved).items():
         delta = solved.edits[ours]
-        assert tensors[f"{name.removesuffix('.weight')}.lora_down.weight"].shape[0] == 3
+        assert (
+            tensors[f"{name.removesuffix('.weight')}.lora_down.weight"].shape[0] == 9
+        )  # three directions a style
         assert (applied(tensors, name) - delta).norm() <= 1e-6 * delta.norm()
     assert len(whole) == 1  # one matrix shows the directions of all
 

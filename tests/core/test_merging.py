@@ -8,7 +8,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from conftest import write_random_checkpoint
+from mini_checkpoint import write_random_checkpoint
 
 from cul_core.base.errors import ConfigError, ModelError, TrainingError
 from cul_core.base.topk import count_of_fraction, top_k

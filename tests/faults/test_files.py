@@ -52,7 +52,7 @@ def trained(original, request_, networks, tmp_path_factory):
     state = next(folder.glob("states/*"))
     kept = state.read_bytes()
     outcome = store.get_or_train(original, request_, trainer(store, original, request_, networks))
-    assert outcome.note == ", resumed at iteration 4" and not state.exists()
+    assert outcome.note == f", resumed at iteration {request_.training.iterations}" and not state.exists()
     state.write_bytes(kept)
     return folder, outcome
 
