@@ -1,6 +1,6 @@
 """Speed of several processes: a step on one and on two of them, and a sweep on a Ray cluster of two nodes.
 
-    python benchmarks/machines.py [--cells plain esd ...] [--images 24] [--out machines.json]
+    python benchmarks/machines.py [--cells plain esd ...] [--images 1] [--out machines.json]
 
 The step trains MiniCanvas; its rate is that between two runs of different length, in turn, so that starting
 and anchor images do not count. The sweep runs one benchmark for each cell, once on one process and once on
@@ -81,7 +81,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cells", nargs="+", default=list(CELLS))
-    parser.add_argument("--images", type=int, default=24, help="of each of a benchmark's groups")
+    parser.add_argument("--images", type=int, default=1, help="of each style and object")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
