@@ -171,7 +171,6 @@ def load_network(
     """
     with opened(path) as file:
         family = family_in(file, prediction)
-        require_diffusers()
         unet, tokenizer = build_unet(family), load_tokenizer(family, tokenizer_folder)
         with _naming(path):
             return _load_network(path, file, family, unet, tokenizer, dtype)
